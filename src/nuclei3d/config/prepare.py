@@ -1,0 +1,27 @@
+"""Parameters of the slice data set."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nuclei3d.config.data import PositiveFloat
+from nuclei3d.config.section import Section
+
+
+class PrepareParams(Section):
+    """How embryos become planes; the defaults are the recipe's.
+
+    Volumes are downsampled `downsample_xy` times in x and y, then upsampled in z to cubic voxels
+    (linear; labels by nearest neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is
+    kept if it shows at least `min_nuclei` nuclei, counted after dropping slivers below `min_area_px`.
+    `sparse_share` adds planes with fewer nuclei, as a share of all planes written (0: none, the recipe).
+    """
+
+    downsample_xy: PositiveFloat = 2.0
+    step_xy: Annotated[int, Field(ge=0)] = 1
+    step_xz: Annotated[int, Field(ge=0)] = 12
+    step_yz: Annotated[int, Field(ge=0)] = 12
+    min_nuclei: Annotated[int, Field(ge=0)] = 3
+    min_area_px: Annotated[int, Field(ge=0)] = 15
+    sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    workers: Annotated[int, Field(ge=1)] | None = None
