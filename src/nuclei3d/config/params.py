@@ -6,6 +6,7 @@ from pydantic import Field
 
 from nuclei3d.config.data import DataParams
 from nuclei3d.config.evaluate import EvaluateParams
+from nuclei3d.config.normalization import NormalizationParams
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.config.prepare import PrepareParams
 from nuclei3d.config.section import Section
@@ -20,6 +21,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataParams = DataParams()
     simulate: SimulateParams = SimulateParams()
+    normalization: NormalizationParams = NormalizationParams()
     prepare: PrepareParams = PrepareParams()
     train: TrainParams = TrainParams()
     predict: PredictParams = PredictParams()

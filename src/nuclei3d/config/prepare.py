@@ -14,7 +14,8 @@ class PrepareParams(Section):
     Volumes are downsampled `downsample_xy` times in x and y, then upsampled in z to cubic voxels
     (linear; labels by nearest neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is
     kept if it shows at least `min_nuclei` nuclei, counted after dropping slivers below `min_area_px`.
-    `sparse_share` adds planes with fewer nuclei, as a share of all planes written (0: none, the recipe).
+    `sparse_share` is the share of the planes with fewer nuclei that is kept all the same (0: the recipe).
+    `workers` None takes every core.
     """
 
     downsample_xy: PositiveFloat = 2.0

@@ -1,0 +1,271 @@
+"""From labelled embryos to a data set of planes with flows, ready for training here or in stock Cellpose."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from nuclei3d.config import Params, params_as_dict
+from nuclei3d.console import progress_bar, say
+from nuclei3d.core.contrast import nucleus_contrast
+from nuclei3d.core.flow_targets import flows_2d
+from nuclei3d.core.normalization import measure_range
+from nuclei3d.core.slicing import (
+    Plane,
+    cut_planes,
+    nucleus_volumes_um3,
+    sphere_diameter_um,
+    to_isotropic,
+)
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
+from nuclei3d.volumes.whole import whole_folder
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class PlaneRecord:
+    """One row of manifest.csv: where a plane came from and what is on it."""
+
+    part: str
+    file: str
+    embryo: str
+    frame: str
+    view: str
+    index: int
+    nuclei: int
+    min_contrast: float
+    norm_low: float
+    norm_high: float
+    height: int
+    width: int
+    md5: str
+
+
+@dataclass(frozen=True)
+class FrameSlices:
+    """What one frame gave: its planes, and the size and contrast of its nuclei in 3D."""
+
+    planes: tuple[PlaneRecord, ...]
+    voxel_um: float
+    volumes_um3: tuple[float, ...]
+    contrasts: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What `prepare` made; `summary` is the content of summary.json."""
+
+    out: Path
+    summary: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {"out": str(self.out), **self.summary}
+
+
+def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
+    """Cut every labelled frame of a data set into planes and write them with their flows.
+
+    Frames are read, cut and written one at a time in each of `prepare.workers` processes, so memory does
+    not grow with their number. The same input gives the same bytes.
+
+    Parameters
+    ----------
+    params
+        The sections data, normalization and prepare are used.
+    data
+        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
+    out
+        The folder to write: ``train``, ``validation``, ``test``, manifest.csv, summary.json, slices.png. It
+        appears when all is done; one that is there is replaced.
+
+    Raises
+    ------
+    InputError
+        If the data set or the split is unusable, or no training plane holds enough nuclei.
+    """
+    from nuclei3d.report.slices_sheet import draw_slices_sheet
+
+    _refuse_foreign_folder(out)
+    split = split_embryos(find_embryos(data), params.data.split)
+    tasks = [(part, frame) for part in PARTS for frame in split.of(part)]
+    with whole_folder(out) as folder:
+        for part in PARTS:
+            (folder / part).mkdir()
+        results = _slice_all(tasks, params, folder)
+        records = [record for result in results for record in result.planes]
+        if not any(record.part == "train" for record in records):
+            raise InputError(
+                f"no training plane of {data} shows {params.prepare.min_nuclei} nuclei or more; lower "
+                "prepare.min_nuclei, or give frames with more labelled nuclei"
+            )
+        summary = _summarise(params, data, tasks, results, records)
+        _write_manifest(folder / "manifest.csv", records)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draw_slices_sheet(folder, folder / "slices.png")
+    say(
+        f"{summary['planes']['train']} training planes in {out}; nuclei measure {summary['nucleus_diameter_um']:.3g} um "
+        f"({summary['diameter_px']:.3g} px on the planes)"
+    )
+    return PrepareResult(out, summary)
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """Replace only what is missing, empty, or a slice data set."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").is_file():
+        raise InputError(f"{out} exists and is no slice data set; give another folder or remove it yourself")
+
+
+def _slice_all(
+    tasks: Sequence[tuple[str, EmbryoFrame]], params: Params, folder: Path
+) -> list[FrameSlices]:
+    workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
+    slice_one = partial(slice_frame, params=params, folder=folder)
+    results: list[FrameSlices] = []
+    with progress_bar("prepare", total=len(tasks)) as bar:
+
+        def collect(produced: Iterable[FrameSlices]) -> None:
+            for result in produced:
+                results.append(result)
+                bar.advance()
+
+        if workers == 1:
+            collect(map(slice_one, tasks))
+        else:
+            # spawned, not forked: numba's and torch's threads do not survive a fork
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                collect(pool.map(slice_one, tasks))
+    return results
+
+
+def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> FrameSlices:
+    """Cut one frame and write its planes into ``folder/<part>``."""
+    part, frame = task
+    volume = read_labelled(frame, params.data)
+    norm = params.normalization
+    intensity = measure_range(
+        volume.image,
+        lower_percentile=norm.lower_percentile,
+        upper_percentile=norm.upper_percentile,
+        noise_floor=norm.noise_floor,
+    )
+    sizes = nucleus_volumes_um3(volume.labels, volume.voxel_size)
+    contrast_by_label = dict(
+        zip(sizes, nucleus_contrast(volume.image, volume.labels, volume.voxel_size), strict=True)
+    )
+    isotropic = to_isotropic(volume.image, volume.labels, volume.voxel_size, params.prepare.downsample_xy)
+    wanted = params.prepare
+    records = []
+    for plane in cut_planes(
+        isotropic,
+        {"xy": wanted.step_xy, "xz": wanted.step_xz, "yz": wanted.step_yz},
+        min_nuclei=wanted.min_nuclei,
+        min_area_px=wanted.min_area_px,
+        sparse_share=wanted.sparse_share,
+    ):
+        stem = f"{frame.embryo}_{frame.frame}_{plane.view}_{plane.index:04d}"
+        md5 = _write_plane(folder / part, stem, plane)
+        contrasts = [contrast_by_label[int(label)] for label in plane.label_of[1:]]
+        height, width = plane.labels.shape
+        records.append(
+            PlaneRecord(
+                part=part,
+                file=f"{part}/{stem}_img.tif",
+                embryo=frame.embryo,
+                frame=frame.frame,
+                view=plane.view,
+                index=plane.index,
+                nuclei=plane.nuclei,
+                min_contrast=round(float(np.nanmin(contrasts)), 4) if contrasts else float("nan"),
+                norm_low=intensity.low,
+                norm_high=intensity.high,
+                height=height,
+                width=width,
+                md5=md5,
+            )
+        )
+    return FrameSlices(
+        tuple(records), isotropic.voxel_um, tuple(sizes.values()), tuple(contrast_by_label.values())
+    )
+
+
+def _write_plane(folder: Path, stem: str, plane: Plane) -> str:
+    """Write image, labels and flows where Cellpose looks for them; return the md5 of the three."""
+    # half precision is more than the targets hold; the zeroed digits compress to almost nothing
+    flow = flows_2d(plane.labels).astype(np.float16).astype(np.float32)
+    foreground = (plane.labels > 0).astype(np.float32)
+    targets = np.stack([plane.labels.astype(np.float32), foreground, flow[0], flow[1]])
+    digest = hashlib.md5(usedforsecurity=False)
+    for suffix, array in (("_img", plane.image), ("_lbl", plane.labels), ("_img_flows", targets)):
+        encoded = _encode_tiff(array)
+        digest.update(encoded)
+        (folder / f"{stem}{suffix}.tif").write_bytes(encoded)
+    return digest.hexdigest()
+
+
+def _encode_tiff(array: NDArray[np.generic]) -> bytes:
+    buffer = BytesIO()
+    tifffile.imwrite(buffer, array, compression="zlib", photometric="minisblack", metadata=None)
+    return buffer.getvalue()
+
+
+def _summarise(
+    params: Params,
+    data: Path,
+    tasks: Sequence[tuple[str, EmbryoFrame]],
+    results: Sequence[FrameSlices],
+    records: Sequence[PlaneRecord],
+) -> dict[str, Any]:
+    training = [result for (part, _), result in zip(tasks, results, strict=True) if part == "train"]
+    volumes = np.concatenate([result.volumes_um3 for result in training])
+    contrasts = np.concatenate([result.contrasts for result in training])
+    contrasts = contrasts[np.isfinite(contrasts)]
+    pixel_sizes = np.array([result.voxel_um for result in results])
+    voxel_um = float(np.median(pixel_sizes))
+    if np.ptp(pixel_sizes) > 0.02 * voxel_um:
+        raise InputError(
+            f"the frames of {data} have different voxel sizes in x ({pixel_sizes.min():g} to "
+            f"{pixel_sizes.max():g} um on the planes); prepare them as separate data sets or resample them"
+        )
+    diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
+    quintiles = np.quantile(contrasts, [0.2, 0.4, 0.6, 0.8]) if len(contrasts) else np.array([])
+    digest = hashlib.md5("".join(record.file + record.md5 for record in records).encode(), usedforsecurity=False)
+    chosen = params_as_dict(params)
+    # the number of processes changes nothing that is written
+    del chosen["prepare"]["workers"]
+    return {
+        "data": str(data),
+        "nucleus_diameter_um": round(diameter_um, 4),
+        "voxel_um": round(voxel_um, 6),
+        "diameter_px": round(diameter_um / voxel_um, 3),
+        "contrast_quintiles": [round(float(edge), 4) for edge in quintiles],
+        "frames": {part: sum(1 for p, _ in tasks if p == part) for part in PARTS},
+        "embryos": {part: sorted({f.embryo for p, f in tasks if p == part}) for part in PARTS},
+        "planes": {part: sum(1 for record in records if record.part == part) for part in PARTS},
+        "training_nuclei": len(volumes),
+        "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
+        "md5": digest.hexdigest(),
+    }
+
+
+def _write_manifest(path: Path, records: Sequence[PlaneRecord]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(PlaneRecord)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in records)
