@@ -1,0 +1,1 @@
+"""A model as a folder: weights, model.json and a card."""

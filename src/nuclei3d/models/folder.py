@@ -1,0 +1,133 @@
+"""Saving and loading models: a folder with the weights, model.json and README.md (the card)."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nuclei3d.console import say
+from nuclei3d.core.networks import network_from_state
+from nuclei3d.errors import InputError
+from nuclei3d.models.info import ModelInfo, read_info
+from nuclei3d.volumes.whole import whole_folder
+
+INFO_FILE = "model.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes
+    ----------
+    network
+        In evaluation mode, on the CPU.
+    info
+        Scale, normalisation, thresholds, origin.
+    path
+        The weights file.
+    """
+
+    network: nn.Module
+    info: ModelInfo
+    path: Path
+
+
+def save_model(folder: Path, network: nn.Module, info: ModelInfo, card: str) -> None:
+    """Write a model folder, whole or not at all; an existing one is replaced.
+
+    Parameters
+    ----------
+    folder
+        The model's folder, such as ``models/nuclei_3d``.
+    network
+        A network whose state is that of a Cellpose 3 CNN; it is saved from the CPU in float32, as
+        ``cellpose.models.CellposeModel`` loads it.
+    info
+        Becomes model.json; ``info.name`` is the name of the weights file.
+    card
+        Text of README.md.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written, or the name is that of another file of the folder.
+    """
+    if info.name in (INFO_FILE, CARD_FILE):
+        raise InputError(f"a model cannot be called '{info.name}'; choose another name (train.name)")
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with whole_folder(folder) as partial:
+        torch.save(state, partial / info.name)
+        (partial / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / CARD_FILE).write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def load_model(path: Path) -> Model:
+    """Load a model from its folder or its weights file.
+
+    A bare weights file of Cellpose 3, with no model.json beside it, loads with its own ``diam_mean`` and this
+    package's defaults; the reader is told.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it holds no weights of a Cellpose 3 CNN, or model.json is not valid.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    info: ModelInfo | None
+    if path.is_dir():
+        info = read_info(path / INFO_FILE)
+        weights = folder / info.name
+    elif not path.exists():
+        raise InputError(f"no model at {path}; give a model folder (with {INFO_FILE}) or a weights file")
+    elif path.name in (INFO_FILE, CARD_FILE):
+        raise InputError(
+            f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
+        )
+    else:
+        weights = path
+        beside = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
+        info = beside if beside is not None and beside.name == path.name else None
+    if info is not None and info.kind != "views2d":
+        raise InputError(f"{weights} is a model of kind '{info.kind}', which this version cannot run")
+    network = network_from_state(read_state(weights), where=str(weights))
+    if info is None:
+        diameter = float(network.diam_mean.item())
+        info = ModelInfo(name=_valid_name(weights.name), diameter_px=diameter)
+        say(
+            f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
+            "and default normalisation and thresholds"
+        )
+    return Model(network=network, info=info, path=weights)
+
+
+def read_state(weights: Path) -> Mapping[str, Tensor]:
+    """Read a weights file without running any code from it.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is no file of torch weights.
+    """
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read the weights {weights}: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError):
+        raise InputError(
+            f"{weights} is not a weights file: expected a state dict saved by torch (a Cellpose 3 CNN)"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise InputError(f"{weights} holds a {type(state).__name__}; expected names and tensors of a network")
+    return state
+
+
+def _valid_name(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "weights"
