@@ -1,0 +1,67 @@
+"""The layers of docs/architecture.md hold: an arrow only points down."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nuclei3d
+
+PACKAGE = Path(nuclei3d.__file__).parent
+LAYERS = {
+    "errors": 0,
+    "console": 0,
+    "config": 1,
+    "volumes": 1,
+    "core": 2,
+    "models": 3,
+    "tracking": 4,
+    "report": 4,
+    "serving": 5,
+    "stages": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def test_every_room_has_a_layer() -> None:
+    rooms = {room_of(path) for path in MODULES} - {"__init__"}
+    assert rooms <= set(LAYERS), f"give these a layer in docs/architecture.md and here: {rooms - set(LAYERS)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[0] == "nuclei3d" and len(parts) > 1:
+            assert LAYERS[parts[1]] <= LAYERS[room], f"{room} imports {name} from a higher layer"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_tracking_imports_mlflow(path: Path) -> None:
+    if room_of(path) != "tracking":
+        assert not any(name.split(".")[0] == "mlflow" for name in imported_names(path))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=lambda path: path.name)
+def test_core_touches_no_files(path: Path) -> None:
+    assert not imported_names(path) & {"pathlib", "tifffile", "zarr", "shutil", "csv", "json"}
