@@ -1,0 +1,195 @@
+"""Where a result comes from: commit, data, parameters, environment, seed and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from nuclei3d.config import Params
+
+UNKNOWN = "unknown"
+_NAMED_PACKAGES = ("nuclei3d", "torch", "cellpose", "numpy", "scipy", "tifffile", "mlflow", "dvc")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What one run was made from.
+
+    Attributes
+    ----------
+    git_commit, git_dirty
+        The commit of the project and whether tracked files (dvc.lock aside) or sources differ from it.
+    input_md5
+        MD5 of each input by name, such as ``data`` (as data.dvc says) and ``slices``.
+    versions
+        Versions of Python and of the packages that decide the result.
+    seed, device, host
+        The seed of all generators, ``cpu`` or the name of the GPU, the machine.
+    """
+
+    git_commit: str
+    git_dirty: bool
+    input_md5: Mapping[str, str]
+    versions: Mapping[str, str]
+    seed: int
+    device: str
+    host: str
+
+    def as_tags(self) -> dict[str, str]:
+        """Give the lineage as flat tags ``nuclei3d.<what>``."""
+        tags = {
+            "nuclei3d.git_commit": self.git_commit,
+            "nuclei3d.git_dirty": str(self.git_dirty).lower(),
+            "nuclei3d.seed": str(self.seed),
+            "nuclei3d.device": self.device,
+            "nuclei3d.host": self.host,
+        }
+        tags |= {f"nuclei3d.{name}_md5": md5 for name, md5 in self.input_md5.items()}
+        deciding = ("python", "torch", "cellpose", "numpy")
+        tags["nuclei3d.environment"] = ", ".join(
+            f"{name} {self.versions[name]}" for name in deciding if name in self.versions
+        )
+        if self.git_commit != UNKNOWN:
+            tags["mlflow.source.git.commit"] = self.git_commit
+        return tags
+
+    def as_json(self) -> dict[str, object]:
+        """Give the lineage as plain nested data."""
+        return {
+            "git_commit": self.git_commit,
+            "git_dirty": self.git_dirty,
+            "input_md5": dict(self.input_md5),
+            "versions": dict(self.versions),
+            "seed": self.seed,
+            "device": self.device,
+            "host": self.host,
+        }
+
+
+def trace_lineage(params: Params, inputs: Mapping[str, Path], *, device: str | None = None) -> Lineage:
+    """Look up where the result about to be made comes from.
+
+    `device` is the wish in the parameters of the stage (``auto``, ``cpu``, ``cuda``); None means that the
+    stage computes on the CPU only.
+    """
+    commit, dirty = git_state()
+    return Lineage(
+        git_commit=commit,
+        git_dirty=dirty,
+        input_md5={name: md5_of_input(path) for name, path in inputs.items()},
+        versions=package_versions(),
+        seed=params.seed,
+        device=_device_name(device),
+        host=platform.node(),
+    )
+
+
+def git_state(folder: Path | None = None) -> tuple[str, bool]:
+    """Give the commit of the project around `folder` and whether it has changes that are not committed.
+
+    Inside a DVC stage dvc.lock is always changed, so it does not count; files that Git does not know count
+    only among the sources.
+    """
+    here = folder or Path.cwd()
+    commit = _git(here, "rev-parse", "HEAD")
+    if commit is None:
+        return UNKNOWN, False
+    top = Path(_git(here, "rev-parse", "--show-toplevel") or here)
+    changed = _git(top, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    unknown = _git(top, "ls-files", "--others", "--exclude-standard", "--", "src")
+    return commit, bool(changed) or bool(unknown)
+
+
+def md5_of_input(path: Path) -> str:
+    """Give the MD5 of an input file or folder.
+
+    DVC's own value is taken where `path` is tracked (``<path>.dvc``), a slice data set's from its
+    summary.json; anything else is read: a folder's MD5 is that of its sorted file names and their MD5s.
+    """
+    tracked = _md5_in_dvc_file(path)
+    if tracked is not None:
+        return tracked
+    if path.is_file():
+        return _md5_of_file(path)
+    if not path.is_dir():
+        return UNKNOWN
+    summarised = _md5_in_summary(path)
+    if summarised is not None:
+        return summarised
+    digest = hashlib.md5(usedforsecurity=False)
+    for file in sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_md5_of_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that decide the result."""
+    versions = {"python": platform.python_version()}
+    for name in _NAMED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def environment_listing() -> str:
+    """Give every installed package with its version, one ``name==version`` a line."""
+    found = {str(item.metadata["Name"]).lower(): item.version for item in metadata.distributions()}
+    head = f"# Python {sys.version.split()[0]} on {platform.platform()}\n"
+    return head + "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+
+
+def _device_name(wish: str | None) -> str:
+    if wish is None or wish == "cpu":
+        return "cpu"
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "cpu"
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _md5_in_dvc_file(path: Path) -> str | None:
+    file = path.with_name(f"{path.name}.dvc") if path.name else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        outs = yaml.safe_load(file.read_text(encoding="utf-8"))["outs"]
+        return str(outs[0]["md5"])
+    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _md5_in_summary(folder: Path) -> str | None:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return str(summary["md5"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _md5_of_file(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,269 @@
+"""One MLflow run per stage, with its lineage, that works under `mlflow run`, under DVC and bare."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nuclei3d.config import Params, params_as_dict
+from nuclei3d.console import say
+from nuclei3d.tracking.lineage import environment_listing, trace_lineage
+from nuclei3d.tracking.store import experiment_id, open_store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# The sections of params.yaml whose values are logged as parameters of a stage's run; the whole file is
+# always kept as an artifact.
+_SECTIONS = {
+    "simulate": ("simulate",),
+    "prepare": ("data", "prepare"),
+    "train": ("train",),
+    "predict": ("predict",),
+    "evaluate": ("predict", "evaluate"),
+    "register": ("tracking",),
+    "serve": ("serve",),
+}
+_MAX_METRICS_IN_BATCH = 900
+_MAX_VALUE_LENGTH = 5000
+PARENT_RUN_VARIABLE = "NUCLEI3D_PARENT_RUN_ID"
+
+
+class StageRun:
+    """A thin handle on one MLflow run; a silent one (`run_id` None) when tracking is switched off.
+
+    A server that stops answering in the middle does not take hours of computing with it: what could not be
+    sent is kept and sent with the next values, and the user is told once.
+    """
+
+    def __init__(self, client: MlflowClient | None, run_id: str | None) -> None:
+        self._client = client
+        self._unsent: list[Callable[[], None]] = []
+        self._told = False
+        self.run_id = run_id
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers under their names, as points of curves if `step` is given."""
+        if self._client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(name, float(value), now, step or 0) for name, value in values.items()]
+        for first in range(0, len(points), _MAX_METRICS_IN_BATCH):
+            self._send("log_batch", metrics=points[first : first + _MAX_METRICS_IN_BATCH])
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log settings; a name with a dot cannot collide with the parameters that `mlflow run` logs."""
+        if self._client is None:
+            return
+        from mlflow.entities import Param
+
+        entries = [Param(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
+        for first in range(0, len(entries), 100):
+            self._send("log_batch", params=entries[first : first + 100])
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Set tags."""
+        if self._client is None:
+            return
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
+        for first in range(0, len(entries), 100):
+            self._send("log_batch", tags=entries[first : first + 100])
+
+    def note(self, text: str) -> None:
+        """Set the description that the MLflow UI shows on top of the run (Markdown)."""
+        self.tags({"mlflow.note.content": text})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keep a copy of a file, or of a folder with all it holds, under `folder` of the run's artifacts."""
+        if path.is_dir():
+            self._send("log_artifacts", str(path), "/".join(part for part in (folder, path.name) if part))
+        else:
+            self._send("log_artifact", str(path), folder or None)
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text as the artifact `name`."""
+        self._send("log_text", text, name)
+
+    def figure(self, figure: object, name: str) -> None:
+        """Keep a matplotlib or plotly figure as the artifact `name`, such as ``curves.png``."""
+        self._send("log_figure", figure, name)
+
+    def finish(self) -> None:
+        """Send what is still waiting; say so where that fails."""
+        if self._flush():
+            return
+        say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
+
+    def _send(self, method: str, *values: Any, **named: Any) -> None:
+        if self._client is None:
+            return
+        call = getattr(self._client, method)
+        self._unsent.append(lambda: call(self.run_id, *values, **named))
+        if not self._flush() and not self._told:
+            self._told = True
+            say("warning: the tracking server stopped answering; going on, trying again with the next values")
+
+    def _flush(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        while self._unsent:
+            try:
+                self._unsent[0]()
+            except (MlflowException, OSError) as error:
+                if _is_refusal(error):
+                    self._unsent.pop(0)
+                    raise
+                return False
+            self._unsent.pop(0)
+        return True
+
+
+@contextmanager
+def stage_run(
+    stage: str, params: Params, *, inputs: Mapping[str, Path], name: str | None = None
+) -> Iterator[StageRun]:
+    """Open the MLflow run of a stage, log where its result comes from, and close it with its outcome.
+
+    Under `mlflow run` the first stage of the process adopts the run that MLflow made. Inside another
+    `stage_run` (the pipeline), or with the environment variable NUCLEI3D_PARENT_RUN_ID, the new run is a
+    child. Otherwise it is a run of its own in the experiment `tracking.experiment`.
+
+    Parameters
+    ----------
+    stage
+        ``prepare``, ``train``, ... ; also the run's name unless `name` says more.
+    params
+        All parameters; those of the stage's own sections are logged, the rest is an artifact.
+    inputs
+        Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
+        tags.
+
+    Raises
+    ------
+    InputError
+        If the tracking server does not answer.
+    """
+    if not params.tracking.enabled:
+        yield StageRun(None, None)
+        return
+    client = open_store(params.tracking)
+    lineage = trace_lineage(params, inputs, device=_device_wish(stage, params))
+    run_id = _begin(client, params, name or stage)
+    run = StageRun(client, run_id)
+    run.tags({"nuclei3d.stage": stage, "nuclei3d.process": f"{socket.gethostname()}:{os.getpid()}"})
+    run.tags(lineage.as_tags())
+    run.params(_stage_params(stage, params))
+    run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
+    run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
+    run.text(environment_listing(), "lineage/environment.txt")
+    try:
+        yield run
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+        run.tags({"nuclei3d.failure": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        run.finish()
+        _end("KILLED" if stopped else "FAILED")
+        raise
+    run.finish()
+    _end("FINISHED")
+    _write_record(stage, run_id)
+
+
+def _begin(client: MlflowClient, params: Params, name: str) -> str:
+    """Start (or adopt) the run and give its id."""
+    import mlflow
+
+    around = mlflow.active_run()
+    adopted = os.environ.get("MLFLOW_RUN_ID")
+    parent = os.environ.get(PARENT_RUN_VARIABLE)
+    if around is not None:
+        # parent_run_id is given although MLflow could find it: nested runs under `mlflow run` have been
+        # seen to overwrite their parent (mlflow#15713).
+        run = mlflow.start_run(
+            experiment_id=around.info.experiment_id,
+            run_name=name,
+            nested=True,
+            parent_run_id=around.info.run_id,
+        )
+    elif adopted:
+        # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
+        run = mlflow.start_run()
+        client.set_tag(run.info.run_id, "mlflow.runName", name)
+    elif parent:
+        experiment = client.get_run(parent).info.experiment_id
+        run = mlflow.start_run(experiment_id=experiment, run_name=name, parent_run_id=parent)
+    else:
+        run = mlflow.start_run(experiment_id=experiment_id(client, params.tracking), run_name=name)
+    return str(run.info.run_id)
+
+
+def _end(status: str) -> None:
+    """Close the run; a server that no longer answers leaves it open there, but not here."""
+    import mlflow
+
+    try:
+        mlflow.end_run(status)
+    except (mlflow.exceptions.MlflowException, OSError):
+        say("warning: the tracking server does not answer; the run stays marked as running there")
+
+
+def _stage_params(stage: str, params: Params) -> dict[str, object]:
+    """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
+    tree = params_as_dict(params)
+    names = _SECTIONS.get(stage, tuple(key for key, value in tree.items() if isinstance(value, dict)))
+    flat: dict[str, object] = {"run.seed": params.seed}
+
+    def walk(prefix: str, node: Mapping[str, object]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    for section in names:
+        if isinstance(tree.get(section), dict):
+            walk(f"{section}.", tree[section])
+    return flat
+
+
+def _device_wish(stage: str, params: Params) -> str | None:
+    if stage == "train":
+        return params.train.device
+    if stage in ("predict", "search", "pipeline", "serve"):
+        return params.predict.device
+    return None
+
+
+def _write_record(stage: str, run_id: str) -> None:
+    """Under DVC, leave the run's id in runs/dvc/<stage>.json.
+
+    dvc.yaml declares that file as an output that is not cached. So DVC leads to the MLflow run, and DVC
+    does not fill a stage from its run cache, which would leave MLflow without a run.
+    """
+    dvc_stage = os.environ.get("DVC_STAGE")
+    root = os.environ.get("DVC_ROOT")
+    if not dvc_stage or not root:
+        return
+    folder = Path(root) / "runs" / "dvc"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell a request that the server refused (our mistake) from a server that does not answer."""
+    code = getattr(error, "error_code", "")
+    return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")

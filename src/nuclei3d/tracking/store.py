@@ -1,0 +1,160 @@
+"""Where runs and models are kept: finding, checking and opening the MLflow store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from nuclei3d.config.tracking import TrackingParams
+from nuclei3d.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+_DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ANSWER_TIMEOUT_S = 5.0
+
+
+def project_folder(start: Path | None = None) -> Path:
+    """Give the project directory: the nearest one upwards with an MLproject or params.yaml, else `start`."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "MLproject").is_file() or (folder / "params.yaml").is_file():
+            return folder
+    return here
+
+
+def store_uri(params: TrackingParams) -> str:
+    """Give the URI of the store, with SQLite paths made absolute.
+
+    Order: `tracking.uri`, then the environment variable MLFLOW_TRACKING_URI, then mlflow.db in the
+    project directory.
+    """
+    uri = params.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    if not uri:
+        return f"{SQLITE}{project_folder() / 'mlflow.db'}"
+    if uri.startswith(SQLITE):
+        path = Path(uri.removeprefix(SQLITE)).expanduser()
+        return f"{SQLITE}{path.resolve()}"
+    if "://" not in uri and not uri.startswith("databricks"):
+        raise InputError(
+            f"tracking.uri '{uri}' is no store that MLflow can write; give an http(s) address or a database, "
+            "for example sqlite:////home/me/mlflow.db"
+        )
+    return uri
+
+
+def open_store(params: TrackingParams) -> MlflowClient:
+    """Connect MLflow to the store and give a client.
+
+    Raises
+    ------
+    InputError
+        If the server or database does not answer within seconds, or the SQLite file cannot be written.
+    """
+    uri = store_uri(params)
+    _check_reachable(uri)
+    _quieten()
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tracking store {_without_password(uri)} cannot be used: {reason}") from None
+    return client
+
+
+def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
+    """Give the id of the experiment, made if it is new (or was deleted).
+
+    With SQLite its artifacts lie beside the database, in mlartifacts/<experiment>, at an absolute path:
+    MLflow's own default would depend on the directory from which the first run was started.
+    """
+    from mlflow.entities import ViewType
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage == ViewType.to_string(ViewType.DELETED_ONLY).removesuffix("_only"):
+            client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+    location = None
+    uri = store_uri(params)
+    if uri.startswith(SQLITE):
+        location = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" / name).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        # Another process made it between our look and our creation.
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _check_reachable(uri: str) -> None:
+    """Fail within seconds where MLflow itself would go on trying for minutes."""
+    if uri.startswith(SQLITE):
+        _check_sqlite(Path(uri.removeprefix(SQLITE)))
+        return
+    parts = urlsplit(uri)
+    port = parts.port or _DEFAULT_PORTS.get(parts.scheme.partition("+")[0])
+    if parts.hostname is None or port is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_ANSWER_TIMEOUT_S).close()
+        if parts.scheme in ("http", "https"):
+            import requests
+
+            # Any answer will do, also "401": the question is only whether somebody is there.
+            requests.get(uri, timeout=_ANSWER_TIMEOUT_S, stream=True).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(
+            f"the tracking server {_without_password(uri)} does not answer ({reason}); start it, correct "
+            "tracking.uri or MLFLOW_TRACKING_URI, or run with --set tracking.enabled=false"
+        ) from None
+
+
+def _check_sqlite(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {path.parent} for the tracking store: {error.strerror}"
+        ) from None
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK):
+        raise InputError(f"cannot write the tracking store {path}; give another place with tracking.uri")
+    if path.is_dir():
+        raise InputError(
+            f"the tracking store {path} is a folder; tracking.uri must name a file such as mlflow.db"
+        )
+    if path.exists() and path.stat().st_size > 0:
+        with path.open("rb") as file:
+            if not file.read(16).startswith(b"SQLite format 3"):
+                raise InputError(f"{path} is no SQLite database; give another place with tracking.uri")
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return uri.replace(f":{parts.password}@", ":***@")
+
+
+def _quieten() -> None:
+    """Keep MLflow's and Alembic's accounts of their database migrations off the user's screen."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking", "mlflow.models", "mlflow.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
