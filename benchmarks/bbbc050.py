@@ -1,0 +1,208 @@
+"""Train on BBBC050, choose on one embryo, report on another, with stock Cellpose and Otsu beside it.
+
+    python benchmarks/bbbc050.py --data DIR --out DIR [--params FILE] [--json]
+
+The embryos of the split in the parameter file are used: training embryos for the slices, the validation
+embryo for thresholds and choice, the test embryo for the table. Stock Cellpose trains on the same slices
+with the same network, number of crops and crop size (``cellpose.train.train_seg``), and segments with
+``CellposeModel.eval(do_3D=True)``. A step whose output is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.console import say
+from nuclei3d.core.watershed import otsu_watershed
+from nuclei3d.models.folder import load_model
+from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.stages.predict import predict
+from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.train import train
+from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
+from nuclei3d.volumes.writing import write_labels
+
+COLUMNS = {
+    "SEG": lambda m: m["seg"],
+    "MUCov": lambda m: m["mucov"],
+    "foreground IoU": lambda m: m["foreground_iou"],
+    "AP .5": lambda m: m["ap"]["0.50"],
+    "AP .75": lambda m: m["ap"]["0.75"],
+    "precision": lambda m: m["precision"],
+    "recall, faintest fifth": lambda m: m["recall_faint"],
+    "recall, brightest fifth": lambda m: m["recall_bright"],
+}
+
+
+def once(folder: Path, name: str, times: dict[str, float], work: Callable[[], Any]) -> None:
+    """Do a step unless its record says that it is done; keep the seconds it took."""
+    record = folder / f"{name}.seconds"
+    if record.is_file():
+        times[name] = float(record.read_text())
+        return
+    say(f"--- {name}")
+    start = time.perf_counter()
+    work()
+    times[name] = time.perf_counter() - start
+    record.write_text(f"{times[name]:.2f}\n")
+
+
+def train_stock(params: Params, slices: Path, out: Path) -> None:
+    """Train stock Cellpose on the same slices (those that its rule admits) with as many crops."""
+    import torch
+    from cellpose.models import CellposeModel
+    from cellpose.train import train_seg
+
+    logging.basicConfig(level=logging.INFO)
+    settings = params.train
+    torch.manual_seed(params.seed)
+    with (slices / "manifest.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "train"]
+    files = [slices / row["file"] for row in rows if int(row["nuclei"]) >= settings.min_train_masks]
+    images = [tifffile.imread(path) for path in files]
+    targets = [tifffile.imread(path.with_name(path.stem + "_flows.tif")) for path in files]
+    model = CellposeModel(gpu=settings.device != "cpu" and torch.cuda.is_available(), pretrained_model=False)
+    model.net.diam_mean.data[:] = settings.diameter_px
+    out.mkdir(parents=True, exist_ok=True)
+    train_seg(
+        model.net,
+        train_data=images,
+        train_labels=targets,
+        channels=[0, 0],
+        batch_size=settings.batch_size,
+        n_epochs=settings.epochs,
+        nimg_per_epoch=settings.crops_per_epoch,
+        bsize=settings.crop_px,
+        min_train_masks=settings.min_train_masks,
+        save_path=str(out),
+        model_name="stock",
+    )
+
+
+def predict_stock(
+    weights: Path, frames: list[EmbryoFrame], params: Params, diameter_um: float, out: Path
+) -> None:
+    """Segment with stock Cellpose as its users do: diameter and anisotropy given, all else default."""
+    import torch
+    from cellpose.models import CellposeModel
+
+    model = CellposeModel(gpu=torch.cuda.is_available(), pretrained_model=str(weights))
+    for frame in frames:
+        volume = read_labelled(frame, params.data)
+        masks, _, _ = model.eval(
+            volume.image,
+            channels=[0, 0],
+            do_3D=True,
+            z_axis=0,
+            diameter=diameter_um / volume.voxel_size.x,
+            anisotropy=volume.voxel_size.anisotropy,
+        )
+        target = out / frame.embryo / f"{frame.frame}_masks.ome.tif"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_labels(target, masks.astype(np.uint32), volume.voxel_size)
+
+
+def predict_otsu(frames: list[EmbryoFrame], params: Params, diameter_um: float, out: Path) -> None:
+    """Segment with Otsu's threshold and a watershed of the distance transform."""
+    for frame in frames:
+        volume = read_labelled(frame, params.data)
+        labels = otsu_watershed(volume.image, volume.voxel_size, diameter_um)
+        target = out / frame.embryo / f"{frame.frame}_masks.ome.tif"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_labels(target, labels, volume.voxel_size)
+
+
+def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
+    """Do every step that is not done yet and gather the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    times: dict[str, float] = {}
+    slices, ours = out / "slices", out / "models" / params.train.name
+    once(out, "prepare", times, lambda: prepare(params, data, slices))
+    summary = json.loads((slices / "summary.json").read_text())
+    diameter_um = summary["nucleus_diameter_um"]
+    split = split_embryos(find_embryos(data), params.data.split)
+    test = list(split.test)
+    once(out, "train", times, lambda: train(params, slices, ours, data=data))
+    for embryo in sorted({frame.embryo for frame in test}):
+        once(
+            out,
+            f"predict_{embryo}",
+            times,
+            lambda embryo=embryo: predict(
+                params, [data / embryo / "images"], str(ours), out / "ours" / embryo
+            ),
+        )
+    once(out, "otsu", times, lambda: predict_otsu(test, params, diameter_um, out / "otsu"))
+    once(out, "stock_train", times, lambda: train_stock(params, slices, out / "stock_model"))
+    weights = out / "stock_model" / "models" / "stock"
+    once(
+        out,
+        "stock_predict",
+        times,
+        lambda: predict_stock(weights, test, params, diameter_um, out / "stock"),
+    )
+    rows = {}
+    for method in ("ours", "stock", "otsu"):
+        folder = out / f"evaluation_{method}"
+        truth, images = out / "truth" / "labels", out / "truth" / "images"
+        once(out, "truth", times, lambda truth=truth, images=images: gather_truth(test, truth, images))
+        evaluate(params, truth, out / method, folder, images=images)
+        rows[method] = json.loads((folder / "metrics.json").read_text())
+    info = load_model(ours).info
+    return {
+        "test": sorted({frame.embryo for frame in test}),
+        "volumes": len(test),
+        "nuclei": rows["ours"]["n_true"],
+        "thresholds": {"cellprob": info.cellprob_threshold, "score": info.score_threshold},
+        "seconds": times,
+        "metrics": {method: {name: pick(m) for name, pick in COLUMNS.items()} for method, m in rows.items()},
+        "recall_by_contrast": {method: m["recall_by_contrast"] for method, m in rows.items()},
+    }
+
+
+def gather_truth(frames: list[EmbryoFrame], labels: Path, images: Path) -> None:
+    """Link the test frames into folders by embryo, the shape that `evaluate` pairs with predictions."""
+    for frame in frames:
+        for target, source in ((labels, frame.label_path), (images, frame.image_path)):
+            assert source is not None
+            link = target / frame.embryo / source.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source.resolve())
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Draw the table of the README."""
+    names = {"ours": "nuclei3d", "stock": "stock Cellpose 3.1.1.3, do_3D", "otsu": "Otsu + watershed"}
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for method, values in result["metrics"].items():
+        lines.append(f"| {names[method]} | " + " | ".join(f"{values[c]:.3f}" for c in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--params", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = run(load_params(args.params, args.overrides), args.data, args.out)
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "table.md").write_text(as_markdown(result) + "\n")
+    print(json.dumps(result) if args.json else as_markdown(result))
+
+
+if __name__ == "__main__":
+    main()
