@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import progress_bar, say
-from nuclei3d.core.contrast import nucleus_contrast
+from nuclei3d.core.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.core.flow_targets import flows_2d
 from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.slicing import (
@@ -166,9 +166,7 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         noise_floor=norm.noise_floor,
     )
     sizes = nucleus_volumes_um3(volume.labels, volume.voxel_size)
-    contrast_by_label = dict(
-        zip(sizes, nucleus_contrast(volume.image, volume.labels, volume.voxel_size), strict=True)
-    )
+    contrast = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
     isotropic = to_isotropic(volume.image, volume.labels, volume.voxel_size, params.prepare.downsample_xy)
     wanted = params.prepare
     records = []
@@ -181,7 +179,8 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
     ):
         stem = f"{frame.embryo}_{frame.frame}_{plane.view}_{plane.index:04d}"
         md5 = _write_plane(folder / part, stem, plane)
-        contrasts = [contrast_by_label[int(label)] for label in plane.label_of[1:]]
+        faintest = contrast[plane.label_of[1:]]
+        faintest = faintest[np.isfinite(faintest)]
         height, width = plane.labels.shape
         records.append(
             PlaneRecord(
@@ -192,7 +191,7 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
                 view=plane.view,
                 index=plane.index,
                 nuclei=plane.nuclei,
-                min_contrast=round(float(np.nanmin(contrasts)), 4) if contrasts else float("nan"),
+                min_contrast=round(float(faintest.min()), 4) if len(faintest) else float("nan"),
                 norm_low=intensity.low,
                 norm_high=intensity.high,
                 height=height,
@@ -201,7 +200,10 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
             )
         )
     return FrameSlices(
-        tuple(records), isotropic.voxel_um, tuple(sizes.values()), tuple(contrast_by_label.values())
+        tuple(records),
+        isotropic.voxel_um,
+        tuple(sizes.values()),
+        tuple(float(contrast[label]) for label in sizes),
     )
 
 
@@ -235,7 +237,6 @@ def _summarise(
     training = [result for (part, _), result in zip(tasks, results, strict=True) if part == "train"]
     volumes = np.concatenate([result.volumes_um3 for result in training])
     contrasts = np.concatenate([result.contrasts for result in training])
-    contrasts = contrasts[np.isfinite(contrasts)]
     pixel_sizes = np.array([result.voxel_um for result in results])
     voxel_um = float(np.median(pixel_sizes))
     if np.ptp(pixel_sizes) > 0.02 * voxel_um:
@@ -244,7 +245,7 @@ def _summarise(
             f"{pixel_sizes.max():g} um on the planes); prepare them as separate data sets or resample them"
         )
     diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
-    quintiles = np.quantile(contrasts, [0.2, 0.4, 0.6, 0.8]) if len(contrasts) else np.array([])
+    quintiles = contrast_edges(contrasts)
     digest = hashlib.md5("".join(record.file + record.md5 for record in records).encode(), usedforsecurity=False)
     chosen = params_as_dict(params)
     # the number of processes changes nothing that is written
