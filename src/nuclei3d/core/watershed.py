@@ -17,9 +17,10 @@ def otsu_watershed(
 ) -> NDArray[np.uint32]:
     """Segment nuclei by a global threshold, then cut touching ones where the foreground narrows.
 
-    Every length scales with the nucleus, so nothing is tuned to a data set: smoothing with a sigma of
-    1/20 of the diameter, distance maxima at least 0.45 of the diameter apart as seeds, objects below 1/10 of
-    the volume of a nucleus dropped.
+    The image is clipped to its 1st and 99.8th percentile and its square root taken, which evens out shot
+    noise and keeps single mitoses from setting the threshold; this makes the baseline a strong one. Every
+    length scales with the nucleus: smoothing with a sigma of 1/20 of the diameter, of the distance map 1/10,
+    seeds at least 0.3 of the diameter apart, objects below 1/10 of the volume of a nucleus dropped.
 
     Parameters
     ----------
@@ -38,18 +39,21 @@ def otsu_watershed(
 
     if image.ndim != 3:
         raise InputError(f"the watershed wants a volume (Z, Y, X), got shape {image.shape}")
-    empty = np.zeros(image.shape, dtype=np.uint32)
-    smooth = gaussian_filter(image.astype(np.float32), _voxels(nucleus_diameter_um / 20, voxel_size))
-    if smooth.size == 0 or smooth.min() == smooth.max():
-        return empty
-    foreground = smooth > float(threshold_otsu(smooth))
+    if image.size == 0:
+        return np.zeros(image.shape, dtype=np.uint32)
+    low, high = np.percentile(image, (1, 99.8))
+    steady = np.sqrt(np.clip(image.astype(np.float32), low, high) - np.float32(low))
+    smooth = gaussian_filter(steady, _voxels(nucleus_diameter_um / 20, voxel_size))
+    if smooth.min() == smooth.max():
+        return np.zeros(image.shape, dtype=np.uint32)
+    foreground = smooth > threshold_otsu(smooth)  # type: ignore[no-untyped-call]
     distance = distance_transform_edt(foreground, sampling=voxel_size.zyx).astype(np.float32)
-    distance = gaussian_filter(distance, _voxels(nucleus_diameter_um / 20, voxel_size))
-    window = [2 * round(0.45 * nucleus_diameter_um / edge) + 1 for edge in voxel_size.zyx]
+    distance = gaussian_filter(distance, _voxels(nucleus_diameter_um / 10, voxel_size))
+    window = [2 * round(0.3 * nucleus_diameter_um / edge) + 1 for edge in voxel_size.zyx]
     peaks = foreground & (distance == maximum_filter(distance, window))
     # Plateaus (neighbouring voxels of equal distance) are one seed.
     seeds, _ = label(peaks, structure=np.ones((3, 3, 3)))
-    pieces = watershed(-distance, seeds, mask=foreground)
+    pieces = watershed(-distance, seeds, mask=foreground)  # type: ignore[no-untyped-call]
     smallest = np.pi / 6 * nucleus_diameter_um**3 / 10 / voxel_size.volume_um3
     return _without_small(pieces, smallest)
 
