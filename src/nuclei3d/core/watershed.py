@@ -41,7 +41,7 @@ def otsu_watershed(
         raise InputError(f"the watershed wants a volume (Z, Y, X), got shape {image.shape}")
     if image.size == 0:
         return np.zeros(image.shape, dtype=np.uint32)
-    low, high = np.percentile(image, (1, 99.8))
+    low, high = np.percentile(image.astype(np.float32), (1, 99.8))
     steady = np.sqrt(np.clip(image.astype(np.float32), low, high) - np.float32(low))
     smooth = gaussian_filter(steady, _voxels(nucleus_diameter_um / 20, voxel_size))
     if smooth.min() == smooth.max():
