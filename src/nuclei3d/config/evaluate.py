@@ -1,15 +1,38 @@
 """Parameters of the evaluation."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from nuclei3d.config.data import PositiveFloat
 from nuclei3d.config.section import Section
 
 
 class EvaluateParams(Section):
-    """Thresholds, contrast bins and bootstrap of the evaluation."""
+    """Thresholds, contrast bins, bootstrap and report of the evaluation.
+
+    `resample` says what the bootstrap draws: whole embryos, blocks of time within embryos, or (auto)
+    embryos where there are at least four. `otsu_baseline` puts Otsu's threshold with a watershed beside
+    the model where there are images. `viewer_megabytes` bounds the volumes shown in the report; larger data
+    are shown in part and at a lower resolution.
+    """
 
     thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
     contrast_bins: Annotated[int, Field(ge=2)] = 5
     bootstrap: Annotated[int, Field(ge=0)] = 1000
+    resample: Literal["auto", "embryo", "time"] = "auto"
+    otsu_baseline: bool = True
+    surface_distances: bool = True
+    report: bool = True
+    viewer_megabytes: PositiveFloat = 8.0
+
+    @field_validator("thresholds")
+    @classmethod
+    def _usable_thresholds(cls, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        if not thresholds or any(not 0 < threshold <= 1 for threshold in thresholds):
+            raise ValueError("IoU thresholds must lie above 0 and at most at 1, and there must be one")
+        if list(thresholds) != sorted(set(thresholds)):
+            raise ValueError("IoU thresholds must ascend without repeats, such as [0.5, 0.75, 0.9]")
+        if len({f"{threshold:.2f}" for threshold in thresholds}) < len(thresholds):
+            raise ValueError("IoU thresholds must differ in their first two decimals")
+        return thresholds

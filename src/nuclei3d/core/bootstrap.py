@@ -1,0 +1,119 @@
+"""Intervals by resampling whole embryos or blocks of time.
+
+Nuclei of one frame, and frames of one film, resemble each other; resampling them one by one would give
+intervals that are far too narrow. What is resampled is therefore the largest unit that the data hold
+enough of: embryos, else contiguous blocks of time within embryos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Fewer embryos than this are cut into blocks of time: so few units cannot show how embryos vary.
+FEWEST_EMBRYOS = 4
+
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is resampled together.
+
+    Attributes
+    ----------
+    unit_of
+        Shape (volumes,): the unit, 0 .. count - 1, of each volume.
+    count
+        Number of units.
+    words
+        What the units are, for the reader: ``5 embryos`` or ``6 blocks of time in 1 embryo``.
+    """
+
+    unit_of: NDArray[np.int64]
+    count: int
+    words: str
+
+
+def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "time"] = "auto") -> Units:
+    """Decide what is resampled.
+
+    Parameters
+    ----------
+    embryos
+        The embryo of each volume; volumes of one embryo in the order of time.
+    over
+        ``embryo``, ``time``, or ``auto``: embryos where there are at least `FEWEST_EMBRYOS`.
+
+    Notes
+    -----
+    Blocks hold about the cube root of the number of frames, the usual length for a block bootstrap
+    (Kuensch 1989).
+    """
+    names = list(dict.fromkeys(embryos))
+    if over == "embryo" or (over == "auto" and len(names) >= FEWEST_EMBRYOS):
+        unit_of = np.array([names.index(name) for name in embryos], dtype=np.int64)
+        return Units(unit_of, len(names), _plural(len(names), "embryo"))
+    unit_of = np.zeros(len(embryos), dtype=np.int64)
+    count = 0
+    for name in names:
+        volumes = np.flatnonzero(np.array([other == name for other in embryos]))
+        blocks = max(round(len(volumes) / max(round(len(volumes) ** (1 / 3)), 1)), 1)
+        unit_of[volumes] = count + np.arange(len(volumes)) * blocks // len(volumes)
+        count += blocks
+    words = f"{_plural(count, 'block')} of time in {_plural(len(names), 'embryo')}"
+    return Units(unit_of, count, words)
+
+
+def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw units with replacement; give how often each volume enters each replicate.
+
+    Returns
+    -------
+    weights
+        Shape (replicates, volumes).
+    """
+    drawn = rng.multinomial(units.count, np.full(units.count, 1 / units.count), size=replicates)
+    return drawn[:, units.unit_of].astype(np.float64)
+
+
+def percentile_interval(
+    samples: NDArray[np.float64], level: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give the central interval over the first axis; replicates in which a value is undefined are left out.
+
+    Returns
+    -------
+    low, high
+        The shape of one sample; nan where no replicate is defined.
+    """
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    defined = np.isfinite(samples).any(axis=0)
+    bounds = np.full((2, *samples.shape[1:]), np.nan)
+    if samples.ndim == 1:
+        if defined:
+            bounds[:] = np.nanquantile(samples, tails)
+    elif defined.any():
+        bounds[:, defined] = np.nanquantile(samples[:, defined], tails, axis=0)
+    return bounds[0], bounds[1]
+
+
+def wilson_interval(hits: float, n: float) -> tuple[float, float]:
+    """Give the 95 % interval of a share, for when there is nothing larger than a nucleus to resample.
+
+    Wilson's score interval (1927); nan where n is 0.
+    """
+    if n <= 0:
+        return float("nan"), float("nan")
+    share, square = hits / n, _Z95**2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = _Z95 / (1 + square / n) * float(np.sqrt(share * (1 - share) / n + square / (4 * n * n)))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
