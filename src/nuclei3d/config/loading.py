@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -113,8 +113,17 @@ def _explain(error: ValidationError) -> list[str]:
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Params
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        field = section.model_fields.get(str(part))
+        # the key of a mapping, such as a parameter's name in search.more, is no field; its section stays
+        section = _section_within(field.annotation) if field is not None else section
     return sorted(section.model_fields)
+
+
+def _section_within(annotation: Any) -> type[BaseModel]:
+    """Find the section in an annotation such as ``Range | None`` or ``Mapping[str, Range]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        if inner is not type(None) and inner is not str:
+            return _section_within(inner)
+    return Params

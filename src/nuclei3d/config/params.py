@@ -9,6 +9,7 @@ from nuclei3d.config.evaluate import EvaluateParams
 from nuclei3d.config.normalization import NormalizationParams
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.config.prepare import PrepareParams
+from nuclei3d.config.search import SearchParams
 from nuclei3d.config.section import Section
 from nuclei3d.config.simulate import SimulateParams
 from nuclei3d.config.tracking import TrackingParams
@@ -26,4 +27,5 @@ class Params(Section):
     train: TrainParams = TrainParams()
     predict: PredictParams = PredictParams()
     evaluate: EvaluateParams = EvaluateParams()
+    search: SearchParams = SearchParams()
     tracking: TrackingParams = TrackingParams()
