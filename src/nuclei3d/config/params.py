@@ -11,6 +11,7 @@ from nuclei3d.config.predict import PredictParams
 from nuclei3d.config.prepare import PrepareParams
 from nuclei3d.config.search import SearchParams
 from nuclei3d.config.section import Section
+from nuclei3d.config.serve import ServeParams
 from nuclei3d.config.simulate import SimulateParams
 from nuclei3d.config.tracking import TrackingParams
 from nuclei3d.config.train import TrainParams
@@ -29,3 +30,4 @@ class Params(Section):
     evaluate: EvaluateParams = EvaluateParams()
     search: SearchParams = SearchParams()
     tracking: TrackingParams = TrackingParams()
+    serve: ServeParams = ServeParams()
