@@ -1,0 +1,97 @@
+"""Write synthetic embryos with exact labels in the layout of a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nuclei3d.config import Params, params_as_dict
+from nuclei3d.console import Bar, progress_bar, say
+from nuclei3d.core.simulation import simulate_embryo
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.whole import whole_folder
+from nuclei3d.volumes.writing import write_image, write_labels
+
+# Lies in the folder beside the embryos: says how they were made, and that the folder may be replaced.
+RECORD = "simulation.json"
+
+
+@dataclass(frozen=True)
+class SimulatedEmbryo:
+    """One embryo: its name and the number of labelled nuclei in each frame."""
+
+    name: str
+    nuclei: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SimulateResult:
+    """What was written, and where."""
+
+    out: Path
+    embryos: tuple[SimulatedEmbryo, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {"out": str(self.out), "embryos": [asdict(embryo) for embryo in self.embryos]}
+
+
+def simulate(params: Params, out: Path) -> SimulateResult:
+    """Write the embryos of the section `simulate` into ``<out>/<embryo>/{images,labels}/<frame>.tif``.
+
+    The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
+
+    Raises
+    ------
+    InputError
+        If `out` cannot be written, or holds something other than an earlier simulation.
+    """
+    _check_replaceable(out)
+    settings = params.simulate
+    total = sum(settings.frames_of(index) for index in range(len(settings.embryos)))
+    with whole_folder(out) as folder:
+        with progress_bar("simulating frames", total) as bar:
+            embryos = tuple(_write_embryos(params, folder, bar))
+        record = {
+            "seed": params.seed,
+            "simulate": params_as_dict(settings),
+            "embryos": [asdict(embryo) for embryo in embryos],
+        }
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    nuclei = sum(sum(embryo.nuclei) for embryo in embryos)
+    say(f"{out}: {len(embryos)} embryos, {total} frames, {nuclei} labelled nuclei")
+    return SimulateResult(out, embryos)
+
+
+def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[SimulatedEmbryo]:
+    settings = params.simulate
+    voxel_size = VoxelSize.of(settings.voxel_size_um)
+    for index, name in enumerate(settings.embryos):
+        bar.note(name)
+        frames = settings.frames_of(index)
+        digits = max(3, len(str(frames - 1)))
+        for kind in ("images", "labels"):
+            (folder / name / kind).mkdir(parents=True)
+        counts = []
+        rng = np.random.default_rng([params.seed, index])
+        for time, (image, labels) in enumerate(simulate_embryo(settings, rng, frames=frames)):
+            file = f"t{time:0{digits}d}.tif"
+            write_image(folder / name / "images" / file, image, voxel_size)
+            write_labels(folder / name / "labels" / file, labels, voxel_size)
+            counts.append(int(labels.max()))
+            bar.advance()
+        yield SimulatedEmbryo(name, tuple(counts))
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise InputError(
+            f"{out} holds files and is no earlier simulation (no {RECORD} in it); "
+            "choose a new or an empty folder"
+        )
