@@ -1,0 +1,232 @@
+"""Frames: single volumes (Z, Y, X) in TIFF and OME-Zarr files and in folders of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d import console
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.checks import check_image, to_labels
+from nuclei3d.volumes.layout import FrameAxes, Layout, lay_out_frames
+from nuclei3d.volumes.listing import frame_stem, volume_paths
+from nuclei3d.volumes.tiff import TiffArray
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.zarr_store import ZarrArray, find_label_array, is_zarr
+
+__all__ = ["Frame", "check_image", "find_frames", "read_labels", "single_frame", "single_label_frame"]
+
+_WHOLE = (slice(None), slice(None), slice(None))
+
+
+@dataclass(frozen=True, repr=False)
+class Frame:
+    """One volume on disk, read when asked.
+
+    A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
+
+    Attributes
+    ----------
+    path
+        The TIFF file or OME-Zarr folder.
+    name
+        Stem for the names of outputs, unique within a listing.
+    shape
+        Number of voxels (z, y, x).
+    dtype
+        Type of a voxel.
+    voxel_size
+        Given by the user or read from the file; None where neither says it.
+    time
+        Index on the time axis of the file; None where the file holds one time point.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[np.generic]
+    voxel_size: VoxelSize | None
+    time: int | None
+    axes: FrameAxes
+    store: Literal["tiff", "zarr"]
+    scale_note: str = ""
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"Frame({self.name!r}, {shape} {self.dtype}, {self.voxel_size or 'no voxel size'})"
+
+    def read(self) -> NDArray[Any]:
+        """Read the volume (Z, Y, X) in its own type; other frames of the file are not read.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged.
+        """
+        return self.read_block(_WHOLE)
+
+    def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
+        """Read a part of the volume, touching only the planes or chunks that hold it.
+
+        Parameters
+        ----------
+        box
+            One slice with step 1 per axis (z, y, x).
+        """
+        index = self.axes.stored_index(box)
+        with _open(self.path, self.store) as array:
+            block = array.read(index)
+        return np.ascontiguousarray(self.axes.to_zyx(block))
+
+    def require_voxel_size(self) -> VoxelSize:
+        """Give the voxel size.
+
+        Raises
+        ------
+        InputError
+            If neither the file nor the user says it; the message says how to give it.
+        """
+        if self.voxel_size is not None:
+            return self.voxel_size
+        note = f" ({self.scale_note})" if self.scale_note else ""
+        raise InputError(
+            f"{self.path} does not state its voxel size{note}; give it in um in the order z, y, x: "
+            "--set data.voxel_size_um=[2.0,0.35,0.35], or save the file with its scale (Fiji: Image > "
+            "Properties)"
+        )
+
+
+def find_frames(
+    source: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
+) -> list[Frame]:
+    """List the frames of a file or folder.
+
+    Parameters
+    ----------
+    source
+        A TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder of
+        such, taken in natural order (t2 before t10). Hidden files are passed over.
+    channel
+        Name or number (from 0) of the channel to read where there are several.
+    voxel_size
+        Wins over what the files say; where they say something else, the user is told once.
+
+    Returns
+    -------
+    list of Frame
+        One per file and time point; never empty.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to read, or a file is damaged, not 3D, or leaves the channel open.
+    """
+    listing = volume_paths(Path(source))
+    frames: list[Frame] = []
+    shared: set[Path] = set()
+    for path in listing:
+        if path in shared:
+            continue
+        store: Literal["tiff", "zarr"] = "zarr" if is_zarr(path) else "tiff"
+        with _open(path, store) as array:
+            layout = array.layout
+        # Each file of a multi-file OME-TIFF gives the whole set.
+        shared.update(path.with_name(name) for name in layout.companions)
+        frames.extend(_frames_of(path, store, layout, channel))
+    _check_names(frames)
+    return frames if voxel_size is None else _rescale(frames, voxel_size)
+
+
+def read_labels(path: Path) -> NDArray[np.uint32]:
+    """Read a label volume.
+
+    Parameters
+    ----------
+    path
+        A TIFF file, or an OME-Zarr label image or image with one entry in its ``labels`` group.
+
+    Returns
+    -------
+    labels
+        uint32 (Z, Y, X); 0 is background.
+
+    Raises
+    ------
+    InputError
+        If the file holds no single volume of integers from 0 to 2**32 - 1.
+    """
+    return to_labels(single_label_frame(path).read(), str(path))
+
+
+def single_frame(path: Path, *, channel: str | int | None = None) -> Frame:
+    """Find the one frame of a file.
+
+    Raises
+    ------
+    InputError
+        If it holds several time points.
+    """
+    frames = find_frames(path, channel=channel)
+    if len(frames) > 1:
+        raise InputError(
+            f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
+        )
+    return frames[0]
+
+
+def single_label_frame(path: Path) -> Frame:
+    """Find the one label volume of a file or OME-Zarr folder."""
+    return single_frame(find_label_array(path) if is_zarr(path) else path)
+
+
+def _open(path: Path, store: Literal["tiff", "zarr"]) -> TiffArray | ZarrArray:
+    return TiffArray(path) if store == "tiff" else ZarrArray(path)
+
+
+def _frames_of(
+    path: Path, store: Literal["tiff", "zarr"], layout: Layout, channel: str | int | None
+) -> Iterable[Frame]:
+    stem = frame_stem(path)
+    found = lay_out_frames(layout, str(path), channel)
+    digits = max(3, len(str(len(found) - 1)))
+    for axes in found:
+        z, y, x = (layout.shape[place] for place in axes.spatial)
+        yield Frame(
+            path=path,
+            name=stem if axes.time is None else f"{stem}_t{axes.time:0{digits}d}",
+            shape=(z, y, x),
+            dtype=layout.dtype,
+            voxel_size=layout.voxel_size,
+            time=axes.time,
+            axes=axes,
+            store=store,
+            scale_note=layout.scale_note,
+        )
+
+
+def _check_names(frames: list[Frame]) -> None:
+    seen: dict[str, Path] = {}
+    for frame in frames:
+        other = seen.setdefault(frame.name, frame.path)
+        if other is not frame.path:
+            raise InputError(
+                f"{other} and {frame.path} would give outputs of the same name; rename one of them"
+            )
+
+
+def _rescale(frames: list[Frame], voxel_size: VoxelSize) -> list[Frame]:
+    """Put the given voxel size in the place of the files', and say so once where they differ."""
+    differing = [frame for frame in frames if frame.voxel_size and frame.voxel_size.differs_from(voxel_size)]
+    if differing:
+        first = differing[0]
+        others = f" and {len(differing) - 1} more frames" if len(differing) > 1 else ""
+        console.say(
+            f"{first.path}{others}: the file says voxels of {first.voxel_size}, "
+            f"the given {voxel_size} is used instead"
+        )
+    return [replace(frame, voxel_size=voxel_size, scale_note="") for frame in frames]

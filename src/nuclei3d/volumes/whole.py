@@ -1,0 +1,172 @@
+"""Outputs that appear whole or not at all: written aside, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nuclei3d.errors import InputError
+
+# What the file system says when the place, not the program, is at fault.
+_PLACE_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.EBUSY,
+        errno.EIO,
+    }
+)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Yields the path of a hidden temporary file beside `path`, with the same suffix, for the body to write. It
+    is renamed to `path` when the body ends well, and removed when it does not; an older file at `path` stays
+    untouched until then. Folders on the way are made.
+
+    Raises
+    ------
+    InputError
+        If the place cannot be written (no permission, full disk, a file where a folder should be).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write the file {path}: a folder has that name; remove it or choose another")
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        partial = _partial_name(path)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Fill a folder whole or not at all.
+
+    Yields an empty hidden folder beside `path`; it takes the place of `path` when the body ends well, and is
+    removed when it does not.
+
+    Parameters
+    ----------
+    path
+        The folder to appear.
+    replace
+        Whether a folder that is already there gives way (all that it holds is deleted).
+
+    Raises
+    ------
+    InputError
+        If the place cannot be written, `path` is a file, `path` holds something and `replace` is false, or
+        `path` is the working directory or a folder above it.
+    """
+    path = Path(path)
+    _check_replaceable(path, replace)
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        partial = _partial_name(path)
+        partial.mkdir()
+        try:
+            yield partial
+            if path.exists():
+                old = _partial_name(path)
+                path.rename(old)
+                partial.rename(path)
+                shutil.rmtree(old)
+            else:
+                partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, replace: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"cannot write the folder {path}: a file has that name; remove it or choose another")
+    if not path.is_dir():
+        return
+    resolved = path.resolve()
+    here = Path.cwd().resolve()
+    if resolved == here or resolved in here.parents:
+        raise InputError(
+            f"the output folder {path} is the working directory or lies above it and would be replaced; "
+            "name a folder of its own"
+        )
+    if not replace and any(path.iterdir()):
+        raise InputError(f"the output folder {path} is not empty; remove it or choose another")
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn the system's complaints about the place of `path` into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if not _blames_place(error, path):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            mend = "free some space or choose another place"
+        else:
+            mend = "choose a place that can be written"
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(f"cannot write {path}: {reason}; {mend}") from error
+
+
+def _blames_place(error: OSError, path: Path) -> bool:
+    if error.filename is not None:
+        # The body may fail to read some other file: that error is not ours to explain.
+        named = Path(os.fsdecode(error.filename)).absolute()
+        return named.is_relative_to(path.absolute().parent) or path.absolute().is_relative_to(named)
+    # numpy reports a short write by a bare OSError without a number.
+    return error.errno is None or error.errno in _PLACE_ERRORS
+
+
+def _partial_name(path: Path) -> Path:
+    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
+    stem = path.name.removesuffix(suffix)[:100]
+    token = uuid.uuid4().hex[:8]
+    return path.with_name(f".{stem}.partial-{_host()}-{os.getpid()}-{token}{suffix}")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left behind while writing this same path."""
+    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
+    stem = path.name.removesuffix(suffix)[:100]
+    pattern = re.compile(
+        re.escape(f".{stem}.partial-{_host()}-") + r"(\d+)-[0-9a-f]{8}" + re.escape(suffix) + r"\Z"
+    )
+    for entry in path.parent.iterdir():
+        match = pattern.match(entry.name)
+        if match is None:
+            continue
+        import psutil  # only where there is a leftover: importing it takes time
+
+        if psutil.pid_exists(int(match.group(1))):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
