@@ -1,0 +1,383 @@
+"""Random changes of how a crop looks: dimmed nuclei, depth, blur, resolution, noise, brightness.
+
+Intensities are normalised (0 is background, about 1 the brightest nuclei). Prediction normalises whole
+frames robustly, so what only a change *relative* to the other nuclei of a frame can teach is taught by
+dimming nucleus by nucleus; the shot noise that dimming takes away is put back, or the network would
+learn that smooth means faint.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from nuclei3d.config.train import AugmentParams
+from nuclei3d.core.crops import CropPlan
+
+Image = NDArray[np.float32]
+
+
+class Appearance(NamedTuple):
+    """How one crop is changed; the neutral values change nothing.
+
+    Attributes
+    ----------
+    dims
+        Whether nuclei are dimmed.
+    attenuation
+        Optical depth; negative: light comes from the plane's other side.
+    blur_y, blur_x
+        Sigmas in crop pixels.
+    coarse_y, coarse_x
+        Pixels averaged into one and interpolated back (1: none).
+    noise
+        Standard deviation of the shot noise at intensity 1; the read noise is half of it.
+    gain, offset, gamma
+        ``sign(I) |I|**gamma * gain + offset``.
+    """
+
+    dims: bool = False
+    attenuation: float = 0.0
+    blur_y: float = 0.0
+    blur_x: float = 0.0
+    coarse_y: float = 1.0
+    coarse_x: float = 1.0
+    noise: float = 0.0
+    gain: float = 1.0
+    offset: float = 0.0
+    gamma: float = 1.0
+
+
+def draw_appearance(
+    augment: AugmentParams, view: str, turned: bool, rng: np.random.Generator
+) -> Appearance:
+    """Draw the changes of one crop.
+
+    Parameters
+    ----------
+    augment
+        Strengths; 0 is off.
+    view
+        Of the crop's plane: the rows of xz and yz planes run along z.
+    turned
+        Whether the plane's rows are the crop's columns.
+    rng
+        Its numbers are used in fixed places: one setting does not shift the draws of another.
+    """
+    draw = rng.random(8)
+    side = view != "xy"
+    sigma = augment.blur_px * draw[0]
+    along = sigma * augment.blur_anisotropy if side else sigma
+    coarse = 1.0
+    if draw[1] < augment.low_resolution:
+        coarse = 1.0 + (augment.low_resolution_factor - 1.0) * draw[2]
+    across = 1.0 if side else coarse
+    return Appearance(
+        dims=augment.dim_share > 0,
+        attenuation=augment.depth_attenuation * (2 * draw[3] - 1),
+        blur_y=sigma if turned else along,
+        blur_x=along if turned else sigma,
+        coarse_y=across if turned else coarse,
+        coarse_x=coarse if turned else across,
+        noise=augment.noise * draw[4],
+        gain=1.0 + augment.brightness_linear * (2 * draw[5] - 1),
+        offset=0.1 * augment.brightness_linear * (2 * draw[6] - 1),
+        gamma=math.exp(augment.brightness_gamma * (2 * draw[7] - 1)),
+    )
+
+
+def draw_dimming(augment: AugmentParams, largest_label: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw how much light each label keeps: float32 (largest_label + 1,), 1 for the undimmed and background."""
+    draw = rng.random((2, largest_label + 1))
+    keeps = np.exp(math.log(augment.dim_min) * draw[1])
+    keeps[draw[0] >= augment.dim_share] = 1.0
+    keeps[0] = 1.0
+    return keeps.astype(np.float32)
+
+
+def change_appearance(
+    image: Image,
+    labels: NDArray[np.uint16],
+    appearance: Appearance,
+    augment: AugmentParams,
+    *,
+    depth: tuple[float, float, float],
+    radius_px: int,
+    keeps: NDArray[np.float32] | None,
+    dimming_noise: Image | None,
+    noise: Image | None,
+) -> None:
+    """Change a crop in place.
+
+    Parameters
+    ----------
+    image
+        float32 (P, P), normalised.
+    labels
+        uint16 (P, P).
+    appearance
+        What to do.
+    augment
+        Widths that are no draws: `psf_px`, `dim_noise`.
+    depth
+        (at the crop's middle, per row, per column): relative depth in its plane, 0 to 1 over the plane.
+    radius_px
+        Half-width of the window in which the local background is averaged, about a nucleus' diameter.
+    keeps
+        Light kept per label (`draw_dimming`).
+    dimming_noise, noise
+        Standard normal fields (P, P).
+    """
+    if appearance.dims and keeps is not None and dimming_noise is not None:
+        dim_nuclei(image, labels, keeps, dimming_noise, radius_px, augment.psf_px, augment.dim_noise)
+    if appearance.attenuation:
+        attenuate(image, appearance.attenuation, *depth)
+    if appearance.blur_y or appearance.blur_x:
+        blur(image, appearance.blur_y, appearance.blur_x)
+    if appearance.coarse_y > 1 or appearance.coarse_x > 1:
+        coarsen(image, appearance.coarse_y, appearance.coarse_x)
+    if appearance.noise and noise is not None:
+        add_noise(image, noise, appearance.noise)
+    if appearance.gain != 1 or appearance.offset != 0 or appearance.gamma != 1:
+        brighten(image, appearance.gain, appearance.offset, appearance.gamma)
+
+
+def depth_of_crop(plan: CropPlan, view: str, height: int) -> tuple[float, float, float]:
+    """Give the relative depth at a crop's middle, and its change per row and column of the crop.
+
+    Planes xz and yz have their depth along their rows, 0 to 1 from the first to the last; an xy plane lies
+    at one depth, for which 1 is taken (its attenuation is drawn as a whole).
+    """
+    if view == "xy":
+        return 1.0, 0.0, 0.0
+    return plan.centre_y / height, plan.q00 / plan.scale / height, plan.q01 / plan.scale / height
+
+
+@njit(cache=True, nogil=True)
+def blur(image: Image, sigma_y: float, sigma_x: float) -> None:
+    """Blur with a Gaussian in place, mirrored at the edges (cut at 3 sigma)."""
+    height, width = image.shape
+    if sigma_y > 0.0:
+        reach = int(math.ceil(3.0 * sigma_y))
+        kernel = np.empty(2 * reach + 1, np.float32)
+        for k in range(2 * reach + 1):
+            kernel[k] = math.exp(-0.5 * ((k - reach) / sigma_y) ** 2)
+        kernel /= kernel.sum()
+        source = image.copy()
+        for i in range(height):
+            for j in range(width):
+                image[i, j] = 0.0
+            for k in range(2 * reach + 1):
+                row = i + k - reach
+                if row < 0:
+                    row = -row - 1
+                if row >= height:
+                    row = 2 * height - 1 - row
+                row = min(max(row, 0), height - 1)
+                weight = kernel[k]
+                for j in range(width):
+                    image[i, j] += weight * source[row, j]
+    if sigma_x > 0.0:
+        reach = int(math.ceil(3.0 * sigma_x))
+        kernel = np.empty(2 * reach + 1, np.float32)
+        for k in range(2 * reach + 1):
+            kernel[k] = math.exp(-0.5 * ((k - reach) / sigma_x) ** 2)
+        kernel /= kernel.sum()
+        padded = np.empty(width + 2 * reach, np.float32)
+        for i in range(height):
+            for j in range(width + 2 * reach):
+                column = j - reach
+                if column < 0:
+                    column = -column - 1
+                if column >= width:
+                    column = 2 * width - 1 - column
+                padded[j] = image[i, min(max(column, 0), width - 1)]
+            for j in range(width):
+                total = np.float32(0.0)
+                for k in range(2 * reach + 1):
+                    total += kernel[k] * padded[j + k]
+                image[i, j] = total
+
+
+@njit(cache=True, nogil=True)
+def local_background(image: Image, labels: NDArray[np.uint16], radius_px: int) -> Image:
+    """Average the unlabelled pixels within a square window; where there is none, all of the crop's."""
+    height, width = image.shape
+    sums = np.zeros((height + 1, width + 1))
+    counts = np.zeros((height + 1, width + 1), np.int64)
+    for i in range(height):
+        row_sum = 0.0
+        row_count = 0
+        for j in range(width):
+            if labels[i, j] == 0:
+                row_sum += image[i, j]
+                row_count += 1
+            sums[i + 1, j + 1] = sums[i, j + 1] + row_sum
+            counts[i + 1, j + 1] = counts[i, j + 1] + row_count
+    everywhere = 0.0
+    if counts[height, width] > 0:
+        everywhere = sums[height, width] / counts[height, width]
+    background = np.empty((height, width), np.float32)
+    for i in range(height):
+        top = max(i - radius_px, 0)
+        bottom = min(i + radius_px + 1, height)
+        for j in range(width):
+            left = max(j - radius_px, 0)
+            right = min(j + radius_px + 1, width)
+            count = counts[bottom, right] - counts[top, right] - counts[bottom, left] + counts[top, left]
+            if count > 0:
+                total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+                background[i, j] = total / count
+            else:
+                background[i, j] = everywhere
+    return background
+
+
+@njit(cache=True, nogil=True)
+def noise_of_crop(image: Image, labels: NDArray[np.uint16]) -> tuple[float, float, float]:
+    """Estimate the noise's variance as a function of intensity.
+
+    The residual of a pixel against the mean of its four neighbours has 5/4 of the pixel's variance; its median
+    absolute value ignores edges and speckles of texture.
+
+    Returns
+    -------
+    variance, level, gain
+        Of the noise at intensity I: ``variance + gain * (I - level)``; variance is that of the background, whose
+        mean is level.
+    """
+    height, width = image.shape
+    residuals = np.empty((2, height * width), np.float32)
+    counts = np.zeros(2, np.int64)
+    sums = np.zeros(2)
+    for i in range(1, height - 1):
+        for j in range(1, width - 1):
+            kind = 1 if labels[i, j] > 0 else 0
+            if image[i, j] == 0.0 and image[i, j + 1] == 0.0 and image[i, j - 1] == 0.0:
+                continue  # padding beyond the plane's edge
+            around = image[i - 1, j] + image[i + 1, j] + image[i, j - 1] + image[i, j + 1]
+            residuals[kind, counts[kind]] = abs(image[i, j] - 0.25 * around)
+            counts[kind] += 1
+            sums[kind] += image[i, j]
+    if counts[0] < 20:
+        return 0.0, 0.0, 0.0
+    level = sums[0] / counts[0]
+    variance = (1.4826 * np.median(residuals[0, : counts[0]])) ** 2 / 1.25
+    if counts[1] < 20:
+        return variance, level, 0.0
+    inside = (1.4826 * np.median(residuals[1, : counts[1]])) ** 2 / 1.25
+    rise = sums[1] / counts[1] - level
+    if rise <= 0.0 or inside <= variance:
+        return variance, level, 0.0
+    return variance, level, (inside - variance) / rise
+
+
+@njit(cache=True, nogil=True)
+def dim_nuclei(
+    image: Image,
+    labels: NDArray[np.uint16],
+    keeps: NDArray[np.float32],
+    noise: Image,
+    radius_px: int,
+    psf_px: float,
+    noise_strength: float,
+) -> None:
+    """Dim nuclei against their local background and put the lost shot noise back, in place.
+
+    ``I' = B + (I - B) * (1 - (1 - s) * M)`` with the local background B, the light kept s and the nucleus'
+    mask M blurred by the PSF. Noise is then added until its variance is that of an image taken at I'.
+    """
+    height, width = image.shape
+    lost = np.zeros((height, width), np.float32)
+    any_lost = False
+    for i in range(height):
+        for j in range(width):
+            lost[i, j] = 1.0 - keeps[labels[i, j]]
+            if lost[i, j] > 0.0:
+                any_lost = True
+    if not any_lost:
+        return
+    background = local_background(image, labels, radius_px)
+    variance, level, gain = noise_of_crop(image, labels)
+    blur(lost, psf_px, psf_px)
+    for i in range(height):
+        for j in range(width):
+            if lost[i, j] <= 0.0:
+                continue
+            kept = 1.0 - lost[i, j]
+            before = image[i, j]
+            after = background[i, j] + (before - background[i, j]) * kept
+            had = max(variance + gain * (before - level), 0.25 * variance)
+            wanted = max(variance + gain * (after - level), 0.25 * variance)
+            missing = wanted - kept * kept * had
+            if missing > 0.0:
+                after += noise_strength * math.sqrt(missing) * noise[i, j]
+            image[i, j] = after
+
+
+@njit(cache=True, nogil=True)
+def attenuate(image: Image, attenuation: float, middle: float, per_row: float, per_column: float) -> None:
+    """Let light fall by ``exp(-|attenuation| * depth)``; a negative one counts depth from the other side."""
+    height, width = image.shape
+    for i in range(height):
+        for j in range(width):
+            depth = middle + per_row * (i + 0.5 - height / 2) + per_column * (j + 0.5 - width / 2)
+            depth = min(max(depth, 0.0), 1.0)
+            if attenuation < 0 and (per_row != 0.0 or per_column != 0.0):
+                depth = 1.0 - depth
+            image[i, j] *= math.exp(-abs(attenuation) * depth)
+
+
+@njit(cache=True, nogil=True)
+def coarsen(image: Image, factor_y: float, factor_x: float) -> None:
+    """Average over blocks of about factor_y x factor_x pixels and interpolate back linearly, in place."""
+    height, width = image.shape
+    rows = max(1, int(round(height / factor_y)))
+    columns = max(1, int(round(width / factor_x)))
+    small = np.zeros((rows, columns), np.float32)
+    counts = np.zeros((rows, columns), np.float32)
+    for i in range(height):
+        row = (i * rows) // height
+        for j in range(width):
+            column = (j * columns) // width
+            small[row, column] += image[i, j]
+            counts[row, column] += 1.0
+    small /= counts
+    for i in range(height):
+        y = min(max((i + 0.5) * rows / height - 0.5, 0.0), rows - 1.0)
+        y0 = min(int(y), max(rows - 2, 0))
+        y1 = min(y0 + 1, rows - 1)
+        fy = y - y0
+        for j in range(width):
+            x = min(max((j + 0.5) * columns / width - 0.5, 0.0), columns - 1.0)
+            x0 = min(int(x), max(columns - 2, 0))
+            x1 = min(x0 + 1, columns - 1)
+            fx = x - x0
+            upper = small[y0, x0] * (1 - fx) + small[y0, x1] * fx
+            lower = small[y1, x0] * (1 - fx) + small[y1, x1] * fx
+            image[i, j] = upper * (1 - fy) + lower * fy
+
+
+@njit(cache=True, nogil=True)
+def add_noise(image: Image, noise: Image, strength: float) -> None:
+    """Add Poisson-Gaussian noise of variance ``strength**2 * (I + 1/4)``."""
+    height, width = image.shape
+    for i in range(height):
+        for j in range(width):
+            image[i, j] += strength * math.sqrt(max(image[i, j], 0.0) + 0.25) * noise[i, j]
+
+
+@njit(cache=True, nogil=True)
+def brighten(image: Image, gain: float, offset: float, gamma: float) -> None:
+    """Change brightness: ``sign(I) |I|**gamma * gain + offset``."""
+    height, width = image.shape
+    for i in range(height):
+        for j in range(width):
+            value = image[i, j]
+            if gamma != 1.0:
+                value = math.copysign(abs(value) ** gamma, value)
+            image[i, j] = value * gain + offset
