@@ -225,13 +225,13 @@ def nucleus_flows_3d(
         for sy in range(1, size[1] - 1):
             for sx in range(1, size[2] - 1):
                 if free[sz, sy, sx]:
-                    count = _take_piece(free, sz, sy, sx, members)
+                    count = take_piece(free, sz, sy, sx, members)
                     if count > 1:
                         _piece_flows_3d(members[:count], (z0 - 1, y0 - 1, x0 - 1), edges, tolerance, flows)
 
 
 @njit(cache=True, nogil=True)
-def _take_piece(free: NDArray[np.bool_], sz: int, sy: int, sx: int, members: NDArray[np.int32]) -> int:
+def take_piece(free: NDArray[np.bool_], sz: int, sy: int, sx: int, members: NDArray[np.int32]) -> int:
     """Flood from a seed over 6-neighbours; list the voxels in `members`, take them out of `free`, count them.
 
     `free` must have an empty border of one voxel.
