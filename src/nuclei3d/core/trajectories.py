@@ -61,7 +61,8 @@ def pack_flow(
 ) -> int:
     """Write planes start..stop of the flow as int16 (Z, Y, X, 4).
 
-    The last entry is 1 on the foreground; the background is 0 altogether. Flows that are not finite count as background. Returns the number of foreground voxels.
+    The last entry is 1 on the foreground; the background is 0 altogether. Flows that are not finite count
+    as background. Returns the number of foreground voxels.
     """
     _, height, width = logit.shape
     count = 0
