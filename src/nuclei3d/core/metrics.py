@@ -142,7 +142,7 @@ class Metrics:
         }
         for name in _SCALARS:
             value = number_or_none(getattr(self, name))
-            tree[name] = int(value) if name in _COUNTS and value is not None else value
+            tree[name] = int(value) if name in COUNTS and value is not None else value
         return tree
 
     def _position(self, threshold: float) -> int:
@@ -152,7 +152,7 @@ class Metrics:
         raise KeyError(f"threshold {threshold} is not among {self.thresholds}")
 
 
-_COUNTS = ("splits", "merges", "n_true", "n_pred")
+COUNTS = ("splits", "merges", "n_true", "n_pred")
 _SCALARS = (
     "pq",
     "seg",
@@ -162,7 +162,7 @@ _SCALARS = (
     "foreground_iou",
     "precision",
     "recall",
-    *_COUNTS,
+    *COUNTS,
 )
 
 
