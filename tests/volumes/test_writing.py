@@ -40,11 +40,31 @@ def test_ome_metadata_hold_sizes_and_units(tmp_path: Path) -> None:
     assert [int(pixels.attrib[f"Size{axis}"]) for axis in "TCZYX"] == [1, 1, 4, 9, 8]
 
 
-def test_resolution_tags_hold_the_scale_in_the_plane(tmp_path: Path) -> None:
+def test_the_file_is_valid_ome_by_the_schema_names_of_its_parts(tmp_path: Path) -> None:
+    write_labels(tmp_path / "a.tif", labels(), VOXEL)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert file.is_ome
+        assert [(series.kind, series.axes, series.shape) for series in file.series] == [
+            ("ome", "ZYX", (4, 9, 8))
+        ]
+        assert file.pages.first.description.startswith("<?xml")
+
+
+def test_imagejs_own_reader_finds_the_scale_too(tmp_path: Path) -> None:
+    # ImageJ takes spacing and unit from the description that starts with "ImageJ=", which overrides an
+    # earlier one, and pixels per unit from the resolution tags (seen with ImageJ 1.52i on such a file).
     write_image(tmp_path / "a.tif", labels("uint16"), VOXEL)
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
-        # pixels per centimetre
-        assert file.pages.first.get_resolution(unit="MICROMETER") == pytest.approx((1 / 0.174, 1 / 0.348))
+        page = file.pages.first
+        assert page.description1.startswith("ImageJ=")
+        described = file.imagej_metadata
+        assert described is not None
+        assert (described["spacing"], described["unit"], described["slices"]) == (2.0, "micron", 4)
+        for name, edge in (("XResolution", 0.174), ("YResolution", 0.348)):
+            pixels, microns = page.tags[name].value
+            assert microns / pixels == pytest.approx(edge)
+        # ImageJ misreads a predictor on 16 bits and knows none on floats
+        assert page.predictor == 1
 
 
 def test_labels_take_16_bits_where_they_fit(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class TiffArray:
         """Find a file that was cut off before anything is computed from it."""
         series = self._series
         size = self.path.stat().st_size
-        if self._file.is_imagej and series.kind != "imagej":
+        if self._file.is_imagej and series.kind not in ("imagej", "ome"):
             raise InputError(
                 _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
             )
@@ -108,7 +108,7 @@ class TiffArray:
             if expected > size:
                 raise InputError(_say_truncated(self.path, f"{size} of at least {expected} bytes"))
             return
-        if self._file.is_imagej and series.kind != "imagej":
+        if self._file.is_imagej and series.kind not in ("imagej", "ome"):
             raise InputError(
                 _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
             )

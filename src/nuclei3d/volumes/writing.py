@@ -1,4 +1,4 @@
-"""Writing volumes as OME-TIFF that opens at the right scale, with the same bytes each time."""
+"""Writing volumes as OME-TIFF that opens at the right scale everywhere, with the same bytes each time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_image(path: Path, image: NDArray[Any], voxel_size: VoxelSize) -> None:
     image
         (Z, Y, X); any integer or float type. bool becomes uint8 and float16 float32.
     voxel_size
-        Goes into the OME metadata and, in x and y, into the resolution tags.
+        Goes into the OME metadata, into ImageJ's and into the resolution tags.
 
     Raises
     ------
@@ -48,8 +48,7 @@ def write_image(path: Path, image: NDArray[Any], voxel_size: VoxelSize) -> None:
         image = image.astype(np.float32)
     if image.dtype.name not in _OME_DTYPES:
         raise ValueError(f"OME-TIFF holds no {image.dtype}; convert the image first")
-    # Neighbouring voxels of an image are alike: their differences compress far better.
-    _write_ome_tiff(path, image, voxel_size, predictor=True)
+    _write_ome_tiff(path, image, voxel_size)
 
 
 def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> None:
@@ -77,34 +76,50 @@ def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> Non
     if highest > np.iinfo(np.uint32).max or int(labels.min(initial=0)) < 0:
         raise ValueError("labels must lie between 0 and 2**32 - 1")
     dtype = np.uint16 if highest <= np.iinfo(np.uint16).max else np.uint32
-    _write_ome_tiff(path, labels.astype(dtype, copy=False), voxel_size, predictor=False)
+    _write_ome_tiff(path, labels.astype(dtype, copy=False), voxel_size)
 
 
-def _write_ome_tiff(path: Path, volume: NDArray[Any], voxel_size: VoxelSize, *, predictor: bool) -> None:
-    centimetre_um = 1e4
-    metadata: dict[str, Any] = {
-        "axes": "ZYX",
-        "Creator": "nuclei3d",
-        # tifffile would invent a new one at each run, and with it new bytes and a new md5.
-        "UUID": _content_uuid(volume, voxel_size),
+def _write_ome_tiff(path: Path, volume: NDArray[Any], voxel_size: VoxelSize) -> None:
+    """Write planes compressed by zlib, without a predictor, as ImageJ misreads predicted 16-bit planes.
+
+    The first page carries two descriptions, as tifffile's own files do: OME-XML, which Bio-Formats and
+    tifffile read, and after it ImageJ's, as ImageJ's own TIFF reader (File > Open in Fiji) knows no OME-XML
+    and would show planes 1 um apart. Readers that expect one description take the first.
+    """
+    options: dict[str, Any] = {
+        "photometric": "minisblack",
+        "compression": "zlib",
+        # ImageJ counts pixels per unit of its description, whatever the tag ResolutionUnit says.
+        "resolution": (1 / voxel_size.x, 1 / voxel_size.y),
+        "resolutionunit": "NONE",
+        "software": "nuclei3d",
+        "description": _ome_xml(volume, voxel_size).encode("utf-8"),
+        # Makes room for the second description.
+        "metadata": {"axes": "ZYX"},
     }
+    big = volume.nbytes > CLASSIC_TIFF_BYTES
+    with whole_file(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, shaped=True) as writer:
+        writer.write(volume, **options)
+        writer.overwrite_description(_imagej_description(volume.shape[0], voxel_size))
+
+
+def _ome_xml(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
+    sizes: dict[str, Any] = {}
     for axis, edge in zip("ZYX", voxel_size.zyx, strict=True):
-        metadata[f"PhysicalSize{axis}"] = edge
-        metadata[f"PhysicalSize{axis}Unit"] = "µm"
-    with whole_file(path) as partial:
-        tifffile.imwrite(
-            partial,
-            volume,
-            ome=True,
-            bigtiff=volume.nbytes > CLASSIC_TIFF_BYTES,
-            photometric="minisblack",
-            compression="zlib",
-            predictor=predictor,
-            resolution=(centimetre_um / voxel_size.x, centimetre_um / voxel_size.y),
-            resolutionunit="CENTIMETER",
-            software="nuclei3d",
-            metadata=metadata,
-        )
+        sizes[f"PhysicalSize{axis}"] = edge
+        sizes[f"PhysicalSize{axis}Unit"] = "µm"
+    # tifffile would invent a new UUID at each run, and with it new bytes and a new md5.
+    document = tifffile.OmeXml(UUID=_content_uuid(volume, voxel_size), Creator="nuclei3d")
+    depth, height, width = volume.shape
+    document.addimage(volume.dtype, volume.shape, (depth, 1, 1, height, width, 1), axes="ZYX", **sizes)
+    return document.tostring(declaration=True)
+
+
+def _imagej_description(depth: int, voxel_size: VoxelSize) -> str:
+    # The version is that of the format, as tifffile writes it too.
+    return (
+        f"ImageJ=1.11a\nimages={depth}\nslices={depth}\nunit=micron\nspacing={voxel_size.z!r}\nloop=false\n"
+    )
 
 
 def _content_uuid(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
