@@ -37,7 +37,7 @@ class Summary:
     pooled
         Scores of the summed counts.
     intervals
-        95 % interval of each scalar of `pooled` that is no count, by its name; empty if there is one unit only.
+        95 % interval of each scalar of `pooled` that is no count, by name; empty if there is only one unit.
     units
         What was resampled.
     volume_mean
