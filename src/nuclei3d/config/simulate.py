@@ -61,16 +61,16 @@ class SimulateParams(Section):
     nuclei: Annotated[int, Field(ge=1, le=2000)] = 22
     nucleus_diameter_um: PositiveFloat = 9.5
     size_variation: Spread = 0.08
-    shape_variation: Spread = 0.1
+    shape_variation: Spread = 0.09
     minutes_per_frame: PositiveFloat = 40.0
     cell_cycle_minutes: PositiveFloat = 300.0
     closeness: Share = 0.95
-    photons: PositiveFloat = 22.0
-    brightness_variation: Spread = 0.35
-    faint_share: Share = 0.12
+    photons: PositiveFloat = 30.0
+    brightness_variation: Spread = 0.4
+    faint_share: Share = 0.15
     faintest_contrast: NonNegativeFloat = 2.5
     texture: Spread = 0.4
-    attenuation_um: PositiveFloat = 50.0
+    attenuation_um: PositiveFloat = 60.0
     background_photons: NonNegativeFloat = 2.5
     unevenness: Share = 0.4
     haze: Share = 0.1

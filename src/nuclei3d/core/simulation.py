@@ -81,7 +81,8 @@ def simulate_embryo(
 def _visible(body: Body, params: SimulateParams) -> Body:
     """Lift a body that would drown in the noise to the faintest contrast that is wanted."""
     left = float(light_at_depth(body.position[:1], params)[0])
-    least = params.faintest_contrast * background_noise(params) / (params.photons * left * _LEFT_AFTER_BLUR)
+    noise = background_noise(params, left)
+    least = params.faintest_contrast * noise / (params.photons * left * _LEFT_AFTER_BLUR)
     return replace(body, density=max(body.density, least))
 
 

@@ -179,7 +179,7 @@ def _random_brightness(faint: bool, params: SimulateParams, rng: np.random.Gener
 
 
 def _random_elongation(params: SimulateParams, rng: np.random.Generator) -> NDArray[np.float64]:
-    logs = 1.3 * params.shape_variation * rng.normal(size=3)
+    logs = 1.8 * params.shape_variation * rng.normal(size=3)
     return np.asarray(np.exp(logs - logs.mean()))
 
 

@@ -53,9 +53,9 @@ def light_at_depth(depth_um: NDArray[np.float64], params: SimulateParams) -> NDA
     return np.asarray(np.exp(-np.clip(depth_um, 0, None) / params.attenuation_um))
 
 
-def background_noise(params: SimulateParams) -> float:
-    """Standard deviation in photons of a voxel of plain background (shot and read noise)."""
-    light = params.background_photons + params.haze * params.photons
+def background_noise(params: SimulateParams, left: float) -> float:
+    """Shot and read noise of a voxel of cytoplasm in photons, where this share of the light is left."""
+    light = params.background_photons + params.haze * params.photons * left
     return float(np.sqrt(light + (params.camera_noise / params.camera_gain) ** 2))
 
 
