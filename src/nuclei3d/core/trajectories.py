@@ -1,8 +1,9 @@
 """Following the flow from every foreground voxel to where it ends, in physical space.
 
-A voxel becomes a particle that moves against no friction along the direction of the interpolated flow, in
+A voxel becomes a particle that moves along the direction of the interpolated flow, in
 steps of fixed physical length. Interpolation is trilinear with voxel centres at whole coordinates and holds
-up to the border of the volume; background voxels count as no flow. Whenever the direction turns back by more
+up to the border of the volume. Flows of background voxels are used too: a nucleus may have holes in its
+foreground, and a particle must not be caught in them. Whenever the direction turns back by more
 than a right angle the particle has passed its sink, and its step is halved: it cannot overshoot for good, and
 it stops as soon as its steps have become small (early stopping particle by particle).
 """
@@ -61,8 +62,8 @@ def pack_flow(
 ) -> int:
     """Write planes start..stop of the flow as int16 (Z, Y, X, 4).
 
-    The last entry is 1 on the foreground; the background is 0 altogether. Flows that are not finite count
-    as background. Returns the number of foreground voxels.
+    The last entry is 1 on the foreground. Flows that are not finite become 0 and background. Returns the
+    number of foreground voxels.
     """
     _, height, width = logit.shape
     count = 0
@@ -70,18 +71,19 @@ def pack_flow(
         for y in range(height):
             for x in range(width):
                 here = packed[z, y, x]
-                here[:] = 0
+                fz = flow[0, z, y, x]
+                fy = flow[1, z, y, x]
+                fx = flow[2, z, y, x]
+                length = np.sqrt(fz * fz + fy * fy + fx * fx)
+                if not np.isfinite(length):
+                    here[:] = 0
+                    continue
+                scale = FLOW_SCALE if length <= 1.5 else FLOW_SCALE * 1.5 / length
+                here[0] = np.int16(fz * scale)
+                here[1] = np.int16(fy * scale)
+                here[2] = np.int16(fx * scale)
+                here[3] = 0
                 if logit[z, y, x] > threshold:
-                    fz = flow[0, z, y, x]
-                    fy = flow[1, z, y, x]
-                    fx = flow[2, z, y, x]
-                    length = np.sqrt(fz * fz + fy * fy + fx * fx)
-                    if not np.isfinite(length):
-                        continue
-                    scale = FLOW_SCALE if length <= 1.5 else FLOW_SCALE * 1.5 / length
-                    here[0] = np.int16(fz * scale)
-                    here[1] = np.int16(fy * scale)
-                    here[2] = np.int16(fx * scale)
                     here[3] = 1
                     count += 1
     return count
