@@ -15,8 +15,8 @@ Rotation = Literal["none", "quarter", "free"]
 class AugmentParams(Section):
     """Random changes of a crop; 0 (or false, or none) switches one off.
 
-    Each has random numbers of its own, so switching one on or off leaves the draws of the others as they were.
-    Intensities are those after normalisation: 0 is background, about 1 the brightest nuclei.
+    Each has random numbers of its own, so switching one on or off leaves the draws of the others as they
+    were. Intensities are those after normalisation: 0 is background, about 1 the brightest nuclei.
 
     Attributes
     ----------
@@ -40,10 +40,11 @@ class AugmentParams(Section):
     blur_px, blur_anisotropy
         Greatest sigma of a Gaussian blur in xy, and how many times wider it is along z.
     noise
-        Greatest standard deviation of added noise at intensity 1: half of it as read noise, all as shot noise.
+        Greatest standard deviation of added noise at intensity 1: half of it as read noise, all as shot
+        noise.
     low_resolution
-        Share of crops that are averaged over up to `low_resolution_factor` pixels (along z in xz and yz, along
-        both axes in xy) and interpolated back.
+        Share of crops that are averaged over up to `low_resolution_factor` pixels (along z in xz and yz,
+        along both axes in xy) and interpolated back.
     """
 
     flips: bool = True
@@ -81,8 +82,8 @@ class SamplingParams(Section):
     contrast_power
         Weight (contrast of the faintest nucleus / median over planes)**-power, held within 1/4 to 4.
     balance
-        ``embryos``: every embryo, or ``frames``: every frame (stage), is drawn alike often whatever its number
-        of planes.
+        ``embryos``: every embryo, or ``frames``: every frame (stage), is drawn alike often whatever its
+        number of planes.
     nucleus_centred
         Share of the crops that are placed around a pixel of a nucleus instead of anywhere.
     """
@@ -127,13 +128,14 @@ class TrainParams(Section):
     diameter_px
         Diameter of a typical nucleus at the network's scale.
     epochs, batch_size, crops_per_epoch, crop_px
-        Length of the training, in crops of crop_px x crop_px pixels; crops_per_epoch None: one per plane drawn.
+        Length of the training, in crops of crop_px x crop_px pixels; crops_per_epoch None: one per plane
+        drawn.
     optimizer, learning_rate, weight_decay, momentum
         momentum is SGD's.
     schedule, warmup_steps
-        ``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at the
-        end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number of epochs,
-        so that a training can be prolonged.
+        ``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at
+        the end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number
+        of epochs, so that a training can be prolonged.
     min_train_masks
         Planes with fewer nuclei count as sparse and are drawn with the weight sampling.sparse (0: never).
     validation_crops

@@ -52,9 +52,7 @@ class Appearance(NamedTuple):
     gamma: float = 1.0
 
 
-def draw_appearance(
-    augment: AugmentParams, view: str, turned: bool, rng: np.random.Generator
-) -> Appearance:
+def draw_appearance(augment: AugmentParams, view: str, turned: bool, rng: np.random.Generator) -> Appearance:
     """Draw the changes of one crop.
 
     Parameters
@@ -91,12 +89,12 @@ def draw_appearance(
 
 
 def draw_dimming(augment: AugmentParams, largest_label: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Draw how much light each label keeps: float32 (largest_label + 1,), 1 for the undimmed and background."""
+    """Draw how much light each label keeps: float32 (largest_label + 1,), 1 for the undimmed."""
     draw = rng.random((2, largest_label + 1))
     keeps = np.exp(math.log(augment.dim_min) * draw[1])
     keeps[draw[0] >= augment.dim_share] = 1.0
     keeps[0] = 1.0
-    return keeps.astype(np.float32)
+    return np.asarray(keeps, np.float32)
 
 
 def change_appearance(
@@ -162,7 +160,7 @@ def blur(image: Image, sigma_y: float, sigma_x: float) -> None:
     """Blur with a Gaussian in place, mirrored at the edges (cut at 3 sigma)."""
     height, width = image.shape
     if sigma_y > 0.0:
-        reach = int(math.ceil(3.0 * sigma_y))
+        reach = math.ceil(3.0 * sigma_y)
         kernel = np.empty(2 * reach + 1, np.float32)
         for k in range(2 * reach + 1):
             kernel[k] = math.exp(-0.5 * ((k - reach) / sigma_y) ** 2)
@@ -182,7 +180,7 @@ def blur(image: Image, sigma_y: float, sigma_x: float) -> None:
                 for j in range(width):
                     image[i, j] += weight * source[row, j]
     if sigma_x > 0.0:
-        reach = int(math.ceil(3.0 * sigma_x))
+        reach = math.ceil(3.0 * sigma_x)
         kernel = np.empty(2 * reach + 1, np.float32)
         for k in range(2 * reach + 1):
             kernel[k] = math.exp(-0.5 * ((k - reach) / sigma_x) ** 2)
@@ -241,14 +239,14 @@ def local_background(image: Image, labels: NDArray[np.uint16], radius_px: int) -
 def noise_of_crop(image: Image, labels: NDArray[np.uint16]) -> tuple[float, float, float]:
     """Estimate the noise's variance as a function of intensity.
 
-    The residual of a pixel against the mean of its four neighbours has 5/4 of the pixel's variance; its median
-    absolute value ignores edges and speckles of texture.
+    The residual of a pixel against the mean of its four neighbours has 5/4 of the pixel's variance; its
+    median absolute value ignores edges and speckles of texture.
 
     Returns
     -------
     variance, level, gain
-        Of the noise at intensity I: ``variance + gain * (I - level)``; variance is that of the background, whose
-        mean is level.
+        Of the noise at intensity I: ``variance + gain * (I - level)``; variance is that of the background,
+        whose mean is level.
     """
     height, width = image.shape
     residuals = np.empty((2, height * width), np.float32)
@@ -336,8 +334,8 @@ def attenuate(image: Image, attenuation: float, middle: float, per_row: float, p
 def coarsen(image: Image, factor_y: float, factor_x: float) -> None:
     """Average over blocks of about factor_y x factor_x pixels and interpolate back linearly, in place."""
     height, width = image.shape
-    rows = max(1, int(round(height / factor_y)))
-    columns = max(1, int(round(width / factor_x)))
+    rows = max(1, round(height / factor_y))
+    columns = max(1, round(width / factor_x))
     small = np.zeros((rows, columns), np.float32)
     counts = np.zeros((rows, columns), np.float32)
     for i in range(height):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -116,7 +116,7 @@ class CropMaker:
         )
 
     def make_batch(self, planes: NDArray[np.int64], epoch: int, first: int) -> Batch:
-        """Make a batch from these planes; its crops have the numbers `first`, `first` + 1, ... of the epoch."""
+        """Make a batch from these planes; its crops have the numbers `first`, `first` + 1, ..."""
         count, size = len(planes), self.crop_px
         images = np.zeros((count, size, size, 2), np.float32)
         labels = np.empty((count, size, size), np.uint16)
@@ -194,7 +194,7 @@ class CropMaker:
 
 def epoch_batches(
     maker: CropMaker, order: NDArray[np.int64], batch_size: int, epoch: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batches of an epoch in order, cut ahead by `workers` threads.
 
     Parameters

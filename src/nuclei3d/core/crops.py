@@ -77,7 +77,7 @@ def draw_crop(
     Parameters
     ----------
     planes, plane
-        The planes and the index of the one to cut from.
+        The planes, and the index of the one to cut from.
     rng
         Its numbers are used in fixed places, so one setting does not shift the draws of another.
     augment
@@ -132,9 +132,7 @@ def _share_of(position: float, length: int, extent: float) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _bilinear(
-    pixels: NDArray[np.uint16], start: int, height: int, width: int, y: float, x: float
-) -> float:
+def _bilinear(pixels: NDArray[np.uint16], start: int, height: int, width: int, y: float, x: float) -> float:
     """Interpolate at (y, x), pixel centres at integers; held constant up to half a pixel beyond the edge."""
     y = min(max(y, 0.0), height - 1.0)
     x = min(max(x, 0.0), width - 1.0)
@@ -146,7 +144,7 @@ def _bilinear(
     fx = x - x0
     upper = pixels[start + y0 * width + x0] * (1 - fx) + pixels[start + y0 * width + x1] * fx
     lower = pixels[start + y1 * width + x0] * (1 - fx) + pixels[start + y1 * width + x1] * fx
-    return upper * (1 - fy) + lower * fy
+    return float(upper * (1 - fy) + lower * fy)
 
 
 @njit(cache=True, nogil=True)
@@ -168,8 +166,8 @@ def cut_crop(
 
     The image is interpolated linearly (averaged over 2 x 2 points where it shrinks), labels are the nearest,
     flows are interpolated among the pixels of the same nucleus, turned with the crop, and made unit
-    vectors again except where they are short because they turn around at a centre. Outside the plane all is 0,
-    as in the padding of a prediction.
+    vectors again except where they are short because they turn around at a centre. Outside the plane all is
+    0, as in the padding of a prediction.
     """
     size = image.shape[0]
     a00 = plan.q00 / plan.scale
@@ -205,14 +203,14 @@ def cut_crop(
             else:
                 value = _bilinear(pixels, start, height, width, y, x)
             image[i, j] = value * gain + bias
-            row = min(max(int(math.floor(y + 0.5)), 0), height - 1)
-            column = min(max(int(math.floor(x + 0.5)), 0), width - 1)
+            row = min(max(math.floor(y + 0.5), 0), height - 1)
+            column = min(max(math.floor(x + 0.5), 0), width - 1)
             label = labels[start + row * width + column]
             crop_labels[i, j] = label
             if label == 0:
                 continue
-            y0 = int(math.floor(y))
-            x0 = int(math.floor(x))
+            y0 = math.floor(y)
+            x0 = math.floor(x)
             flow_y = 0.0
             flow_x = 0.0
             total = 0.0

@@ -24,9 +24,7 @@ class Loss:
         return self.flow + self.probability
 
 
-def cellpose_loss(
-    output: Tensor, flows: Tensor, foreground: Tensor, weights: Tensor | None = None
-) -> Loss:
+def cellpose_loss(output: Tensor, flows: Tensor, foreground: Tensor, weights: Tensor | None = None) -> Loss:
     """Compute Cellpose's loss: half the mean squared error of 5 x flow, plus cross-entropy of the logit.
 
     Parameters
@@ -38,8 +36,8 @@ def cellpose_loss(
     foreground
         bool (B, Y, X).
     weights
-        (B, Y, X), factors of both errors of a pixel. The mean is over pixels, not over weights, so heavier nuclei
-        do not make the background lighter.
+        (B, Y, X), factors of both errors of a pixel. The mean is over pixels, not over weights, so heavier
+        nuclei do not make the background lighter.
     """
     output = output.float()
     target = foreground.float()

@@ -1,10 +1,11 @@
-"""Labelled planes in compact types, ready to cut crops from: 2 bytes image, 2 bytes label, 2 bytes flow a pixel."""
+"""Labelled planes in compact types, 6 bytes a pixel, ready to cut crops from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ class PlaneSet:
         """float32 (planes, 2): normalised intensity = stored * gains[:, 0] + gains[:, 1]."""
         low = np.array([info.norm_low for info in self.infos])
         span = np.array([info.norm_high for info in self.infos]) - low
-        return np.stack([self.step / span, (self.offset - low) / span], axis=1).astype(np.float32)
+        return np.asarray(np.stack([self.step / span, (self.offset - low) / span], axis=1), np.float32)
 
     def plane_labels(self, plane: int) -> NDArray[np.uint16]:
         """Labels (Y, X) of one plane."""
@@ -85,7 +86,7 @@ class PlaneSet:
         """Normalised image (Y, X) of one plane."""
         info = self.infos[plane]
         stored = self.pixels[self.starts[plane] : self.starts[plane + 1]].reshape(info.height, info.width)
-        return stored.astype(np.float32) * self.gains[plane, 0] + self.gains[plane, 1]
+        return np.asarray(stored.astype(np.float32) * self.gains[plane, 0] + self.gains[plane, 1])
 
 
 def quantise_image(image: NDArray[np.generic]) -> tuple[NDArray[np.uint16], float, float]:
@@ -104,16 +105,16 @@ def quantise_image(image: NDArray[np.generic]) -> tuple[NDArray[np.uint16], floa
     return np.rint((values - low) / step).astype(np.uint16), step, low
 
 
-def quantise_flows(flows: NDArray[np.floating]) -> NDArray[np.int8]:
+def quantise_flows(flows: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
     """Store flows (..., components up to 1 in size) as int8."""
-    return np.rint(np.clip(flows, -1, 1) * FLOW_STEPS).astype(np.int8)
+    return np.asarray(np.rint(np.clip(flows, -1, 1) * FLOW_STEPS), np.int8)
 
 
 def stack_planes(
     infos: Sequence[PlaneInfo],
     images: Sequence[NDArray[np.generic]],
-    labels: Sequence[NDArray[np.integer]],
-    flows: Sequence[NDArray[np.floating]],
+    labels: Sequence[NDArray[np.integer[Any]]],
+    flows: Sequence[NDArray[np.floating[Any]]],
 ) -> PlaneSet:
     """Pack planes given as arrays: images (Y, X), labels (Y, X), flows (2, Y, X) as unit vectors (dy, dx)."""
     stored = [quantise_image(image) for image in images]

@@ -16,9 +16,7 @@ from nuclei3d.errors import InputError
 _ORDER_STREAM = np.uint64(2**63)
 
 
-def plane_weights(
-    infos: Sequence[PlaneInfo], params: SamplingParams, min_nuclei: int
-) -> NDArray[np.float64]:
+def plane_weights(infos: Sequence[PlaneInfo], params: SamplingParams, min_nuclei: int) -> NDArray[np.float64]:
     """Compute how often each plane is drawn: float64 (planes,), sum 1.
 
     Raises
@@ -58,8 +56,8 @@ def epoch_order(weights: NDArray[np.float64], crops: int, seed: int, epoch: int)
     """Draw the planes of one epoch in their order: int64 (crops,).
 
     Planes of equal weight are drawn in turns, each once before any comes again, as stock Cellpose does;
-    otherwise each plane's number of draws is its expectation, rounded at random (systematic sampling), so that
-    rare kinds of planes come in every epoch.
+    otherwise each plane's number of draws is its expectation, rounded at random (systematic sampling), so
+    that rare kinds of planes come in every epoch.
     """
     rng = np.random.Generator(
         np.random.Philox(

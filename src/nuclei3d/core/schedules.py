@@ -10,9 +10,9 @@ from nuclei3d.config.train import TrainParams
 def learning_rate(params: TrainParams, step: int, steps_per_epoch: int) -> float:
     """Give the learning rate of a step (counted from 0 over the whole training).
 
-    ``constant`` and ``warmup_cosine`` rise linearly over ``warmup_steps``; the cosine then falls to a hundredth at the
-    last step. ``cellpose`` is the schedule of ``cellpose.train.train_seg``: by epochs, ten of warm-up from 0,
-    then, in trainings of more than 100 (300) epochs, ten halvings over the last 50 (100).
+    ``constant`` and ``warmup_cosine`` rise linearly over ``warmup_steps``; the cosine then falls to a
+    hundredth at the last step. ``cellpose`` is the schedule of ``cellpose.train.train_seg``: by epochs, ten
+    of warm-up from 0, then, in trainings of more than 100 (300) epochs, ten halvings over the last 50 (100).
     """
     peak = params.learning_rate
     if params.schedule == "cellpose":

@@ -6,9 +6,10 @@ training that was killed and goes on from its last state ends, on a CPU, with th
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +128,8 @@ def train_network(
     params
         How to train.
     planes_diameter_px
-        Diameter of a typical nucleus on the planes; crops are resampled so that it becomes params.diameter_px.
+        Diameter of a typical nucleus on the planes; crops are resampled so that it becomes
+        params.diameter_px.
     seed
         Of all draws.
     device
@@ -187,7 +189,8 @@ class _Trainer:
         self.validation_views = [info.view for info in validation.infos]
         self.validation_contrasts = measure_contrasts(self.validation_batches)
         layout = torch.channels_last if params.channels_last else torch.contiguous_format
-        self.network = network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.network = network.to(device=device)
+        self.network.to(memory_format=layout)  # type: ignore[call-overload]
         self.layout = layout
         self.precision = choose_precision(params.precision, device)
         self.workers = params.workers or (1 if device.type == "cpu" else 8)
@@ -248,8 +251,8 @@ class _Trainer:
         first = state.history[0] if state.history else report
         if report.train_loss > _DIVERGED_FACTOR * first.train_loss:
             raise DivergedError(
-                f"training diverged in epoch {epoch + 1}: the loss is {report.train_loss:.3g}, in the first epoch "
-                f"it was {first.train_loss:.3g}; {_MEND}"
+                f"training diverged in epoch {epoch + 1}: the loss is {report.train_loss:.3g}, in the first "
+                f"epoch it was {first.train_loss:.3g}; {_MEND}"
             )
         judged = self._judged_network()
         report = validate(
@@ -293,8 +296,6 @@ class _Trainer:
         """Give the network that is validated: with the mean weights if there are."""
         if self.average is None:
             return self.network
-        import copy
-
         judged = copy.deepcopy(self.network)
         judged.load_state_dict(self.average.state())
         return judged
@@ -309,9 +310,12 @@ class _Trainer:
         order = epoch_order(self.weights, self.crops, self.seed, epoch)
         began = time.perf_counter()
         waited = 0.0
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # reading a loss makes the host wait for a GPU, so there it is done now and then
+        look_every = 1 if self.device.type == "cpu" else 20
         step = epoch * self.steps_per_epoch
         rate = math.nan
+        unseen = 0
         batches = epoch_batches(self.maker, order, self.params.batch_size, epoch, self.workers)
         while True:
             asked = time.perf_counter()
@@ -321,15 +325,20 @@ class _Trainer:
                 break
             rate = learning_rate(self.params, step, self.steps_per_epoch)
             losses = self._step(batch.to(self.device), rate, step)
-            if not math.isfinite(losses[0] + losses[1]):
-                batches.close()  # type: ignore[attr-defined]
-                raise DivergedError(f"training diverged: the loss is no number in epoch {epoch + 1}; {_MEND}")
-            count = len(batch.planes)
-            sums += torch.tensor(losses, dtype=torch.float64) * count
-            if on_step is not None:
-                on_step(losses[0] + losses[1], count, rate)
+            sums += losses.double() * len(batch.planes)
+            unseen += len(batch.planes)
             step += 1
+            if step % look_every == 0:
+                loss = float(losses.sum())
+                if not math.isfinite(loss):
+                    break
+                if on_step is not None:
+                    on_step(loss, unseen, rate)
+                unseen = 0
+        batches.close()
         flow, probability = (float(value) / self.crops for value in sums)
+        if not math.isfinite(flow + probability):
+            raise DivergedError(f"training diverged: the loss is no number in epoch {epoch + 1}; {_MEND}")
         return EpochReport(
             epoch=epoch + 1,
             train_loss=flow + probability,
@@ -340,19 +349,15 @@ class _Trainer:
             waited_seconds=waited,
         )
 
-    def _step(self, batch: Batch, rate: float, step: int) -> tuple[float, float]:
+    def _step(self, batch: Batch, rate: float, step: int) -> Tensor:
+        """Do one step; give the two parts of the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = batch.images.contiguous(memory_format=self.layout)
-        with torch.autocast(
-            self.device.type, dtype=self.precision, enabled=self.precision != torch.float32
-        ):
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
             output = self.network(images)[0]
         loss = cellpose_loss(output, batch.flows, batch.foreground, batch.weights)
-        values = (float(loss.flow.detach()), float(loss.probability.detach()))
-        if not math.isfinite(values[0] + values[1]):
-            # the weights of the last good step are left as they are
-            return values
+        values = torch.stack([loss.flow.detach(), loss.probability.detach()])
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         if self.params.gradient_clip:
@@ -380,9 +385,7 @@ def _new_optimizer(network: nn.Module, params: TrainParams, device: torch.device
             weight_decay=params.weight_decay,
             fused=True,
         )
-    return torch.optim.AdamW(
-        trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
 
 
 def _on_cpu(value: Any) -> Any:
@@ -394,15 +397,3 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, list):
         return [_on_cpu(entry) for entry in value]
     return value
-
-
-__all__: Sequence[str] = [
-    "Callbacks",
-    "DivergedError",
-    "EpochReport",
-    "StopTraining",
-    "TrainingOutcome",
-    "TrainingState",
-    "choose_precision",
-    "train_network",
-]

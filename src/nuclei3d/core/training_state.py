@@ -150,8 +150,8 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
 class WeightAverage:
     """Exponential mean of a network's weights; buffers (running means of batch norm) are averaged alike.
 
-    The decay rises with the number of steps, ``min(decay, (1 + n) / (10 + n))``, so that the first weights are
-    forgotten quickly.
+    The decay rises with the number of steps, ``min(decay, (1 + n) / (10 + n))``, so that the first weights
+    are forgotten quickly.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

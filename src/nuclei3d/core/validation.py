@@ -1,10 +1,11 @@
-"""Validation of a network on fixed crops: the loss by view, and how much of each nucleus is found by contrast."""
+"""Validation on fixed crops: the loss by view, and how much of each nucleus is found by contrast."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ _SMALLEST_PX = 12
 
 
 def measure_contrasts(batches: Sequence[Batch]) -> list[list[NDArray[np.float64]]]:
-    """Measure the contrast of every nucleus of every crop: per batch, per crop, float64 (largest label + 1,)."""
+    """Measure the contrast of all nuclei: per batch, per crop, float64 (largest label + 1,)."""
     return [
         [
             plane_contrasts(image[0].numpy(), labels.astype(np.uint16))
@@ -85,14 +86,14 @@ def validate(
         f"validation_loss_{view}": float(np.mean([a + b for name, a, b in losses if name == view]))
         for view in {loss[0] for loss in losses}
     }
-    return replace(
-        report,
-        validation_loss=flow + probability,
-        validation_flow_loss=flow,
-        validation_probability_loss=probability,
+    measured: dict[str, Any] = {
+        "validation_loss": flow + probability,
+        "validation_flow_loss": flow,
+        "validation_probability_loss": probability,
         **by_view,
         **_by_quintile(found),
-    )
+    }
+    return replace(report, **measured)
 
 
 def _found_shares(

@@ -1,4 +1,4 @@
-"""Reading a slice data set into a `PlaneSet`: from its TIFF files, or at once from the packed copy beside them."""
+"""Reading a slice data set into a `PlaneSet`: from its TIFF files, or from the packed copy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Slices:
     infos
         Rows of manifest.csv by part.
     digest
-        MD5 of summary and manifest, which hold the MD5 of every plane.
+        MD5 of the manifest, which holds the MD5 of every plane, and of the size of nuclei.
     """
 
     folder: Path
@@ -83,12 +83,9 @@ def read_slices(folder: Path) -> Slices:
         raise InputError(
             f"{manifest_path} is damaged ({error}); make the slices again with 'nuclei3d prepare'"
         ) from None
-    digest = hashlib.md5(usedforsecurity=False)
-    for path in (summary_path, manifest_path):
-        digest.update(path.read_bytes())
-    return Slices(
-        folder, summary, {part: tuple(rows) for part, rows in infos.items()}, digest.hexdigest()
-    )
+    digest = hashlib.md5(manifest_path.read_bytes(), usedforsecurity=False)
+    digest.update(f"{summary['diameter_px']} {summary['nucleus_diameter_um']}".encode())
+    return Slices(folder, summary, {part: tuple(rows) for part, rows in infos.items()}, digest.hexdigest())
 
 
 def _info(row: dict[str, str]) -> PlaneInfo:
@@ -124,10 +121,11 @@ def load_planes(slices: Slices, part: str, memory_limit_gb: float = 4.0) -> Plan
 
 
 def pack_planes(folder: Path) -> None:
-    """Write the packed copy of all parts of a slice data set: ``packed/<part>.npy`` and ``packed/index.json``.
+    """Write the packed copy of all parts of a slice data set: ``packed/<part>.npy`` and
+    ``packed/index.json``.
 
-    6 bytes a pixel, uncompressed, so that training starts at once. To be called by prepare on the folder that it
-    is still filling, as the last step. The same planes give the same bytes.
+    6 bytes a pixel, uncompressed, so that training starts at once. To be called by prepare on the folder that
+    it is still filling, as the last step. The same planes give the same bytes.
     """
     slices = read_slices(folder)
     target = folder / PACK_FOLDER
@@ -192,7 +190,7 @@ def _fill(
     labels: NDArray[np.uint16],
     flows: NDArray[np.int8],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Read the TIFF files of all planes into flat arrays; give step and offset of each plane's intensities."""
+    """Read the TIFF files of all planes into flat arrays; give each plane's step and offset."""
     starts = np.concatenate([[0], np.cumsum([info.pixels for info in infos], dtype=np.int64)])
     step, offset = np.ones(len(infos)), np.zeros(len(infos))
 
@@ -221,7 +219,9 @@ def _read_tiff(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
         array: NDArray[Any] = tifffile.imread(path)
     except (OSError, ValueError, tifffile.TiffFileError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"cannot read {path}: {reason}; make the slices again with 'nuclei3d prepare'") from None
+        raise InputError(
+            f"cannot read {path}: {reason}; make the slices again with 'nuclei3d prepare'"
+        ) from None
     if array.shape != shape:
         raise InputError(
             f"{path} has shape {array.shape}, the manifest says {shape}; make the slices again with "

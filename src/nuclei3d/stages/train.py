@@ -1,0 +1,413 @@
+"""Training of the 2D network: slices in, a model folder out; survives being killed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuclei3d.config import Params
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
+
+if TYPE_CHECKING:
+    import torch
+    from cellpose.resnet_torch import CPnet
+    from torch import nn
+
+    from nuclei3d.core.planes import PlaneSet
+    from nuclei3d.core.training import TrainingOutcome
+    from nuclei3d.core.training_state import EpochReport
+    from nuclei3d.models.info import ModelInfo
+    from nuclei3d.stages.training_planes import Slices
+    from nuclei3d.tracking.runs import StageRun
+
+HISTORY_FILE = "history.csv"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` made.
+
+    Attributes
+    ----------
+    model
+        The model folder.
+    epochs
+        Epochs done, those before a kill included.
+    epoch
+        The epoch whose weights were kept.
+    stopped
+        Why the training ended early, or an empty text.
+    metrics
+        Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
+    run_id
+        MLflow run, if tracking is on.
+    """
+
+    model: Path
+    epochs: int
+    epoch: int
+    stopped: str
+    metrics: dict[str, float]
+    run_id: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {
+            "model": str(self.model),
+            "epochs": self.epochs,
+            "epoch": self.epoch,
+            "stopped": self.stopped,
+            "metrics": self.metrics,
+            "run_id": self.run_id,
+        }
+
+
+def train(
+    params: Params,
+    slices: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    resume: bool = True,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> TrainResult:
+    """Train a network on prepared planes and write a model folder.
+
+    After every epoch a checkpoint is written beside the model folder; started again with the same parameters
+    and slices, the training goes on from there, on a CPU to the same weights bit by bit.
+
+    Parameters
+    ----------
+    params
+        The sections train, normalization, data (for volumes), predict and tracking are used.
+    slices
+        Folder made by prepare.
+    out
+        Model folder to write, with history.csv; a model that is there is replaced at the end.
+    data
+        Labelled embryos, for validation in 3D and the choice of thresholds; None: those that the slices were
+        made from, if they are still there.
+    resume
+        Whether a checkpoint may be used.
+    on_epoch
+        Called after each epoch and its checkpoint. It may raise
+        `nuclei3d.core.training.StopTraining` (ends well, the model is written), or anything else, such as a
+        pruning signal, which passes through.
+
+    Raises
+    ------
+    InputError
+        If slices, weights to start from, device or output folder are unusable.
+    DivergedError
+        If the loss becomes NaN or explodes; the checkpoint of the last good epoch stays.
+    """
+    from nuclei3d.core.networks import choose_device
+    from nuclei3d.stages.checkpoints import Checkpoints, checkpoint_folder, training_fingerprint
+    from nuclei3d.stages.training_planes import load_planes, read_slices
+    from nuclei3d.tracking.runs import stage_run
+
+    settings = params.train
+    device = choose_device(settings.device)
+    described = read_slices(slices)
+    _refuse_foreign_folder(out)
+    network, start_digest = _start_network(params)
+    planes = load_planes(described, "train", settings.memory_limit_gb)
+    validation = load_planes(described, "validation", settings.memory_limit_gb)
+    _check_planes(planes, described, params)
+    fingerprint = training_fingerprint(settings, params.seed, described.digest, start_digest)
+    checkpoints = Checkpoints(checkpoint_folder(out), fingerprint)
+    if not resume:
+        checkpoints.remove()
+    volumes = _validation_volumes(params, data, described) if settings.validate_volumes_every else []
+    with stage_run("train", params, inputs={"slices": slices}) as run:
+        _say_plan(planes, validation, params, device, described)
+        outcome = _train(
+            network, planes, validation, params, described, device, checkpoints, volumes, run, on_epoch
+        )
+        network.load_state_dict(outcome.weights)
+        info = _model_info(params, described, run)
+        _write_model(out, network.eval(), info, outcome, params, described)
+        metrics = _final_metrics(outcome)
+        run.metrics({f"kept_{name}": value for name, value in metrics.items()})
+        run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
+        run.artifact(out, "model")
+    say(
+        f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
+        + (f" ({outcome.stopped})" if outcome.stopped else "")
+    )
+    return TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """Replace only what is missing, empty, or a model."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "model.json").is_file():
+        raise InputError(f"{out} exists and is no model folder; give another folder or remove it yourself")
+
+
+def _start_network(params: Params) -> tuple[CPnet, str]:
+    """Make the network to start from, and a digest of where its weights come from."""
+    import torch
+
+    from nuclei3d.core.networks import network_from_state, new_network
+    from nuclei3d.models.folder import load_model, read_state
+
+    settings = params.train
+    if settings.start_from is None:
+        return new_network(settings.diameter_px, params.seed), "scratch"
+    path = Path(settings.start_from)
+    if not path.exists():
+        raise InputError(
+            f"train.start_from: there is no {path}; give a model folder, a Cellpose 3 weights file, or null"
+        )
+    weights = load_model(path).path if path.is_dir() else path
+    network = network_from_state(read_state(weights), where=str(weights))
+    with torch.no_grad():
+        network.diam_mean.fill_(settings.diameter_px)
+    return network, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _check_planes(planes: PlaneSet, described: Slices, params: Params) -> None:
+    if not len(planes):
+        raise InputError(
+            f"{described.folder} holds no training planes; make the slices again with 'nuclei3d prepare'"
+        )
+    sparse = sum(info.nuclei < params.train.min_train_masks for info in planes.infos)
+    if sparse:
+        weight = params.train.sampling.sparse
+        say(
+            f"{sparse} of {len(planes)} planes show fewer than {params.train.min_train_masks} nuclei"
+            + (f"; they are drawn with weight {weight:g}" if weight else "; they are left out")
+            + " (train.sampling.sparse)"
+        )
+
+
+def _say_plan(
+    planes: PlaneSet, validation: PlaneSet, params: Params, device: torch.device, described: Slices
+) -> None:
+    import torch
+
+    from nuclei3d.core.training import choose_precision
+
+    settings = params.train
+    if device.type == "cuda":
+        where = f"the GPU ({torch.cuda.get_device_name(device)})"
+    else:
+        where = f"the CPU ({torch.get_num_threads()} threads)"
+    precision = str(choose_precision(settings.precision, device)).removeprefix("torch.")
+    say(
+        f"training on {where} in {precision}: {len(planes)} planes, {len(validation)} for validation; "
+        f"nuclei of {described.diameter_px:.3g} px scaled to {settings.diameter_px:.3g} px"
+    )
+
+
+def _train(
+    network: CPnet,
+    planes: PlaneSet,
+    validation: PlaneSet,
+    params: Params,
+    described: Slices,
+    device: torch.device,
+    checkpoints: Any,
+    volumes: Sequence[LabelledVolume],
+    run: StageRun,
+    on_epoch: Callable[[EpochReport], None] | None,
+) -> TrainingOutcome:
+    from nuclei3d.core.sampling import plane_weights
+    from nuclei3d.core.training import Callbacks, train_network
+
+    settings = params.train
+    start = checkpoints.load()
+    done = start.epoch if start is not None else 0
+    if start is not None:
+        say(f"going on after epoch {done} of {settings.epochs}, from {checkpoints.folder}")
+        for report in start.history:
+            run.metrics(report.metrics(), step=report.epoch)
+    weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)
+    crops = settings.crops_per_epoch or int((weights > 0).sum())
+    with progress_bar("train", total=crops * settings.epochs) as bar:
+        bar.advance(crops * done)
+        seen = _Rate()
+
+        def step(loss: float, count: int, rate: float) -> None:
+            bar.advance(count)
+            bar.note(f"loss {seen.smooth(loss):.3f}, rate {rate:.2g}")
+
+        def epoch_done(report: EpochReport) -> None:
+            say(_line(report, settings.epochs))
+            run.metrics(report.metrics(), step=report.epoch)
+            if on_epoch is not None:
+                on_epoch(report)
+
+        def validate_volumes(judged: nn.Module) -> float:
+            return volumes_ap(judged, volumes, params, described, device)
+
+        return train_network(
+            network,
+            planes,
+            validation,
+            settings,
+            planes_diameter_px=described.diameter_px,
+            seed=params.seed,
+            device=device,
+            start=start,
+            callbacks=Callbacks(
+                save=checkpoints.save,
+                validate_volumes=validate_volumes if volumes else None,
+                on_epoch=epoch_done,
+                on_step=step,
+            ),
+        )
+
+
+class _Rate:
+    """A running mean of the loss, for the progress bar."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def smooth(self, loss: float) -> float:
+        self._mean = loss if self._mean is None else 0.95 * self._mean + 0.05 * loss
+        return self._mean
+
+
+def _line(report: EpochReport, epochs: int) -> str:
+    parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
+    if report.validation_loss == report.validation_loss:
+        parts.append(f"validation {report.validation_loss:.4f}")
+    if report.volume_ap == report.volume_ap:
+        parts.append(f"AP in 3D {report.volume_ap:.3f}")
+    parts.append(f"{report.crops_per_second:.1f} crops/s, {report.seconds:.1f} s")
+    return ", ".join(parts)
+
+
+def _validation_volumes(params: Params, data: Path | None, described: Slices) -> list[LabelledVolume]:
+    """Read a few validation frames, spread evenly; say so if there are none."""
+    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    if not source.is_dir():
+        if data is not None:
+            raise InputError(f"there is no folder {data}; give the labelled embryos, or leave --data out")
+        say("the embryos behind the slices are not there, so epochs are judged by planes only (give --data)")
+        return []
+    frames = split_embryos(find_embryos(source), params.data.split).validation
+    count = min(params.train.validation_volumes, len(frames))
+    if not count:
+        say("the split leaves no validation volumes, so epochs are judged by planes only")
+    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    return [read_labelled(frame, params.data) for frame in chosen]
+
+
+def volumes_ap(
+    network: nn.Module,
+    volumes: Sequence[LabelledVolume],
+    params: Params,
+    described: Slices,
+    device: torch.device,
+) -> float:
+    """Segment volumes with a network under training; give the average precision at IoU 0.5, counts pooled."""
+    from nuclei3d.core.matching import match, overlap_table
+    from nuclei3d.core.prediction import segment_volume
+
+    settings = _segmentation_settings(params, described)
+    true = predicted = hits = 0
+    for volume in volumes:
+        labels = segment_volume(volume.image, volume.voxel_size, network, settings, device).labels
+        table = overlap_table(volume.labels, labels)
+        true += table.n_true
+        predicted += table.n_pred
+        hits += match(table, 0.5).tp
+    return hits / max(1, true + predicted - hits)
+
+
+def _segmentation_settings(params: Params, described: Slices) -> Any:
+    from nuclei3d.core.prediction import SegmentationSettings
+
+    return SegmentationSettings(
+        mode="ortho",
+        diameter_px=params.train.diameter_px,
+        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
+    )
+
+
+def _model_info(params: Params, described: Slices, run: StageRun) -> ModelInfo:
+    from nuclei3d.models.info import ModelInfo
+    from nuclei3d.tracking.lineage import trace_lineage
+
+    lineage = trace_lineage(params, {"slices": described.folder}, device=params.train.device)
+    origin: dict[str, str] = {
+        "git_commit": lineage.git_commit,
+        "git_dirty": str(lineage.git_dirty).lower(),
+        "seed": str(lineage.seed),
+        "device": lineage.device,
+        **{f"{name}_md5": md5 for name, md5 in lineage.input_md5.items()},
+    }
+    if run.run_id is not None:
+        origin["run_id"] = run.run_id
+    if params.train.start_from is not None:
+        origin["start_from"] = Path(params.train.start_from).name
+    # what prepare normalised with, which params.yaml may no longer say
+    prepared: Mapping[str, Any] = described.summary.get("params", {}).get("normalization", {})
+    normalization = params.normalization.model_dump() | dict(prepared)
+    voxel = float(described.summary["voxel_um"])
+    return ModelInfo(
+        name=params.train.name,
+        diameter_px=params.train.diameter_px,
+        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
+        voxel_size_um=(voxel, voxel, voxel),
+        versions=dict(lineage.versions),
+        lineage=origin,
+        **normalization,
+    )
+
+
+def _write_model(
+    out: Path,
+    network: CPnet,
+    info: ModelInfo,
+    outcome: TrainingOutcome,
+    params: Params,
+    described: Slices,
+) -> None:
+    import torch
+
+    from nuclei3d.models.folder import save_model
+    from nuclei3d.stages.checkpoints import write_history
+
+    with torch.no_grad():
+        network.diam_labels.fill_(described.diameter_px)
+    save_model(out, network, info, _card(info, outcome, params, described))
+    write_history(out / HISTORY_FILE, outcome.state.history)
+
+
+def _card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
+    embryos = described.summary.get("embryos", {})
+    rows = [
+        ("trained on", ", ".join(embryos.get("train", ["unknown"]))),
+        ("validated on", ", ".join(embryos.get("validation", ["unknown"]))),
+        ("planes", str(described.summary.get("planes", {}).get("train", "unknown"))),
+        ("epoch kept", f"{outcome.epoch} of {outcome.state.epoch}"),
+        ("nuclei", f"{info.nucleus_diameter_um:.3g} um, {info.diameter_px:.3g} px at the network's scale"),
+        ("seed", str(params.seed)),
+        *((name.replace("_", " "), f"{value:.4g}") for name, value in _final_metrics(outcome).items()),
+        *((name.replace("_", " "), value) for name, value in info.lineage.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"# {info.name}\n\nA Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` "
+        "is a plain Cellpose state dict: it loads in the Cellpose GUI, command line and "
+        "`cellpose.models.CellposeModel`.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
+    history = outcome.state.history
+    metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
+    rates = [report.crops_per_second for report in history]
+    if rates:
+        metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
+    return metrics
