@@ -327,6 +327,7 @@ def test_real_embryos_can_be_imitated(bbbc050: Path) -> None:
         ({"embryos": ("a", "a")}, "named twice"),
         ({"embryos": ("../a",)}, "no folder name"),
         ({"embryos": ("a", "b"), "frames": (1, 2, 3)}, "3 numbers for 2 embryos"),
+        ({"frames": 0}, "greater than or equal to 1"),
         ({"faint_share": 1.5}, "less than or equal to 1"),
         ({"photonz": 3}, "Extra inputs"),
     ],

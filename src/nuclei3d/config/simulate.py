@@ -55,7 +55,7 @@ class SimulateParams(Section):
     """
 
     embryos: Annotated[tuple[str, ...], Field(min_length=1)] = ("embryo_a", "embryo_b", "embryo_c")
-    frames: FrameCount | tuple[FrameCount, ...] = (6, 3, 3)
+    frames: tuple[FrameCount, ...] = (6, 3, 3)
     shape: tuple[Extent, Extent, Extent] = (24, 128, 128)
     voxel_size_um: Triple = (2.0, 0.348, 0.348)
     nuclei: Annotated[int, Field(ge=1, le=2000)] = 22
@@ -81,6 +81,11 @@ class SimulateParams(Section):
     camera_bits: Annotated[int, Field(ge=8, le=16)] = 12
     debris: NonNegativeFloat = 2.0
 
+    @field_validator("frames", mode="before")
+    @classmethod
+    def _one_number_is_a_list_of_one(cls, frames: object) -> object:
+        return (frames,) if isinstance(frames, int) else frames
+
     @field_validator("embryos")
     @classmethod
     def _names_are_folders(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -93,7 +98,7 @@ class SimulateParams(Section):
 
     @model_validator(mode="after")
     def _frames_fit_embryos(self) -> SimulateParams:
-        if isinstance(self.frames, tuple) and len(self.frames) != len(self.embryos):
+        if len(self.frames) not in (1, len(self.embryos)):
             raise ValueError(
                 f"frames names {len(self.frames)} numbers for {len(self.embryos)} embryos; "
                 "give one number for all, or one per embryo"
@@ -102,4 +107,4 @@ class SimulateParams(Section):
 
     def frames_of(self, index: int) -> int:
         """Number of frames of the embryo at this position in `embryos`."""
-        return self.frames[index] if isinstance(self.frames, tuple) else self.frames
+        return self.frames[index] if len(self.frames) > 1 else self.frames[0]
