@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -33,10 +36,14 @@ def emit_json(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+#: Seconds between two lines of progress where stderr is a log file.
+LOG_INTERVAL_S = 30.0
+
+
 class Bar:
     """A running progress bar; `advance` moves it, `note` changes the text behind it."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
@@ -49,12 +56,44 @@ class Bar:
         self._progress.update(self._task, note=text)
 
 
+class LogBar(Bar):
+    """Progress for a log file: now and then a line with the share done, the time left and the note."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self._description = description
+        self._total = total
+        self._done = 0.0
+        self._note = ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self, steps: float = 1) -> None:
+        """Count, and print a line if the last one is long ago."""
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last < LOG_INTERVAL_S:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done:
+            seconds = (now - self._start) / self._done * (self._total - self._done)
+            left = f", about {datetime.timedelta(seconds=round(seconds))} left"
+        total = f"/{self._total}" if self._total else ""
+        say(f"{self._description}: {self._done:g}{total}{left} {self._note}".rstrip())
+
+    def note(self, text: str) -> None:
+        """Keep a text for the next line."""
+        self._note = text
+
+
 @contextmanager
 def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
     """Show a progress bar on stderr with the count, time spent and time left.
 
-    Where stderr is no terminal (a log file, CI) nothing moves; only the finished state is printed.
+    Where stderr is no terminal (a log file, CI) a line is printed every half minute instead.
     """
+    if not _console.is_terminal:
+        yield LogBar(description, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -64,5 +103,5 @@ def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_console, disable=not _console.is_terminal) as progress:
+    with Progress(*columns, console=_console) as progress:
         yield Bar(progress, progress.add_task(description, total=total, note=""))
