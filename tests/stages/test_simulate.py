@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tifffile
+import yaml
 
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
@@ -93,3 +94,32 @@ def test_nothing_stays_behind_when_writing_fails(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match="no space"):
         simulate(small(), tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def sample_listing() -> list[dict[str, str]]:
+    """The files of the sample as data.dvc and the remote in the repository name them."""
+    pointer = yaml.safe_load((REPOSITORY / "data.dvc").read_text())
+    digest = pointer["outs"][0]["md5"]
+    listing: list[dict[str, str]] = json.loads(stored(digest).read_text())
+    return listing
+
+
+def stored(digest: str) -> Path:
+    return REPOSITORY / "dvcstore" / "files" / "md5" / digest[:2] / digest[2:]
+
+
+def test_the_sample_lies_whole_in_the_repository() -> None:
+    listing = sample_listing()
+    assert len(listing) == 2 * 12 + 1
+    for entry in listing:
+        assert hashlib.md5(stored(entry["md5"]).read_bytes()).hexdigest() == entry["md5"]
+    assert sum(stored(entry["md5"]).stat().st_size for entry in listing) < 5e6
+
+
+def test_the_sample_was_made_with_the_defaults() -> None:
+    (record,) = [entry for entry in sample_listing() if entry["relpath"] == RECORD]
+    made = json.loads(stored(record["md5"]).read_text())
+    assert validate_params({"seed": made["seed"], "simulate": made["simulate"]}, "the record") == Params()
