@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # always kept as an artifact.
 _SECTIONS = {
     "simulate": ("simulate",),
-    "prepare": ("data", "prepare"),
+    "prepare": ("data", "normalization", "prepare"),
     "train": ("train",),
     "predict": ("predict",),
     "evaluate": ("predict", "evaluate"),
@@ -34,6 +34,7 @@ _SECTIONS = {
 }
 _MAX_METRICS_IN_BATCH = 900
 _MAX_VALUE_LENGTH = 5000
+_PROCESS_TAG = "nuclei3d.process"
 PARENT_RUN_VARIABLE = "NUCLEI3D_PARENT_RUN_ID"
 
 
@@ -109,8 +110,8 @@ class StageRun:
     def _send(self, method: str, *values: Any, **named: Any) -> None:
         if self._client is None:
             return
-        call = getattr(self._client, method)
-        self._unsent.append(lambda: call(self.run_id, *values, **named))
+        client = self._client
+        self._unsent.append(lambda: getattr(client, method)(self.run_id, *values, **named))
         if not self._flush() and not self._told:
             self._told = True
             say("warning: the tracking server stopped answering; going on, trying again with the next values")
@@ -132,7 +133,12 @@ class StageRun:
 
 @contextmanager
 def stage_run(
-    stage: str, params: Params, *, inputs: Mapping[str, Path], name: str | None = None
+    stage: str,
+    params: Params,
+    *,
+    inputs: Mapping[str, Path],
+    name: str | None = None,
+    resume: str | None = None,
 ) -> Iterator[StageRun]:
     """Open the MLflow run of a stage, log where its result comes from, and close it with its outcome.
 
@@ -149,6 +155,8 @@ def stage_run(
     inputs
         Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
         tags.
+    resume
+        Id of a run that a killed process left open, to go on with; a new one is made if it is not there.
 
     Raises
     ------
@@ -160,9 +168,10 @@ def stage_run(
         return
     client = open_store(params.tracking)
     lineage = trace_lineage(params, inputs, device=_device_wish(stage, params))
-    run_id = _begin(client, params, name or stage)
+    close_abandoned(client)
+    run_id = _begin(client, params, name or stage, resume)
     run = StageRun(client, run_id)
-    run.tags({"nuclei3d.stage": stage, "nuclei3d.process": f"{socket.gethostname()}:{os.getpid()}"})
+    run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
     run.tags(lineage.as_tags())
     run.params(_stage_params(stage, params))
     run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
@@ -181,8 +190,44 @@ def stage_run(
     _write_record(stage, run_id)
 
 
-def _begin(client: MlflowClient, params: Params, name: str) -> str:
-    """Start (or adopt) the run and give its id."""
+def close_abandoned(client: MlflowClient) -> None:
+    """Mark the runs that killed processes of this machine left open as KILLED."""
+    import psutil
+
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    prefix = f"{socket.gethostname()}:"
+    found = client.search_runs(
+        experiments, f"attributes.status = 'RUNNING' AND tags.`{_PROCESS_TAG}` LIKE '{prefix}%'"
+    )
+    for run in found:
+        pid, _, started = run.data.tags[_PROCESS_TAG].removeprefix(prefix).partition("@")
+        try:
+            alive = f"{psutil.Process(int(pid)).create_time():.0f}" == started
+        except (psutil.Error, ValueError):
+            alive = False
+        if not alive:
+            client.set_tag(run.info.run_id, "nuclei3d.failure", "its process was killed")
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _process() -> str:
+    """Name this process so that another one can tell whether it still lives (process ids are used again)."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}@{psutil.Process().create_time():.0f}"
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
+
+
+def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) -> str:
+    """Start, adopt or go on with the run and give its id."""
     import mlflow
 
     around = mlflow.active_run()
@@ -201,6 +246,8 @@ def _begin(client: MlflowClient, params: Params, name: str) -> str:
         # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
         run = mlflow.start_run()
         client.set_tag(run.info.run_id, "mlflow.runName", name)
+    elif resume is not None and _exists(client, resume):
+        run = mlflow.start_run(run_id=resume)
     elif parent:
         experiment = client.get_run(parent).info.experiment_id
         run = mlflow.start_run(experiment_id=experiment, run_name=name, parent_run_id=parent)

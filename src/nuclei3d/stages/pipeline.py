@@ -1,0 +1,295 @@
+"""The whole job: from labelled embryos to a registered model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuclei3d.config import Params, params_as_dict
+from nuclei3d.console import say
+from nuclei3d.errors import InputError
+from nuclei3d.stages.ledger import Ledger
+
+if TYPE_CHECKING:
+    from nuclei3d.tracking.runs import StageRun
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What the job made.
+
+    Attributes
+    ----------
+    out
+        The folder with all of it.
+    metrics
+        The pooled scores on the held-out embryos.
+    name, version
+        The registered model; None with tracking switched off.
+    champion, reason
+        The version that is champion now, and why it moved or stayed.
+    skipped
+        Stages that were done before with the same inputs.
+    run_id
+        The parent run in MLflow.
+    """
+
+    out: Path
+    metrics: dict[str, Any]
+    name: str | None
+    version: str | None
+    champion: str | None
+    reason: str | None
+    skipped: tuple[str, ...]
+    run_id: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {
+            "out": str(self.out),
+            "metrics": self.metrics,
+            "name": self.name,
+            "version": self.version,
+            "champion": self.champion,
+            "reason": self.reason,
+            "skipped": list(self.skipped),
+            "run_id": self.run_id,
+        }
+
+
+@dataclass(frozen=True)
+class JobFolders:
+    """Where the stages of a job put their results, below one folder."""
+
+    out: Path
+    model_name: str
+
+    @property
+    def slices(self) -> Path:
+        """Planes and flows."""
+        return self.out / "slices"
+
+    @property
+    def model(self) -> Path:
+        """The model folder."""
+        return self.out / "models" / self.model_name
+
+    @property
+    def predictions(self) -> Path:
+        """Masks of the held-out frames, a folder per embryo."""
+        return self.out / "predictions"
+
+    @property
+    def evaluation(self) -> Path:
+        """metrics.json, nuclei.csv, report."""
+        return self.out / "evaluation"
+
+
+def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
+    """Prepare, train, predict the held-out embryos, evaluate, register.
+
+    One MLflow run holds a child per stage. Stages that were done before with the same inputs, parameters and
+    code are kept; so a job that was killed goes on where it was when it is started again.
+
+    Parameters
+    ----------
+    params
+        All of them.
+    data
+        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
+    out
+        The folder to write: slices, models/<name>, predictions, evaluation.
+
+    Raises
+    ------
+    InputError
+        If the data, a parameter or the tracking store is at fault.
+    """
+    from nuclei3d.tracking.runs import stage_run
+
+    _check(data, out)
+    ledger = Ledger(out / ".done")
+    tree = params_as_dict(params)
+    signature = hashlib.md5(json.dumps([tree, str(data)]).encode(), usedforsecurity=False).hexdigest()
+    open_job = ledger.read("job")
+    before = open_job.get("run_id") if open_job.get("signature") == signature else None
+    name = f"whole job: {params.train.name} from {data.name}"
+    with stage_run("pipeline", params, inputs={"data": data}, name=name, resume=before) as run:
+        ledger.write("job", {"signature": signature, "run_id": run.run_id})
+        result = _do_stages(params, data, JobFolders(out, params.train.name), ledger, run)
+    ledger.write("job", {})
+    _say_result(result, JobFolders(out, params.train.name))
+    return result
+
+
+def assess(params: Params, data: Path, model: str, predictions: Path, evaluation: Path) -> dict[str, Any]:
+    """Predict the held-out (test) frames of a data set and evaluate them.
+
+    Parameters
+    ----------
+    params
+        `data.split` says which frames are held out.
+    data
+        The data set.
+    model
+        A model folder, weights file, or URI.
+    predictions, evaluation
+        Folders to write: the masks, a folder per embryo; metrics.json and the report.
+
+    Returns
+    -------
+    dict
+        The result of the evaluation as plain data.
+    """
+    predict_held_out(params, data, model, predictions)
+    return evaluate_held_out(params, data, predictions, evaluation)
+
+
+def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> dict[str, Any]:
+    """Predict the held-out frames, a folder per embryo."""
+    from nuclei3d.stages.predict import predict
+    from nuclei3d.volumes.embryos import find_embryos, split_embryos
+
+    split = split_embryos(find_embryos(data), params.data.split)
+    frames: dict[str, list[Path]] = {}
+    for frame in split.test:
+        frames.setdefault(frame.embryo, []).append(frame.image_path)
+    if not frames:
+        raise InputError(f"no labelled test frames in {data}; name test embryos in data.split.test")
+    results = {
+        embryo: predict(params, images, model, predictions / embryo).as_json()
+        for embryo, images in frames.items()
+    }
+    return {"embryos": results}
+
+
+def evaluate_held_out(params: Params, data: Path, predictions: Path, evaluation: Path) -> dict[str, Any]:
+    """Evaluate the predictions of the held-out frames."""
+    from nuclei3d.stages.evaluate import evaluate
+
+    return dict(evaluate(params, data, predictions, evaluation, images=data).as_json())
+
+
+def _do_stages(
+    params: Params, data: Path, folders: JobFolders, ledger: Ledger, run: StageRun
+) -> PipelineResult:
+    from nuclei3d.stages.prepare import prepare
+    from nuclei3d.stages.register import register
+    from nuclei3d.stages.train import train
+
+    tree = params_as_dict(params)
+
+    def settings(*sections: str) -> dict[str, Any]:
+        return {name: _without_device(tree[name]) for name in ("seed", *sections)}
+
+    entries = {
+        "prepare": ledger.do(
+            "prepare",
+            settings("data", "normalization", "prepare"),
+            [data],
+            [folders.slices],
+            lambda: prepare(params, data, folders.slices).as_json(),
+        )
+    }
+    entries["train"] = ledger.do(
+        "train",
+        settings("data", "normalization", "train"),
+        [data, folders.slices],
+        [folders.model],
+        lambda: train(params, folders.slices, folders.model, data=data).as_json(),
+    )
+    entries["predict"] = ledger.do(
+        "predict",
+        settings("data", "normalization", "predict"),
+        [data, folders.model],
+        [folders.predictions],
+        lambda: predict_held_out(params, data, str(folders.model), folders.predictions),
+    )
+    entries["evaluate"] = ledger.do(
+        "evaluate",
+        settings("data", "evaluate"),
+        [data, folders.predictions],
+        [folders.evaluation],
+        lambda: evaluate_held_out(params, data, folders.predictions, folders.evaluation),
+    )
+    metrics = folders.evaluation / "metrics.json"
+    registered: Mapping[str, Any] = {}
+    if params.tracking.enabled:
+        entries["register"] = ledger.do(
+            "register",
+            settings("tracking"),
+            [folders.model, metrics],
+            [],
+            lambda: register(params, folders.model, metrics).as_json(),
+        )
+        registered = entries["register"].result
+    else:
+        say("register: left out, tracking is switched off")
+    scores = json.loads(metrics.read_text(encoding="utf-8"))
+    run.metrics(headline(scores))
+    if registered:
+        run.tags({"nuclei3d.registered": f"{registered['name']} version {registered['version']}"})
+    return PipelineResult(
+        out=folders.out,
+        metrics=headline(scores),
+        name=registered.get("name"),
+        version=registered.get("version"),
+        champion=registered.get("champion"),
+        reason=registered.get("reason"),
+        skipped=tuple(name for name, entry in entries.items() if not entry.fresh),
+        run_id=run.run_id,
+    )
+
+
+def headline(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Give the few numbers of a metrics.json that a reader looks at first."""
+    numbers = {
+        "test/ap_0.50": scores.get("ap", {}).get("0.50"),
+        "test/ap_0.75": scores.get("ap", {}).get("0.75"),
+        "test/f1_0.50": scores.get("f1", {}).get("0.50"),
+        "test/precision": scores.get("precision"),
+        "test/recall_faint": scores.get("recall_faint"),
+        "test/recall_bright": scores.get("recall_bright"),
+        "test/seg": scores.get("seg"),
+        "test/det": scores.get("det"),
+    }
+    return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def _check(data: Path, out: Path) -> None:
+    if not data.is_dir():
+        raise InputError(
+            f"no data set at {data}; give --data DIR with <embryo>/images and <embryo>/labels, or get the "
+            "sample with: dvc pull data.dvc"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give another folder with --out")
+    if out.resolve() == data.resolve() or data.resolve() in out.resolve().parents:
+        raise InputError(f"the output folder {out} lies in the data set; give another with --out")
+
+
+def _without_device(section: Any) -> Any:
+    """Leave out what may change the speed of a stage but not its result."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in ("device", "workers")}
+
+
+def _say_result(result: PipelineResult, folders: JobFolders) -> None:
+    say("")
+    say("On the held-out embryos:")
+    for name, value in result.metrics.items():
+        say(f"  {name.removeprefix('test/'):<14} {value:.3f}")
+    if result.version is not None:
+        say(f"Registered {result.name} version {result.version}: {result.reason}.")
+    report = folders.evaluation / "report.html"
+    say(f"Report: {report if report.exists() else folders.evaluation}")
+    say("Next:")
+    say(f"  nuclei3d predict FILE... --model {folders.model} --out masks    segment your own frames")
+    say("  mlflow ui --backend-store-uri sqlite:///mlflow.db                look at the runs")
+    if result.champion is not None:
+        say(f"  nuclei3d serve --model models:/{result.name}@champion            serve the champion")

@@ -1,0 +1,313 @@
+"""The registry: versions of a model, the challenger, the champion, and the way back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuclei3d.config import Params
+from nuclei3d.errors import InputError
+from nuclei3d.models.info import ModelInfo, read_info
+from nuclei3d.tracking.contest import Verdict, judge
+from nuclei3d.tracking.packaging import log_served_model
+from nuclei3d.tracking.runs import StageRun
+from nuclei3d.tracking.store import open_store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+_SCHEME = "models:/"
+_HISTORY_TAG = "nuclei3d.champions"
+_METRICS_IN_MODEL = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered version and what became of it.
+
+    Attributes
+    ----------
+    name, version
+        Its name and number in the registry.
+    champion
+        The version that is champion now; None if there is none.
+    verdict
+        Whether it was better than the champion before it, and why.
+    """
+
+    name: str
+    version: str
+    champion: str | None
+    verdict: Verdict
+
+
+def register_model(
+    params: Params, folder: Path, metrics: Path, run: StageRun, *, force: bool = False
+) -> Registered:
+    """Register a model folder as the challenger, and as the champion if it earned that.
+
+    The champion moves if there is none yet, if the challenger is better on the same held-out embryos
+    (`nuclei3d.tracking.contest.judge`), or by `force`. The reason is written on the version, as its
+    description and as the tag ``nuclei3d.reason``.
+
+    Parameters
+    ----------
+    params
+        `tracking` names the store and the registered model, `predict` gives the defaults of the service.
+    folder
+        A model folder (weights, model.json, card).
+    metrics
+        The metrics.json of its evaluation on the held-out embryos.
+    run
+        The open MLflow run of the stage; the model is logged there.
+
+    Raises
+    ------
+    InputError
+        If the folder or metrics.json is not one, or the store does not answer.
+    """
+    assert run.run_id is not None
+    check_registrable(params, folder, metrics)
+    info = read_info(folder / "model.json")
+    result = read_metrics(metrics)
+    client = open_store(params.tracking)
+    name = params.tracking.registered_name
+    before = _alias(client, name, CHAMPION)
+    verdict = _contest(client, name, before, result, params, force)
+    logged = log_served_model(folder, metrics, info, params.predict)
+    version = _create_version(client, name, logged.model_uri, run.run_id, logged.model_id)
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    _describe(client, name, version, info, result, verdict)
+    if verdict.better:
+        _crown(client, name, version, before)
+    run.tags({"nuclei3d.registered": f"{name} version {version}", "nuclei3d.reason": verdict.reason})
+    return Registered(name, version, version if verdict.better else before, verdict)
+
+
+def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
+    """Find what would make `register_model` fail before anything is written.
+
+    Raises
+    ------
+    InputError
+        As in `register_model`.
+    """
+    if not params.tracking.enabled:
+        raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no model folder; give the folder that holds model.json and the weights"
+        )
+    read_info(folder / "model.json")
+    read_metrics(metrics)
+
+
+def roll_back(params: Params, version: str | None = None) -> Registered:
+    """Give the champion's place back to the version that had it before, or to `version`.
+
+    Raises
+    ------
+    InputError
+        If there is no such version, or nothing to go back to.
+    """
+    client = open_store(params.tracking)
+    name = params.tracking.registered_name
+    now = _alias(client, name, CHAMPION)
+    history = _history(client, name)
+    if version is None:
+        earlier = [item for item in history if item != now]
+        if not earlier:
+            raise InputError(f"{name} has no earlier champion to go back to; name a version")
+        version = earlier[-1]
+    if not _version_exists(client, name, version):
+        raise InputError(
+            f"{name} has no version {version}; known: {', '.join(_versions(client, name)) or 'none'}"
+        )
+    reason = f"rolled back from version {now}" if now else "made champion by hand"
+    while version in history:
+        history.pop()
+    client.set_registered_model_alias(name, CHAMPION, version)
+    client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
+    client.set_model_version_tag(name, version, "nuclei3d.reason", reason)
+    return Registered(name, version, version, Verdict(True, reason, None, None, None))
+
+
+def fetch_model(uri: str, params: Params) -> Path:
+    """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be.
+
+    Raises
+    ------
+    InputError
+        If the registry has no such model, or what it has is none of this project's.
+    """
+    return model_folder_in(download_served_model(uri, params))
+
+
+def download_served_model(uri: str, params: Params) -> Path:
+    """Give the local folder of the MLflow model behind a URI of the registry or of a run."""
+    client = open_store(params.tracking)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    with _quiet_download():
+        try:
+            return Path(download_artifacts(artifact_uri=uri))
+        except (MlflowException, OSError) as error:
+            names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
+
+
+def model_folder_in(package: Path) -> Path:
+    """Find the model folder inside the folder of an MLflow model."""
+    for found in sorted((package / "artifacts").rglob("model.json")):
+        return found.parent
+    raise InputError(f"the MLflow model in {package} holds no model.json; it was not registered by nuclei3d")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read a metrics.json.
+
+    Raises
+    ------
+    InputError
+        If it is missing or lacks what the registry compares: ``volumes``.
+    """
+    if path.is_dir():
+        path = path / _METRICS_IN_MODEL
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the metrics {path}: {error.strerror}; nuclei3d evaluate writes it"
+        ) from None
+    except ValueError:
+        raise InputError(
+            f"{path} is not valid JSON; expected the metrics.json of nuclei3d evaluate"
+        ) from None
+    volumes = result.get("volumes") if isinstance(result, dict) else None
+    if not isinstance(volumes, dict) or not volumes or not all("counts" in item for item in volumes.values()):
+        raise InputError(
+            f"{path} has no scores per volume under 'volumes'; expected what nuclei3d evaluate writes"
+        )
+    return dict(result)
+
+
+def _contest(
+    client: MlflowClient, name: str, champion: str | None, result: dict[str, Any], params: Params, force: bool
+) -> Verdict:
+    if champion is None:
+        return Verdict(True, "first version: there was no champion", None, None, None)
+    uri = f"{_SCHEME}{name}/{champion}"
+    with _quiet_download():
+        found = sorted((download_served_model(uri, params) / "artifacts").glob(_METRICS_IN_MODEL))
+    if found:
+        verdict = judge(read_metrics(found[0]), result, f"champion (version {champion})", seed=params.seed)
+    else:
+        verdict = Verdict(
+            False, f"the champion (version {champion}) has no metrics to compare with", None, None, None
+        )
+    if force and not verdict.better:
+        return Verdict(
+            True, f"forced; by itself: {verdict.reason}", verdict.difference, verdict.low, verdict.high
+        )
+    return verdict
+
+
+def _create_version(client: MlflowClient, name: str, source: str, run_id: str, model_id: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(
+            name, description="Segments nuclei in 3D images of embryos; made by the project nuclei3d."
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(name, source, run_id=run_id, model_id=model_id)
+    return str(made.version)
+
+
+def _describe(
+    client: MlflowClient, name: str, version: str, info: ModelInfo, result: dict[str, Any], verdict: Verdict
+) -> None:
+    ap = (result.get("ap") or {}).get("0.50")
+    score = f"AP at .5 on the held-out embryos {ap:.3f}. " if isinstance(ap, int | float) else ""
+    title = "Champion" if verdict.better else "Challenger"
+    client.update_model_version(name, version, description=f"{score}{title}: {verdict.reason}.")
+    tags = {
+        "nuclei3d.reason": verdict.reason,
+        "nuclei3d.kind": info.kind,
+        "nuclei3d.volumes": ", ".join(sorted(result["volumes"])),
+    }
+    for key in ("ap", "f1"):
+        value = (result.get(key) or {}).get("0.50")
+        if value is not None:
+            tags[f"{key}_0.50"] = f"{value:.4f}"
+    if result.get("recall_faint") is not None:
+        tags["recall_faint"] = f"{result['recall_faint']:.4f}"
+    tags |= {f"nuclei3d.{key}": value for key, value in info.lineage.items() if key.isidentifier()}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, str(value)[:5000])
+
+
+def _crown(client: MlflowClient, name: str, version: str, before: str | None) -> None:
+    client.set_registered_model_alias(name, CHAMPION, version)
+    history = _history(client, name)
+    if before is not None and (not history or history[-1] != before):
+        history.append(before)
+    client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
+    client.set_model_version_tag(
+        name, version, "nuclei3d.champion_since", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
+
+
+def _alias(client: MlflowClient, name: str, alias: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException:
+        return None
+
+
+def _history(client: MlflowClient, name: str) -> list[str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_registered_model(name).tags
+    except MlflowException:
+        raise InputError(f"the registry has no model '{name}' yet; nuclei3d register makes it") from None
+    return [item for item in tags.get(_HISTORY_TAG, "").split(",") if item]
+
+
+def _versions(client: MlflowClient, name: str) -> list[str]:
+    found = client.search_model_versions(f"name = '{name}'")
+    return [str(item) for item in sorted(int(version.version) for version in found)]
+
+
+def _version_exists(client: MlflowClient, name: str, version: str) -> bool:
+    return version in _versions(client, name)
+
+
+@contextmanager
+def _quiet_download() -> Iterator[None]:
+    """Switch off MLflow's progress bars for a few files."""
+    import os
+
+    before = os.environ.get("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR")
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"]
+        else:
+            os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = before

@@ -1,0 +1,44 @@
+"""An MLflow store for the tests: made once (that takes seconds), copied for each test."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nuclei3d.config import Params, load_params
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nuclei3d.tracking.store import open_store
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_store(load_params(None, [f"tracking.uri=sqlite:///{path}"]).tracking)
+    return path
+
+
+@pytest.fixture
+def params(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params]:
+    """Parameters with a store of this test's own."""
+    import mlflow
+
+    # MLflow remembers the store in the environment: keep what the test leaves there inside the test.
+    for variable in (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+        "DVC_STAGE",
+        "DVC_ROOT",
+        "NUCLEI3D_PARENT_RUN_ID",
+    ):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    database = tmp_path / "store" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(empty_database, database)
+    yield load_params(None, [f"tracking.uri=sqlite:///{database}", "train.device=cpu", "predict.device=cpu"])
+    while mlflow.active_run() is not None:
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
