@@ -138,7 +138,7 @@ def draw_scene(
     """
     owner = np.zeros(grid.shape, dtype=np.int32)
     depth = np.ones(grid.shape, dtype=np.float32)
-    pieces: list[tuple[int, Box, NDArray[np.float32], NDArray[np.float32]]] = []
+    pieces: list[tuple[int, Box, NDArray[np.float32]]] = []
     everything = [*bodies, *fragments]
     for number, body in enumerate(everything, start=1):
         box = _bounding_box(body, grid)
@@ -151,9 +151,9 @@ def draw_scene(
             nearer &= owner[box] == 0
         depth[box][nearer] = level[nearer]
         owner[box][nearer] = number
-        pieces.append((number, box, inner, level))
+        pieces.append((number, box, inner))
     density = np.zeros(grid.shape, dtype=np.float32)
-    for number, box, inner, _ in pieces:
+    for number, box, inner in pieces:
         own = owner[box] == number
         density[box][own] = _chromatin_density(everything[number - 1], inner[:, own], pattern)
     owner[owner > len(bodies)] = 0
