@@ -148,6 +148,45 @@ def summarise(
     )
 
 
+@dataclass(frozen=True)
+class Lead:
+    """How far the AP at .5 of one method is above that of another, with the 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def lead_of(
+    model: Sequence[Assessment],
+    rival: Sequence[Assessment],
+    embryos: Sequence[str],
+    *,
+    replicates: int,
+    over: Literal["auto", "embryo", "time"] = "auto",
+    rng: np.random.Generator,
+) -> Lead | None:
+    """Compare two methods on the same volumes by a paired bootstrap.
+
+    The same units are drawn for both, so that what varies between embryos cancels out. None if there is
+    only one unit, or nothing to find.
+    """
+    units = resampling_units(embryos, over)
+    if units.count < 2 or not replicates:
+        return None
+    weights = bootstrap_weights(units, replicates, rng)
+    pooled: list[NDArray[np.float64]] = []
+    drawn: list[NDArray[np.float64]] = []
+    for assessments in (model, rival):
+        tallies = stack_tallies([assessment.tally for assessment in assessments])
+        for sums, values in ((tallies.total(), pooled), (tallies.total(weights), drawn)):
+            whole = sums.n_true + sums.n_pred - sums.tp_half
+            values.append(np.divide(sums.tp_half, whole, out=np.full(whole.shape, np.nan), where=whole > 0))
+    low, high = percentile_interval(drawn[0] - drawn[1])
+    lead = Lead(float(pooled[0] - pooled[1]), float(low), float(high))
+    return None if np.isnan([lead.difference, lead.low, lead.high]).any() else lead
+
+
 def by_embryo(
     assessments: Sequence[Assessment], embryos: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, Metrics]:

@@ -74,8 +74,8 @@ def build_page(
     return Template(_text("report.html")).substitute(
         title=escape(title),
         subtitle=escape(
-            f"nuclei3d {metrics['nuclei3d']}, {len(metrics['volumes'])} volumes; scores are pooled over "
-            "nuclei, not averaged over volumes"
+            f"Evaluated with nuclei3d {metrics['nuclei3d']}. Scores are pooled over all nuclei, not averaged "
+            "over volumes."
         ),
         css=_text("report.css"),
         js=_text("report.js"),
@@ -135,16 +135,14 @@ def _charts(
     unit: str,
     history: Path | None,
 ) -> str:
-    drawn = [
-        ("Average precision by how well outlines must fit; the band is a 95 % interval", ap_chart(methods))
-    ]
+    drawn = [("Average precision (band: 95 % interval)", ap_chart(methods))]
     if metrics["recall_by_contrast"]:
         drawn += [
-            ("Recall by contrast: are faint nuclei found?", contrast_chart(methods, "recall")),
-            ("Precision by contrast: are faint predictions right?", contrast_chart(methods, "precision")),
+            ("Are faint nuclei found? Recall by contrast", contrast_chart(methods, "recall")),
+            ("Are faint predictions right?", contrast_chart(methods, "precision")),
         ]
     if metrics["recall_by_depth_um"]:
-        drawn.append(("Recall by depth", depth_chart(methods, unit)))
+        drawn.append(("Recall by depth", depth_chart(methods, _symbol(unit))))
     drawn += [("Numbers of nuclei over time", chart) for chart in counts_charts(metrics)]
     if history is not None:
         drawn += training_charts(history)
@@ -171,7 +169,7 @@ def _embedded(nuclei: Sequence[NucleusRow], volumes: Sequence[Mapping[str, Any]]
         if volumes
         else [],
         "colors": OUTLINES,
-        "unit": "µm" if unit == "um" else unit,
+        "unit": _symbol(unit),
     }
     # Inside a script element only "</" and "<!--" have a meaning; JSON may write < as an escape.
     return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -181,6 +179,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, 3)
     return value
+
+
+def _symbol(unit: str) -> str:
+    return "µm" if unit == "um" else unit
 
 
 def _text(name: str) -> str:

@@ -235,7 +235,7 @@
   }
   data.volumes.forEach((volume, index) => {
     const missed = volume.found.filter((hit) => !hit).length, wrong = volume.right.filter((hit) => !hit).length;
-    element("volume").add(new Option(`${volume.name}  (${volume.found.length} true, ${missed} missed, ${wrong} false)`, index));
+    element("volume").add(new Option(`${volume.name}: ${missed} missed, ${wrong} false of ${volume.found.length}`, index));
   });
   element("t").max = data.volumes.length - 1;
   element("volume").onchange = (event) => open(Number(event.target.value));
@@ -311,7 +311,13 @@
       return;
     }
     state.chosen = row;
-    for (const line of element("rows").children) line.classList.toggle("chosen", line.row === row);
+    const room = element("listing");
+    for (const line of element("rows").children) {
+      line.classList.toggle("chosen", line.row === row);
+      if (line.row !== row) continue;
+      const above = line.offsetTop - room.scrollTop, height = room.clientHeight;
+      if (above < 30 || above + line.offsetHeight > height) room.scrollTop = line.offsetTop - height / 2;
+    }
     open(index, row.place);
   }
   function list() {

@@ -18,15 +18,15 @@ _ROWS = (
     (
         "seg",
         "SEG",
-        "Cell Tracking Challenge: mean IoU of each true nucleus with the prediction that holds most of it",
+        "mean IoU of each true nucleus with the prediction that holds most of it (Cell Tracking Challenge)",
     ),
-    ("det", "DET", "Cell Tracking Challenge: detection, a miss weighs 10, a false nucleus 1, a split 5"),
+    ("det", "DET", "detection: a miss weighs 10, a double 5, a false nucleus 1 (Cell Tracking Challenge)"),
     ("mucov", "MUCov", "mean over predictions of the best IoU with a true nucleus"),
     ("true_cover", "mean best IoU", "mean over true nuclei of the best IoU with a prediction"),
     ("pq", "PQ", "panoptic quality: F1 times the mean IoU of matches"),
     ("foreground_iou", "foreground IoU", "overlap of all nuclei together, voxel by voxel"),
-    ("surface_distance_um", "surface distance", "mean distance of the outlines of matched nuclei, in um"),
-    ("centre_distance_um", "centre distance", "mean distance of the centres of matched nuclei, in um"),
+    ("surface_distance_um", "surface distance", "mean distance of the outlines of matched nuclei, in µm"),
+    ("centre_distance_um", "centre distance", "mean distance of the centres of matched nuclei, in µm"),
     ("splits", "splits", "true nuclei that hold two predictions or more"),
     ("merges", "merges", "predictions that hold two true nuclei or more"),
     ("n_true", "true nuclei", ""),
@@ -37,7 +37,7 @@ _NEUTRAL = frozenset({"n_true", "n_pred"})
 
 
 def score_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """Draw all scores, one column a method, the best of each row in bold, intervals below the values."""
+    """Draw all scores, one column a method, the best of each row in bold, with intervals."""
     head = "".join(f"<th>{escape(name)}</th>" for name in methods)
     body = []
     for key, name, hint in _ROWS:
@@ -48,10 +48,11 @@ def score_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         cells = []
         for scores, value in zip(methods.values(), values, strict=True):
             mark = ' class="best"' if value is not None and value == best else ""
-            cells.append(f"<td{mark}>{number(value)}{range_below(_interval(scores, key))}</td>")
-        title = f'<abbr title="{escape(hint, quote=True)}">{escape(name)}</abbr>' if hint else escape(name)
-        body.append(f"<tr><td>{title}</td>{''.join(cells)}</tr>")
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+            cells.append(f"<td{mark}>{number(value)}{range_beside(_interval(scores, key))}</td>")
+        body.append(
+            f'<tr><td>{escape(name)}</td>{"".join(cells)}<td class="meaning">{escape(hint)}</td></tr>'
+        )
+    return f"<table><thead><tr><th></th>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def group_table(groups: Mapping[str, Mapping[str, Any]], title: str) -> str:
@@ -121,11 +122,11 @@ def number(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def range_below(interval: Sequence[float] | None) -> str:
-    """Write an interval in small print below its value."""
+def range_beside(interval: Sequence[float] | None) -> str:
+    """Write an interval in small print."""
     if interval is None:
         return ""
-    return f'<br><span class="range">{interval[0]:.3f} to {interval[1]:.3f}</span>'
+    return f' <span class="range">{interval[0]:.3f} to {interval[1]:.3f}</span>'
 
 
 def _interval(scores: Mapping[str, Any], key: str) -> Sequence[float] | None:

@@ -97,23 +97,33 @@ def _error_sentences(metrics: Mapping[str, Any]) -> list[str]:
     shape = ""
     if metrics["surface_distance_um"] is not None:
         shape = (
-            f". Outlines of found nuclei lie {metrics['surface_distance_um']:.2g} um from the true ones on "
-            f"average, centres {metrics['centre_distance_um']:.2g} um"
+            f". Outlines of found nuclei lie {metrics['surface_distance_um']:.2g} µm from the true ones on "
+            f"average, centres {metrics['centre_distance_um']:.2g} µm"
         )
     return [words[0].upper() + words[1:] + shape + "."]
 
 
 def _comparisons(metrics: Mapping[str, Any], method: str) -> list[str]:
     own = metrics["ap"].get("0.50")
-    rivals = {name: scores["ap"].get("0.50") for name, scores in metrics["baselines"].items()}
-    told = [f"{name} {value:.3f}" for name, value in rivals.items() if value is not None]
-    if own is None or not told:
+    if own is None or not metrics["baselines"]:
         return []
-    best = max(value for value in rivals.values() if value is not None)
-    verdict = "ahead of" if own > best else "level with" if own == best else "behind"
+    told = []
+    for name, scores in metrics["baselines"].items():
+        rival, gap = scores["ap"].get("0.50"), scores["behind_model"]
+        if rival is None:
+            continue
+        if gap is None:
+            verdict = "below" if own > rival else "not below"
+        elif gap["interval"][0] > 0:
+            verdict = "really below"
+        elif gap["interval"][1] < 0:
+            verdict = "really above"
+        else:
+            verdict = "not really different"
+        told.append(f"{name} {rival:.3f} ({verdict})")
     return [
         f"Average precision at IoU .5 (1 is perfect) is {own:.3f}{_interval(metrics, 'ap_0.50')} for "
-        f"{method}, {verdict} the baselines on the same volumes: {', '.join(told)}."
+        f"{method}; on the same volumes: {', '.join(told)}."
     ]
 
 

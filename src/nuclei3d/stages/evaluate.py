@@ -77,7 +77,7 @@ def evaluate(
     baselines: Mapping[str, Path] | None = None,
     summary: Path | None = None,
     history: Path | None = None,
-    method: str = "model",
+    method: str = "this model",
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
 
@@ -271,9 +271,30 @@ def _metrics(
             name: scores.as_json() for name, scores in by_embryo(assessments, embryos, thresholds).items()
         },
         "by_stage": {name: scores.as_json() for name, scores in by_stage(assessments, thresholds).items()},
-        "baselines": {name: item.as_json() for name, item in summaries.items() if name != method},
+        "baselines": {
+            name: {**item.as_json(), "behind_model": _lead(params, assessments, assessed[name], embryos)}
+            for name, item in summaries.items()
+            if name != method
+        },
         "volumes": volumes,
     }
+
+
+def _lead(
+    params: Params, model: Sequence[Assessment], rival: Sequence[Assessment], embryos: Sequence[str]
+) -> dict[str, Any] | None:
+    """Give the lead of the model in AP at .5 over a baseline as plain data."""
+    from nuclei3d.core.summary import lead_of
+
+    lead = lead_of(
+        model,
+        rival,
+        embryos,
+        replicates=params.evaluate.bootstrap,
+        over=params.evaluate.resample,
+        rng=np.random.default_rng(params.seed),
+    )
+    return None if lead is None else {"ap_0.50": lead.difference, "interval": [lead.low, lead.high]}
 
 
 def _write(
