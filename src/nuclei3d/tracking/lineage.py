@@ -79,6 +79,7 @@ class Lineage:
 def trace_lineage(params: Params, inputs: Mapping[str, Path], *, device: str | None = None) -> Lineage:
     """Look up where the result about to be made comes from.
 
+    What an input itself was made from is taken over: slices name their data set, a model its slices and data.
     `device` is the wish in the parameters of the stage (``auto``, ``cpu``, ``cuda``); None means that the
     stage computes on the CPU only.
     """
@@ -86,7 +87,7 @@ def trace_lineage(params: Params, inputs: Mapping[str, Path], *, device: str | N
     return Lineage(
         git_commit=commit,
         git_dirty=dirty,
-        input_md5={name: md5_of_input(path) for name, path in inputs.items()},
+        input_md5=_inherited_md5(inputs) | {name: md5_of_input(path) for name, path in inputs.items()},
         versions=package_versions(),
         seed=params.seed,
         device=_device_name(device),
@@ -150,6 +151,31 @@ def environment_listing() -> str:
     return head + "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 
+def _inherited_md5(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Give the MD5s of what the inputs were made from."""
+    inherited: dict[str, str] = {}
+    for path in inputs.values():
+        data = _read_json(path / "summary.json").get("data")
+        if isinstance(data, str) and Path(data).is_dir():
+            inherited["data"] = md5_of_input(Path(data))
+        origin = _read_json((path if path.is_dir() else path.parent) / "model.json").get("lineage")
+        if isinstance(origin, dict):
+            inherited |= {
+                str(name).removesuffix("_md5"): str(md5)
+                for name, md5 in origin.items()
+                if str(name).endswith("_md5")
+            }
+    return inherited
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def _device_name(wish: str | None) -> str:
     if wish is None or wish == "cpu":
         return "cpu"
@@ -180,11 +206,8 @@ def _md5_in_dvc_file(path: Path) -> str | None:
 
 
 def _md5_in_summary(folder: Path) -> str | None:
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return str(summary["md5"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    md5 = _read_json(folder / "summary.json").get("md5")
+    return md5 if isinstance(md5, str) else None
 
 
 def _md5_of_file(path: Path) -> str:

@@ -15,8 +15,9 @@ import yaml
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
+from nuclei3d.errors import InputError
 from nuclei3d.tracking.lineage import environment_listing, trace_lineage
-from nuclei3d.tracking.store import experiment_id, open_store
+from nuclei3d.tracking.store import experiment_id, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,8 +46,9 @@ class StageRun:
     sent is kept and sent with the next values, and the user is told once.
     """
 
-    def __init__(self, client: MlflowClient | None, run_id: str | None) -> None:
+    def __init__(self, client: MlflowClient | None, run_id: str | None, stage: str = "") -> None:
         self._client = client
+        self.stage = stage
         self._unsent: list[Callable[[], None]] = []
         self._told = False
         self.run_id = run_id
@@ -131,6 +133,10 @@ class StageRun:
         return True
 
 
+# The runs of this process that are open, innermost last.
+_open_runs: list[StageRun] = []
+
+
 @contextmanager
 def stage_run(
     stage: str,
@@ -144,7 +150,8 @@ def stage_run(
 
     Under `mlflow run` the first stage of the process adopts the run that MLflow made. Inside another
     `stage_run` (the pipeline), or with the environment variable NUCLEI3D_PARENT_RUN_ID, the new run is a
-    child. Otherwise it is a run of its own in the experiment `tracking.experiment`.
+    child; inside one of the same stage it is that very run. Otherwise it is a run of its own in the
+    experiment `tracking.experiment`.
 
     Parameters
     ----------
@@ -166,17 +173,21 @@ def stage_run(
     if not params.tracking.enabled:
         yield StageRun(None, None)
         return
+    if _open_runs and _open_runs[-1].stage == stage:
+        yield _open_runs[-1]
+        return
     client = open_store(params.tracking)
     lineage = trace_lineage(params, inputs, device=_device_wish(stage, params))
     close_abandoned(client)
     run_id = _begin(client, params, name or stage, resume)
-    run = StageRun(client, run_id)
+    run = StageRun(client, run_id, stage)
     run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
     run.tags(lineage.as_tags())
     run.params(_stage_params(stage, params))
     run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
     run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
     run.text(environment_listing(), "lineage/environment.txt")
+    _open_runs.append(run)
     try:
         yield run
     except BaseException as error:
@@ -185,6 +196,8 @@ def stage_run(
         run.finish()
         _end("KILLED" if stopped else "FAILED")
         raise
+    finally:
+        _open_runs.remove(run)
     run.finish()
     _end("FINISHED")
     _write_record(stage, run_id)
@@ -244,6 +257,11 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
         )
     elif adopted:
         # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
+        if not _exists(client, adopted):
+            raise InputError(
+                f"the run {adopted} that `mlflow run` made is not in the store {store_uri(params.tracking)}; name "
+                "one store for both: export MLFLOW_TRACKING_URI=sqlite:////absolute/path/mlflow.db"
+            )
         run = mlflow.start_run()
         client.set_tag(run.info.run_id, "mlflow.runName", name)
     elif resume is not None and _exists(client, resume):

@@ -1,0 +1,86 @@
+"""Stages with their MLflow run: the stage itself, then what it found, logged under telling names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nuclei3d.config import Params
+
+if TYPE_CHECKING:
+    from nuclei3d.stages.evaluate import EvaluateResult
+    from nuclei3d.stages.predict import PredictResult
+    from nuclei3d.stages.prepare import PrepareResult
+    from nuclei3d.stages.simulate import SimulateResult
+
+
+def simulate_tracked(params: Params, out: Path) -> SimulateResult:
+    """Simulate embryos; see `nuclei3d.stages.simulate.simulate`."""
+    from nuclei3d.stages.simulate import simulate
+    from nuclei3d.tracking.lineage import md5_of_input
+    from nuclei3d.tracking.runs import stage_run
+
+    with stage_run("simulate", params, inputs={}) as run:
+        result = simulate(params, out)
+        run.tags({"nuclei3d.data_md5": md5_of_input(out)})
+    return result
+
+
+def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
+    """Cut a data set into planes; see `nuclei3d.stages.prepare.prepare`."""
+    from nuclei3d.stages.prepare import PARTS, prepare
+    from nuclei3d.tracking.runs import stage_run
+
+    with stage_run("prepare", params, inputs={"data": data}) as run:
+        result = prepare(params, data, out)
+        summary = result.summary
+        run.metrics(
+            {
+                "nucleus_diameter_um": summary["nucleus_diameter_um"],
+                "diameter_px": summary["diameter_px"],
+                "voxel_um": summary["voxel_um"],
+                "training_nuclei": summary["training_nuclei"],
+                **{f"planes/{part}": summary["planes"][part] for part in PARTS},
+                **{f"frames/{part}": summary["frames"][part] for part in PARTS},
+            }
+        )
+        run.tags({"nuclei3d.slices_md5": summary["md5"]})
+        for name in ("slices.png", "summary.json", "manifest.csv"):
+            if (out / name).is_file():
+                run.artifact(out / name)
+    return result
+
+
+def predict_tracked(params: Params, inputs: Sequence[Path], model: str, out: Path) -> PredictResult:
+    """Segment volumes; see `nuclei3d.stages.predict.predict`. The masks stay where they are."""
+    from nuclei3d.stages.predict import predict
+    from nuclei3d.tracking.runs import stage_run
+
+    known = {"model": Path(model)} if Path(model).exists() else {}
+    with stage_run("predict", params, inputs=known) as run:
+        run.tags({"nuclei3d.model": model, "nuclei3d.out": str(out)})
+        return predict(params, inputs, model, out)
+
+
+def evaluate_tracked(
+    params: Params,
+    truth: Path,
+    pred: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    summary: Path | None = None,
+    history: Path | None = None,
+) -> EvaluateResult:
+    """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts."""
+    from nuclei3d.stages.evaluate import evaluate
+    from nuclei3d.tracking.runs import stage_run
+
+    with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred}) as run:
+        result = evaluate(params, truth, pred, out, images=images, summary=summary, history=history)
+        run.metrics({f"test/{name}": value for name, value in result.headline.items()})
+        for file in result.files:
+            folder = file.relative_to(out).parent.as_posix()
+            run.artifact(file, "" if folder == "." else folder)
+    return result
