@@ -1,0 +1,107 @@
+"""A small slice data set, made as prepare makes it, and planes for tests of the training."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from nuclei3d.core.flow_targets import flows_2d
+from nuclei3d.core.planes import PlaneInfo, PlaneSet, stack_planes
+
+VIEWS = ("xy", "xz", "yz")
+
+
+def draw_plane(
+    rng: np.random.Generator, size: int = 64, nuclei: int = 9, radius: float = 7.0
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Draw an image of noisy discs, some touching, and its labels 1..n without gaps."""
+    y, x = np.mgrid[:size, :size]
+    labels = np.zeros((size, size), np.uint16)
+    for _ in range(nuclei):
+        cy, cx = rng.uniform(0, size, 2)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < (radius * rng.uniform(0.8, 1.2)) ** 2
+        labels[disc & (labels == 0)] = labels.max() + 1
+    labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.uint16)
+    brightness = np.concatenate([[0], rng.uniform(100, 400, int(labels.max()))])
+    return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
+
+
+def plane_info(view: str, labels: NDArray[np.uint16], number: int = 0, embryo: str = "e1") -> PlaneInfo:
+    return PlaneInfo(
+        file=f"train/{embryo}_t000_{view}_{number:04d}_img.tif",
+        embryo=embryo,
+        frame="t000",
+        view=view,
+        index=number,
+        nuclei=len(np.unique(labels)) - 1,
+        min_contrast=2.0 + number,
+        norm_low=50.0,
+        norm_high=450.0,
+        height=labels.shape[0],
+        width=labels.shape[1],
+    )
+
+
+def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) -> PlaneSet:
+    """Make planes of the three views in turn."""
+    rng = np.random.default_rng(seed)
+    drawn = [draw_plane(rng, size, nuclei) for _ in range(count)]
+    infos = [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)]
+    return stack_planes(
+        infos, [image for image, _ in drawn], [labels for _, labels in drawn], [flows_2d(l) for _, l in drawn]
+    )
+
+
+def write_slices(folder: Path, train: int = 6, validation: int = 3, size: int = 64, seed: int = 0) -> Path:
+    """Write a slice data set as prepare does."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, object]] = []
+    for part, embryo, count in (("train", "e1", train), ("validation", "e2", validation), ("test", "e3", 0)):
+        (folder / part).mkdir(parents=True)
+        for number in range(count):
+            image, labels = draw_plane(rng, size)
+            flows = flows_2d(labels)
+            foreground = labels > 0
+            targets = np.stack([labels, foreground, *flows]).astype(np.float32)
+            view = VIEWS[number % 3]
+            stem = f"{embryo}_t000_{view}_{number:04d}"
+            digest = hashlib.md5()
+            for suffix, array in (("_img", image), ("_lbl", labels), ("_img_flows", targets)):
+                path = folder / part / f"{stem}{suffix}.tif"
+                tifffile.imwrite(path, array, compression="zlib", photometric="minisblack", metadata=None)
+                digest.update(path.read_bytes())
+            rows.append(
+                {
+                    "part": part,
+                    "file": f"{part}/{stem}_img.tif",
+                    "embryo": embryo,
+                    "frame": "t000",
+                    "view": view,
+                    "index": number,
+                    "nuclei": int(labels.max()),
+                    "min_contrast": 2.5,
+                    "norm_low": 50.0,
+                    "norm_high": 450.0,
+                    "height": size,
+                    "width": size,
+                    "md5": digest.hexdigest(),
+                }
+            )
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {
+        "data": "absent",
+        "nucleus_diameter_um": 7.0,
+        "voxel_um": 0.5,
+        "diameter_px": 14.0,
+        "contrast_quintiles": [1.0, 2.0, 3.0, 4.0],
+        "md5": hashlib.md5(str(rows).encode()).hexdigest(),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder

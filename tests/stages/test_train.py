@@ -1,0 +1,235 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from nuclei3d.config.loading import validate_params
+from nuclei3d.core.training import StopTraining
+from nuclei3d.errors import InputError
+from nuclei3d.models.folder import load_model
+from nuclei3d.stages.train import train
+from nuclei3d.stages.training_planes import load_planes, pack_planes, read_slices
+from slices_fixture import write_slices
+
+
+def params_of(**settings):
+    chosen = {
+        "name": "small",
+        "diameter_px": 14.0,
+        "epochs": 2,
+        "batch_size": 2,
+        "crops_per_epoch": 4,
+        "crop_px": 32,
+        "validation_crops": 2,
+        "precision": "float32",
+        "device": "cpu",
+    }
+    return validate_params({"train": chosen | settings, "tracking": {"enabled": False}}, "the test")
+
+
+@pytest.fixture
+def slices(tmp_path):
+    return write_slices(tmp_path / "slices")
+
+
+def weights_of(model):
+    return torch.load(model / "small", weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_writes_a_model_that_cellpose_loads(slices, tmp_path):
+    from cellpose.models import CellposeModel
+
+    result = train(params_of(), slices, tmp_path / "m")
+    model = load_model(tmp_path / "m")
+    assert model.info.diameter_px == 14.0
+    assert model.info.nucleus_diameter_um == 7.0
+    assert model.info.versions["cellpose"] == "3.1.1.3"
+    assert model.info.lineage["slices_md5"] == json.loads((slices / "summary.json").read_text())["md5"]
+    theirs = CellposeModel(pretrained_model=str(tmp_path / "m" / "small"))
+    assert theirs.diam_mean == 14.0
+    image = torch.rand(1, 2, 32, 32)
+    theirs.net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.net(image)[0], model.network(image)[0], atol=1e-4, rtol=0)
+    assert result.as_json()["metrics"]["validation_loss"] > 0
+    with (tmp_path / "m" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["train_loss"]) > 0 for row in rows)
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from nuclei3d.config.loading import validate_params
+from nuclei3d.stages.train import train
+import json
+train(validate_params(json.loads(sys.argv[1]), "test"), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_killed_at_any_point_and_started_again_it_ends_with_the_same_weights(slices, tmp_path):
+    params = params_of(epochs=4, ema=0.9)
+    train(params, slices, tmp_path / "whole")
+    rng = np.random.default_rng()
+    command = [
+        sys.executable,
+        "-c",
+        _SCRIPT,
+        params.model_dump_json(),
+        str(slices),
+        str(tmp_path / "killed"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    checkpoint = tmp_path / "killed.checkpoint" / "last.pt"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    # some point after the first checkpoint: inside an epoch, a validation or the writing of a file
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.8))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(params, slices, tmp_path / "killed")
+    assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+
+
+def test_a_finished_training_started_again_does_no_epoch(slices, tmp_path):
+    train(params_of(), slices, tmp_path / "m")
+    before = weights_of(tmp_path / "m")
+
+    def fail(report):
+        raise AssertionError("an epoch was trained")
+
+    train(params_of(), slices, tmp_path / "m", on_epoch=fail)
+    assert equal(before, weights_of(tmp_path / "m"))
+
+
+def test_changed_parameters_or_slices_start_afresh_and_say_so(slices, tmp_path, capsys):
+    train(params_of(epochs=1), slices, tmp_path / "m")
+    epochs = []
+    train(
+        params_of(epochs=1, learning_rate=0.01),
+        slices,
+        tmp_path / "m",
+        on_epoch=lambda r: epochs.append(r.epoch),
+    )
+    assert epochs == [1]
+    assert "afresh" in capsys.readouterr().err
+    manifest = slices / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("450.0", "440.0"))
+    train(
+        params_of(epochs=1, learning_rate=0.01),
+        slices,
+        tmp_path / "m",
+        on_epoch=lambda r: epochs.append(r.epoch),
+    )
+    assert epochs == [1, 1]
+
+
+def test_a_constant_schedule_can_be_prolonged(slices, tmp_path):
+    epochs = []
+    settings = {"schedule": "constant", "select": "last"}
+    train(params_of(epochs=1, **settings), slices, tmp_path / "m")
+    train(params_of(epochs=2, **settings), slices, tmp_path / "m", on_epoch=lambda r: epochs.append(r.epoch))
+    train(params_of(epochs=2, **settings), slices, tmp_path / "once")
+    assert epochs == [2]
+    assert equal(weights_of(tmp_path / "m"), weights_of(tmp_path / "once"))
+
+
+def test_a_damaged_checkpoint_starts_afresh(slices, tmp_path, capsys):
+    train(params_of(epochs=1), slices, tmp_path / "m")
+    expected = weights_of(tmp_path / "m")
+    last = tmp_path / "m.checkpoint" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    train(params_of(epochs=1), slices, tmp_path / "m")
+    assert "afresh" in capsys.readouterr().err
+    assert equal(expected, weights_of(tmp_path / "m"))
+
+
+def test_training_starts_from_a_weights_file(slices, tmp_path):
+    train(params_of(epochs=1), slices, tmp_path / "first")
+    train(
+        params_of(
+            epochs=1, start_from=str(tmp_path / "first" / "small"), learning_rate=1e-12, weight_decay=0.0
+        ),
+        slices,
+        tmp_path / "second",
+    )
+    first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    name = "output.2.weight"
+    torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0)
+
+
+def test_a_stop_request_keeps_the_model(slices, tmp_path):
+    def stop(report):
+        raise StopTraining("found good enough")
+
+    result = train(params_of(epochs=3), slices, tmp_path / "m", on_epoch=stop)
+    assert (result.epochs, result.stopped) == (1, "found good enough")
+    assert load_model(tmp_path / "m").info.name == "small"
+
+
+def test_the_packed_copy_holds_the_same_planes(slices):
+    described = read_slices(slices)
+    from_tiffs = load_planes(described, "train")
+    pack_planes(slices)
+    for limit in (4.0, 1e-9):
+        packed = load_planes(described, "train", memory_limit_gb=limit)
+        assert isinstance(packed.pixels, np.memmap) == (limit < 1)
+        for name in ("pixels", "labels", "flows", "step", "offset"):
+            np.testing.assert_array_equal(getattr(packed, name), getattr(from_tiffs, name))
+
+
+def test_planes_hold_what_the_files_hold(slices):
+    planes = load_planes(read_slices(slices), "validation")
+    for number, info in enumerate(planes.infos):
+        image = tifffile.imread(slices / info.file)
+        targets = tifffile.imread(slices / info.file.replace("_img.tif", "_img_flows.tif"))
+        np.testing.assert_allclose(planes.plane_image(number), (image - 50.0) / 400.0, atol=1e-5)
+        np.testing.assert_array_equal(planes.plane_labels(number), targets[0])
+        start, end = planes.starts[number : number + 2]
+        np.testing.assert_allclose(
+            planes.flows[start:end].T.reshape(2, 64, 64) / 127, targets[2:], atol=0.5 / 127
+        )
+
+
+def test_a_packed_copy_of_other_planes_is_not_used(slices):
+    pack_planes(slices)
+    manifest = slices / "manifest.csv"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    assert len(load_planes(read_slices(slices), "train")) == 5
+
+
+def test_unusable_input_is_told_in_one_line(slices, tmp_path):
+    with pytest.raises(InputError, match="no slice data set"):
+        train(params_of(), tmp_path / "nowhere", tmp_path / "m")
+    with pytest.raises(InputError, match="start_from"):
+        train(params_of(start_from="missing"), slices, tmp_path / "m")
+    (tmp_path / "text").write_text("no weights")
+    with pytest.raises(InputError, match="text"):
+        train(params_of(start_from=str(tmp_path / "text")), slices, tmp_path / "m")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    with pytest.raises(InputError, match="no model folder"):
+        train(params_of(), slices, tmp_path / "mine")
+    plane = next((slices / "train").glob("*_img.tif"))
+    plane.write_bytes(plane.read_bytes()[:50])
+    with pytest.raises(InputError, match=plane.name):
+        train(params_of(), slices, tmp_path / "m")
+    (slices / "summary.json").write_text("{")
+    with pytest.raises(InputError, match="summary.json"):
+        train(params_of(), slices, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
