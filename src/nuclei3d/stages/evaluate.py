@@ -414,9 +414,8 @@ def _say_result(metrics: Mapping[str, Any], summaries: Mapping[str, Summary], me
             "precision": item.pooled.precision,
             "recall": item.pooled.recall,
         }
-        if item.contrast:
-            scores["recall of the faintest"] = np.asarray(item.recall_faint)
-        words = ", ".join(f"{key} {float(value):.3f}" for key, value in scores.items())
+        scores["recall of the faintest"] = np.asarray(item.recall_faint)
+        words = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not np.isnan(value))
         say(f"{name}: {words}" if name != method else f"{name}, {len(metrics['volumes'])} volumes: {words}")
     say(f"evaluation in {out}")
 

@@ -156,9 +156,11 @@ def read_scores(prediction: Entry) -> dict[int, float] | None:
         return None
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if not rows or not {"label", "score"} <= rows[0].keys():
+        return None
     try:
-        scores = {int(row["label"]): float(row["score"]) for row in rows if row.get("score")}
-    except (KeyError, TypeError, ValueError):
+        scores = {int(row["label"]): float(row["score"]) for row in rows if row["score"]}
+    except (TypeError, ValueError):
         raise InputError(
             f"{path}: cannot read the columns label and score; remove the file or have predict write it again"
         ) from None

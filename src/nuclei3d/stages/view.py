@@ -1,0 +1,80 @@
+"""Opening an image with its masks in napari."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nuclei3d.config import Params
+from nuclei3d.errors import InputError
+from nuclei3d.stages.pairing import Entry, find_image_entries, find_label_entries, pair_entries
+from nuclei3d.volumes.checks import check_image
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+
+def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool = True) -> Any:
+    """Show one volume and any number of label volumes on it, with the right scale.
+
+    Parameters
+    ----------
+    image
+        A file, or a folder, of which the first volume that all masks know is shown.
+    masks
+        Label volumes, or folders of them; each becomes a layer.
+    block
+        Wait until the window is closed.
+
+    Returns
+    -------
+    viewer
+        napari's viewer.
+
+    Raises
+    ------
+    InputError
+        If napari is not installed, or nothing fits together.
+    """
+    if importlib.util.find_spec("napari") is None:
+        raise InputError("nuclei3d view needs napari; install it with: pip install 'nuclei3d[view]'")
+    entry, layers = choose_layers(image, masks)
+    size = _voxel_size(params, entry, layers)
+    volume = entry.frame.read()
+    check_image(volume, str(entry.frame.path))
+    labels = [(name, layer.read_labels()) for name, layer in layers]
+    for name, array in labels:
+        if array.shape != volume.shape:
+            raise InputError(
+                f"{name} has shape {array.shape} and the image {volume.shape}; both must be equal"
+            )
+    import napari
+
+    viewer = napari.Viewer(title=f"nuclei3d: {entry.key}")
+    viewer.add_image(volume, name=entry.stem, scale=size.zyx)
+    for name, array in labels:
+        layer = viewer.add_labels(array, name=name, scale=size.zyx)
+        layer.contour = 1
+    if block:
+        napari.run()
+    return viewer
+
+
+def choose_layers(image: Path, masks: Sequence[Path]) -> tuple[Entry, list[tuple[str, Entry]]]:
+    """Find the first image that every folder of masks knows, and those masks with a name for each."""
+    images = find_image_entries(image)
+    partners: list[dict[int, Entry]] = []
+    for path in masks:
+        pairs = pair_entries(images, find_label_entries(path))
+        partners.append({id(entry): other for entry, other in pairs})
+    for entry in images:
+        if all(id(entry) in found for found in partners):
+            return entry, [(path.name, found[id(entry)]) for path, found in zip(masks, partners, strict=True)]
+    raise InputError(f"no volume of {image} has masks of its name in {', '.join(map(str, masks))}")
+
+
+def _voxel_size(params: Params, entry: Entry, layers: Sequence[tuple[str, Entry]]) -> VoxelSize:
+    if params.data.voxel_size_um is not None:
+        return VoxelSize.of(params.data.voxel_size_um)
+    stated = [other.frame.voxel_size for other in (entry, *(layer for _, layer in layers))]
+    return next((size for size in stated if size is not None), VoxelSize(1, 1, 1))

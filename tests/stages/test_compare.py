@@ -1,0 +1,122 @@
+"""The comparison sees a small difference that every embryo shares, and none where there is none."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nuclei3d.config import Params
+from nuclei3d.errors import InputError
+from nuclei3d.stages.compare import compare
+from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_labels
+
+SIZE = VoxelSize(1, 1, 1)
+PARAMS = Params.model_validate({"evaluate": {"bootstrap": 400, "report": False}})
+
+
+def boxes(count: int, missing: set[int]) -> NDArray[np.uint16]:
+    labels = np.zeros((4, 4, 4 * count), dtype=np.uint16)
+    for label in range(1, count + 1):
+        if label not in missing:
+            labels[1:3, 1:3, 4 * label - 3 : 4 * label - 1] = label
+    return labels
+
+
+def write(root: Path, name: str, missing: dict[str, set[int]]) -> Path:
+    """Evaluate a method that misses the given nuclei of ten embryos with 6 to 15 nuclei each."""
+    for index in range(10):
+        embryo = f"E{index}"
+        write_labels(root / f"truth/{embryo}/labels/t0.tif", boxes(6 + index, set()), SIZE)
+        write_labels(root / f"{name}/{embryo}/t0.tif", boxes(6 + index, missing.get(embryo, set())), SIZE)
+    evaluate(PARAMS, root / "truth", root / name, root / f"out_{name}")
+    return root / f"out_{name}"
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("compare")
+    every = {f"E{k}": {1} for k in range(10)}
+    return {
+        "good": write(root, "good", {}),
+        # one more nucleus missed in every embryo
+        "worse": write(root, "worse", every),
+        # the same number missed as `worse`, elsewhere
+        "other": write(root, "other", {f"E{k}": {2} for k in range(10)}),
+        # better in half of the embryos, worse in the others
+        "mixed": write(root, "mixed", {f"E{k}": {1, 2} for k in range(5)}),
+    }
+
+
+def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: Path) -> None:
+    result = compare(PARAMS, outs["worse"], outs["good"], tmp_path / "folder")
+    assert result.verdict.startswith("B is really better than A")
+    by_name = {d.metric: d for d in result.differences}
+    gap = by_name["ap_0.50"]
+    # 105 nuclei, 10 missed
+    assert gap.a == pytest.approx(95 / 105)
+    assert gap.difference == pytest.approx(10 / 105)
+    assert gap.low is not None
+    assert gap.high is not None
+    assert 0 < gap.low < 10 / 105 < gap.high
+    assert gap.real
+    # nobody invented anything
+    assert not by_name["precision"].real
+    written = json.loads((tmp_path / "folder/compare.json").read_text())
+    assert written["verdict"] == result.verdict
+    backwards = compare(PARAMS, outs["good"], outs["worse"] / "metrics.json")
+    assert backwards.verdict.startswith("B is really worse than A")
+
+
+def test_equal_and_mixed_results_are_no_real_difference(outs: dict[str, Path]) -> None:
+    assert compare(PARAMS, outs["worse"], outs["other"]).verdict.startswith("no real difference")
+    assert compare(PARAMS, outs["worse"], outs["mixed"]).verdict.startswith("no real difference")
+
+
+def test_pairing_makes_the_interval_of_the_difference_narrower_than_those_of_the_methods(
+    outs: dict[str, Path],
+) -> None:
+    result = compare(PARAMS, outs["mixed"], outs["good"])
+    metrics = json.loads((outs["mixed"] / "metrics.json").read_text())
+    gap = next(d for d in result.differences if d.metric == "ap_0.50")
+    assert gap.high is not None
+    assert gap.low is not None
+    low, high = metrics["intervals"]["ap_0.50"]
+    assert gap.high - gap.low <= high - low + 1e-12
+
+
+def test_only_shared_volumes_count_and_the_reader_is_told(outs: dict[str, Path], tmp_path: Path) -> None:
+    tree = json.loads((outs["good"] / "metrics.json").read_text())
+    del tree["volumes"]["E3/t0"]
+    part = tmp_path / "metrics.json"
+    part.write_text(json.dumps(tree))
+    result = compare(PARAMS, outs["worse"], part, tmp_path / "result.json")
+    assert result.volumes == 9
+    assert any("left out" in note for note in result.notes)
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_another_truth_no_shared_volume_and_files_of_another_kind_are_refused(
+    outs: dict[str, Path], tmp_path: Path
+) -> None:
+    tree = json.loads((outs["good"] / "metrics.json").read_text())
+    tree["volumes"]["E3/t0"]["truth_digest"] = "0"
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match="other true labels"):
+        compare(PARAMS, outs["good"], changed)
+    tree["volumes"] = {"X/t0": tree["volumes"]["E1/t0"]}
+    changed.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match="share no volume"):
+        compare(PARAMS, outs["good"], changed)
+    changed.write_text('{"ap": {}}')
+    with pytest.raises(InputError, match="counts per volume"):
+        compare(PARAMS, outs["good"], changed)
+    changed.write_text("no json")
+    with pytest.raises(InputError, match="not valid JSON"):
+        compare(PARAMS, outs["good"], changed)
+    with pytest.raises(InputError, match="cannot read"):
+        compare(PARAMS, outs["good"], tmp_path / "nowhere.json")
