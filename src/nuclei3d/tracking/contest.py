@@ -43,7 +43,8 @@ def judge(
 
     Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``);
     otherwise the question has no answer and the champion stays. The challenger is better if the whole 95 %
-    interval of the difference in AP at .5, pooled over the volumes, lies above 0.
+    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of time
+    is all there is, no interval can be given and the champion stays.
     """
     old, new = champion["volumes"], challenger["volumes"]
     if _truths(old) != _truths(new):
@@ -56,6 +57,12 @@ def judge(
     # The same draws for both: what makes an embryo hard for one makes it hard for the other.
     before, after = (_ap(volumes, names, weights) for volumes in (old, new))
     difference = float(after[0] - before[0])
+    if units.count < 2:
+        reason = (
+            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} in AP "
+            f"at .5, {difference:+.4f}, is real"
+        )
+        return Verdict(False, reason, difference, None, None)
     low, high = (float(bound) for bound in percentile_interval(after[1:] - before[1:]))
     better = difference > 0 and low > 0
     reason = (
