@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nuclei3d.config.data import PositiveFloat
 from nuclei3d.config.section import Section
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -53,11 +52,15 @@ class SearchParams(Section):
 
     Attributes
     ----------
+    study
+        Name of the search in its storage; null: that of the folder it writes.
     objective
         What is maximised on the validation volumes in 3D: ``ap``, the average precision at IoU 0.5, or
         ``faint_recall``, the recall of the faintest fifth of the nuclei where the precision is `precision`.
     precision
         The precision at which ``faint_recall`` is read off; a model that reaches it nowhere scores below 0.
+    volumes
+        Number of validation volumes that are segmented, spread evenly over them; null: all.
     epochs, batch_size, learning_rate, weight_decay
         Ranges of these parameters of the section train; null leaves one as it is.
     more
@@ -86,8 +89,10 @@ class SearchParams(Section):
         counts as dead.
     """
 
+    study: Annotated[str, Field(min_length=1)] | None = None
     objective: Literal["ap", "faint_recall"] = "ap"
     precision: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    volumes: Annotated[int, Field(ge=1)] | None = None
     epochs: Range | None = _RECIPE_RANGES["epochs"]
     batch_size: Range | None = _RECIPE_RANGES["batch_size"]
     learning_rate: Range | None = _RECIPE_RANGES["learning_rate"]
@@ -104,7 +109,7 @@ class SearchParams(Section):
     max_retries: Annotated[int, Field(ge=0)] = 5
     max_failures: Annotated[int, Field(ge=1)] = 3
     heartbeat_s: Annotated[int, Field(ge=1)] = 30
-    grace_s: PositiveFloat = 120
+    grace_s: Annotated[int, Field(ge=2)] = 120
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +128,7 @@ class SearchParams(Section):
     def _grace_outlasts_heartbeat(self) -> SearchParams:
         if self.grace_s < 2 * self.heartbeat_s:
             raise ValueError(
-                f"grace_s ({self.grace_s:g}) must be at least twice heartbeat_s ({self.heartbeat_s})"
+                f"grace_s ({self.grace_s}) must be at least twice heartbeat_s ({self.heartbeat_s})"
             )
         return self
 

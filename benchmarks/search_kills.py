@@ -1,0 +1,171 @@
+"""Kill a search at random times, start it again each time, and check that nothing was lost.
+
+    python benchmarks/search_kills.py --kills 20 --json
+
+A search with a quick stand-in for the training is killed (SIGKILL, with its workers) at random times and
+started again with the same command. Once it ends, the study must hold exactly the wanted number of finished
+and pruned trials, MLflow one run for each in the right state and none left open, and every trial whose
+process was killed must have been run again with the same values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from nuclei3d.config import load_params
+from nuclei3d.stages.search import search
+from nuclei3d.stages.search_task import TrialJob
+
+_STATUS_OF = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True)
+class ToyReport:
+    """What the search reads of an epoch."""
+
+    epoch: int
+    validation_loss: float
+    volume_ap: float = float("nan")
+
+    def metrics(self) -> dict[str, float]:
+        """Give what MLflow is to have of it."""
+        return {"validation_loss": self.validation_loss}
+
+
+def toy_training(job: TrialJob, on_epoch: Callable[[Any], None]) -> float:
+    """Stand in for a training: the loss falls with the epochs to a floor that the parameters set."""
+    chosen = job.params.train
+    floor = 0.2 + (log10(chosen.learning_rate) + 3) ** 2 + 0.1 * abs(log10(chosen.weight_decay) + 4)
+    epoch_s = float(os.environ.get("TOY_EPOCH_S", "0.02"))
+    for epoch in range(1, chosen.epochs + 1):
+        time.sleep(epoch_s)
+        on_epoch(ToyReport(epoch, floor + 1 / epoch))
+    return 1 / (1 + floor + 1 / chosen.epochs)
+
+
+def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "--child", str(folder), "--trials", str(options.trials)]
+    command += [
+        "--workers",
+        str(options.workers),
+        *(["--storage", options.storage] if options.storage else []),
+    ]
+    # a session of its own, so that a kill takes the workers too
+    return subprocess.Popen(command, start_new_session=True, stderr=(folder / "log.txt").open("ab"))
+
+
+def run_child(folder: Path, options: argparse.Namespace) -> None:
+    (folder / "slices").mkdir(exist_ok=True)
+    overrides = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"search.study={folder.name}"]
+    overrides += ["search.heartbeat_s=1", "search.grace_s=4", "search.max_retries=50"]
+    params = load_params(None, overrides)
+    search(
+        params,
+        folder / "slices",
+        folder / "search",
+        trials=options.trials,
+        storage=options.storage,
+        workers=options.workers,
+        objective=toy_training,
+    )
+
+
+def check(folder: Path, trials: int) -> dict[str, int]:
+    """Count what is wrong with a search that has ended."""
+    import mlflow
+
+    rows = json.loads((folder / "search" / "study.json").read_text())["trials"]
+    states = Counter(row["state"] for row in rows)
+    runs: dict[str, list[str]] = {}
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    parents = 0
+    for run in client.search_runs(experiments, max_results=1000):
+        key = run.data.tags.get("nuclei3d.trial")
+        if key is None:
+            parents += run.info.status != "FINISHED"
+        else:
+            runs.setdefault(key, []).append(run.info.status)
+    repeated = {row["attempts"][-2]: row for row in rows if len(row["attempts"]) > 1}
+    lost = [row for row in rows if row["state"] == "failed" and int(row["trial"]) not in repeated]
+    changed = [
+        row
+        for row in rows
+        if int(row["trial"]) in repeated
+        and row["values"] != repeated[int(row["trial"])]["values"]
+        and None not in row["values"].values()
+    ]
+    with (folder / "search" / "study.csv").open() as file:
+        in_table = sum(1 for _ in csv.DictReader(file))
+    return {
+        "finished": states["finished"],
+        "pruned": states["pruned"],
+        "killed_trials": states["failed"],
+        "miscounted": abs(states["finished"] + states["pruned"] - trials),
+        "wrong_runs": sum(runs.get(row["trial"]) != [_STATUS_OF.get(row["state"], "")] for row in rows),
+        "extra_runs": len(set(runs) - {row["trial"] for row in rows}),
+        "open_parents": parents,
+        "lost_trials": len(lost),
+        "changed_values": len(changed),
+        "not_in_table": len(rows) - in_table,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--storage", help="postgresql://... ; a journal file if left out")
+    parser.add_argument("--longest", type=float, default=15.0, help="seconds before a kill, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        run_child(options.child, options)
+        return
+    draw = random.Random(options.seed)
+    totals: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="search_kills_") as scratch:
+        while totals["kills"] < options.kills:
+            folder = Path(scratch) / f"search{totals['searches']}_{os.getpid()}"
+            folder.mkdir()
+            totals["searches"] += 1
+            ended = False
+            while not ended:
+                process = start(folder, options)
+                may_kill = totals["kills"] < options.kills
+                try:
+                    process.wait(draw.uniform(0, options.longest) if may_kill else None)
+                    ended = process.returncode == 0
+                    if not ended:
+                        raise SystemExit((folder / "log.txt").read_text()[-4000:])
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    totals["kills"] += 1
+            totals.update(check(folder, options.trials))
+    wrong = ("miscounted", "wrong_runs", "extra_runs", "open_parents", "lost_trials", "changed_values")
+    result = {**totals, "wrong": sum(totals[name] for name in wrong)}
+    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    sys.exit(1 if result["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
