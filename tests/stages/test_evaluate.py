@@ -175,7 +175,7 @@ def test_history_of_the_training_is_drawn(folders: Path, tmp_path: Path) -> None
 
 
 def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_path: Path) -> None:
-    # A plain Otsu watershed has SEG .529 and AP .648 on other embryos; truth is compared with itself here, and
+    # A plain Otsu watershed has SEG .529 and AP .648 on other embryos; truth is compared with itself, and
     # Otsu is the baseline.
     metrics = evaluate(
         Params.model_validate({"evaluate": {"report": False, "surface_distances": False}}),

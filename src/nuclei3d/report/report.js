@@ -14,7 +14,7 @@
     { key: "missed", side: "truth", hit: 0, text: "true, missed", width: 2.8, dashed: false },
     { key: "false", side: "pred", hit: 0, text: "predicted, false", width: 2.8, dashed: true },
   ];
-  const state = { v: 0, at: [0, 0, 0], on: { true: true, pred: true, missed: true, false: true }, gain: 0, chosen: null };
+  const state = { v: 0, at: [0, 0, 0], on: { true: true, pred: true, missed: true, false: true }, gain: 0, chosen: null, solo: null };
   const unpacked = new Map();
   let current = null;
   let ticket = 0;
@@ -65,19 +65,34 @@
     const left = Math.max(edge, (room.width - gap - scale * (um[2] + um[0])) / 2);
     const top = Math.max(edge, (room.height - gap - scale * (um[1] + um[0])) / 2);
     const sizes = { xy: [um[2], um[1]], yz: [um[0], um[1]], xz: [um[2], um[0]] };
+    if (state.solo) {
+      // One view alone, as large as the room allows.
+      const [across, down] = sizes[state.solo];
+      const alone = Math.min((room.width - 2 * edge) / across, (room.height - 2 * edge) / down);
+      for (const view of Object.keys(VIEWS)) {
+        if (view === state.solo) place(view, (room.width - alone * across) / 2, (room.height - alone * down) / 2, alone, sizes[view]);
+        else hide(view);
+      }
+      return;
+    }
     const corners = {
       xy: [left, top], yz: [left + scale * um[2] + gap, top], xz: [left, top + scale * um[1] + gap] };
-    const dense = window.devicePixelRatio || 1;
-    for (const view of Object.keys(VIEWS)) {
-      const canvas = element(view);
-      const [width, height] = sizes[view].map((length) => Math.max(1, Math.round(scale * length)));
-      const [x, y] = corners[view].map(Math.round);
-      Object.assign(canvas.style, { left: x + "px", top: y + "px", width: width + "px", height: height + "px" });
-      canvas.width = Math.round(width * dense);
-      canvas.height = Math.round(height * dense);
-      box[view] = { width, height, dense, scale };
-      Object.assign(element("caption-" + view).style, { left: x + 6 + "px", top: y + 4 + "px" });
-    }
+    for (const view of Object.keys(VIEWS)) place(view, ...corners[view], scale, sizes[view]);
+  }
+  function hide(view) {
+    element(view).hidden = element("caption-" + view).hidden = true;
+    box[view] = null;
+  }
+  function place(view, left, top, scale, size) {
+    const canvas = element(view), dense = window.devicePixelRatio || 1;
+    const [width, height] = size.map((length) => Math.max(1, Math.round(scale * length)));
+    const [x, y] = [Math.round(left), Math.round(top)];
+    canvas.hidden = element("caption-" + view).hidden = false;
+    Object.assign(canvas.style, { left: x + "px", top: y + "px", width: width + "px", height: height + "px" });
+    canvas.width = Math.round(width * dense);
+    canvas.height = Math.round(height * dense);
+    box[view] = { width, height, dense, scale };
+    Object.assign(element("caption-" + view).style, { left: x + 6 + "px", top: y + 4 + "px" });
   }
 
   // ---------------------------------------------------------------- drawing
@@ -171,18 +186,27 @@
     pen.stroke();
     pen.setLineDash([]);
   }
+  function drawScale(pen, view) {
+    const { width, height, scale } = box[view];
+    const length = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].findLast((um) => um * scale < width / 3) || 1;
+    pen.fillStyle = "#fff";
+    pen.fillRect(10, height - 14, length * scale, 3);
+    pen.font = "12px system-ui, sans-serif";
+    pen.fillText(`${length} ${data.unit}`, 10, height - 20);
+  }
   let pending = false;
   function draw() {
     if (pending || !current) return;
     pending = true;
     requestAnimationFrame(() => {
       pending = false;
-      for (const view of Object.keys(VIEWS)) {
+      for (const view of Object.keys(VIEWS).filter((v) => box[v])) {
         const pen = element(view).getContext("2d");
         pen.setTransform(box[view].dense, 0, 0, box[view].dense, 0, 0);
         drawImage(pen, view);
         drawOutlines(pen, view);
         drawCross(pen, view);
+        if (view === (state.solo || "xy")) drawScale(pen, view);
         const axis = VIEWS[view][2];
         const name = "zyx"[axis];
         const um = (state.at[axis] * current.voxel_um[axis]).toFixed(1);
@@ -261,6 +285,7 @@
     };
     canvas.onpointerdown = (event) => { canvas.setPointerCapture(event.pointerId); point(event); };
     canvas.onpointermove = (event) => { if (event.buttons & 1) point(event); };
+    canvas.ondblclick = () => { state.solo = state.solo ? null : view; layOut(); draw(); };
     canvas.addEventListener("wheel", (event) => {
       if (event.ctrlKey) return;
       event.preventDefault();
@@ -345,7 +370,7 @@
       body.append(line);
     }
     const more = chosen.length > SHOWN ? ` The first ${SHOWN} of ${chosen.length} are listed; all are in nuclei.csv.` : "";
-    element("list-hint").textContent = "Click a line to go there; click a heading to sort. Wheel or arrows move the planes." + more;
+    element("list-hint").textContent = "Click a line to go there, a heading to sort. The wheel and the arrows move the planes; a double click enlarges a view." + more;
   }
   list();
   for (const button of openers) {
