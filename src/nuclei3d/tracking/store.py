@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from nuclei3d.config.tracking import TrackingParams
 from nuclei3d.errors import InputError
+from nuclei3d.tracking.sqlite_birth import make_sqlite_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,6 +63,8 @@ def open_store(params: TrackingParams) -> MlflowClient:
     _quieten()
     import mlflow
 
+    if uri.startswith(SQLITE):
+        make_sqlite_store(Path(uri.removeprefix(SQLITE)))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
