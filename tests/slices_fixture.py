@@ -52,7 +52,10 @@ def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) 
     drawn = [draw_plane(rng, size, nuclei) for _ in range(count)]
     infos = [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)]
     return stack_planes(
-        infos, [image for image, _ in drawn], [labels for _, labels in drawn], [flows_2d(l) for _, l in drawn]
+        infos,
+        [image for image, _ in drawn],
+        [labels for _, labels in drawn],
+        [flows_2d(labels) for _, labels in drawn],
     )
 
 

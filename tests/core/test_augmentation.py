@@ -12,11 +12,13 @@ from nuclei3d.core.augmentation import (
     blur,
     brighten,
     coarsen,
+    correlate_noise,
     depth_of_crop,
     dim_nuclei,
     draw_appearance,
     draw_dimming,
     local_background,
+    noise_correlation,
     noise_of_crop,
 )
 from nuclei3d.core.crops import CropPlan, crop_generator, cut_crop, draw_crop
@@ -219,10 +221,53 @@ def test_the_noise_estimate_finds_poisson_noise():
     labels = np.zeros((128, 128), np.uint16)
     labels[:, 64:] = 1
     image = rng.poisson(np.where(labels > 0, 300.0, 40.0)).astype(np.float32)
-    variance, level, gain = noise_of_crop(image, labels)
+    variance, level, gain = noise_of_crop(image, labels, 0.0, 0.0)
     assert level == pytest.approx(40, rel=0.02)
     assert variance == pytest.approx(40, rel=0.15)
     assert gain == pytest.approx(1, rel=0.15)
+
+
+def test_noise_put_back_is_correlated_as_that_of_interpolated_planes():
+    """A plane whose rows were interpolated threefold from z, as xz planes are."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((240, 240), np.uint16)
+    for number in range(16):
+        y, x = 12 + 60 * (number // 4), 12 + 60 * (number % 4)
+        labels[y : y + 36, x : x + 36] = number + 1
+    keep = 0.25
+
+    def take(light):
+        planes = rng.poisson(light[1::3]).astype(np.float32)
+        return ndimage.zoom(planes, (3, 1), order=1, mode="nearest", grid_mode=True)
+
+    def inside(image):
+        crops = [image[y : y + 24, x : x + 24] for y in range(18, 240, 60) for x in range(18, 240, 60)]
+        return np.stack([crop - crop.mean() for crop in crops])
+
+    image = take(np.where(labels > 0, 400.0, 50.0))
+    keeps = np.where(np.arange(17) > 0, keep, 1).astype(np.float32)
+    dim_nuclei(image, labels, keeps, rng.standard_normal(image.shape).astype(np.float32), 30, 1.0, 1.0)
+    dimmed, true = inside(image), inside(take(np.where(labels > 0, 50 + 350 * keep, 50.0)))
+    assert dimmed.var() == pytest.approx(true.var(), rel=0.2)
+    for axis in (1, 2):
+        found, wanted = ((np.roll(a, 1, axis) * a).mean() / a.var() for a in (dimmed, true))
+        assert found == pytest.approx(wanted, abs=0.2)
+
+
+def test_white_noise_is_found_uncorrelated():
+    image = np.random.default_rng(0).normal(5, 1, (128, 128)).astype(np.float32)
+    labels = np.zeros((128, 128), np.uint16)
+    assert noise_correlation(image, labels, True) < 0.1
+    assert noise_correlation(image, labels, False) < 0.1
+
+
+@pytest.mark.parametrize(("along_y", "along_x"), [(0.0, 0.0), (0.6, 0.0), (0.3, 0.7)])
+def test_correlated_noise_keeps_its_variance(along_y, along_x):
+    noise = np.random.default_rng(0).standard_normal((400, 400)).astype(np.float32)
+    correlate_noise(noise, along_y, along_x)
+    assert noise.var() == pytest.approx(1, rel=0.05)
+    assert (noise[1:] * noise[:-1]).mean() == pytest.approx(along_y, abs=0.06)
+    assert (noise[:, 1:] * noise[:, :-1]).mean() == pytest.approx(along_x, abs=0.06)
 
 
 def test_the_local_background_is_the_mean_of_unlabelled_pixels_around():

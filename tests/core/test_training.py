@@ -152,15 +152,15 @@ def test_a_callback_can_stop_the_training():
 
 
 def test_a_callbacks_own_exception_passes_after_the_checkpoint():
-    class Pruned(Exception):
+    class PrunedError(Exception):
         pass
 
     saved = []
 
     def prune(report):
-        raise Pruned
+        raise PrunedError
 
-    with pytest.raises(Pruned):
+    with pytest.raises(PrunedError):
         run(callbacks=Callbacks(save=lambda state, best: saved.append(state.epoch), on_epoch=prune))
     assert saved == [1]
 

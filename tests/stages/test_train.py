@@ -230,6 +230,6 @@ def test_unusable_input_is_told_in_one_line(slices, tmp_path):
     with pytest.raises(InputError, match=plane.name):
         train(params_of(), slices, tmp_path / "m")
     (slices / "summary.json").write_text("{")
-    with pytest.raises(InputError, match="summary.json"):
+    with pytest.raises(InputError, match=r"summary\.json"):
         train(params_of(), slices, tmp_path / "m")
     assert not (tmp_path / "m").exists()

@@ -234,8 +234,8 @@ def validation_batches(
 ) -> list[Batch]:
     """Cut fixed, unaugmented crops from planes spread evenly over a set; all fit in memory.
 
-    Every view has its share of the crops. Crops without nuclei occur as they occur in the planes; positions are
-    drawn once and for all.
+    Every view has its share of the crops. Crops without nuclei occur as they occur in the planes. Positions
+    are drawn once and for all.
     """
     if not len(planes) or not count:
         return []

@@ -11,10 +11,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuclei3d.config.train import TrainParams
@@ -178,16 +180,8 @@ class _Trainer:
             params.sampling.nucleus_centred,
             nucleus_weights(planes, params.loss),
         )
-        self.validation_batches = validation_batches(
-            validation,
-            params.validation_crops,
-            params.crop_px,
-            scale,
-            params.diameter_px,
-            params.batch_size,
-        )
+        self.validation = validation
         self.validation_views = [info.view for info in validation.infos]
-        self.validation_contrasts = measure_contrasts(self.validation_batches)
         layout = torch.channels_last if params.channels_last else torch.contiguous_format
         self.network = network.to(device=device)
         self.network.to(memory_format=layout)  # type: ignore[call-overload]
@@ -198,6 +192,22 @@ class _Trainer:
         self.average = WeightAverage(self.network, params.ema) if params.ema else None
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+
+    @cached_property
+    def _validation_batches(self) -> list[Batch]:
+        # cut when they are first needed, so that training starts sooner
+        return validation_batches(
+            self.validation,
+            self.params.validation_crops,
+            self.params.crop_px,
+            self.maker.scale,
+            self.params.diameter_px,
+            self.params.batch_size,
+        )
+
+    @cached_property
+    def _validation_contrasts(self) -> list[list[NDArray[np.float64]]]:
+        return measure_contrasts(self._validation_batches)
 
     def run(self, start: TrainingState | None, callbacks: Callbacks) -> TrainingOutcome:
         state = start or self._first_state()
@@ -257,10 +267,10 @@ class _Trainer:
         judged = self._judged_network()
         report = validate(
             judged,
-            self.validation_batches,
+            self._validation_batches,
             report,
             views=self.validation_views,
-            contrasts=self.validation_contrasts,
+            contrasts=self._validation_contrasts,
             device=self.device,
             precision=self.precision,
             layout=self.layout,

@@ -1,0 +1,229 @@
+"""Training here against ``cellpose.train.train_seg``: the same slices, network, number and size of crops.
+
+    python benchmarks/training.py [--slices DIR] [--steps N] [--json]
+
+Without --slices, a small sample is simulated and prepared in a temporary folder. Three ratios are measured:
+
+throughput_ratio   crops per second here / there, between the first step and the end
+startup_ratio      seconds there / here from the call until the network sees its first crop; both sides have
+                   their modules loaded and their files in the page cache
+val_loss_ratio     validation loss here / there after the same number of crops, on the same unaugmented crops
+                   of the validation planes; each network sees them normalised as in its training
+
+Both use the optimiser AdamW, batches of the same size, and stock's augmentation as far as both have it; the
+learning rate and its schedule are each one's own defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cellpose.resnet_torch import CPnet
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.config.train import TrainParams
+from nuclei3d.console import say
+from nuclei3d.core.batches import validation_batches
+from nuclei3d.core.networks import choose_device, new_network
+from nuclei3d.core.planes import PlaneSet
+from nuclei3d.core.training import train_network
+from nuclei3d.core.training_state import EpochReport
+from nuclei3d.core.validation import measure_contrasts, validate
+from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.simulate import simulate
+from nuclei3d.stages.training_planes import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds until the first step, crops per second after it, validation loss at the end."""
+
+    startup_seconds: float
+    crops_per_second: float
+    validation_loss: float
+
+
+def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
+    """Train here; the clock runs from reading the slices."""
+    first: list[float] = []
+    network = new_network(settings.diameter_px, seed)
+    network.register_forward_pre_hook(lambda *_: first.append(time.perf_counter()) if not first else None)
+    began = time.perf_counter()
+    described = read_slices(slices)
+    planes = load_planes(described, "train", settings.memory_limit_gb)
+    validation = load_planes(described, "validation", settings.memory_limit_gb)
+    outcome = train_network(
+        network,
+        planes,
+        validation,
+        settings,
+        planes_diameter_px=described.diameter_px,
+        seed=seed,
+        device=choose_device(settings.device),
+    )
+    network.load_state_dict(outcome.weights)
+    rates = [report.crops_per_second for report in outcome.state.history]
+    rate = len(rates) / sum(1 / r for r in rates)
+    return Measured(first[0] - began, rate, math.nan), network
+
+
+def train_stock(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
+    """Train with ``train_seg`` on the files that prepare wrote for it."""
+    from cellpose.train import train_seg
+
+    described = read_slices(slices)
+    infos = [info for info in described.infos["train"] if info.nuclei >= settings.min_train_masks]
+    files = [str(slices / info.file) for info in infos]
+    torch.manual_seed(seed)
+    network = new_network(settings.diameter_px, seed).to(choose_device(settings.device))
+    first: list[float] = []
+    network.register_forward_pre_hook(lambda *_: first.append(time.perf_counter()) if not first else None)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        train_seg(
+            network,
+            train_files=files,
+            channels=[0, 0],
+            batch_size=settings.batch_size,
+            n_epochs=settings.epochs,
+            nimg_per_epoch=settings.crops_per_epoch,
+            bsize=settings.crop_px,
+            min_train_masks=settings.min_train_masks,
+            save_path=folder,
+            model_name="stock",
+        )
+        seconds = time.perf_counter() - first[0]
+    crops = settings.epochs * (settings.crops_per_epoch or len(files))
+    return Measured(first[0] - began, crops / seconds, math.nan), network
+
+
+def stock_normalised(planes: PlaneSet) -> PlaneSet:
+    """Give planes the range that stock Cellpose normalises with: their own 1st and 99th percentile."""
+    infos = []
+    for number, info in enumerate(planes.infos):
+        raw = planes.plane_image(number) * (info.norm_high - info.norm_low) + info.norm_low
+        low, high = (float(v) for v in np.percentile(raw, [1, 99]))
+        infos.append(replace(info, norm_low=low, norm_high=max(high, low + 1e-3)))
+    return replace(planes, infos=tuple(infos))
+
+
+def validation_loss(network: CPnet, planes: PlaneSet, described: Slices, settings: TrainParams) -> float:
+    """Compute the loss on fixed crops, in float32."""
+    batches = validation_batches(
+        planes,
+        256,
+        settings.crop_px,
+        settings.diameter_px / described.diameter_px,
+        settings.diameter_px,
+        16,
+    )
+    report = validate(
+        network,
+        batches,
+        EpochReport(0, math.nan, math.nan, math.nan),
+        views=[info.view for info in planes.infos],
+        contrasts=measure_contrasts(batches),
+        device=choose_device(settings.device),
+        precision=torch.float32,
+        layout=torch.contiguous_format,
+    )
+    return report.validation_loss
+
+
+def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
+    """Train both and compare."""
+    described = read_slices(slices)
+    if not (slices / PACK_FOLDER / "index.json").is_file():
+        say("these slices were prepared without their packed copy; writing it")
+        pack_planes(slices)
+    planes = load_planes(described, "validation")
+    load_planes(described, "train")
+    warm_up(slices, settings)
+    say("training here")
+    ours, network = train_ours(slices, settings, seed)
+    ours = replace(ours, validation_loss=validation_loss(network, planes, described, settings))
+    say(f"  {ours}")
+    say("training with cellpose.train.train_seg")
+    stock, network = train_stock(slices, settings, seed)
+    stock = replace(
+        stock, validation_loss=validation_loss(network, stock_normalised(planes), described, settings)
+    )
+    say(f"  {stock}")
+    return {
+        "throughput_ratio": ours.crops_per_second / stock.crops_per_second,
+        "startup_ratio": stock.startup_seconds / ours.startup_seconds,
+        "val_loss_ratio": ours.validation_loss / stock.validation_loss,
+        "ours": vars(ours),
+        "stock": vars(stock),
+        "device": str(choose_device(settings.device)),
+        "threads": torch.get_num_threads(),
+        "planes": len(described.infos["train"]),
+        "steps": settings.epochs * math.ceil((settings.crops_per_epoch or 0) / settings.batch_size),
+        "crop_px": settings.crop_px,
+        "batch_size": settings.batch_size,
+    }
+
+
+def warm_up(slices: Path, settings: TrainParams) -> None:
+    """Load compiled code and touch the files of both sides once."""
+    train_ours(
+        slices, settings.model_copy(update={"epochs": 1, "crops_per_epoch": 2, "validation_crops": 2}), 0
+    )
+    from cellpose import train as _  # noqa: F401 - loaded, as ours is
+
+    for path in sorted((slices / "train").iterdir()):
+        path.read_bytes()
+
+
+def sample_slices(folder: Path) -> Path:
+    """Simulate and prepare a sample."""
+    params = load_params(None, ["tracking.enabled=false", "data.split.train=[train]"])
+    tree = params.model_dump()
+    tree["data"]["split"] |= {"train": ("train",), "validation": ("validation",), "test": ("test",)}
+    params = Params.model_validate(tree)
+    simulate(params, folder / "data")
+    prepare(params, folder / "data", folder / "slices")
+    return folder / "slices"
+
+
+def main() -> None:
+    """Read the command line, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slices", type=Path, help="folder made by prepare; default: a simulated sample")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--crop-px", type=int, default=128)
+    parser.add_argument("--diameter-px", type=float, default=17.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    options = parser.parse_args()
+    epochs = 20
+    settings = TrainParams(
+        diameter_px=options.diameter_px,
+        epochs=epochs,
+        batch_size=options.batch_size,
+        crops_per_epoch=max(1, options.steps // epochs) * options.batch_size,
+        crop_px=options.crop_px,
+        validation_crops=1,
+        select="last",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        slices = options.slices or sample_slices(Path(folder))
+        result = compare(slices, settings, options.seed)
+    for name in ("throughput_ratio", "startup_ratio", "val_loss_ratio"):
+        say(f"{name}: {result[name]:.3g}")
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
