@@ -97,14 +97,34 @@ def test_the_end_of_a_nucleus_and_the_start_of_one_above_are_not_bridged() -> No
     assert same_partition(stitch_planes(planewise(pair)), pair)
 
 
-def test_no_bridge_through_another_nucleus() -> None:
+def test_no_bridge_through_other_nuclei() -> None:
     planes = np.zeros((3, 20, 20), np.uint16)
     planes[:, 5:15, 5:15] = 1
-    planes[1, 2:18, 2:18] = 2
-    planes[1, 5:15, 5:15] = 2
-    stitched = stitch_planes(planes, min_iou=0.5)
+    planes[1, :10, :10] = 2
+    planes[1, :10, 10:] = 3
+    planes[1, 10:, :10] = 4
+    planes[1, 10:, 10:] = 5
+    stitched = stitch_planes(planes)
     assert_each_label_is_one_piece(stitched)
-    assert len(np.unique(stitched)) - 1 == 3
+    assert len(np.unique(stitched)) - 1 == 6
+
+
+def test_two_nuclei_on_top_of_each_other_are_cut_at_the_neck() -> None:
+    pair = balls((24, 40, 40), [(12, 20, 20), (31, 20, 20)], 11.0)
+    touching = [z for z in range(23) if (pair[z] == 1).any() and (pair[z + 1] == 2).any()]
+    assert len(touching) == 1
+    z = touching[0]
+    both = (pair[z] > 0) & (pair[z + 1] > 0)
+    assert both.sum() / ((pair[z] > 0) | (pair[z + 1] > 0)).sum() > 0.5
+    assert same_partition(stitch_planes(planewise(pair)), pair)
+
+
+def test_tapering_ends_belong_to_their_nucleus() -> None:
+    grid = np.indices((9, 40, 40)) - np.array([4, 20, 20]).reshape(3, 1, 1, 1)
+    ball = ((grid * np.array([4.05, 1, 1]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 16.5**2
+    areas = ball.sum((1, 2))
+    assert areas[0] < 0.25 * areas[1]
+    assert np.array_equal(stitch_planes(ball.astype(np.uint8)), ball)
 
 
 def test_links_are_optimal_in_sum_not_greedy() -> None:

@@ -1,11 +1,13 @@
 """Stitching: 2D masks of successive planes linked into 3D nuclei.
 
-A mask is linked to the mask of the next plane with which it overlaps, one to one, so that the sum of the
-IoUs of all links is the highest possible (optimal assignment on the sparse table of overlaps). A mask
-that finds no partner there may find one a plane or more further on; the missing plane is then
-filled by the shape halfway between the two, so that no label ever lies on separate pieces. Across a
-missing plane the masks must be alike and neither may be the tapering end of its nucleus: else every
-nucleus would be joined to the next one above it.
+1. Masks of neighbouring planes are linked one to one so that the sum of the IoUs of all links is the highest
+   possible (optimal assignment on the sparse table of overlaps).
+2. A chain of masks with a neck, much thinner than what lies on both sides, is two nuclei, one above the
+   other, and is cut there.
+3. The tapering ends of nuclei, too small for an IoU, are put back: a chain that only shrinks away from the
+   end of another one, on which it rests, is part of it.
+4. Ends that face each other across a missing plane are joined if the masks are alike and neither tapers; the
+   missing plane is filled by the shape halfway between the two, so no label lies on separate pieces.
 """
 
 from __future__ import annotations
@@ -18,20 +20,33 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 
+NECK = 0.6
+"""A chain is cut where its area is below this fraction of the largest areas both before and after."""
+
+MIN_REST = 0.6
+"""A tapering end belongs to the chain on which at least this fraction of its area rests."""
+
 MIN_IOU_ACROSS_GAP = 0.5
 """Least IoU of two masks with a missing plane between them, if `min_iou` asks for less."""
 
 MIN_AREA_AT_GAP = 0.5
 """Least area of a mask next to a missing plane, as a fraction of the largest mask of its nucleus."""
 
+Chain = list[int]
+
 
 @dataclass(frozen=True)
-class _Overlaps:
-    """Pairs of overlapping masks of two planes: their numbers and their IoU."""
+class _Pairs:
+    """Overlapping masks of two planes: their numbers, the pixels shared, and the IoU."""
 
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
+    lower: NDArray[np.int64]
+    upper: NDArray[np.int64]
+    shared: NDArray[np.int64]
     iou: NDArray[np.float64]
+
+    def where(self, good: NDArray[np.bool_]) -> _Pairs:
+        """Give the pairs for which `good` is true."""
+        return _Pairs(self.lower[good], self.upper[good], self.shared[good], self.iou[good])
 
 
 def stitch_planes(
@@ -45,7 +60,7 @@ def stitch_planes(
         Labels of each plane on its own; equal numbers in different planes mean nothing. A 2D label on
         several pieces counts as several masks.
     min_iou : float
-        Masks are linked if their IoU is at least this.
+        Masks of neighbouring planes are linked if their IoU is at least this.
     max_gap : int
         Number of successive planes in which a nucleus may be missing.
 
@@ -67,163 +82,214 @@ def stitch_planes(
         raise InputError(
             f"stitching: expected 0 < min_iou <= 1 and max_gap >= 0, got {min_iou:g} and {max_gap}"
         )
-    labels, runs = _link_neighbours(planes, min_iou)
-    origin = np.arange(len(runs.first))
+    masks = _number_masks(planes)
+    areas = np.bincount(masks.ravel())
+    areas[0] = 0
+    pairs = [_overlaps(masks[z], masks[z + 1], areas) for z in range(len(masks) - 1)]
+    chains = _link_neighbours(pairs, areas, min_iou)
+    chains = _attach_ends(chains, pairs, areas)
     for gap in range(1, max_gap + 1):
-        _link_across(labels, runs, origin, gap, max(min_iou, MIN_IOU_ACROSS_GAP))
-    # Runs are numbered from bottom to top, so the root of a run is settled before those that continue it.
-    for run in range(1, len(origin)):
-        origin[run] = origin[origin[run]]
-    _, names = np.unique(origin, return_inverse=True)
-    return np.asarray(names.astype(np.uint32)[labels])
+        chains = _join_across(chains, masks, areas, gap, max(min_iou, MIN_IOU_ACROSS_GAP))
+    names = np.zeros(len(areas), np.uint32)
+    for number, chain in enumerate(sorted(chains), start=1):
+        names[chain] = number
+    return np.asarray(names[masks])
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Masks linked over neighbouring planes, one entry for each label; entry 0 is the background.
-
-    First and last plane, the area of the masks there, and the area of the largest mask.
-    """
-
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-    first_area: NDArray[np.int64]
-    last_area: NDArray[np.int64]
-    largest_area: NDArray[np.int64]
-
-
-def _link_neighbours(planes: NDArray[np.integer[Any]], min_iou: float) -> tuple[NDArray[np.uint32], _Runs]:
-    """Link the masks of each plane to those of the next one."""
-    labels = np.zeros(planes.shape, np.uint32)
-    first: list[int] = [-1]
-    last: list[int] = [-1]
-    areas: list[list[int]] = [[0]]
-    for z in range(planes.shape[0]):
-        masks, count = _separate_masks(planes[z])
-        names = np.zeros(count + 1, np.uint32)
-        if z:
-            for run, mask in _assign(_overlaps(labels[z - 1], masks, min_iou)):
-                names[mask] = run
-        for mask in range(1, count + 1):
-            if names[mask] == 0:
-                names[mask] = len(first)
-                first.append(z)
-                last.append(z)
-                areas.append([])
-        for run, area in zip(names[1:], np.bincount(masks.ravel(), minlength=count + 1)[1:], strict=True):
-            last[run] = z
-            areas[run].append(int(area))
-        labels[z] = names[masks]
-    ends = np.array([(a[0], a[-1], max(a)) for a in areas])
-    return labels, _Runs(np.array(first), np.array(last), ends[:, 0], ends[:, 1], ends[:, 2])
-
-
-def _link_across(
-    labels: NDArray[np.uint32], runs: _Runs, origin: NDArray[np.int64], gap: int, min_iou: float
-) -> None:
-    """Join runs that end to runs that start after `gap` planes, and fill the planes between.
-
-    `origin` gives for each run the run below that it continues, or itself; it is updated.
-    """
-    continued = np.zeros(len(origin), bool)
-    continued[origin[origin != np.arange(len(origin))]] = True
-    ending = ~continued & (runs.last_area >= MIN_AREA_AT_GAP * runs.largest_area)
-    starting = (origin == np.arange(len(origin))) & (runs.first_area >= MIN_AREA_AT_GAP * runs.largest_area)
-    for before in range(labels.shape[0] - gap - 1):
-        after = before + gap + 1
-        from_below = ending & (runs.last == before)
-        from_above = starting & (runs.first == after)
-        if not from_below.any() or not from_above.any():
-            continue
-        below = np.where(from_below[labels[before]], labels[before], 0)
-        above = np.where(from_above[labels[after]], labels[after], 0)
-        for low, high in _assign(_overlaps(below, above.astype(np.int64), min_iou)):
-            if _bridge(labels, above == high, low, before, after):
-                origin[high] = low
-
-
-def _separate_masks(plane: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], int]:
-    """Number the 4-connected pieces of all labels of a plane 1..n."""
+def _number_masks(planes: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Number the 4-connected pieces of all labels of all planes 1..n, plane after plane."""
     from skimage.measure import label as label_pieces
 
-    masks, count = label_pieces(np.maximum(plane, 0), background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
-    return masks.astype(np.int64), int(count)
+    masks = np.zeros(planes.shape, np.int64)
+    last = 0
+    for z, plane in enumerate(planes):
+        pieces, count = label_pieces(np.maximum(plane, 0), background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
+        masks[z] = np.where(pieces > 0, pieces + last, 0)
+        last += int(count)
+    return masks
 
 
-def _overlaps(first: NDArray[np.uint32], second: NDArray[np.int64], min_iou: float) -> _Overlaps:
-    """List the pairs of masks that overlap with at least `min_iou`, from one pass over the pixels."""
-    a = first.ravel().astype(np.int64)
-    b = second.ravel()
-    size_a = np.bincount(a)
-    size_b = np.bincount(b)
-    both = (a > 0) & (b > 0)
-    keys, shared = np.unique(a[both] * len(size_b) + b[both], return_counts=True)
-    pair_a, pair_b = np.divmod(keys, len(size_b))
-    iou = shared / (size_a[pair_a] + size_b[pair_b] - shared)
-    good = iou >= min_iou
-    return _Overlaps(pair_a[good], pair_b[good], iou[good])
+def _overlaps(lower: NDArray[np.int64], upper: NDArray[np.int64], areas: NDArray[np.int64]) -> _Pairs:
+    """List the pairs of masks of two planes that overlap, from one pass over the pixels."""
+    both = (lower > 0) & (upper > 0)
+    keys, shared = np.unique(lower[both] * len(areas) + upper[both], return_counts=True)
+    low, up = np.divmod(keys, len(areas))
+    return _Pairs(low, up, shared, shared / (areas[low] + areas[up] - shared))
 
 
-def _assign(table: _Overlaps) -> list[tuple[int, int]]:
+def _assign(pairs: _Pairs) -> list[tuple[int, int]]:
     """Choose pairs, each mask at most once, with the highest sum of IoUs.
 
     Groups of masks that overlap directly or through others are independent of each other and small, so the
-    assignment is solved group by group; a pair that competes with no other needs no solving.
+    assignment is solved group by group.
     """
     from scipy.optimize import linear_sum_assignment
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    first, a = np.unique(table.first, return_inverse=True)
-    second, b = np.unique(table.second, return_inverse=True)
-    total = len(first) + len(second)
-    graph = coo_matrix((np.ones(len(a)), (a, b + len(first))), (total, total))
-    groups = connected_components(graph, directed=False)[1][a] if len(a) else np.zeros(0, int)
+    if len(pairs.iou) == 0:
+        return []
+    lower, a = np.unique(pairs.lower, return_inverse=True)
+    upper, b = np.unique(pairs.upper, return_inverse=True)
+    total = len(lower) + len(upper)
+    graph = coo_matrix((np.ones(len(a)), (a, b + len(lower))), (total, total))
+    groups = connected_components(graph, directed=False)[1][a]
     order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     chosen: list[tuple[int, int]] = []
-    for pairs in np.split(order, starts[1:]):
-        if len(pairs) == 0:
-            continue
-        rows, i = np.unique(a[pairs], return_inverse=True)
-        columns, j = np.unique(b[pairs], return_inverse=True)
+    for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        rows, i = np.unique(a[group], return_inverse=True)
+        columns, j = np.unique(b[group], return_inverse=True)
         gain = np.zeros((len(rows), len(columns)))
-        gain[i, j] = table.iou[pairs]
+        gain[i, j] = pairs.iou[group]
         for row, column in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
             if gain[row, column] > 0:
-                chosen.append((int(first[rows[row]]), int(second[columns[column]])))
+                chosen.append((int(lower[rows[row]]), int(upper[columns[column]])))
     return chosen
 
 
-def _bridge(labels: NDArray[np.uint32], mask: NDArray[np.bool_], label: int, before: int, after: int) -> bool:
+def _link_neighbours(pairs: list[_Pairs], areas: NDArray[np.int64], min_iou: float) -> list[Chain]:
+    """Link masks of neighbouring planes into chains, from bottom to top, and cut the chains at necks."""
+    above: dict[int, int] = {}
+    for table in pairs:
+        above.update(_assign(table.where(table.iou >= min_iou)))
+    continued = set(above.values())
+    chains: list[Chain] = []
+    for start in range(1, len(areas)):
+        if start in continued:
+            continue
+        chain = [start]
+        while chain[-1] in above:
+            chain.append(above[chain[-1]])
+        chains.extend(_cut_at_necks(chain, areas))
+    return chains
+
+
+def _cut_at_necks(chain: Chain, areas: NDArray[np.int64]) -> list[Chain]:
+    """Cut a chain at its narrowest neck, towards the thinner neighbour, and go on with both parts."""
+    area = areas[chain]
+    ratios = _neck_ratios(area)
+    if ratios.min(initial=1.0) >= NECK:
+        return [chain]
+    neck = int(np.argmin(ratios)) + 1
+    cut = neck if area[neck - 1] < area[neck + 1] else neck + 1
+    return _cut_at_necks(chain[:cut], areas) + _cut_at_necks(chain[cut:], areas)
+
+
+def _neck_ratios(area: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Divide each inner area of a chain by the smaller of the largest areas before and after it."""
+    before = np.maximum.accumulate(area)[:-2]
+    after = np.maximum.accumulate(area[::-1])[::-1][2:]
+    return np.asarray(area[1:-1] / np.minimum(before, after), np.float64)
+
+
+def _attach_ends(chains: list[Chain], pairs: list[_Pairs], areas: NDArray[np.int64]) -> list[Chain]:
+    """Put tapering ends back: chains that rest on the end of another one and only shrink away from it."""
+    chain_of = np.zeros(len(areas), np.int64)
+    for number, chain in enumerate(chains):
+        chain_of[chain] = number
+    offers: list[tuple[float, int, int]] = []
+    for table in pairs:
+        for low, up, shared in zip(table.lower, table.upper, table.shared, strict=True):
+            under, over = int(chain_of[low]), int(chain_of[up])
+            if chains[under][-1] != low or chains[over][0] != up:
+                continue
+            if _shrinks(areas[[low, *chains[over]]]):
+                offers.append((shared / areas[up], under, over))
+            if _shrinks(areas[[*chains[under], up]][::-1]):
+                offers.append((shared / areas[low], under, over))
+    joined = {number: list(chain) for number, chain in enumerate(chains)}
+    place = list(range(len(chains)))
+    has_top = [False] * len(chains)
+    has_bottom = [False] * len(chains)
+    # The surest first; each end takes one, and each loose end goes to one.
+    for rest, under, over in sorted(offers, key=lambda offer: (-offer[0], offer[1:])):
+        if rest < MIN_REST or has_top[under] or has_bottom[over]:
+            continue
+        whole = joined[place[under]] + joined[place[over]]
+        if _neck_ratios(areas[whole]).min(initial=1.0) < NECK:
+            continue
+        has_top[under] = has_bottom[over] = True
+        kept, gone = place[under], place[over]
+        joined[kept] = whole
+        del joined[gone]
+        place = [kept if at == gone else at for at in place]
+    return list(joined.values())
+
+
+def _shrinks(areas: NDArray[np.int64]) -> bool:
+    return bool((np.diff(areas) <= 0).all())
+
+
+def _join_across(
+    chains: list[Chain], masks: NDArray[np.int64], areas: NDArray[np.int64], gap: int, min_iou: float
+) -> list[Chain]:
+    """Join chains that end to chains that start after `gap` planes; fill the planes between in `masks`."""
+    top = {chain[-1]: number for number, chain in enumerate(chains) if _is_blunt(chain, -1, areas)}
+    bottom = {chain[0]: number for number, chain in enumerate(chains) if _is_blunt(chain, 0, areas)}
+    continues: dict[int, int] = {}
+    for before in range(masks.shape[0] - gap - 1):
+        after = before + gap + 1
+        tops = [mask for mask in np.unique(masks[before]).tolist() if mask in top]
+        bottoms = [mask for mask in np.unique(masks[after]).tolist() if mask in bottom]
+        if not tops or not bottoms:
+            continue
+        table = _overlaps(
+            np.where(np.isin(masks[before], tops), masks[before], 0),
+            np.where(np.isin(masks[after], bottoms), masks[after], 0),
+            areas,
+        )
+        for low, up in _assign(table.where(table.iou >= min_iou)):
+            if _bridge(masks, low, up, before, after):
+                continues[top[low]] = bottom[up]
+    followers = set(continues.values())
+    result: list[Chain] = []
+    for number in range(len(chains)):
+        if number in followers:
+            continue
+        chain = list(chains[number])
+        while number in continues:
+            number = continues[number]
+            chain += chains[number]
+        result.append(chain)
+    return result
+
+
+def _is_blunt(chain: Chain, end: int, areas: NDArray[np.int64]) -> bool:
+    return bool(areas[chain[end]] >= MIN_AREA_AT_GAP * areas[chain].max())
+
+
+def _bridge(masks: NDArray[np.int64], lower: int, upper: int, before: int, after: int) -> bool:
     """Fill the planes between two masks of one nucleus; False, and nothing filled, if others are in the way.
 
     Each plane gets the shape whose signed distance is the mean of those of the two masks, weighted by
-    nearness, where it is free. The pixels that all planes share must include one
-    common to both masks: through it the pieces are connected.
+    nearness, where it is free. Some pixels of both masks must be free in all these planes: through them the
+    pieces are connected, and what does not hang together with them is left out.
     """
     from scipy.ndimage import distance_transform_edt
     from skimage.measure import label as label_pieces
 
-    old = labels[before] == label
-    rows, columns = np.nonzero(old | mask)
+    old = masks[before] == lower
+    new = masks[after] == upper
+    rows, columns = np.nonzero(old | new)
     box = (
         slice(max(rows.min() - 1, 0), rows.max() + 2),
         slice(max(columns.min() - 1, 0), columns.max() + 2),
     )
-    old, new = old[box], mask[box]
-    free = (labels[before + 1 : after][(slice(None), *box)] == 0).all(0)
-    through = old & new & free
+    old, new = old[box], new[box]
+    through = old & new & (masks[before + 1 : after][(slice(None), *box)] == 0).all(0)
     if not through.any():
         return False
+    # One connected column of common pixels is enough, and only one is sure to hang together.
+    columns_of = label_pieces(through, background=0, connectivity=1)  # type: ignore[no-untyped-call]
+    through = columns_of == 1 + np.argmax(np.bincount(columns_of[columns_of > 0])[1:])
     depths = [
         distance_transform_edt(np.pad(m, 1))[1:-1, 1:-1] - distance_transform_edt(~m) for m in (old, new)
     ]
     for z in range(before + 1, after):
         nearness = (z - before) / (after - before)
-        shape = ((1 - nearness) * depths[0] + nearness * depths[1] > 0) & (labels[z][box] == 0) | through
+        free = masks[z][box] == 0
+        shape = ((1 - nearness) * depths[0] + nearness * depths[1] > 0) & free | through
         pieces = label_pieces(shape, background=0, connectivity=1)  # type: ignore[no-untyped-call]
-        # Keep what hangs together with the common pixels; the rest would be a piece of its own.
         shape &= np.isin(pieces, np.unique(pieces[through]))
-        labels[z][box][shape] = label
+        masks[z][box][shape] = lower
     return True
