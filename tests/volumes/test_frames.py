@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
@@ -58,6 +60,38 @@ def test_a_block_is_that_part_of_the_volume(tmp_path: Path, options: dict[str, A
     box = (slice(1, 4), slice(7, 40), slice(0, 30))
     np.testing.assert_array_equal(frame.read_block(box), volume[box])
     assert frame.read_block((slice(2, 2), slice(None), slice(None))).shape == (0, 40, 33)
+
+
+def test_a_block_of_a_compressed_file_decodes_its_own_planes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ome(tmp_path / "a.tif", ramp((9, 8, 8)), compression="zlib")
+    (frame,) = find_frames(tmp_path / "a.tif")
+    decoded = []
+    for kind in (tifffile.TiffPage, tifffile.TiffFrame):
+        whole = kind.asarray
+
+        def count(page: Any, *args: Any, whole: Any = whole, **more: Any) -> Any:
+            decoded.append(page.index)
+            return whole(page, *args, **more)
+
+        monkeypatch.setattr(kind, "asarray", count)
+    frame.read_block((slice(3, 5), slice(None), slice(None)))
+    assert sorted(set(decoded)) == [3, 4]
+
+
+def test_a_block_of_a_huge_file_is_mapped_not_read(tmp_path: Path) -> None:
+    # 6.4 GB that take almost nothing on disk: a sparse BigTIFF
+    mapped = tifffile.memmap(
+        tmp_path / "huge.tif", shape=(800, 2000, 2000), dtype="uint16", bigtiff=True, metadata={"axes": "ZYX"}
+    )
+    mapped[777, 1999, 1998] = 5
+    mapped.flush()
+    del mapped
+    (frame,) = find_frames(tmp_path / "huge.tif")
+    assert frame.shape == (800, 2000, 2000)
+    block = frame.read_block((slice(776, 779), slice(1998, 2000), slice(1996, 2000)))
+    assert (block[1, 1, 2], block.sum()) == (5, 5)
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
@@ -214,6 +248,7 @@ def test_a_given_voxel_size_wins_and_the_user_is_told_once(
     assert told.count("\n") == 1
     assert "2 x 0.5 x 0.25 um" in told
     assert "1 x 0.3 x 0.3 um" in told
+    find_frames(tmp_path / "b.tif", voxel_size=given)
     find_frames(tmp_path, voxel_size=VoxelSize(2.0, 0.5, 0.25))
     assert capsys.readouterr().err == ""
 
@@ -279,6 +314,33 @@ def test_damage_within_the_data_is_one_clear_line(tmp_path: Path) -> None:
         find_frames(path)[0].read()
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    compression=st.sampled_from([None, "zlib"]),
+    place=st.integers(0, 4000),
+    value=st.integers(0, 255),
+    cut=st.one_of(st.none(), st.integers(1, 4000)),
+)
+def test_any_damage_gives_a_volume_or_one_clear_line(
+    tmp_path: Path, compression: str | None, place: int, value: int, cut: int | None
+) -> None:
+    path = tmp_path / "a.tif"
+    write_ome(path, ramp((4, 16, 16)), compression=compression)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = value
+    path.write_bytes(content if cut is None else content[:cut])
+    complaint = None
+    try:
+        volume = find_frames(path)[0].read()
+    except InputError as error:
+        complaint = str(error)
+    if complaint is None:
+        assert volume.ndim == 3
+    else:
+        assert "\n" not in complaint
+        assert "a.tif" in complaint
+
+
 def test_missing_empty_and_foreign_files_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "empty.tif").write_bytes(b"")
     (tmp_path / "text.tif").write_text("no picture")
@@ -319,6 +381,41 @@ def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
         writer.write(ramp((4, 5, 7)), metadata={"axes": "ZYX"})
     with pytest.raises(InputError, match="holds 2 images"):
         find_frames(tmp_path / "two.ome.tif")
+
+
+def write_ome_set(folder: Path, movie: NDArray[Any]) -> None:
+    """Write one file per time point whose OME-XML names all of them, as microscopes do."""
+    names = [f"set_{time}.ome.tif" for time in range(len(movie))]
+    uuids = [f"0000000{time}-0000-4000-8000-000000000000" for time in range(len(movie))]
+    _, depth, height, width = movie.shape
+    data = "".join(
+        f'<TiffData FirstT="{t}" FirstZ="{z}" IFD="{z}" PlaneCount="1"><UUID FileName="{names[t]}">'
+        f"urn:uuid:{uuids[t]}</UUID></TiffData>"
+        for t in range(len(movie))
+        for z in range(depth)
+    )
+    for t, volume in enumerate(movie):
+        xml = (
+            f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{uuids[t]}">'
+            f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="{width}" '
+            f'SizeY="{height}" SizeZ="{depth}" SizeC="1" SizeT="{len(movie)}" PhysicalSizeX="0.25" '
+            f'PhysicalSizeY="0.5" PhysicalSizeZ="2"><Channel ID="Channel:0:0"/>{data}</Pixels></Image></OME>'
+        )
+        with tifffile.TiffWriter(folder / names[t]) as writer:
+            for z, plane in enumerate(volume):
+                writer.write(plane, description=xml if z == 0 else None, metadata=None, contiguous=False)
+
+
+def test_files_of_a_multi_file_ome_tiff_are_one_movie(tmp_path: Path) -> None:
+    movie = ramp((3, 4, 5, 7))
+    write_ome_set(tmp_path, movie)
+    frames = find_frames(tmp_path)
+    assert [frame.time for frame in frames] == [0, 1, 2]
+    for frame, volume in zip(frames, movie, strict=True):
+        np.testing.assert_array_equal(frame.read(), volume)
+    (tmp_path / "set_1.ome.tif").unlink()
+    with pytest.raises(InputError, match="plane 4 is not in this file; put the other files"):
+        find_frames(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32"])

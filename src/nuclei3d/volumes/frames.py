@@ -21,6 +21,9 @@ from nuclei3d.volumes.zarr_store import ZarrArray, find_label_array, is_zarr
 
 __all__ = ["Frame", "check_image", "find_frames", "read_labels", "single_frame", "single_label_frame"]
 
+# Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
+_told: set[tuple[Path, VoxelSize, VoxelSize]] = set()
+
 _WHOLE = (slice(None), slice(None), slice(None))
 
 
@@ -220,13 +223,17 @@ def _check_names(frames: list[Frame]) -> None:
 
 
 def _rescale(frames: list[Frame], voxel_size: VoxelSize) -> list[Frame]:
-    """Put the given voxel size in the place of the files', and say so once where they differ."""
-    differing = [frame for frame in frames if frame.voxel_size and frame.voxel_size.differs_from(voxel_size)]
-    if differing:
-        first = differing[0]
-        others = f" and {len(differing) - 1} more frames" if len(differing) > 1 else ""
-        console.say(
-            f"{first.path}{others}: the file says voxels of {first.voxel_size}, "
-            f"the given {voxel_size} is used instead"
-        )
+    """Put the given voxel size in the place of the files', and say so where they differ."""
+    for frame in frames:
+        if frame.voxel_size is not None and frame.voxel_size.differs_from(voxel_size):
+            _tell_contradiction(frame.path, frame.voxel_size, voxel_size)
     return [replace(frame, voxel_size=voxel_size, scale_note="") for frame in frames]
+
+
+def _tell_contradiction(path: Path, stated: VoxelSize, given: VoxelSize) -> None:
+    """Tell of the first such file of a folder only: stages read a folder file by file."""
+    if (path.parent, stated, given) not in _told:
+        _told.add((path.parent, stated, given))
+        console.say(
+            f"{path} says voxels of {stated}; the given {given} is used instead, here and in its folder"
+        )

@@ -22,6 +22,9 @@ from nuclei3d.volumes.tiff_scale import read_channel_names, read_scale
 # tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
 _LOGGER = logging.getLogger("tifffile")
 _LOGGER.addHandler(logging.NullHandler())
+
+# No compression shrinks even an empty volume further; a header that claims more is damaged.
+_STRONGEST_COMPRESSION = 100_000
 _SIGNS_OF_A_CUT = ("invalid value offset", "invalid page offset")
 
 
@@ -74,7 +77,7 @@ class TiffArray:
             A copy in native byte order; axes given as integers are gone.
         """
         with _damage_explained(self.path):
-            offset = self._series.dataoffset
+            offset = None if self.layout.companions else self._series.dataoffset
             block = self._read_planes(index) if offset is None else self._read_mapped(offset, index)
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
@@ -99,12 +102,15 @@ class TiffArray:
         """Find a file that was cut off before anything is computed from it."""
         series = self._series
         size = self.path.stat().st_size
+        claimed = series.size * self.layout.dtype.itemsize
+        if claimed > _STRONGEST_COMPRESSION * size and not self.layout.companions:
+            raise InputError(_say_truncated(self.path, f"its header claims {claimed} bytes of voxels"))
         if self._file.is_imagej and series.kind not in ("imagej", "ome"):
             raise InputError(
                 _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
             )
         if series.dataoffset is not None:
-            expected = series.dataoffset + series.size * self.layout.dtype.itemsize
+            expected = series.dataoffset + claimed
             if expected > size:
                 raise InputError(_say_truncated(self.path, f"{size} of at least {expected} bytes"))
             return
@@ -145,7 +151,7 @@ class TiffArray:
             number = int(np.ravel_multi_index(position, self.layout.shape[:leading])) if leading else 0
             page = self._series.pages[number]
             assert page is not None  # _check_complete has looked
-            planes.append(np.array(page.asarray()[inner]))
+            planes.append(np.array(_decode(page)[inner]))
         kept = [len(at) for at, part in zip(outer, index[:leading], strict=True) if isinstance(part, slice)]
         if not planes:
             empty = np.empty(page_shape, self.layout.dtype)[inner]
@@ -207,11 +213,26 @@ def _damage_explained(path: Path) -> Iterator[None]:
     """Turn whatever a decoder says of a damaged file into one clear line."""
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError as error:
+        # A damaged header may claim any size, so this is not the system's fault alone.
+        raise InputError(f"{path} needs more memory than there is, or its header is damaged") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(_say_truncated(path, reason)) from error
+
+
+def _decode(page: tifffile.TiffPage | tifffile.TiffFrame) -> NDArray[Any]:
+    handle = page.parent.filehandle
+    if not handle.closed:
+        return np.asarray(page.asarray())
+    # tifffile closes the other files of a multi-file set.
+    handle.open()
+    try:
+        return np.asarray(page.asarray())
+    finally:
+        handle.close()
 
 
 def _say_truncated(path: Path, reason: str) -> str:

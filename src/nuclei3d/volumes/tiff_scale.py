@@ -77,11 +77,15 @@ def _described_scale(file: tifffile.TiffFile, description: Mapping[str, Any]) ->
     if scale_x is None and unit and "spacing" in description:
         return None, f"its unit is '{unit}', which is no length"
     spacing = description.get("spacing")
-    return voxel_size_or_reason(
+    voxel_size, reason = voxel_size_or_reason(
         None if spacing is None or scale_z is None else _number(spacing, scale_z),
         _pixel_edge(tags.valueof("YResolution"), scale_y),
         _pixel_edge(tags.valueof("XResolution"), scale_x),
     )
+    if reason and spacing is None and file.is_imagej:
+        # Other programs that write this format leave the spacing out for want of knowing it.
+        reason += " (ImageJ itself leaves out a spacing of exactly 1)"
+    return voxel_size, reason
 
 
 def _pixel_edge(resolution: tuple[int, int] | None, scale: float | None) -> float | None:
