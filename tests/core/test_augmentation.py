@@ -9,19 +9,20 @@ from nuclei3d.core.augmentation import (
     Appearance,
     add_noise,
     attenuate,
-    blur,
     brighten,
-    coarsen,
-    correlate_noise,
     depth_of_crop,
-    dim_nuclei,
     draw_appearance,
+)
+from nuclei3d.core.crops import CropPlan, crop_generator, cut_crop, draw_crop
+from nuclei3d.core.dimming import (
+    correlate_noise,
+    dim_nuclei,
     draw_dimming,
     local_background,
     noise_correlation,
     noise_of_crop,
 )
-from nuclei3d.core.crops import CropPlan, crop_generator, cut_crop, draw_crop
+from nuclei3d.core.filters import blur, coarsen
 from nuclei3d.core.flow_targets import flows_2d
 from nuclei3d.core.planes import stack_planes
 from slices_fixture import draw_plane, plane_info

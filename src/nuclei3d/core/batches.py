@@ -18,9 +18,9 @@ from nuclei3d.core.augmentation import (
     change_appearance,
     depth_of_crop,
     draw_appearance,
-    draw_dimming,
 )
 from nuclei3d.core.crops import CropPlan, Stream, crop_generator, cut_crop, draw_crop
+from nuclei3d.core.dimming import draw_dimming
 from nuclei3d.core.planes import VIEWS, PlaneSet
 
 NO_AUGMENTATION = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
