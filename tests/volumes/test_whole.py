@@ -1,10 +1,8 @@
 """Outputs appear whole or not at all."""
 
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +10,6 @@ import pytest
 
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.whole import whole_file, whole_folder
-
-
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Let no file grow beyond 64 kB: the system then refuses to write as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> list[str]:

@@ -142,3 +142,11 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_labels(tmp_path / "file" / "a.ome.tif", labels(), VOXEL)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 60000, (20, 100, 100)).astype(np.uint16)
+    with pytest.raises(InputError, match=r"cannot write .*a\.ome\.tif"):
+        write_image(tmp_path / "a.ome.tif", noise, VOXEL)
+    assert list(tmp_path.iterdir()) == []

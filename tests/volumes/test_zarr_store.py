@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.whole import whole_folder
 from nuclei3d.volumes.zarr_store import create_zarr, open_zarr
 
 VOXEL = VoxelSize(2.0, 0.5, 0.25)
@@ -198,3 +199,16 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         create_zarr(tmp_path / "file" / "a.zarr", (3, 8, 6), "uint16", VOXEL, (3, 8, 6))
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 60000, (4, 200, 200)).astype(np.uint16)
+
+    def write() -> None:
+        with whole_folder(tmp_path / "a.ome.zarr") as folder:
+            create_zarr(folder, noise.shape, noise.dtype, VOXEL, (4, 200, 200))[...] = noise
+
+    with pytest.raises(InputError, match=r"cannot write .*a\.ome\.zarr"):
+        write()
+    assert list(tmp_path.iterdir()) == []
