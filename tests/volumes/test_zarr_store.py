@@ -212,3 +212,13 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"cannot write .*a\.ome\.zarr"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_the_same_each_time(tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        with whole_folder(tmp_path / name) as folder:
+            create_zarr(folder, (3, 8, 6), "uint16", VOXEL, (1, 8, 6))[...] = ramp(3, 8, 6)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in files])
+    assert contents[0] == contents[1]

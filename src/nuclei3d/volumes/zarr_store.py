@@ -116,12 +116,12 @@ def create_zarr(
     """
     import zarr
 
-    name = path.name.removesuffix(".zarr").removesuffix(".ome")
     ome: dict[str, Any] = {
         "version": "0.5",
         "multiscales": [
             {
-                "name": name,
+                # Not the folder's name: inside whole_folder that is a new one each time.
+                "name": "labels" if labels else "image",
                 "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"],
                 "datasets": [
                     {
