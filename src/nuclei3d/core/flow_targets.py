@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.heat import many_nucleus_flows_3d, piece_flows_2d
+from nuclei3d.core.heat import many_nucleus_flows_3d
+from nuclei3d.core.heat_plane import piece_flows_2d
 from nuclei3d.core.label_boxes import compact_labels, find_boxes, share_labels
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
