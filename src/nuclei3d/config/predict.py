@@ -9,7 +9,14 @@ from nuclei3d.config.section import Section
 
 
 class PredictParams(Section):
-    """How a volume is segmented; None means: the value stored with the model."""
+    """How a volume is segmented; None means: the value stored with the model.
+
+    `orthogonal_step` computes every n-th xz and yz plane only and interpolates between. `flip_average`
+    averages over the four flips of each plane (four times the work). `precision` auto takes bfloat16 where
+    the hardware computes it. `flow3d_smooth` is stock Cellpose's option, for mode cellpose only. A volume
+    that would need more than `memory_gb` is cut into blocks, which Dask runs: on `workers` processes of
+    this machine, or on the cluster whose `scheduler` is named (tcp://host:port).
+    """
 
     mode: Literal["ortho", "stitch", "cellpose", "full3d"] = "ortho"
     diameter_um: PositiveFloat | None = None
@@ -20,4 +27,9 @@ class PredictParams(Section):
     min_volume_um3: Annotated[float, Field(ge=0)] | None = None
     max_volume_um3: PositiveFloat | None = None
     flip_average: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
+    memory_gb: PositiveFloat | None = None
+    workers: Annotated[int, Field(ge=1)] = 1
+    scheduler: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

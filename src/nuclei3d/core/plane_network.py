@@ -1,0 +1,183 @@
+"""Running the 2D network over stacks of planes of any size.
+
+Planes are padded to a multiple of 16 only (the network halves them three times, and blocks of 16 suit the
+hardware), not to a tile of 224; only planes beyond `MAX_TILE` are cut into tiles, equal in size, that
+overlap and are blended smoothly.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nuclei3d.core.networks import FLOW_SCALE
+
+MULTIPLE = 16
+MAX_TILE = {"cpu": 512, "cuda": 1024}
+TILE_OVERLAP = 64
+
+_PIXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22}
+"""Pixels that go through the network at once. On a CPU small batches stay in the cache."""
+
+_FLIPS = (((), (1.0, 1.0)), ((2,), (-1.0, 1.0)), ((3,), (1.0, -1.0)), ((2, 3), (-1.0, -1.0)))
+
+
+class PlaneNetwork:
+    """A network with all that it takes to apply it to planes; keeps count of the time spent in it.
+
+    Parameters
+    ----------
+    network
+        Takes (n, 2, height, width) and gives (n, 3, height, width): 5 x flow along the two axes of the plane,
+        and the logit; or a tuple that starts with that, as CPnet does.
+    device
+        Where to compute.
+    precision
+        Type for convolutions (autocast); float32 for none.
+    flip_average
+        Average over the four flips of a plane: four times the work.
+
+    Attributes
+    ----------
+    seconds
+        Time inside the network's forward pass so far.
+    pixels
+        Pixels, padding and overlap included, that went through it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        *,
+        precision: torch.dtype = torch.float32,
+        flip_average: bool = False,
+    ) -> None:
+        self.device = device
+        self.precision = precision
+        self.flip_average = flip_average
+        self.seconds = 0.0
+        self.pixels = 0
+        self._network = network.to(device).eval()
+        # channels_last: 1.3 to 1.6 times faster on a CPU (measured), and what tensor cores want.
+        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def planes_per_batch(self, height: int, width: int) -> int:
+        """How many planes of a size are best passed at once."""
+        return max(1, _PIXELS_PER_BATCH[self.device.type] // (padded(height) * padded(width)))
+
+    def __call__(self, planes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Predict flow and logit of planes.
+
+        Parameters
+        ----------
+        planes
+            Normalised (n, height, width).
+
+        Returns
+        -------
+        float32 array (n, 3, height, width)
+            Flow along the two axes of the plane, of length about 1, and the logit.
+        """
+        _, height, width = planes.shape
+        rows, columns = (tile_starts(size, MAX_TILE[self.device.type]) for size in (height, width))
+        if len(rows.starts) == len(columns.starts) == 1:
+            return self._forward(planes)
+        result = np.zeros((planes.shape[0], 3, height, width), np.float32)
+        for top in rows.starts:
+            for left in columns.starts:
+                box = (slice(top, top + rows.size), slice(left, left + columns.size))
+                part = self._forward(np.ascontiguousarray(planes[:, box[0], box[1]]))
+                part *= rows.weight(top)[:, None] * columns.weight(left)
+                result[:, :, box[0], box[1]] += part
+        return result
+
+    def _forward(self, planes: NDArray[np.float32]) -> NDArray[np.float32]:
+        count, height, width = planes.shape
+        pad_height, pad_width = padded(height) - height, padded(width) - width
+        if pad_height or pad_width:
+            # Mirrored, so that a nucleus cut by the border does not end in an edge that is none.
+            planes = np.pad(planes, ((0, 0), (0, pad_height), (0, pad_width)), mode="symmetric")
+        started = time.perf_counter()
+        with torch.inference_mode():
+            stack = torch.zeros((count, 2, *planes.shape[1:]), device=self.device)
+            stack[:, 0] = torch.from_numpy(planes).to(self.device)
+            stack = stack.contiguous(memory_format=torch.channels_last)
+            total: torch.Tensor | None = None
+            for axes, signs in _FLIPS if self.flip_average else _FLIPS[:1]:
+                output = self._run(torch.flip(stack, axes) if axes else stack)
+                if axes:
+                    output = torch.flip(output, axes)
+                    output[:, 0] *= signs[0]
+                    output[:, 1] *= signs[1]
+                total = output if total is None else total + output
+            assert total is not None
+            if self.flip_average:
+                total /= len(_FLIPS)
+            result: NDArray[np.float32] = total.cpu().numpy()
+        self.seconds += time.perf_counter() - started
+        self.pixels += count * planes.shape[1] * planes.shape[2]
+        result = result[:, :, :height, :width]
+        result[:, :2] /= FLOW_SCALE
+        return result
+
+    def _run(self, stack: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            output = self._network(stack)
+        if isinstance(output, tuple):
+            output = output[0]
+        return torch.as_tensor(output).float()
+
+
+class Tiling:
+    """Equal tiles over one axis, and the weights with which they are blended.
+
+    Attributes
+    ----------
+    starts
+        First pixel of each tile.
+    size
+        Pixels of a tile.
+    """
+
+    def __init__(self, length: int, starts: list[int], size: int) -> None:
+        self.length = length
+        self.starts = starts
+        self.size = size
+        ramps = {start: self._ramp(start) for start in starts}
+        total = np.zeros(length, np.float32)
+        for start, ramp in ramps.items():
+            total[start : start + size] += ramp
+        self._weights = {start: ramp / total[start : start + size] for start, ramp in ramps.items()}
+
+    def weight(self, start: int) -> NDArray[np.float32]:
+        """Weight of a tile at each of its pixels; over all tiles the weights of a pixel add up to 1."""
+        return self._weights[start]
+
+    def _ramp(self, start: int) -> NDArray[np.float32]:
+        inside = np.arange(self.size, dtype=np.float32) + 1
+        ramp = np.full(self.size, float(TILE_OVERLAP), np.float32)
+        if start > 0:
+            ramp = np.minimum(ramp, inside)
+        if start + self.size < self.length:
+            ramp = np.minimum(ramp, inside[::-1])
+        return ramp
+
+
+def tile_starts(length: int, largest: int) -> Tiling:
+    """Cover an axis by as few equal tiles as possible, overlapping by at least `TILE_OVERLAP`."""
+    if length <= largest:
+        return Tiling(length, [0], length)
+    count = -(-(length - TILE_OVERLAP) // (largest - TILE_OVERLAP))
+    size = min(largest, padded(-(-(length + (count - 1) * TILE_OVERLAP) // count)))
+    starts = np.linspace(0, length - size, count).round().astype(int)
+    return Tiling(length, [int(start) for start in starts], size)
+
+
+def padded(size: int) -> int:
+    """Round up to the next multiple that the network takes."""
+    return -(-size // MULTIPLE) * MULTIPLE
