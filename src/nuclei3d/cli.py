@@ -177,6 +177,51 @@ def compare(
 
 
 @app.command()
+def search(
+    slices: Annotated[Path, typer.Option("--slices", help="Folder made by prepare.", metavar="DIR")],
+    trials: Annotated[
+        int, typer.Option("--trials", help="Trials wanted in all, over all starts.", metavar="N")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the search.", metavar="DIR")] = Path(
+        "runs/search"
+    ),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage", help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.", metavar="N")] = 1,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Labelled embryos, for validation in 3D.", metavar="DIR"),
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Write the best values into the parameter file.")
+    ] = False,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for the training parameters that do best in 3D."""
+    from nuclei3d.stages.search import search
+
+    file = params or Path("params.yaml")
+    result = search(
+        _load(params, overrides),
+        slices,
+        out,
+        trials=trials,
+        storage=storage,
+        workers=workers,
+        data=data,
+        apply=apply,
+        params_file=file if file.is_file() else None,
+    )
+    _finish(result, as_json)
+
+
+@app.command()
 def register(
     model: Annotated[Path, typer.Option("--model", help="Model folder.", metavar="DIR")],
     metrics: Annotated[
