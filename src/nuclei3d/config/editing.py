@@ -27,7 +27,7 @@ def write_values(path: Path, values: Mapping[str, bool | int | float | str | Non
     load_params(path)
     path = path.resolve()
     text = path.read_text(encoding="utf-8")
-    expected = yaml.safe_load(text) or {}
+    expected = _unshared(yaml.safe_load(text) or {})
     for name, value in values.items():
         text = _with_value(text, name.split("."), _as_yaml(value))
         _set(expected, name.split("."), value)
@@ -53,21 +53,8 @@ def _with_value(text: str, keys: list[str], value: str) -> str:
             return _inserted(text, node, keys[depth:], value)
         if depth == len(keys) - 1:
             return _replaced(text, found, value)
-        node = found if not _is_empty(found) else node
-        if _is_empty(found):
-            # "train:" with nothing below it
-            end = found.start_mark.index
-            return (
-                text[:end]
-                + "\n"
-                + _block(keys[depth + 1 :], value, node.start_mark.column + 2).rstrip()
-                + text[end:]
-            )
+        node = found
     return text
-
-
-def _is_empty(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.start_mark.index == node.end_mark.index
 
 
 def _replaced(text: str, node: yaml.Node, value: str) -> str:
@@ -118,3 +105,8 @@ def _set(tree: dict[str, Any], keys: list[str], value: bool | int | float | str 
             tree[key] = {}
         tree = tree[key]
     tree[keys[-1]] = value
+
+
+def _unshared(tree: Any) -> Any:
+    """Copy a tree so that what an alias repeats can change on its own."""
+    return {key: _unshared(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

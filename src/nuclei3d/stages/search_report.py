@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -22,6 +25,10 @@ _STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
 )
+
+
+# Below this, importances are noise.
+_ENOUGH_FOR_IMPORTANCE = 4
 
 
 def write_study(study: Study, confirmations: Study | None, space: SearchSpace, folder: Path) -> list[Path]:
@@ -84,11 +91,14 @@ def _page(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
         ),
     }
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(finished) < _ENOUGH_FOR_IMPORTANCE:
+        del plots["Importance of the parameters"]
     sections = []
     for title, plot in plots.items():
         sections.append(f"<h2>{html.escape(title)}</h2>")
         try:
-            figure = plot(study)
+            with _quiet():
+                figure = plot(study)
         except (ValueError, RuntimeError) as error:
             # importances, for one, want several finished trials that differ
             sections.append(f"<p>Not drawn: {html.escape(str(error))}</p>")
@@ -106,6 +116,19 @@ def _page(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
         + _table(rows)
         + "</body></html>"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna's remarks on studies that are still small off the screen."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
