@@ -12,7 +12,6 @@ from nuclei3d.core.training import (
     Callbacks,
     DivergedError,
     StopTraining,
-    choose_precision,
     train_network,
 )
 from nuclei3d.core.training_state import TrainingState, WeightAverage
@@ -279,12 +278,6 @@ def test_the_cosine_rises_and_falls_to_a_hundredth():
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01)
     assert all(np.diff(rates[10:]) <= 0)
-
-
-def test_precision_is_as_wished():
-    assert choose_precision("float32", CPU) == torch.float32
-    assert choose_precision("bfloat16", CPU) == torch.bfloat16
-    assert choose_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
 def test_bfloat16_trains_to_about_the_same_loss():

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOW_SCALE = 5.0
-"""The network predicts 5 x flow, so that flows and logits matter about alike."""
+from nuclei3d.core.networks import FLOW_SCALE
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nuclei3d.config.train import TrainParams
 from nuclei3d.core.batches import Batch, CropMaker, epoch_batches, validation_batches
 from nuclei3d.core.losses import cellpose_loss
+from nuclei3d.core.networks import choose_precision
 from nuclei3d.core.planes import PlaneSet
 from nuclei3d.core.sampling import epoch_order, nucleus_weights, plane_weights
 from nuclei3d.core.schedules import learning_rate
@@ -81,30 +82,6 @@ class Callbacks:
     validate_volumes: Callable[[nn.Module], float] | None = None
     on_epoch: Callable[[EpochReport], None] | None = None
     on_step: Callable[[float, int, float], None] | None = None
-
-
-def choose_precision(wish: str, device: torch.device) -> torch.dtype:
-    """Choose the type in which convolutions are computed.
-
-    bfloat16 needs no loss scaling. On CPUs it pays only with instructions for it (measured: 1.9 times faster
-    with AVX512-BF16, half as fast without).
-    """
-    if wish == "float32":
-        return torch.float32
-    if wish == "bfloat16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
-
-
-def _cpu_computes_bfloat16() -> bool:
-    # torch offers these questions under private names only
-    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        ask = getattr(torch.cpu, question, None)
-        if ask is not None and ask():
-            return True
-    return False
 
 
 def train_network(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
-from nuclei3d.volumes.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
     from nuclei3d.core.planes import PlaneSet
     from nuclei3d.core.training import TrainingOutcome
     from nuclei3d.core.training_state import EpochReport
-    from nuclei3d.models.info import ModelInfo
+    from nuclei3d.stages.checkpoints import Checkpoints
     from nuclei3d.stages.training_planes import Slices
     from nuclei3d.tracking.runs import StageRun
-
-HISTORY_FILE = "history.csv"
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,9 @@ def train(
     """
     from nuclei3d.core.networks import choose_device
     from nuclei3d.stages.checkpoints import Checkpoints, checkpoint_folder, training_fingerprint
+    from nuclei3d.stages.trained_model import describe_model, final_metrics, write_model
     from nuclei3d.stages.training_planes import load_planes, read_slices
+    from nuclei3d.stages.validation_volumes import read_validation_volumes, validation_settings, volumes_ap
     from nuclei3d.tracking.runs import stage_run
 
     settings = params.train
@@ -123,16 +122,29 @@ def train(
     checkpoints = Checkpoints(checkpoint_folder(out), fingerprint)
     if not resume:
         checkpoints.remove()
-    volumes = _validation_volumes(params, data, described) if settings.validate_volumes_every else []
+    volumes = read_validation_volumes(params, data, described) if settings.validate_volumes_every else []
     with stage_run("train", params, inputs={"slices": slices}) as run:
+        info = describe_model(params, described, run.run_id)
         _say_plan(planes, validation, params, device, described)
+
+        def judge(judged: nn.Module) -> float:
+            return volumes_ap(judged, volumes, validation_settings(info), device)
+
         outcome = _train(
-            network, planes, validation, params, described, device, checkpoints, volumes, run, on_epoch
+            network,
+            planes,
+            validation,
+            params,
+            described,
+            device,
+            checkpoints,
+            judge if volumes else None,
+            run,
+            on_epoch,
         )
         network.load_state_dict(outcome.weights)
-        info = _model_info(params, described, run)
-        _write_model(out, network.eval(), info, outcome, params, described)
-        metrics = _final_metrics(outcome)
+        write_model(out, network.eval(), info, outcome, params, described)
+        metrics = final_metrics(outcome)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
         run.artifact(out, "model")
@@ -191,7 +203,7 @@ def _say_plan(
 ) -> None:
     import torch
 
-    from nuclei3d.core.training import choose_precision
+    from nuclei3d.core.networks import choose_precision
 
     settings = params.train
     if device.type == "cuda":
@@ -212,8 +224,8 @@ def _train(
     params: Params,
     described: Slices,
     device: torch.device,
-    checkpoints: Any,
-    volumes: Sequence[LabelledVolume],
+    checkpoints: Checkpoints,
+    judge: Callable[[nn.Module], float] | None,
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
@@ -243,9 +255,6 @@ def _train(
             if on_epoch is not None:
                 on_epoch(report)
 
-        def validate_volumes(judged: nn.Module) -> float:
-            return volumes_ap(judged, volumes, params, described, device)
-
         return train_network(
             network,
             planes,
@@ -257,7 +266,7 @@ def _train(
             start=start,
             callbacks=Callbacks(
                 save=checkpoints.save,
-                validate_volumes=validate_volumes if volumes else None,
+                validate_volumes=judge,
                 on_epoch=epoch_done,
                 on_step=step,
             ),
@@ -283,131 +292,3 @@ def _line(report: EpochReport, epochs: int) -> str:
         parts.append(f"AP in 3D {report.volume_ap:.3f}")
     parts.append(f"{report.crops_per_second:.1f} crops/s, {report.seconds:.1f} s")
     return ", ".join(parts)
-
-
-def _validation_volumes(params: Params, data: Path | None, described: Slices) -> list[LabelledVolume]:
-    """Read a few validation frames, spread evenly; say so if there are none."""
-    source = data if data is not None else Path(str(described.summary.get("data", "")))
-    if not source.is_dir():
-        if data is not None:
-            raise InputError(f"there is no folder {data}; give the labelled embryos, or leave --data out")
-        say("the embryos behind the slices are not there, so epochs are judged by planes only (give --data)")
-        return []
-    frames = split_embryos(find_embryos(source), params.data.split).validation
-    count = min(params.train.validation_volumes, len(frames))
-    if not count:
-        say("the split leaves no validation volumes, so epochs are judged by planes only")
-    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
-    return [read_labelled(frame, params.data) for frame in chosen]
-
-
-def volumes_ap(
-    network: nn.Module,
-    volumes: Sequence[LabelledVolume],
-    params: Params,
-    described: Slices,
-    device: torch.device,
-) -> float:
-    """Segment volumes with a network under training; give the average precision at IoU 0.5, counts pooled."""
-    from nuclei3d.core.matching import match, overlap_table
-    from nuclei3d.core.prediction import segment_volume
-
-    settings = _segmentation_settings(params, described)
-    true = predicted = hits = 0
-    for volume in volumes:
-        labels = segment_volume(volume.image, volume.voxel_size, network, settings, device).labels
-        table = overlap_table(volume.labels, labels)
-        true += table.n_true
-        predicted += table.n_pred
-        hits += match(table, 0.5).tp
-    return hits / max(1, true + predicted - hits)
-
-
-def _segmentation_settings(params: Params, described: Slices) -> Any:
-    from nuclei3d.core.prediction import SegmentationSettings
-
-    return SegmentationSettings(
-        mode="ortho",
-        diameter_px=params.train.diameter_px,
-        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-    )
-
-
-def _model_info(params: Params, described: Slices, run: StageRun) -> ModelInfo:
-    from nuclei3d.models.info import ModelInfo
-    from nuclei3d.tracking.lineage import trace_lineage
-
-    lineage = trace_lineage(params, {"slices": described.folder}, device=params.train.device)
-    origin: dict[str, str] = {
-        "git_commit": lineage.git_commit,
-        "git_dirty": str(lineage.git_dirty).lower(),
-        "seed": str(lineage.seed),
-        "device": lineage.device,
-        **{f"{name}_md5": md5 for name, md5 in lineage.input_md5.items()},
-    }
-    if run.run_id is not None:
-        origin["run_id"] = run.run_id
-    if params.train.start_from is not None:
-        origin["start_from"] = Path(params.train.start_from).name
-    # what prepare normalised with, which params.yaml may no longer say
-    prepared: Mapping[str, Any] = described.summary.get("params", {}).get("normalization", {})
-    normalization = params.normalization.model_dump() | dict(prepared)
-    voxel = float(described.summary["voxel_um"])
-    return ModelInfo(
-        name=params.train.name,
-        diameter_px=params.train.diameter_px,
-        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-        voxel_size_um=(voxel, voxel, voxel),
-        versions=dict(lineage.versions),
-        lineage=origin,
-        **normalization,
-    )
-
-
-def _write_model(
-    out: Path,
-    network: CPnet,
-    info: ModelInfo,
-    outcome: TrainingOutcome,
-    params: Params,
-    described: Slices,
-) -> None:
-    import torch
-
-    from nuclei3d.models.folder import save_model
-    from nuclei3d.stages.checkpoints import write_history
-
-    with torch.no_grad():
-        network.diam_labels.fill_(described.diameter_px)
-    save_model(out, network, info, _card(info, outcome, params, described))
-    write_history(out / HISTORY_FILE, outcome.state.history)
-
-
-def _card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
-    embryos = described.summary.get("embryos", {})
-    rows = [
-        ("trained on", ", ".join(embryos.get("train", ["unknown"]))),
-        ("validated on", ", ".join(embryos.get("validation", ["unknown"]))),
-        ("planes", str(described.summary.get("planes", {}).get("train", "unknown"))),
-        ("epoch kept", f"{outcome.epoch} of {outcome.state.epoch}"),
-        ("nuclei", f"{info.nucleus_diameter_um:.3g} um, {info.diameter_px:.3g} px at the network's scale"),
-        ("seed", str(params.seed)),
-        *((name.replace("_", " "), f"{value:.4g}") for name, value in _final_metrics(outcome).items()),
-        *((name.replace("_", " "), value) for name, value in info.lineage.items()),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"# {info.name}\n\nA Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` "
-        "is a plain Cellpose state dict: it loads in the Cellpose GUI, command line and "
-        "`cellpose.models.CellposeModel`.\n\n"
-        f"| | |\n|---|---|\n{table}\n"
-    )
-
-
-def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
-    history = outcome.state.history
-    metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
-    rates = [report.crops_per_second for report in history]
-    if rates:
-        metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
-    return metrics
