@@ -11,6 +11,7 @@ import tifffile
 
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.errors import InputError
+from nuclei3d.models.info import ModelInfo
 from nuclei3d.tracking.invocation import (
     RequestParams,
     VolumeLimits,
@@ -21,6 +22,7 @@ from nuclei3d.tracking.invocation import (
     read_request_params,
     volume_on_disk,
 )
+from nuclei3d.tracking.packaging import request_signature
 from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.writing import write_image
 
@@ -61,6 +63,21 @@ def test_what_a_request_does_not_say_comes_from_the_defaults() -> None:
     defaults = PredictParams(mode="stitch", min_volume_um3=7.0, flip_average=True)
     wishes = read_request_params({"mode": None, "channel": "", "voxel_size_um": [], "flip_average": False})
     assert wishes.over(defaults) == PredictParams(mode="stitch", min_volume_um3=7.0, flip_average=False)
+
+
+def test_a_request_may_set_all_of_the_prediction_but_where_it_is_computed() -> None:
+    machine = {"device", "memory_gb", "workers", "scheduler"}
+    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine
+    own = set(RequestParams.model_fields) - set(PredictParams.model_fields)
+    assert own == {"voxel_size_um", "anisotropy", "channel"}
+
+
+def test_the_signature_has_all_parameters_of_a_request() -> None:
+    signature = request_signature(ModelInfo(diameter_px=17, nucleus_diameter_um=9.5), PredictParams())
+    defaults = {spec.name: spec.default for spec in signature.params}
+    assert set(defaults) == set(RequestParams.model_fields)
+    assert defaults["diameter_um"] == 9.5
+    assert read_request_params(defaults).mode == "ortho"
 
 
 def test_a_volume_may_come_as_bytes_or_base64() -> None:

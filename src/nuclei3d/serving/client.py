@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from nuclei3d.console import say
 from nuclei3d.core.nuclei import Nucleus
 from nuclei3d.core.prediction import Segmentation
 from nuclei3d.errors import InputError
+from nuclei3d.tracking.invocation import RequestParams
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 _AGAIN = (502, 503)
@@ -79,7 +81,7 @@ class RemoteModel:
             prediction = answer["predictions"][0]
             labels = tifffile.imread(io.BytesIO(base64.b64decode(prediction["labels"])))
             labels = np.asarray(labels).reshape(image.shape).astype(np.uint32)
-            nuclei = [Nucleus(**nucleus) for nucleus in prediction["nuclei"]]
+            nuclei = [_nucleus(record) for record in prediction["nuclei"]]
         except (KeyError, IndexError, TypeError, ValueError, binascii.Error) as error:
             raise InputError(
                 f"{self.url} answered no nuclei ({type(error).__name__}); does it serve nuclei3d?"
@@ -129,6 +131,11 @@ class RemoteModel:
             pause = min(2 * pause, 30.0)
 
 
+def _nucleus(record: Mapping[str, Any]) -> Nucleus:
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
+    return Nucleus(**known)
+
+
 def is_service(model: str) -> bool:
     """Tell whether ``--model`` names a service rather than a file or a registered model."""
     return model.startswith(("http://", "https://"))
@@ -152,7 +159,7 @@ def _request_body(image: NDArray[Any], voxel_size: VoxelSize, predict: PredictPa
     params = {
         name: value
         for name, value in predict.model_dump(mode="json").items()
-        if value is not None and name != "device"
+        if value is not None and name in RequestParams.model_fields
     }
     params["voxel_size_um"] = list(voxel_size.zyx)
     head = b'{"params":' + json.dumps(params).encode() + b',"dataframe_records":[{"volume":"'

@@ -41,11 +41,14 @@ def assess(
 
 
 def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> dict[str, Any]:
-    """Predict the held-out frames, a folder per embryo; they appear together or not at all."""
+    """Predict the held-out frames, a folder per embryo.
+
+    Frames that were done before with the same model are kept; masks of frames that are no longer held out
+    are removed, for the evaluation would take them in.
+    """
     from nuclei3d.stages.tracked import predict_tracked
     from nuclei3d.tracking.runs import stage_run
     from nuclei3d.volumes.embryos import find_embryos, split_embryos
-    from nuclei3d.volumes.whole import whole_folder
 
     split = split_embryos(find_embryos(data), params.data.split)
     frames: dict[str, list[Path]] = {}
@@ -54,10 +57,22 @@ def predict_held_out(params: Params, data: Path, model: str, predictions: Path) 
     if not frames:
         raise InputError(f"no labelled test frames in {data}; name test embryos in data.split.test")
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
-    with stage_run("predict", params, inputs=inputs), whole_folder(predictions) as folder:
+    with stage_run("predict", params, inputs=inputs):
         for embryo, images in frames.items():
-            predict_tracked(params, images, model, folder / embryo)
+            predict_tracked(params, images, model, predictions / embryo)
+    _remove_others(predictions, frames)
     return {"out": str(predictions), "frames": {embryo: len(images) for embryo, images in frames.items()}}
+
+
+def _remove_others(predictions: Path, frames: dict[str, list[Path]]) -> None:
+    from nuclei3d.volumes.listing import frame_stem
+
+    for masks in predictions.glob("*/*_masks.ome.tif"):
+        wanted = {frame_stem(path) for path in frames.get(masks.parent.name, [])}
+        stem = masks.name.removesuffix("_masks.ome.tif")
+        if stem not in wanted:
+            masks.unlink()
+            masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
 
 
 def evaluate_held_out(

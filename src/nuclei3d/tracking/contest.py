@@ -43,8 +43,8 @@ def judge(
 
     Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``);
     otherwise the question has no answer and the champion stays. The challenger is better if the whole 95 %
-    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of time
-    is all there is, no interval can be given and the champion stays.
+    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of
+    time is all there is, no interval can be given and the champion stays.
     """
     old, new = champion["volumes"], challenger["volumes"]
     if _truths(old) != _truths(new):
@@ -59,8 +59,8 @@ def judge(
     difference = float(after[0] - before[0])
     if units.count < 2:
         reason = (
-            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} in AP "
-            f"at .5, {difference:+.4f}, is real"
+            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} "
+            f"in AP at .5, {difference:+.4f}, is real"
         )
         return Verdict(False, reason, difference, None, None)
     low, high = (float(bound) for bound in percentile_interval(after[1:] - before[1:]))

@@ -33,7 +33,8 @@ class RequestParams(BaseModel):
     """What a request may set; None means: the value stored with the model, or said by the file.
 
     `voxel_size_um` is (z, y, x) and wins over the file's; `anisotropy` (depth of a voxel over its width in x)
-    replaces only the depth. The others are those of the section ``predict`` of params.yaml.
+    replaces only the depth. The others are those of the section ``predict`` of params.yaml; where and with
+    how much memory it is computed is the business of the service.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +51,8 @@ class RequestParams(BaseModel):
     min_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_volume_um3: PositiveFloat | None = None
     flip_average: bool | None = None
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    flow3d_smooth: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     def over(self, defaults: PredictParams) -> PredictParams:
         """Give the prediction parameters: the request's where it says something, else the defaults."""

@@ -14,7 +14,7 @@ import nuclei3d
 from nuclei3d.config import params_as_dict
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.models.info import ModelInfo
-from nuclei3d.tracking.invocation import MAX_VOXELS, RequestParams
+from nuclei3d.tracking.invocation import MAX_VOXELS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,6 +121,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
                 parameter("min_volume_um3", "double", info.min_volume_um3),
                 parameter("max_volume_um3", "double"),
                 parameter("flip_average", "boolean"),
+                parameter("precision", "string"),
+                parameter("flow3d_smooth", "double"),
             ]
         ),
     )
@@ -161,6 +163,3 @@ def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
 def pinned_requirements() -> list[str]:
     """Give the packages that a served model needs, at the installed versions without a build such as +cpu."""
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED]
-
-
-assert set(PredictParams.model_fields) - {"device"} <= set(RequestParams.model_fields)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from nuclei3d.models.info import ModelInfo, read_info
 from nuclei3d.tracking.contest import Verdict, judge
 from nuclei3d.tracking.packaging import log_served_model
 from nuclei3d.tracking.runs import StageRun
-from nuclei3d.tracking.store import open_store
+from nuclei3d.tracking.store import no_progress_bars, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,7 +79,8 @@ def register_model(
     name = params.tracking.registered_name
     before = _alias(client, name, CHAMPION)
     verdict = _contest(client, name, before, result, params, force)
-    logged = log_served_model(folder, metrics, info, params.predict)
+    with no_progress_bars():
+        logged = log_served_model(folder, metrics, info, params.predict)
     version = _create_version(client, name, logged.model_uri, run.run_id, logged.model_id)
     client.set_registered_model_alias(name, CHALLENGER, version)
     _describe(client, name, version, info, result, verdict)
@@ -156,7 +155,7 @@ def download_served_model(uri: str, params: Params) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    with _quiet_download():
+    with no_progress_bars():
         try:
             return Path(download_artifacts(artifact_uri=uri))
         except (MlflowException, OSError) as error:
@@ -206,7 +205,7 @@ def _contest(
     if champion is None:
         return Verdict(True, "first version: there was no champion", None, None, None)
     uri = f"{_SCHEME}{name}/{champion}"
-    with _quiet_download():
+    with no_progress_bars():
         found = sorted((download_served_model(uri, params) / "artifacts").glob(_METRICS_IN_MODEL))
     if found:
         verdict = judge(read_metrics(found[0]), result, f"champion (version {champion})", seed=params.seed)
@@ -295,19 +294,3 @@ def _versions(client: MlflowClient, name: str) -> list[str]:
 
 def _version_exists(client: MlflowClient, name: str, version: str) -> bool:
     return version in _versions(client, name)
-
-
-@contextmanager
-def _quiet_download() -> Iterator[None]:
-    """Switch off MLflow's progress bars for a few files."""
-    import os
-
-    before = os.environ.get("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR")
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"]
-        else:
-            os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = before

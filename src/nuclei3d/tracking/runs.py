@@ -259,8 +259,8 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
         # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
         if not _exists(client, adopted):
             raise InputError(
-                f"the run {adopted} that `mlflow run` made is not in the store {store_uri(params.tracking)}; name "
-                "one store for both: export MLFLOW_TRACKING_URI=sqlite:////absolute/path/mlflow.db"
+                f"the run {adopted} that `mlflow run` made is not in the store {store_uri(params.tracking)}; "
+                "name one store for both: export MLFLOW_TRACKING_URI=sqlite:////absolute/path/mlflow.db"
             )
         run = mlflow.start_run()
         client.set_tag(run.info.run_id, "mlflow.runName", name)

@@ -6,6 +6,7 @@ MLflow finds the package beside it (``code_paths``), so neither the project nor 
 from __future__ import annotations
 
 import base64
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -21,9 +22,11 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.core.networks import choose_device
+from nuclei3d.core.nuclei import Nucleus
 from nuclei3d.core.prediction import segment_volume
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model
+from nuclei3d.models.settings import effective_parameters, segmentation_settings
 from nuclei3d.tracking.invocation import (
     MAX_VOXELS,
     RequestParams,
@@ -96,7 +99,7 @@ class NucleiModel(PythonModel):
         Returns
         -------
         dict
-            ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (a list
+            ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
             of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``.
 
         Raises
@@ -117,11 +120,19 @@ class NucleiModel(PythonModel):
             labels = base64.b64encode(masks.read_bytes()).decode("ascii")
         return {
             "labels": labels,
-            "nuclei": [vars(nucleus) for nucleus in result.nuclei],
+            "nuclei": [_record(nucleus) for nucleus in result.nuclei],
             "parameters": effective_parameters(self.model.info, chosen, voxel_size),
             "model": self.version,
             "seconds": dict(result.seconds),
         }
+
+
+def _record(nucleus: Nucleus) -> dict[str, float | None]:
+    """Give a nucleus as JSON can hold it: what is undefined (the score of stock Cellpose) is None."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in vars(nucleus).items()
+    }
 
 
 def _registered_version(folder: Path) -> dict[str, str]:

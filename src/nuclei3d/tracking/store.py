@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -103,6 +105,21 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
         if experiment is None:
             raise
         return str(experiment.experiment_id)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switch off MLflow's progress bars for a few files."""
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check_reachable(uri: str) -> None:

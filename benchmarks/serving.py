@@ -1,0 +1,297 @@
+"""What serving costs, and whether it stands a crowd.
+
+    python benchmarks/serving.py --json
+    python benchmarks/serving.py --model models/nuclei_3d --shape 51x128x128 --seconds 20
+
+Two questions. Overhead: how much longer does a request over loopback take than the same prediction in
+process? Crowd: 50 clients send good, bad and huge requests for two minutes; is every answer right, does the
+service survive, does its memory stay bounded? The volumes are synthetic; without --model the network is
+untrained, which changes the masks but neither question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import requests
+import tifffile
+
+VOXEL_SIZE_UM = (2.0, 0.5, 0.5)
+DIAMETER_UM = 10.0
+MAX_BODY_MB = 200
+# What each client sends in turn, with the answers that are right; a busy service may always say 503.
+RIGHT_STATUS = {"good": {200}, "misspelt": {400}, "no tiff": {400}, "claims 1e12": {400}, "huge": {413}}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    url: str
+    process: psutil.Process
+
+
+def volume_of(shape: tuple[int, int, int], seed: int) -> np.ndarray[Any, Any]:
+    """Make blurred balls in noise, uint16 (Z, Y, X)."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(100, 10, shape).astype(np.float32)
+    z, y, x = (
+        np.arange(edge, dtype=np.float32) * step for edge, step in zip(shape, VOXEL_SIZE_UM, strict=True)
+    )
+    for _ in range(max(3, int(np.prod(shape) // 60_000))):
+        cz, cy, cx = (rng.uniform(0, axis[-1]) for axis in (z, y, x))
+        near = [np.abs(axis - centre) < 12 for axis, centre in ((z, cz), (y, cy), (x, cx))]
+        squared = (
+            ((z - cz) ** 2)[near[0], None, None]
+            + ((y - cy) ** 2)[None, near[1], None]
+            + ((x - cx) ** 2)[None, None, near[2]]
+        )
+        image[np.ix_(*near)] += 800 * np.exp(-((squared / 25) ** 2))
+    return image.clip(0, 65535).astype(np.uint16)
+
+
+def tiff_of(image: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    z, y, x = VOXEL_SIZE_UM
+    sizes = {"PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x}
+    tifffile.imwrite(file, image, ome=True, metadata={"axes": "ZYX", **sizes})
+    return file.getvalue()
+
+
+def body_of(image: np.ndarray[Any, Any], **params: object) -> bytes:
+    head = b'{"params":' + json.dumps(params).encode() + b',"dataframe_records":[{"volume":"'
+    return head + base64.b64encode(tiff_of(image)) + b'"}]}'
+
+
+def huge_claim() -> bytes:
+    """Give a TIFF of some hundred bytes whose one page declares a million by a million pixels."""
+    edge = 1_000_000
+    entries = [(256, 4, edge), (257, 4, edge), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    entries += [(277, 3, 1), (278, 4, edge), (279, 4, 8)]
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return (
+        b"II*\0" + struct.pack("<I", 16) + bytes(8) + struct.pack("<H", len(entries)) + directory + bytes(4)
+    )
+
+
+@contextmanager
+def running_service(model: Path, queue: int) -> Iterator[Service]:
+    """Start `nuclei3d serve` in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [f"serve.port={port}", f"serve.queue={queue}", f"serve.max_body_mb={MAX_BODY_MB}"]
+    code = (
+        "from nuclei3d.config import load_params; from nuclei3d.stages.serve import serve; "
+        f"serve(load_params(None, {settings!r}), {str(model)!r})"
+    )
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    requests.get(f"{url}/ready", timeout=1)
+                    break
+                except requests.RequestException:
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise SystemExit(f"the service did not start: {log.read().decode()}") from None
+                    time.sleep(0.2)
+            yield Service(url, psutil.Process(process.pid))
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def post(url: str, body: bytes) -> requests.Response:
+    headers = {"Content-Type": "application/json"}
+    return requests.post(f"{url}/invocations", data=body, headers=headers, timeout=3600)
+
+
+def labels_of(response: requests.Response) -> np.ndarray[Any, Any]:
+    content = base64.b64decode(response.json()["predictions"][0]["labels"])
+    return np.asarray(tifffile.imread(io.BytesIO(content)))
+
+
+class InProcess:
+    """The same prediction without a service."""
+
+    def __init__(self, model: Path) -> None:
+        from nuclei3d.config import Params
+        from nuclei3d.tracking.served import load_served_model
+
+        self._model = load_served_model(str(model), Params())
+
+    def segment(self, image: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
+        """Segment an array; the time counts neither reading nor writing."""
+        return self._model.segment_array(image, VOXEL_SIZE_UM)
+
+
+def measure_overhead(model: Path, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """Compare a request with the prediction in process, the best of some repeats each."""
+    image = volume_of(shape, seed=1)
+    local = InProcess(model)
+    alone: list[float] = []
+    expected = local.segment(image)[0]
+    for _ in range(repeats):
+        alone.append(local.segment(image)[1])
+    del local
+    through: list[float] = []
+    equal = True
+    with running_service(model, queue=4) as service:
+        post(service.url, body_of(volume_of((8, 64, 64), 0)))
+        for _ in range(repeats):
+            start = time.perf_counter()
+            response = post(service.url, body_of(image))
+            found = labels_of(response)
+            through.append(time.perf_counter() - start)
+            equal = equal and bool(np.array_equal(found, expected))
+    seconds, request_s = min(alone), min(through)
+    return {
+        "shape": "x".join(map(str, shape)),
+        "in_process_s": round(seconds, 3),
+        "request_s": round(request_s, 3),
+        "overhead_s": round(request_s - seconds, 3),
+        "allowed_s": round(1.0 + 0.05 * seconds, 3),
+        "same_masks": equal,
+        "passed": equal and request_s - seconds <= 1.0 + 0.05 * seconds,
+    }
+
+
+def stand_a_crowd(model: Path, clients: int, seconds: float) -> dict[str, Any]:
+    """Let many clients send all kinds of requests at once; count what is wrong."""
+    volumes = [volume_of((6, 48, 48), seed) for seed in range(4)]
+    local = InProcess(model)
+    expected = [local.segment(image)[0] for image in volumes]
+    del local
+    good = [body_of(image) for image in volumes]
+    claim = b'{"dataframe_records":[{"volume":"' + base64.b64encode(huge_claim()) + b'"}]}'
+    bodies = {
+        "misspelt": body_of(volumes[0], cellprob_treshold=1.0),
+        "no tiff": b'{"dataframe_records":[{"volume":"aGVsbG8="}]}',
+        "claims 1e12": claim,
+    }
+    answers: Counter[str] = Counter()
+    wrong: list[str] = []
+    slowest_ping = 0.0
+    peak = 0.0
+    end = time.monotonic() + seconds
+    with running_service(model, queue=8) as service:
+
+        def huge() -> Iterator[bytes]:
+            for _ in range(MAX_BODY_MB + 20):
+                yield b" " * 1_000_000
+
+        def client(number: int) -> None:
+            rng = np.random.default_rng(number)
+            while time.monotonic() < end:
+                kind = str(rng.choice(list(RIGHT_STATUS), p=[0.6, 0.12, 0.12, 0.12, 0.04]))
+                which = int(rng.integers(len(good)))
+                try:
+                    body: Any = good[which] if kind == "good" else huge() if kind == "huge" else bodies[kind]
+                    response = post(service.url, body)
+                except requests.RequestException as error:
+                    wrong.append(f"{kind}: {type(error).__name__}")
+                    continue
+                answers[f"{kind} {response.status_code}"] += 1
+                if response.status_code == 503:
+                    if not response.headers.get("Retry-After", "").isdecimal():
+                        wrong.append("503 without Retry-After")
+                    time.sleep(0.05 + 0.2 * float(rng.random()))
+                elif response.status_code not in RIGHT_STATUS[kind]:
+                    wrong.append(f"{kind}: {response.status_code} {response.text[:100]}")
+                elif kind == "good" and not np.array_equal(labels_of(response), expected[which]):
+                    wrong.append("wrong mask")
+
+        threads = [threading.Thread(target=client, args=(n,), daemon=True) for n in range(clients)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            peak = max(peak, service.process.memory_info().rss)
+            start = time.monotonic()
+            try:
+                if requests.get(f"{service.url}/ping", timeout=30).status_code != 200:
+                    wrong.append("ping failed")
+            except requests.RequestException as error:
+                wrong.append(f"ping: {type(error).__name__}")
+            slowest_ping = max(slowest_ping, time.monotonic() - start)
+            time.sleep(0.2)
+        alive = service.process.is_running() and service.process.status() != psutil.STATUS_ZOMBIE
+        if not alive:
+            wrong.append("the service died")
+        elif not np.array_equal(labels_of(post(service.url, good[0])), expected[0]):
+            wrong.append("wrong mask after the crowd")
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "answers": dict(sorted(answers.items())),
+        "wrong": dict(Counter(wrong)),
+        "slowest_ping_s": round(slowest_ping, 3),
+        "peak_rss_gb": round(peak / 1e9, 3),
+    }
+
+
+def untrained_model(folder: Path) -> Path:
+    from nuclei3d.core.networks import new_network
+    from nuclei3d.models.folder import save_model
+    from nuclei3d.models.info import ModelInfo
+
+    info = ModelInfo(name="untrained", diameter_px=17.0, nucleus_diameter_um=DIAMETER_UM)
+    save_model(folder / "untrained", new_network(17.0, seed=0), info, "An untrained network.")
+    return folder / "untrained"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; an untrained network if left out")
+    parser.add_argument(
+        "--shape", action="append", metavar="ZxYxX", help="default 51x128x128 and 100x512x512"
+    )
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or untrained_model(Path(folder))
+        shapes = arguments.shape or ["51x128x128", "100x512x512"]
+        rows = []
+        for text in shapes:
+            z, y, x = (int(edge) for edge in text.split("x"))
+            rows.append(measure_overhead(model, (z, y, x), arguments.repeats))
+            print(rows[-1], file=sys.stderr)
+        crowd = stand_a_crowd(model, arguments.clients, arguments.seconds)
+        print(crowd, file=sys.stderr)
+    result = {
+        "overhead": rows,
+        "errors_wrong": sum(crowd["wrong"].values()),
+        "peak_rss_gb": crowd["peak_rss_gb"],
+        "crowd": crowd,
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
