@@ -28,7 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def parameters(*overrides: str) -> Params:
     return load_params(
-        None, ["tracking.enabled=false", "train.epochs=8", "search.epochs.high=16", *overrides]
+        None, ["tracking.enabled=false", "train.epochs=4", "search.epochs={low: 2, high: 8}", *overrides]
     )
 
 
@@ -48,7 +48,7 @@ def test_the_values_of_the_parameters_are_the_first_trial(tmp_path: Path) -> Non
     run(tmp_path, "train.learning_rate=0.0005", trials=2)
     first, second = rows(tmp_path)
     assert first["values"] == {
-        "train.epochs": 8,
+        "train.epochs": 4,
         "train.batch_size": 32,
         "train.learning_rate": 0.0005,
         "train.weight_decay": 0.0001,
@@ -188,7 +188,7 @@ def test_further_parameters_reach_the_training(tmp_path: Path) -> None:
 
 def test_only_apply_changes_the_parameter_file(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
-    text = "train:\n  epochs: 8  # few\n  learning_rate: 0.01  # too much\n"
+    text = "train:\n  epochs: 4  # few\n  learning_rate: 0.01  # too much\n"
     file.write_text(text)
     run(tmp_path, "train.learning_rate=0.01", params_file=file, trials=6)
     assert file.read_text() == text

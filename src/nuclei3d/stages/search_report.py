@@ -92,7 +92,7 @@ def _page(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     }
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(finished) < _ENOUGH_FOR_IMPORTANCE:
-        del plots["Importance of the parameters"]
+        plots["Importance of the parameters"] = _too_few
     sections = []
     for title, plot in plots.items():
         sections.append(f"<h2>{html.escape(title)}</h2>")
@@ -116,6 +116,10 @@ def _page(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
         + _table(rows)
         + "</body></html>"
     )
+
+
+def _too_few(study: Study) -> Any:
+    raise ValueError(f"fewer than {_ENOUGH_FOR_IMPORTANCE} finished trials")
 
 
 @contextmanager
