@@ -80,7 +80,7 @@ def page(report: Path) -> Iterator[Page]:
 
 def drawn(page: Page) -> str:
     """Give the volume and the voxel that are shown once all drawing is done."""
-    page.wait_for_timeout(150)
+    page.wait_for_selector("#views[aria-busy=false]")
     return str(page.eval_on_selector("#views", "node => node.dataset.drawn"))
 
 

@@ -198,6 +198,7 @@
   function draw() {
     if (pending || !current) return;
     pending = true;
+    element("views").setAttribute("aria-busy", "true");
     requestAnimationFrame(() => {
       pending = false;
       for (const view of Object.keys(VIEWS).filter((v) => box[v])) {
@@ -213,6 +214,7 @@
         element("caption-" + view).textContent = `${view}   ${name} = ${um} ${data.unit}`;
       }
       element("views").dataset.drawn = `${current.name} ${state.at.join(" ")}`;
+      element("views").setAttribute("aria-busy", "false");
     });
   }
 
@@ -239,6 +241,7 @@
     const mine = ++ticket;
     state.v = index;
     element("loading").textContent = "unpacking ...";
+    element("views").setAttribute("aria-busy", "true");
     let volume;
     try {
       volume = await unpack(index);
