@@ -189,16 +189,16 @@ def test_the_score_is_probability_times_consistency() -> None:
     assert scores[1] == pytest.approx(0.75 / (1 + np.exp(-1.5)), rel=0.02)
 
 
-def test_the_score_filter_drops_blobs_without_a_flow_of_their_own() -> None:
+def test_the_score_filter_drops_blobs_with_a_poor_flow() -> None:
     truth, flow, logit = ball()
     both = np.concatenate([logit, logit])
     noise = np.random.default_rng(2).normal(0, 0.15, flow.shape)
-    noise += np.array([0.5, 0, 0]).reshape(3, 1, 1, 1)
+    noise += 0.6 * flow + np.array([0.4, 0, 0]).reshape(3, 1, 1, 1)
     flows = np.concatenate([flow, noise.astype(np.float32)], axis=1)
     unfiltered, scores = masks_from_flows(flows, both, VoxelSize(1, 1, 1), 18, MaskSettings())
     assert unfiltered[25:].any()
-    assert scores[1] > 0.9 > 0.5 > scores[2:].max()
-    labels, kept = masks_from_flows(flows, both, VoxelSize(1, 1, 1), 18, MaskSettings(score_threshold=0.5))
+    assert scores[1] > 0.9 > 0.8 > scores[2:].max()
+    labels, kept = masks_from_flows(flows, both, VoxelSize(1, 1, 1), 18, MaskSettings(score_threshold=0.8))
     assert np.array_equal(labels[:25], truth)
     assert not labels[25:].any()
     assert len(kept) == 2
@@ -220,7 +220,7 @@ def test_volumes_without_nuclei_give_a_valid_result(shape: tuple[int, int, int],
     logit = np.full(shape, {"empty": -9.0, "saturated": 9.0, "nan": np.nan}[kind], np.float32)
     if kind == "nan":
         flow[:] = np.nan
-    labels, scores = masks_from_flows(flow, logit, VoxelSize(2, 1, 1), 12, MaskSettings(score_threshold=0.1))
+    labels, scores = masks_from_flows(flow, logit, VoxelSize(2, 1, 1), 12, MaskSettings())
     assert labels.shape == shape
     assert labels.dtype == np.uint32
     assert not labels.any()

@@ -26,6 +26,9 @@ _PLANE_DEPTH = 1e4
 """Depth, in pixels, given to a lone plane: so deep that no heat is lost through it."""
 
 
+_LEAST_SCORE = 0.01
+
+
 @dataclass(frozen=True)
 class MaskSettings:
     """How flows become masks. Lengths are fractions of the diameter of a typical nucleus.
@@ -35,7 +38,8 @@ class MaskSettings:
     cellprob_threshold : float
         Voxels with a (mean) logit above this are foreground.
     score_threshold : float
-        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped.
+        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
+        are: their flow has nothing to do with their mask.
     min_volume_um3, max_volume_um3 : float
         Bounds of a nucleus' volume; no upper bound if None.
     min_volume_fraction : float
@@ -213,7 +217,7 @@ def _finish(
     """Clean the labels in place, score them, and drop those below the threshold."""
     where = clean_labels(labels, bounds[0], bounds[1], threads)
     scores = score_labels(labels, where, flow, logit, voxel_size, threads)
-    keep = scores >= settings.score_threshold
+    keep = scores >= max(settings.score_threshold, _LEAST_SCORE)
     keep[0] = True
     if not keep.all():
         keep_labels(labels, keep)
