@@ -128,7 +128,7 @@ def train(
         _say_plan(planes, validation, params, device, described)
 
         def judge(judged: nn.Module) -> float:
-            return volumes_ap(judged, volumes, validation_settings(info), device)
+            return volumes_ap(judged, volumes, validation_settings(info, params), device)
 
         outcome = _train(
             network,

@@ -56,16 +56,8 @@ def volumes_ap(
     return hits / max(1, true + predicted - hits)
 
 
-def validation_settings(info: ModelInfo) -> SegmentationSettings:
-    """Give the settings with which epochs are judged: three views, no thresholds."""
-    from nuclei3d.core.prediction import SegmentationSettings
+def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings:
+    """Give the settings with which epochs are judged: those of a prediction with the model."""
+    from nuclei3d.models.settings import segmentation_settings
 
-    assert info.nucleus_diameter_um is not None
-    return SegmentationSettings(
-        mode="ortho",
-        diameter_px=info.diameter_px,
-        nucleus_diameter_um=info.nucleus_diameter_um,
-        lower_percentile=info.lower_percentile,
-        upper_percentile=info.upper_percentile,
-        noise_floor=info.noise_floor,
-    )
+    return segmentation_settings(info, params.predict.model_copy(update={"mode": "ortho"}))
