@@ -110,7 +110,7 @@ def pair_volumes(
             f"{_examples(truths)}; a prediction is called like its truth, with or without _masks at its "
             "end, and lies in a folder of the embryo's name or has that name before its own"
         )
-    image_of = _find_images(truths, truth, images)
+    image_of = _find_images(truths, truth, images, params.data.channel)
     others = {name: dict(_by_truth(truths, find_label_entries(path))) for name, path in baselines.items()}
     for name, found in others.items():
         missing = [entry for entry, _ in matched if id(entry) not in found]
@@ -192,9 +192,11 @@ def digest_of(labels: NDArray[np.uint32]) -> str:
     return digest.hexdigest()
 
 
-def _find_images(truths: Sequence[Entry], truth: Path, images: Path | None) -> dict[int, Entry]:
+def _find_images(
+    truths: Sequence[Entry], truth: Path, images: Path | None, channel: str | int | None
+) -> dict[int, Entry]:
     if images is not None:
-        found = dict(_by_truth(truths, find_image_entries(images)))
+        found = dict(_by_truth(truths, find_image_entries(images, channel)))
         if not found:
             raise InputError(
                 f"no image of {images} has the name of a true volume such as {_examples(truths)}; images are "
@@ -206,11 +208,13 @@ def _find_images(truths: Sequence[Entry], truth: Path, images: Path | None) -> d
     folder = truth.parent if truth.name == "labels" else truth
     label_paths = {entry.frame.path for entry in truths}
     try:
-        beside = [entry for entry in find_image_entries(folder) if entry.frame.path not in label_paths]
+        beside = [
+            entry for entry in find_image_entries(folder, channel) if entry.frame.path not in label_paths
+        ]
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}
-    return dict(_by_truth(truths, beside)) if beside else {}
+    return {id(entry): image for entry, image in pair_entries(truths, beside, by_name_only=True)}
 
 
 def _by_truth(truths: Sequence[Entry], others: Sequence[Entry]) -> list[tuple[int, Entry]]:

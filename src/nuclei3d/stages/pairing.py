@@ -76,20 +76,23 @@ def find_label_entries(source: Path) -> list[Entry]:
     return _find_entries(source, "labels", _LABEL_WORDS, marked=_MARKED)
 
 
-def find_image_entries(source: Path) -> list[Entry]:
+def find_image_entries(source: Path, channel: str | int | None = None) -> list[Entry]:
     """Find the images at or below a path, passing over what is named as labels."""
-    entries = _find_entries(source, "images", _IMAGE_WORDS, marked=None)
+    entries = _find_entries(source, "images", _IMAGE_WORDS, marked=None, channel=channel)
     return [entry for entry in entries if not _LABEL_WORDS.search(frame_stem(entry.frame.path))]
 
 
-def pair_entries(first: Sequence[Entry], second: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+def pair_entries(
+    first: Sequence[Entry], second: Sequence[Entry], *, by_name_only: bool = False
+) -> list[tuple[Entry, Entry]]:
     """Pair the entries of two folders that stand for the same frame, in the order of the first.
 
     In turn, what is not yet paired is compared by folders and stem, by these with the name of either root
     before them, and, where at least one side has no folders, by the stem alone. A name that stands for two
-    frames on one side pairs nothing. A single frame on each side is a pair whatever the names.
+    frames on one side pairs nothing. A single frame on each side is a pair whatever the names, unless
+    `by_name_only`.
     """
-    if len(first) == 1 and len(second) == 1:
+    if not by_name_only and len(first) == 1 and len(second) == 1:
         return [(first[0], second[0])]
 
     def by_key(entry: Entry) -> str:
@@ -125,7 +128,11 @@ def _unique(name_of: Callable[[Entry], str], entries: Iterable[tuple[int, Entry]
 
 
 def _find_entries(
-    source: Path, container: str, words: re.Pattern[str], marked: re.Pattern[str] | None
+    source: Path,
+    container: str,
+    words: re.Pattern[str],
+    marked: re.Pattern[str] | None,
+    channel: str | int | None = None,
 ) -> list[Entry]:
     if not source.exists():
         raise InputError(f"{source} does not exist; give a folder of label volumes, or one volume")
@@ -154,7 +161,7 @@ def _find_entries(
                 stem=_stem(frame, path, words),
                 root=root.name,
             )
-            for frame in find_frames(array)
+            for frame in find_frames(array, channel=channel)
         ]
     return entries
 

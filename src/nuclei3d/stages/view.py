@@ -38,7 +38,7 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
     """
     if importlib.util.find_spec("napari") is None:
         raise InputError("nuclei3d view needs napari; install it with: pip install 'nuclei3d[view]'")
-    entry, layers = choose_layers(image, masks)
+    entry, layers = choose_layers(image, masks, params.data.channel)
     size = _voxel_size(params, entry, layers)
     volume = entry.frame.read()
     check_image(volume, str(entry.frame.path))
@@ -60,9 +60,11 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
     return viewer
 
 
-def choose_layers(image: Path, masks: Sequence[Path]) -> tuple[Entry, list[tuple[str, Entry]]]:
+def choose_layers(
+    image: Path, masks: Sequence[Path], channel: str | int | None = None
+) -> tuple[Entry, list[tuple[str, Entry]]]:
     """Find the first image that every folder of masks knows, and those masks with a name for each."""
-    images = find_image_entries(image)
+    images = find_image_entries(image, channel)
     partners: list[dict[int, Entry]] = []
     for path in masks:
         pairs = pair_entries(images, find_label_entries(path))
