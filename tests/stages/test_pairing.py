@@ -84,6 +84,11 @@ def test_two_single_files_pair_whatever_they_are_called(tmp_path: Path) -> None:
     assert len(pair_entries(find_label_entries(truth), find_label_entries(pred))) == 1
 
 
+def test_single_frames_of_different_embryos_are_no_pair(tmp_path: Path) -> None:
+    truth = write(tmp_path / "data", "Emb1/labels/t1.tif")
+    assert paired(truth, write(tmp_path / "pred", "Emb2/t1.tif")) == []
+
+
 def test_frames_of_a_film_pair_with_masks_by_time(tmp_path: Path) -> None:
     film = np.zeros((3, 2, 3, 4), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "film_labels.tif", film, metadata={"axes": "TZYX"}, imagej=True)

@@ -90,9 +90,9 @@ def pair_entries(
     In turn, what is not yet paired is compared by folders and stem, by these with the name of either root
     before them, and, where at least one side has no folders, by the stem alone. A name that stands for two
     frames on one side pairs nothing. A single frame on each side is a pair whatever the names, unless
-    `by_name_only`.
+    both lie in folders of their own or `by_name_only`.
     """
-    if not by_name_only and len(first) == 1 and len(second) == 1:
+    if len(first) == len(second) == 1 and not by_name_only and not (first[0].folders and second[0].folders):
         return [(first[0], second[0])]
 
     def by_key(entry: Entry) -> str:
