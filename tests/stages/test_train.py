@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.image
 import numpy as np
 import pytest
 import tifffile
@@ -15,8 +16,11 @@ from nuclei3d.config.loading import validate_params
 from nuclei3d.core.training import StopTraining
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model
+from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
 from nuclei3d.stages.train import train
 from nuclei3d.stages.training_planes import load_planes, pack_planes, read_slices
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image, write_labels
 from slices_fixture import write_slices
 
 
@@ -74,6 +78,7 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from nuclei3d.config.loading import validate_params
+from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
 from nuclei3d.stages.train import train
 import json
 train(validate_params(json.loads(sys.argv[1]), "test"), Path(sys.argv[2]), Path(sys.argv[3]))
@@ -103,6 +108,40 @@ def test_killed_at_any_point_and_started_again_it_ends_with_the_same_weights(sli
     process.wait()
     train(params, slices, tmp_path / "killed")
     assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+
+
+def test_epochs_are_judged_on_whole_volumes(slices, tmp_path):
+    rng = np.random.default_rng(0)
+    for embryo in ("e1", "e2"):
+        for frame in range(3):
+            image = rng.poisson(50, (6, 32, 32)).astype(np.uint16)
+            labels = np.zeros(image.shape, np.uint16)
+            labels[2:4, 8:20, 8:20] = 1
+            size = VoxelSize(1.0, 0.5, 0.5)
+            write_image(tmp_path / "data" / embryo / "images" / f"t{frame}.tif", image, size)
+            write_labels(tmp_path / "data" / embryo / "labels" / f"t{frame}.tif", labels, size)
+    params = params_of(epochs=2, validate_volumes_every=2, validation_volumes=2)
+    split = params.data.split.model_copy(update={"train": ("e1",), "validation": ("e2",)})
+    params = params.model_copy(update={"data": params.data.model_copy(update={"split": split})})
+    reports = []
+    train(params, slices, tmp_path / "m", data=tmp_path / "data", on_epoch=reports.append)
+    assert np.isnan(reports[0].volume_ap)
+    assert 0 <= reports[1].volume_ap <= 1
+
+
+def test_the_model_says_which_planes_were_drawn(slices, tmp_path):
+    train(params_of(sampling={"xy": 0}), slices, tmp_path / "m")
+    with (tmp_path / "m" / "planes_drawn.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["drawn"]) for row in rows) == 2 * 4
+    assert all(int(row["drawn"]) == 0 for row in rows if row["view"] == "xy")
+
+
+def test_the_sheet_shows_crops_of_every_kind(slices, tmp_path):
+    result = write_augmentation_sheet(params_of(augment={"dim_share": 0.5}), slices, tmp_path / "sheet.png")
+    assert result.planes == 6
+    height, width = matplotlib.image.imread(tmp_path / "sheet.png").shape[:2]
+    assert min(height, width) > 500
 
 
 def test_a_finished_training_started_again_does_no_epoch(slices, tmp_path):

@@ -85,7 +85,8 @@ def train(
     slices
         Folder made by prepare.
     out
-        Model folder to write, with history.csv; a model that is there is replaced at the end.
+        Model folder to write, with history.csv and planes_drawn.csv; a model that is there is replaced at the
+        end.
     data
         Labelled embryos, for validation in 3D and the choice of thresholds; None: those that the slices were
         made from, if they are still there.
@@ -104,8 +105,15 @@ def train(
         If the loss becomes NaN or explodes; the checkpoint of the last good epoch stays.
     """
     from nuclei3d.core.networks import choose_device
+    from nuclei3d.stages.augmentation_sheet import draw_augmentation_sheet
     from nuclei3d.stages.checkpoints import Checkpoints, checkpoint_folder, training_fingerprint
-    from nuclei3d.stages.trained_model import describe_model, final_metrics, write_model
+    from nuclei3d.stages.trained_model import (
+        DRAWN_FILE,
+        describe_model,
+        final_metrics,
+        write_drawn,
+        write_model,
+    )
     from nuclei3d.stages.training_planes import load_planes, read_slices
     from nuclei3d.stages.validation_volumes import read_validation_volumes, validation_settings, volumes_ap
     from nuclei3d.tracking.runs import stage_run
@@ -144,10 +152,14 @@ def train(
         )
         network.load_state_dict(outcome.weights)
         write_model(out, network.eval(), info, outcome, params, described)
+        write_drawn(out / DRAWN_FILE, planes, params, outcome.state.epoch)
         metrics = final_metrics(outcome)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
         run.artifact(out, "model")
+        if run.run_id is not None:
+            sheet = draw_augmentation_sheet(planes, described.diameter_px, params, rows=4, columns=5)
+            run.figure(sheet, "augmented_crops.png")
     say(
         f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
         + (f" ({outcome.stopped})" if outcome.stopped else "")

@@ -1,21 +1,26 @@
-"""The model folder that a training ends with: weights, model.json, card and history.csv."""
+"""The model folder that a training ends with: weights, model.json, card, history, and what was drawn."""
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
+from nuclei3d.volumes.whole import whole_file
 
 if TYPE_CHECKING:
     from cellpose.resnet_torch import CPnet
 
+    from nuclei3d.core.planes import PlaneSet
     from nuclei3d.core.training import TrainingOutcome
     from nuclei3d.models.info import ModelInfo
     from nuclei3d.stages.training_planes import Slices
 
 HISTORY_FILE = "history.csv"
+DRAWN_FILE = "planes_drawn.csv"
 
 
 def describe_model(params: Params, described: Slices, run_id: str | None) -> ModelInfo:
@@ -68,6 +73,27 @@ def write_model(
         network.diam_labels.fill_(described.diameter_px)
     save_model(out, network, info, model_card(info, outcome, params, described))
     write_history(out / HISTORY_FILE, outcome.state.history)
+
+
+def write_drawn(path: Path, planes: PlaneSet, params: Params, epochs: int) -> None:
+    """Write which planes the training drew, how often and why: one row per plane, in the manifest's order."""
+    import numpy as np
+
+    from nuclei3d.core.sampling import epoch_order, plane_weights
+
+    settings = params.train
+    weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)
+    crops = settings.crops_per_epoch or int(np.count_nonzero(weights))
+    drawn = np.zeros(len(planes), dtype=np.int64)
+    for epoch in range(epochs):
+        drawn += np.bincount(epoch_order(weights, crops, params.seed, epoch), minlength=len(planes))
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn"])
+        for info, weight, count in zip(planes.infos, weights, drawn, strict=True):
+            contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
+            place = (info.file, info.embryo, info.frame, info.view, info.nuclei)
+            writer.writerow([*place, contrast, f"{weight * len(planes):.4g}", int(count)])
 
 
 def model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
