@@ -25,11 +25,17 @@ from nuclei3d.stages.search_objective import train_and_validate
 from nuclei3d.stages.search_records import CONFIRMS, SEED, START, record_of
 from nuclei3d.stages.search_report import write_study
 from nuclei3d.stages.search_space import SearchSpace, Value, search_space
-from nuclei3d.stages.search_storage import StudyStorage, attempts, open_storage
+from nuclei3d.stages.search_storage import (
+    StudyStorage,
+    attempts,
+    open_storage,
+    refuse_shared_database,
+)
 from nuclei3d.stages.search_task import Objective, SearchTask, differences, fingerprint, new_pruner
 from nuclei3d.stages.search_trials import Worker
 from nuclei3d.stages.search_workers import run_workers
 from nuclei3d.tracking.lineage import md5_of_input
+from nuclei3d.tracking.store import store_uri
 from nuclei3d.tracking.trials import TrialRuns, attached_runs, search_runs
 
 PARENT_RUN = "mlflow_run"
@@ -137,6 +143,8 @@ def search(
         are unusable, or trials fail for a reason that will not go away.
     """
     _check(trials, workers, apply, params_file, out)
+    if params.tracking.enabled:
+        refuse_shared_database(storage, store_uri(params.tracking))
     space = search_space(params)
     task = SearchTask(
         params, slices, out, data, storage, params.search.study or out.absolute().name, trials, objective
@@ -186,6 +194,8 @@ def _quiet() -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        # this module beats the heart itself, because it must ask for trials within a claim
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
         yield
 
 

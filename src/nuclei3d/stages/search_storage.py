@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ def open_storage(address: str | None, folder: Path, params: SearchParams) -> Ite
         retry = RetryHeartbeatStaleTrialCallback(
             max_retry=params.max_retries, inherit_intermediate_values=True
         )
-    if address is not None and address.split("://")[0].split("+")[0] == POSTGRESQL:
+    if address is not None and re.match(r"postgres(ql)?(\+\w+)?:", address):
         opened = _open_postgresql(address, folder, params, retry)
     elif address is None or "://" not in address:
         opened = _open_journal(Path(address) if address else folder / JOURNAL_NAME, retry)
@@ -189,6 +190,28 @@ def open_storage(address: str | None, folder: Path, params: SearchParams) -> Ite
         opened.mark.close()
         if opened._engine is not None:
             opened._engine.dispose()
+
+
+def refuse_shared_database(storage: str | None, tracking: str) -> None:
+    """Refuse one database for Optuna and MLflow: both keep their version in a table of the same name."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        first, second = make_url(storage or ""), make_url(tracking)
+    except ArgumentError:
+        # at least one is no database, or will be found to be none
+        return
+    same = (first.host, first.port or 5432, first.database) == (
+        second.host,
+        second.port or 5432,
+        second.database,
+    )
+    if first.get_backend_name() == second.get_backend_name() == POSTGRESQL and same:
+        raise InputError(
+            f"the study and MLflow's runs cannot share the database '{first.database}'; give --storage a "
+            "database of its own (createdb optuna)"
+        )
 
 
 def without_password(address: str) -> str:
@@ -246,7 +269,8 @@ def _open_postgresql(
         ) from None
     try:
         # the tables are made under the lock: two workers that make them at once trip over each other
-        with advisory_lock(engine):
+        with advisory_lock(engine), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
             backend = RDBStorage(
                 address,
                 engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}},
