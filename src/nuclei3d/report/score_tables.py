@@ -14,6 +14,12 @@ _ROWS = (
     ("precision", "precision", "share of predictions that match a true nucleus at IoU .5"),
     ("recall", "recall", "share of true nuclei that are matched at IoU .5"),
     ("recall_faint", "recall, faintest bin", "recall of the true nuclei in the faintest bin of contrast"),
+    (
+        "recall_at_precision/0.90/recall_faint",
+        "... at precision .9",
+        "the same if predictions of low score are dropped until 90 % are right",
+    ),
+    ("recall_at_precision/0.95/recall_faint", "... at precision .95", "the same until 95 % are right"),
     ("recall_bright", "recall, brightest bin", "recall of the true nuclei in the brightest bin of contrast"),
     (
         "seg",
