@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -37,6 +37,8 @@ Overrides = Annotated[
     typer.Option("--set", help="Override one parameter; may be repeated.", metavar="SECTION.KEY=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Slices = Annotated[Path, typer.Option("--slices", help="Folder made by prepare.", metavar="DIR")]
+Data = Annotated[Path, typer.Option("--data", help="Folder of labelled embryos.", metavar="DIR")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
 
 
@@ -50,6 +52,12 @@ def _load(file: Path | None, overrides: Sequence[str] | None) -> Params:
     if file is None and Path("params.yaml").is_file():
         file = Path("params.yaml")
     return load_params(file, overrides or ())
+
+
+def _with_options(overrides: Sequence[str] | None, section: str, given: Mapping[str, object]) -> list[str]:
+    """Turn options such as --mode into overrides of a section's parameters."""
+    named = [f"{section}.{key}={value}" for key, value in given.items() if value is not None]
+    return [*(overrides or ()), *named]
 
 
 def _finish(result: _Result, as_json: bool) -> None:
@@ -77,28 +85,42 @@ def simulate(
     out: Out, params: ParamsFile = None, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Make time-lapses of synthetic embryos with exact labels."""
-    from nuclei3d.stages.simulate import simulate
+    from nuclei3d.stages.tracked import simulate_tracked
 
-    _finish(simulate(_load(params, overrides), out), as_json)
+    _finish(simulate_tracked(_load(params, overrides), out), as_json)
 
 
 @app.command()
 def prepare(
-    data: Annotated[Path, typer.Option("--data", help="Folder of labelled embryos.", metavar="DIR")],
+    data: Data,
     out: Out,
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Cut labelled embryos into planes with flows: the training data."""
-    from nuclei3d.stages.prepare import prepare
+    from nuclei3d.stages.tracked import prepare_tracked
 
-    _finish(prepare(_load(params, overrides), data, out), as_json)
+    _finish(prepare_tracked(_load(params, overrides), data, out), as_json)
+
+
+@app.command()
+def augment(
+    slices: Slices,
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.", metavar="FILE")],
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a sheet of augmented crops with their labels, to look at before training."""
+    from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
+
+    _finish(write_augmentation_sheet(_load(params, overrides), slices, out), as_json)
 
 
 @app.command()
 def train(
-    slices: Annotated[Path, typer.Option("--slices", help="Folder made by prepare.", metavar="DIR")],
+    slices: Slices,
     out: Out,
     data: Annotated[
         Path | None,
@@ -129,15 +151,26 @@ def predict(
     mode: Annotated[
         str | None, typer.Option("--mode", help="ortho, stitch, cellpose or full3d; see params.yaml.")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", help="Cut volumes that need more than this into blocks.", metavar="GB"),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
+    ] = None,
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Segment volumes and time-lapses in 3D."""
-    from nuclei3d.stages.predict import predict
+    from nuclei3d.stages.tracked import predict_tracked
 
-    chosen = [*(overrides or ()), *([f"predict.mode={mode}"] if mode else [])]
-    _finish(predict(_load(params, chosen), inputs, model, out), as_json)
+    given = {"mode": mode, "memory_gb": memory, "scheduler": scheduler}
+    _finish(
+        predict_tracked(_load(params, _with_options(overrides, "predict", given)), inputs, model, out),
+        as_json,
+    )
 
 
 @app.command()
@@ -149,14 +182,51 @@ def evaluate(
         Path | None,
         typer.Option("--images", help="Images, for contrast and baselines.", metavar="DIR"),
     ] = None,
+    slices: Annotated[
+        Path | None,
+        typer.Option("--slices", help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option("--history", help="history.csv of the training, for the report.", metavar="FILE"),
+    ] = None,
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
-    from nuclei3d.stages.evaluate import evaluate
+    from nuclei3d.stages.tracked import evaluate_tracked
 
-    _finish(evaluate(_load(params, overrides), truth, pred, out, images=images), as_json)
+    _finish(
+        evaluate_tracked(
+            _load(params, overrides), truth, pred, out, images=images, summary=slices, history=history
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def assess(
+    data: Data,
+    model: Annotated[str, typer.Option("--model", help="Model folder, weights file or models:/name@alias.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for predictions/ and evaluation/.", metavar="DIR")
+    ] = Path("."),
+    slices: Annotated[
+        Path | None,
+        typer.Option("--slices", help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    ] = None,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the held-out embryos of a data set and evaluate them."""
+    from nuclei3d.stages.assess import assess
+
+    _finish(
+        assess(_load(params, overrides), data, model, out / "predictions", out / "evaluation", slices=slices),
+        as_json,
+    )
 
 
 @app.command()
@@ -178,7 +248,7 @@ def compare(
 
 @app.command()
 def search(
-    slices: Annotated[Path, typer.Option("--slices", help="Folder made by prepare.", metavar="DIR")],
+    slices: Slices,
     trials: Annotated[
         int, typer.Option("--trials", help="Trials wanted in all, over all starts.", metavar="N")
     ],
@@ -238,6 +308,52 @@ def register(
     from nuclei3d.stages.register import register
 
     _finish(register(_load(params, overrides), model, metrics, force=force), as_json)
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        str | None, typer.Option("--version", help="Version to go back to; the one before otherwise.")
+    ] = None,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier version of the registered model the champion again."""
+    from nuclei3d.stages.register import roll_back
+
+    _finish(roll_back(_load(params, overrides), version), as_json)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", help="models:/name@alias or a model folder.")
+    ] = "models:/nuclei_3d@champion",
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen on.", metavar="N")] = None,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a model over HTTP."""
+    from nuclei3d.stages.serve import serve
+
+    serve(_load(params, _with_options(overrides, "serve", {"host": host, "port": port})), model)
+
+
+@app.command()
+def view(
+    image: Annotated[Path, typer.Argument(help="Image, or a folder of them.", metavar="IMAGE")],
+    masks: Annotated[
+        list[Path] | None, typer.Argument(help="Masks to lay over it.", metavar="MASKS...")
+    ] = None,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Open an image and masks in napari, at the right scale."""
+    from nuclei3d.stages.view import view
+
+    view(_load(params, overrides), image, masks or ())
 
 
 @app.command()
