@@ -11,6 +11,8 @@ from stardist.matching import matching
 from nuclei3d.core.dynamics import MaskSettings, masks_2d_from_flows, masks_from_flows
 from nuclei3d.core.flow_targets import flows_2d, flows_3d
 from nuclei3d.core.fusion import View, ViewPrediction, fuse_views
+from nuclei3d.core.label_boxes import find_boxes
+from nuclei3d.core.masks import score_labels
 from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -187,6 +189,16 @@ def test_the_score_is_probability_times_consistency() -> None:
     assert scores[1] == pytest.approx(1 / (1 + np.exp(-1.5)), rel=0.02)
     _, scores = masks_from_flows(0.5 * flow, logit, VoxelSize(1, 1, 1), 18, MaskSettings())
     assert scores[1] == pytest.approx(0.75 / (1 + np.exp(-1.5)), rel=0.02)
+
+
+def test_the_score_leaves_out_a_component_that_no_view_shows() -> None:
+    truth, _, logit = ball()
+    flow = np.zeros((3, *truth.shape), np.float32)
+    flow[1:] = np.stack([flows_2d(plane) for plane in truth], axis=1)
+    scores = score_labels(truth, find_boxes(truth), flow, logit, VoxelSize(1, 1, 1))
+    assert scores[1] > 0.9
+    scores = score_labels(truth, find_boxes(truth), np.zeros_like(flow), logit, VoxelSize(1, 1, 1))
+    assert scores[1] == 0
 
 
 def test_the_score_filter_drops_blobs_with_a_poor_flow() -> None:

@@ -111,18 +111,35 @@ def _score(
         own = np.zeros((3, crop.shape[0], crop.shape[1], crop.shape[2]), np.float32)
         box = np.array([0, z1 - z0, 0, y1 - y0, 0, x1 - x0], np.int32)
         nucleus_flows_3d(crop, label, box, edges, 0.01, own)
+        seen = np.zeros(3, np.bool_)
+        for z in range(crop.shape[0]):
+            for y in range(crop.shape[1]):
+                for x in range(crop.shape[2]):
+                    if crop[z, y, x] == label:
+                        for axis in range(3):
+                            if flow[axis, z + z0, y + y0, x + x0] != 0.0:
+                                seen[axis] = True
         probability = 0.0
         error = 0.0
         count = 0
         for z in range(crop.shape[0]):
             for y in range(crop.shape[1]):
                 for x in range(crop.shape[2]):
-                    if crop[z, y, x] == label:
-                        count += 1
-                        probability += 1.0 / (1.0 + np.exp(-logit[z + z0, y + y0, x + x0]))
-                        for axis in range(3):
-                            difference = own[axis, z, y, x] - flow[axis, z + z0, y + y0, x + x0]
-                            error += difference * difference
+                    if crop[z, y, x] != label:
+                        continue
+                    count += 1
+                    probability += 1.0 / (1.0 + np.exp(-logit[z + z0, y + y0, x + x0]))
+                    length = 0.0
+                    for axis in range(3):
+                        if seen[axis]:
+                            length += own[axis, z, y, x] ** 2
+                    length = np.sqrt(length)
+                    for axis in range(3):
+                        if seen[axis]:
+                            expected = own[axis, z, y, x] / length if length > 0.0 else 0.0
+                            error += (expected - flow[axis, z + z0, y + y0, x + x0]) ** 2
+        if not seen.any():
+            error = count
         consistency = max(0.0, 1.0 - error / count)
         # Not finite where a hole was filled over a voxel without a valid flow.
         scores[label] = probability / count * consistency if np.isfinite(probability + error) else 0.0
@@ -199,7 +216,8 @@ def score_labels(
 
     The consistency is 1 - e, not below 0, with e Cellpose's flow error in 3D: the mean over the nucleus of
     the squared difference between the given flow and the one computed from the mask alone. It is 1 for a
-    perfect nucleus and 0 where the flow is absent or has nothing to do with the mask.
+    perfect nucleus and 0 where the flow is absent or has nothing to do with the mask. A component that is 0
+    all over a nucleus (z, where only xy planes were seen) is left out on both sides.
 
     Returns
     -------
