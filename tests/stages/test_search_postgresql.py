@@ -200,7 +200,7 @@ def test_mlflow_keeps_its_runs_in_postgresql(tmp_path: Path, server: str, databa
 
 def test_optuna_and_mlflow_do_not_share_a_database(tmp_path: Path, database: str) -> None:
     shared = database.replace("postgresql://", "postgresql+psycopg://")
-    with pytest.raises(InputError, match="another database"):
+    with pytest.raises(InputError, match="a database of its own"):
         run(tmp_path, database, "tracking.enabled=true", f"tracking.uri={shared}")
 
 
