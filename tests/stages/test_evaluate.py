@@ -126,6 +126,13 @@ def test_an_evaluation_repeated_is_the_same_and_replaces_the_older(folders: Path
     assert not (folders / "again/report.html").exists()
 
 
+def test_several_processes_find_the_same(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = Params.model_validate({"evaluate": {"bootstrap": 50, "report": False}})
+    alone = evaluate(params, folders / "data", folders / "pred", folders / "alone").metrics
+    monkeypatch.setattr("nuclei3d.stages.assessing._WORTH_PROCESSES", 0)
+    assert evaluate(params, folders / "data", folders / "pred", folders / "shared").metrics == alone
+
+
 def test_label_volumes_without_images_are_scored_without_contrast(folders: Path, tmp_path: Path) -> None:
     for frame in range(2):
         for name in ("truth", "pred"):

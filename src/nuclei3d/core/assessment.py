@@ -77,6 +77,7 @@ def assess_volume(
     scores: dict[int, float] | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
     surfaces: bool = True,
+    true_contrast: Floats | None = None,
 ) -> Assessment:
     """Compare one predicted with one true volume.
 
@@ -90,6 +91,8 @@ def assess_volume(
         Score of each predicted label, where the model gave one.
     surfaces
         Whether to measure surface distances, the slowest part.
+    true_contrast
+        `NucleusTable.contrast` of the same truth from an earlier assessment, to save measuring it again.
     """
     true_labels, true_names = relabel_sequential(truth)
     pred_labels, pred_names = relabel_sequential(prediction)
@@ -124,7 +127,7 @@ def assess_volume(
             label=true_names[1:],
             place_um=true_place,
             volume_um3=table.true_sizes * voxel_size.volume_um3,
-            contrast=contrast_of(true_labels, table.n_true),
+            contrast=contrast_of(true_labels, table.n_true) if true_contrast is None else true_contrast,
             best_iou=table.best_true_iou,
             partner=pred_names[partner_of_true],
             score=spread(pred_score[matching.pred_index], matching.true_index, table.n_true),

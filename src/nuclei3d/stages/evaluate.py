@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.stages.evaluation_inputs import (
+    OTSU,
     TrainingFacts,
     VolumePair,
-    digest_of,
     pair_volumes,
-    read_scores,
     read_training_facts,
 )
 from nuclei3d.volumes.whole import whole_folder
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from nuclei3d.core.summary import Summary
     from nuclei3d.report.nuclei_table import NucleusRow
 
-OTSU = "Otsu + watershed"
 _WORST_SHOWN = 8
 
 
@@ -109,6 +107,7 @@ def evaluate(
         If nothing pairs, shapes differ, a file is damaged or `out` is no place for an evaluation.
     """
     from nuclei3d.core.summary import summarise
+    from nuclei3d.stages.assessing import assess_pairs
 
     _refuse_foreign_folder(out)
     for name in baselines or {}:
@@ -121,7 +120,7 @@ def evaluate(
         say(f"{len(alone)} true volumes have no prediction and are left out: {_few(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {_few(alone)}")
-    assessed, digests = _assess(params, pairs, facts, method)
+    assessed, digests = assess_pairs(params, pairs, facts, method)
     embryos = [pair.embryo for pair in pairs]
     edges, edges_from = _contrast_edges(params, assessed[method], facts)
     summaries = {
@@ -158,65 +157,6 @@ def headline_of(metrics: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[name] = value
     return flat
-
-
-def _assess(
-    params: Params, pairs: Sequence[VolumePair], facts: TrainingFacts, method: str
-) -> tuple[dict[str, list[Assessment]], list[str]]:
-    """Assess every method on every volume, one volume in memory at a time."""
-    from nuclei3d.core.assessment import assess_volume
-    from nuclei3d.core.watershed import otsu_watershed
-
-    settings = params.evaluate
-    names = [method, *(pairs[0].baselines if pairs else {})]
-    assessed: dict[str, list[Assessment]] = {name: [] for name in names}
-    digests = []
-    with progress_bar("evaluate", total=len(pairs)) as bar:
-        for pair in pairs:
-            true = pair.read_truth()
-            digests.append(digest_of(true))
-            image = pair.read_image() if pair.physical else None
-            for name, entry in {method: pair.pred, **pair.baselines}.items():
-                assessed[name].append(
-                    assess_volume(
-                        true,
-                        pair.read_prediction(entry, true.shape),
-                        pair.voxel_size,
-                        image=image,
-                        scores=read_scores(entry),
-                        thresholds=settings.thresholds,
-                        surfaces=settings.surface_distances,
-                    )
-                )
-            bar.advance()
-    if not (settings.otsu_baseline and all(pair.physical and pair.image is not None for pair in pairs)):
-        return assessed, digests
-    diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
-    if diameter_um is None:
-        return assessed, digests
-    assessed[OTSU] = []
-    with progress_bar("Otsu baseline", total=len(pairs)) as bar:
-        for pair in pairs:
-            image = pair.read_image()
-            assert image is not None
-            labels = otsu_watershed(image, pair.voxel_size, diameter_um)
-            assessed[OTSU].append(
-                assess_volume(
-                    pair.read_truth(),
-                    labels,
-                    pair.voxel_size,
-                    image=image,
-                    thresholds=settings.thresholds,
-                    surfaces=settings.surface_distances,
-                )
-            )
-            bar.advance()
-    return assessed, digests
-
-
-def _median_diameter_um(assessments: Sequence[Assessment]) -> float | None:
-    volumes = np.concatenate([assessment.true.volume_um3 for assessment in assessments])
-    return float((6 / np.pi * np.median(volumes)) ** (1 / 3)) if len(volumes) else None
 
 
 def _contrast_edges(

@@ -22,6 +22,9 @@ from nuclei3d.volumes.checks import check_image
 from nuclei3d.volumes.listing import frame_stem
 from nuclei3d.volumes.voxel_size import VoxelSize
 
+#: Name of the baseline that the evaluation makes itself.
+OTSU = "Otsu + watershed"
+
 
 @dataclass(frozen=True)
 class VolumePair:
