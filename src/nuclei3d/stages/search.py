@@ -15,14 +15,20 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from nuclei3d.config import Params
 from nuclei3d.config.editing import write_values
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
+from nuclei3d.stages.search_confirmation import (
+    best_first,
+    find_confirmations,
+    queue_confirmations,
+    values_over_seeds,
+)
 from nuclei3d.stages.search_objective import train_and_validate
-from nuclei3d.stages.search_records import CONFIRMS, SEED, START, record_of
+from nuclei3d.stages.search_records import START, record_of
 from nuclei3d.stages.search_report import write_study
 from nuclei3d.stages.search_space import SearchSpace, Value, search_space
 from nuclei3d.stages.search_storage import (
@@ -240,48 +246,8 @@ def _work_through(
     Worker(task, store, study, runs, space).work()
     if task.params.search.confirm_seeds:
         with store.claim():
-            confirmations = _queue_confirmations(store, study, task)
+            confirmations = queue_confirmations(store, study, task)
         Worker(task, store, confirmations, runs, space).work()
-
-
-def _queue_confirmations(store: StudyStorage, study: Study, task: SearchTask) -> Study:
-    """Queue the best trials, and the one of params.yaml, with other seeds; those queued before are left."""
-    confirmations = optuna.create_study(
-        storage=store.backend,
-        study_name=f"{study.study_name}-confirm",
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.NopPruner(),
-    )
-    confirmations.set_user_attr(CONFIRMS, study.study_name)
-    queued = {
-        (trial.user_attrs[CONFIRMS], trial.user_attrs[SEED])
-        for trial in confirmations.get_trials(deepcopy=False)
-    }
-    best = _best_first(study)
-    chosen = best[: task.params.search.confirm_top]
-    chosen += [trial for trial in best if trial.user_attrs.get(START) and trial not in chosen]
-    first = task.params.seed + 1
-    for trial in chosen:
-        for seed in range(first, first + task.params.search.confirm_seeds):
-            if (trial.number, seed) not in queued:
-                confirmations.enqueue_trial(
-                    dict(trial.params), user_attrs={CONFIRMS: trial.number, SEED: seed}
-                )
-    return confirmations
-
-
-def _confirmations(store: StudyStorage, study: Study) -> Study | None:
-    name = f"{study.study_name}-confirm"
-    if name not in optuna.get_all_study_names(store.backend):
-        return None
-    return optuna.load_study(storage=store.backend, study_name=name)
-
-
-def _best_first(study: Study) -> list[FrozenTrial]:
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    # sorted() is stable: of equal trials the earlier one, such as that of params.yaml, stays before
-    return sorted(finished, key=lambda trial: -(trial.value or 0.0))
 
 
 def _settle(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRuns) -> None:
@@ -289,7 +255,7 @@ def _settle(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRuns
     with store.claim():
         store.recover(study)
         records = [record_of(trial) for trial in study.get_trials(deepcopy=False)]
-        confirmations = _confirmations(store, study)
+        confirmations = find_confirmations(store, study)
         if confirmations is not None:
             store.recover(confirmations)
             trials = confirmations.get_trials(deepcopy=False)
@@ -301,17 +267,17 @@ def _conclude(
     store: StudyStorage, study: Study, task: SearchTask, runs: TrialRuns, space: SearchSpace
 ) -> SearchResult:
     """Choose the best trial, write and log the tables and plots."""
-    confirmations = _confirmations(store, study)
-    best_first = _best_first(study)
-    if not best_first:
+    confirmations = find_confirmations(store, study)
+    finished = best_first(study)
+    if not finished:
         raise InputError(
             "no trial finished: all were pruned; search with search.prune: false or wider ranges"
         )
-    values = _values_over_seeds(best_first, confirmations)
+    values = values_over_seeds(finished, confirmations)
     # of trials that were not repeated only the winner of the search itself can win
-    candidates = [trial for trial in best_first if len(values[trial.number]) > 1] or best_first[:1]
+    candidates = [trial for trial in finished if len(values[trial.number]) > 1] or finished[:1]
     best = max(candidates, key=lambda trial: fmean(values[trial.number]))
-    start = next((trial for trial in best_first if trial.user_attrs.get(START)), None)
+    start = next((trial for trial in finished if trial.user_attrs.get(START)), None)
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     folder = task.out / "trials" / f"{attempts(best)[0]:04d}"
     result = SearchResult(
@@ -339,19 +305,6 @@ def _conclude(
         )
         runs.close_parent()
     return result
-
-
-def _values_over_seeds(
-    finished: list[FrozenTrial], confirmations: Study | None
-) -> dict[int, tuple[float, ...]]:
-    """Give what each finished trial reached: with the seed of params.yaml, then with the others."""
-    values = {trial.number: [trial.value] for trial in finished if trial.value is not None}
-    if confirmations is not None:
-        for trial in confirmations.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            number = trial.user_attrs[CONFIRMS]
-            if number in values and trial.value is not None:
-                values[number].append(trial.value)
-    return {number: tuple(found) for number, found in values.items()}
 
 
 def _apply(result: SearchResult, space: SearchSpace, params_file: Path) -> bool:
