@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Trials are compared by the share of their own epochs that is done, in thousandths (see docs/search.md).
 STEPS = 1000
 
+# Parameters of train and predict that say where and how fast, not what is computed.
+_WITHOUT_EFFECT = ("name", "device", "workers", "memory_limit_gb", "memory_gb", "scheduler")
+
 
 @dataclass(frozen=True)
 class TrialJob:
@@ -104,9 +107,9 @@ def fingerprint(task: SearchTask, space: SearchSpace, slices_md5: str) -> str:
         for section in sections:
             node = node[section]
         node.pop(key, None)
-    for key in ("name", "device", "workers", "memory_limit_gb"):
+    for key in _WITHOUT_EFFECT:
         tree["train"].pop(key, None)
-    tree["predict"].pop("device", None)
+        tree["predict"].pop(key, None)
     search = task.params.search
     described = {
         "slices": slices_md5,
