@@ -19,6 +19,8 @@ from nuclei3d.core.networks import FLOW_SCALE
 MULTIPLE = 16
 MAX_TILE = {"cpu": 512, "cuda": 1024}
 TILE_OVERLAP = 64
+_TILE_RIM = 16
+"""Pixels at a cut side of a tile that are not used where another tile has them: they lack surroundings."""
 
 _PIXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22}
 """Pixels that go through the network at once. On a CPU small batches stay in the cache."""
@@ -159,8 +161,8 @@ class Tiling:
         return self._weights[start]
 
     def _ramp(self, start: int) -> NDArray[np.float32]:
-        inside = np.arange(self.size, dtype=np.float32) + 1
-        ramp = np.full(self.size, float(TILE_OVERLAP), np.float32)
+        inside = np.maximum(np.arange(self.size, dtype=np.float32) + 1 - _TILE_RIM, 0)
+        ramp = np.full(self.size, float(TILE_OVERLAP - 2 * _TILE_RIM), np.float32)
         if start > 0:
             ramp = np.minimum(ramp, inside)
         if start + self.size < self.length:

@@ -1,0 +1,49 @@
+import pytest
+
+from nuclei3d.config.predict import PredictParams
+from nuclei3d.errors import InputError
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.models.settings import effective_parameters, segmentation_settings
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+INFO = ModelInfo(
+    diameter_px=17, nucleus_diameter_um=12, cellprob_threshold=-0.5, score_threshold=0.4, min_volume_um3=50
+)
+
+
+def test_the_model_decides_what_the_user_leaves_open():
+    settings = segmentation_settings(INFO, PredictParams())
+    assert settings.nucleus_diameter_um == 12
+    assert settings.masks.cellprob_threshold == -0.5
+    assert settings.masks.score_threshold == 0.4
+    assert settings.masks.min_volume_um3 == 50
+
+
+def test_the_user_wins_also_with_zero():
+    wishes = PredictParams(diameter_um=9, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
+    settings = segmentation_settings(INFO, wishes)
+    assert settings.nucleus_diameter_um == 9
+    assert settings.masks.cellprob_threshold == 0
+    assert settings.masks.score_threshold == 0
+    assert settings.masks.min_volume_um3 == 0
+
+
+def test_an_unknown_diameter_is_asked_for():
+    with pytest.raises(
+        InputError, match=r"predict\.diameter_um=NUMBER \(17 voxels of this volume are 8\.5 um"
+    ):
+        segmentation_settings(ModelInfo(diameter_px=17), PredictParams(), VoxelSize(2, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("views2d", "full3d"), ("full3d", "ortho"), ("full3d", "stitch")])
+def test_modes_must_fit_the_kind_of_model(kind, mode):
+    info = ModelInfo(kind=kind, diameter_px=17, nucleus_diameter_um=12)
+    with pytest.raises(InputError, match="is not for the model"):
+        segmentation_settings(info, PredictParams(mode=mode))
+
+
+def test_effective_parameters_say_what_is_used():
+    told = effective_parameters(INFO, PredictParams(score_threshold=0.2), VoxelSize(2, 1, 1))
+    assert told["score_threshold"] == 0.2
+    assert told["min_volume_um3"] == 50
+    assert told["voxel_size_um"] == [2, 1, 1]

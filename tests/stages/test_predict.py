@@ -1,0 +1,256 @@
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from scipy import ndimage
+from torch import nn
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.core.flow_targets import flows_2d
+from nuclei3d.core.networks import new_network
+from nuclei3d.errors import InputError
+from nuclei3d.models.folder import Model, save_model
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.stages.predict import COLUMNS, predict
+from nuclei3d.volumes import writing
+from nuclei3d.volumes.frames import find_frames, read_labels
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image
+from nuclei3d.volumes.zarr_store import create_zarr
+
+VOXELS = VoxelSize(2.0, 0.5, 0.5)
+CENTRES_UM = ((16.0, 8.0, 9.0), (15.0, 20.0, 22.0), (20.0, 9.0, 24.0))
+
+
+class Oracle(nn.Module):
+    """Answers with the exact flows of what is brighter than half the range."""
+
+    runs = 0
+
+    def forward(self, stack: torch.Tensor) -> torch.Tensor:
+        Oracle.runs += 1
+        output = np.empty((len(stack), 3, *stack.shape[2:]), np.float32)
+        for i, plane in enumerate(stack[:, 0].float().numpy()):
+            labels = ndimage.label(plane > 0.5)[0]
+            output[i, :2] = 5 * flows_2d(labels)
+            output[i, 2] = np.where(labels > 0, 6, -6)
+        return torch.from_numpy(output)
+
+
+def embryo(count: int, shift_um: float = 0.0) -> np.ndarray:
+    z, y, x = (np.arange(n) * e for n, e in zip((18, 60, 64), VOXELS.zyx, strict=True))
+    image = np.full((18, 60, 64), 100, np.uint16)
+    for cz, cy, cx in CENTRES_UM[:count]:
+        inside = (z[:, None, None] - cz) ** 2 + (y[:, None] - cy) ** 2 + (x - cx - shift_um) ** 2 < 25
+        image[inside] = 900
+    return image
+
+
+@pytest.fixture(autouse=True)
+def oracle_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder that loads as the oracle."""
+    folder = tmp_path / "model"
+    info = ModelInfo(name="oracle", diameter_px=20, nucleus_diameter_um=10)
+    save_model(folder, new_network(20, 0), info, "oracle")
+    monkeypatch.setattr(
+        "nuclei3d.models.folder.load_model", lambda path: Model(Oracle(), info, path / "oracle")
+    )
+    Oracle.runs = 0
+    return folder
+
+
+@pytest.fixture
+def movie(tmp_path: Path) -> Path:
+    """Three frames with one, two and three nuclei."""
+    folder = tmp_path / "movie"
+    for t in (1, 2, 3):
+        write_image(folder / f"t{t}.ome.tif", embryo(t), VOXELS)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_frame_gets_masks_and_a_table(movie, oracle_model, tmp_path):
+    result = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+    for t in (1, 2, 3):
+        masks = tmp_path / "out" / f"t{t}_masks.ome.tif"
+        labels = read_labels(masks)
+        assert labels.shape == (18, 60, 64)
+        assert sorted(np.unique(labels)) == list(range(t + 1))
+        (frame,) = find_frames(masks)
+        assert frame.dtype == np.uint16
+        assert frame.voxel_size == VOXELS
+        with tifffile.TiffFile(masks) as tiff:
+            assert tiff.pages.first.compression.name == "ADOBE_DEFLATE"
+        rows = rows_of(tmp_path / "out" / f"t{t}_nuclei.csv")
+        assert tuple(rows[0]) == COLUMNS
+        assert [int(row["label"]) for row in rows] == list(range(1, t + 1))
+        measured = sorted(tuple(float(row[f"{axis}_um"]) for axis in "zyx") for row in rows)
+        np.testing.assert_allclose(measured, sorted(CENTRES_UM[:t]), atol=0.6)
+        assert all(float(row["mean_intensity"]) > 800 for row in rows)
+        assert all(float(row["volume_um3"]) == pytest.approx(4 / 3 * np.pi * 125, rel=0.15) for row in rows)
+
+
+def test_a_second_run_does_nothing_and_gives_the_same_result(movie, oracle_model, tmp_path):
+    first = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    runs = Oracle.runs
+    again = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    assert Oracle.runs == runs
+    assert [frame.nuclei for frame in again.frames] == [frame.nuclei for frame in first.frames]
+    assert all(frame.done_before for frame in again.frames)
+
+
+@pytest.mark.parametrize("change", ["settings", "image", "masks", "overwrite"])
+def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
+    predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    params = Params()
+    redone = {1}
+    if change == "settings":
+        params = load_params(None, ["predict.min_volume_um3=30"])
+        redone = {1, 2, 3}
+    elif change == "image":
+        write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
+    elif change == "masks":
+        (tmp_path / "out" / "t1_masks.ome.tif").unlink()
+    else:
+        redone = {1, 2, 3}
+    result = predict(params, [movie], str(oracle_model), tmp_path / "out", overwrite=change == "overwrite")
+    assert {i for i, frame in enumerate(result.frames, 1) if not frame.done_before} == redone
+    assert result.frames[0].nuclei == (3 if change == "image" else 1)
+
+
+class Stops:
+    """Raises what a user's Ctrl-C raises when the third frame is written."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self.write = write
+        self.written = 0
+
+    def __call__(self, *arguments: object) -> None:
+        self.written += 1
+        if self.written == 3:
+            raise KeyboardInterrupt
+        self.write(*arguments)
+
+
+def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    original = writing.write_labels
+    monkeypatch.setattr(writing, "write_labels", Stops(original))
+    with pytest.raises(KeyboardInterrupt):
+        predict(Params(), [movie], str(oracle_model), out)
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert names == [
+        "predictions.json",
+        "t1_masks.ome.tif",
+        "t1_nuclei.csv",
+        "t2_masks.ome.tif",
+        "t2_nuclei.csv",
+    ]
+    monkeypatch.setattr(writing, "write_labels", original)
+    result = predict(Params(), [movie], str(oracle_model), out)
+    assert [frame.done_before for frame in result.frames] == [True, True, False]
+    assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["ortho", "stitch"])
+def test_a_folder_and_a_time_lapse_in_ome_zarr_give_equal_results(movie, oracle_model, tmp_path, mode):
+    import zarr
+
+    create_zarr(tmp_path / "movie.ome.zarr", (18, 60, 64), np.uint16, VOXELS, (9, 32, 32))
+    group = zarr.open_group(str(tmp_path / "movie.ome.zarr"), mode="r+")
+    ome = dict(group.attrs["ome"])
+    ome["multiscales"][0]["axes"].insert(0, {"name": "t", "type": "time"})
+    scale = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]
+    scale["scale"] = [1.0, *scale["scale"]]
+    group.attrs["ome"] = ome
+    del group["0"]
+    array = group.create_array("0", shape=(3, 18, 60, 64), dtype=np.uint16, chunks=(1, 9, 32, 32))
+    for t in range(3):
+        array[t] = embryo(t + 1)
+    params = load_params(None, [f"predict.mode={mode}"])
+    predict(params, [movie], str(oracle_model), tmp_path / "a")
+    result = predict(params, [tmp_path / "movie.ome.zarr"], str(oracle_model), tmp_path / "b")
+    assert [frame.name for frame in result.frames] == [f"movie_t00{t}" for t in range(3)]
+    for t in range(3):
+        np.testing.assert_array_equal(
+            read_labels(tmp_path / "a" / f"t{t + 1}_masks.ome.tif"),
+            read_labels(tmp_path / "b" / f"movie_t00{t}_masks.ome.tif"),
+        )
+        assert (tmp_path / "a" / f"t{t + 1}_nuclei.csv").read_text() == (
+            tmp_path / "b" / f"movie_t00{t}_nuclei.csv"
+        ).read_text()
+
+
+def test_an_empty_frame_gives_valid_empty_output(oracle_model, tmp_path):
+    write_image(tmp_path / "dark.tif", np.full((6, 40, 40), 7, np.uint16), VOXELS)
+    result = predict(Params(), [tmp_path / "dark.tif"], str(oracle_model), tmp_path / "out")
+    assert result.frames[0].nuclei == 0
+    assert not read_labels(result.frames[0].masks).any()
+    assert result.frames[0].table.read_text() == ",".join(COLUMNS) + "\n"
+
+
+def test_the_result_is_plain_data(movie, oracle_model, tmp_path):
+    result = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    told = json.loads(json.dumps(result.as_json()))
+    assert [frame["name"] for frame in told["frames"]] == ["t1", "t2", "t3"]
+
+
+def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):
+    predict(Params(), [movie], str(oracle_model), movie)
+    result = predict(Params(), [movie], str(oracle_model), movie)
+    assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: write_image(folder / "nan.tif", np.full((4, 9, 9), np.nan), VOXELS),
+            r"nan\.tif.*NaN",
+        ),
+        (lambda folder: tifffile.imwrite(folder / "bare.tif", embryo(1)), "does not state its voxel size"),
+        (lambda folder: (folder / "broken.tif").write_bytes(b"II*\0"), r"broken\.tif"),
+        (lambda folder: (folder / "empty.tif").write_bytes(b""), r"empty\.tif"),
+        (lambda folder: tifffile.imwrite(folder / "flat.tif", np.zeros((9, 9), np.uint8)), r"flat\.tif"),
+        (lambda folder: folder.joinpath("notes").mkdir(), "holds no"),
+        (lambda folder: None, "does not exist"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_line(oracle_model, tmp_path, spoil, message):
+    folder = tmp_path / "input"
+    if message != "does not exist":
+        folder.mkdir()
+    spoil(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        predict(Params(), [folder], str(oracle_model), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").glob("*_masks*"))
+
+
+def test_two_frames_of_one_name_are_refused(movie, oracle_model, tmp_path):
+    write_image(tmp_path / "t1.tif", embryo(1), VOXELS)
+    with pytest.raises(InputError, match="would both write t1_masks"):
+        predict(Params(), [movie, tmp_path / "t1.tif"], str(oracle_model), tmp_path / "out")
+
+
+def test_a_given_voxel_size_wins(oracle_model, tmp_path):
+    tifffile.imwrite(tmp_path / "bare.tif", embryo(2))
+    params = load_params(None, ["data.voxel_size_um=[2.0,0.5,0.5]"])
+    result = predict(params, [tmp_path / "bare.tif"], str(oracle_model), tmp_path / "out")
+    assert result.frames[0].nuclei == 2
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file"):
+        predict(Params(), [movie], str(oracle_model), tmp_path / "file" / "out")
