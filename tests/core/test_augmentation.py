@@ -34,21 +34,7 @@ def cut(image, labels, plan, size):
     crop = np.empty((size, size), np.float32)
     crop_labels = np.empty((size, size), np.uint16)
     crop_flows = np.empty((2, size, size), np.float32)
-    height, width = labels.shape
-    cut_crop(
-        planes.pixels,
-        planes.labels,
-        planes.flows,
-        0,
-        height,
-        width,
-        1.0,
-        0.0,
-        plan,
-        crop,
-        crop_labels,
-        crop_flows,
-    )
+    cut_crop(*planes.read(0), 1.0, 0.0, plan, crop, crop_labels, crop_flows)
     return crop, crop_labels, crop_flows
 
 

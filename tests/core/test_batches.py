@@ -67,7 +67,7 @@ def test_appearance_leaves_labels_and_flows_alone():
 
 def test_weights_follow_the_labels():
     planes = make_planes()
-    tables = [np.arange(planes.plane_labels(p).max() + 1, dtype=np.float32) + 1 for p in range(len(planes))]
+    tables = [np.arange(planes.read(p).labels.max() + 1, dtype=np.float32) + 1 for p in range(len(planes))]
     batch = maker(nucleus_weights=tables).make_batch(np.arange(6), 0, 0)
     assert np.array_equal(batch.weights.numpy(), batch.labels + 1)
 

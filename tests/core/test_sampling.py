@@ -80,7 +80,7 @@ def test_faint_nuclei_weigh_more_and_the_background_one():
         assert table[0] == 1
         assert table.min() >= 1 / 3 - 1e-6
         assert table.max() <= 3 + 1e-6
-        contrasts = plane_contrasts(planes.plane_image(plane), planes.plane_labels(plane))
+        contrasts = plane_contrasts(planes.plane_image(plane), planes.read(plane).labels)
         known = np.flatnonzero(np.isfinite(contrasts))
         assert (np.diff(table[known][np.argsort(contrasts[known])]) <= 1e-6).all()
 
@@ -88,6 +88,6 @@ def test_faint_nuclei_weigh_more_and_the_background_one():
 def test_small_nuclei_weigh_by_their_area():
     planes = make_planes(3)
     tables = nucleus_weights(planes, LossParams(weight_by="size", power=0.5, max_weight=100))
-    areas = np.bincount(planes.plane_labels(0).ravel()).astype(float)
+    areas = np.bincount(planes.read(0).labels.ravel()).astype(float)
     ratio = tables[0][1] / tables[0][2]
     assert ratio == pytest.approx((areas[1] / areas[2]) ** -0.5, rel=1e-4)

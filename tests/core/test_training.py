@@ -7,6 +7,7 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.config.train import AugmentParams, SamplingParams, TrainParams
+from nuclei3d.core.planes import PlaneSet
 from nuclei3d.core.schedules import learning_rate
 from nuclei3d.core.training import (
     Callbacks,
@@ -213,12 +214,11 @@ def test_sparse_planes_can_be_left_out():
     planes = make_planes(4, nuclei=1)
     params = TrainParams(**(SMALL | {"sampling": SamplingParams(sparse=0), "crops_per_epoch": None}))
     rich = make_planes(6)
-    mixed = type(rich)(
+    mixed = PlaneSet(
         rich.infos + planes.infos,
-        *(
-            np.concatenate([getattr(rich, f), getattr(planes, f)])
-            for f in ("pixels", "labels", "flows", "step", "offset")
-        ),
+        np.concatenate([rich.step, planes.step]),
+        np.concatenate([rich.offset, planes.offset]),
+        lambda plane: rich.read(plane) if plane < 6 else planes.read(plane - 6),
     )
     counted = []
     train_network(

@@ -183,7 +183,7 @@ class TrainParams(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
     workers: Annotated[int, Field(ge=1)] | None = None
-    memory_limit_gb: PositiveFloat = 4.0
+    memory_limit_gb: PositiveFloat = 2.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sampling: SamplingParams = SamplingParams()
     loss: LossParams = LossParams()

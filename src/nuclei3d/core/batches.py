@@ -149,20 +149,7 @@ class CropMaker:
         plan = self.plan(plane, epoch, index)
         info = self.planes.infos[plane]
         gain, bias = self.planes.gains[plane]
-        cut_crop(
-            self.planes.pixels,
-            self.planes.labels,
-            self.planes.flows,
-            int(self.planes.starts[plane]),
-            info.height,
-            info.width,
-            float(gain),
-            float(bias),
-            plan,
-            image,
-            labels,
-            flows,
-        )
+        cut_crop(*self.planes.read(plane), float(gain), float(bias), plan, image, labels, flows)
         rng = crop_generator(self.seed, epoch, index, Stream.APPEARANCE)
         appearance = draw_appearance(self.augment, info.view, plan.turned, rng)
         if appearance == Appearance():

@@ -103,7 +103,7 @@ def draw_crop(
     flip_x = -1.0 if augment.flips and draw[3] < 0.5 else 1.0
     share_y, share_x = float(draw[4]), float(draw[5])
     if draw[6] < nucleus_centred and info.nuclei:
-        inside = np.flatnonzero(planes.plane_labels(plane))
+        inside = np.flatnonzero(planes.read(plane).labels)
         if len(inside):
             row, column = divmod(int(inside[int(draw[7] * len(inside))]), info.width)
             share_y = _share_of(row + 0.5, info.height, crop_px / scale)
@@ -132,8 +132,9 @@ def _share_of(position: float, length: int, extent: float) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _bilinear(pixels: NDArray[np.uint16], start: int, height: int, width: int, y: float, x: float) -> float:
-    """Interpolate at (y, x), pixel centres at integers; held constant up to half a pixel beyond the edge."""
+def _bilinear(pixels: NDArray[np.uint16], y: float, x: float) -> float:
+    """Interpolate at (y, x), pixel centres at integers; held constant beyond the outermost centres."""
+    height, width = pixels.shape
     y = min(max(y, 0.0), height - 1.0)
     x = min(max(x, 0.0), width - 1.0)
     y0 = min(int(y), max(height - 2, 0))
@@ -142,8 +143,8 @@ def _bilinear(pixels: NDArray[np.uint16], start: int, height: int, width: int, y
     x1 = min(x0 + 1, width - 1)
     fy = y - y0
     fx = x - x0
-    upper = pixels[start + y0 * width + x0] * (1 - fx) + pixels[start + y0 * width + x1] * fx
-    lower = pixels[start + y1 * width + x0] * (1 - fx) + pixels[start + y1 * width + x1] * fx
+    upper = pixels[y0, x0] * (1 - fx) + pixels[y0, x1] * fx
+    lower = pixels[y1, x0] * (1 - fx) + pixels[y1, x1] * fx
     return float(upper * (1 - fy) + lower * fy)
 
 
@@ -152,9 +153,6 @@ def cut_crop(
     pixels: NDArray[np.uint16],
     labels: NDArray[np.uint16],
     flows: NDArray[np.int8],
-    start: int,
-    height: int,
-    width: int,
     gain: float,
     bias: float,
     plan: CropPlan,
@@ -169,6 +167,7 @@ def cut_crop(
     vectors again except where they are short because they turn around at a centre. Outside the plane all is
     0, as in the padding of a prediction.
     """
+    height, width = pixels.shape
     size = image.shape[0]
     a00 = plan.q00 / plan.scale
     a01 = plan.q01 / plan.scale
@@ -193,19 +192,16 @@ def cut_crop(
                     for sub_x in (-0.25, 0.25):
                         value += _bilinear(
                             pixels,
-                            start,
-                            height,
-                            width,
                             y + a00 * sub_y + a01 * sub_x,
                             x + a10 * sub_y + a11 * sub_x,
                         )
                 value *= 0.25
             else:
-                value = _bilinear(pixels, start, height, width, y, x)
+                value = _bilinear(pixels, y, x)
             image[i, j] = value * gain + bias
             row = min(max(math.floor(y + 0.5), 0), height - 1)
             column = min(max(math.floor(x + 0.5), 0), width - 1)
-            label = labels[start + row * width + column]
+            label = labels[row, column]
             crop_labels[i, j] = label
             if label == 0:
                 continue
@@ -221,13 +217,12 @@ def cut_crop(
                 for nx in (x0, x0 + 1):
                     if nx < 0 or nx >= width:
                         continue
-                    place = start + ny * width + nx
-                    if labels[place] != label:
+                    if labels[ny, nx] != label:
                         continue
                     weight = weight_y * (1.0 - abs(x - nx))
                     total += weight
-                    flow_y += weight * flows[place, 0]
-                    flow_x += weight * flows[place, 1]
+                    flow_y += weight * flows[ny, nx, 0]
+                    flow_x += weight * flows[ny, nx, 1]
             if total <= 0.0:
                 continue
             flow_y /= total * FLOW_STEPS

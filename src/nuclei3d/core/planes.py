@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,38 +37,45 @@ class PlaneInfo:
         return self.height * self.width
 
 
+class PlaneArrays(NamedTuple):
+    """The pixels of one plane.
+
+    Attributes
+    ----------
+    pixels
+        uint16 (Y, X): intensities as stored.
+    labels
+        uint16 (Y, X): 0 is background, 1..n.
+    flows
+        int8 (Y, X, 2): (dy, dx) times `FLOW_STEPS`.
+    """
+
+    pixels: NDArray[np.uint16]
+    labels: NDArray[np.uint16]
+    flows: NDArray[np.int8]
+
+
 @dataclass(frozen=True)
 class PlaneSet:
-    """Many planes, one after the other in three flat arrays (in memory, or mapped from a file).
+    """Many planes, wherever their pixels lie.
 
     Attributes
     ----------
     infos
         One per plane.
-    pixels
-        uint16 (N,): intensities as stored.
-    labels
-        uint16 (N,): 0 is background, 1..n per plane.
-    flows
-        int8 (N, 2): (dy, dx) times `FLOW_STEPS`.
     step, offset
         float64 (planes,): intensity = stored * step + offset, in the units of the image.
+    read
+        Gives the pixels of a plane, from memory or from a file; called from several threads.
     """
 
     infos: tuple[PlaneInfo, ...]
-    pixels: NDArray[np.uint16]
-    labels: NDArray[np.uint16]
-    flows: NDArray[np.int8]
     step: NDArray[np.float64]
     offset: NDArray[np.float64]
+    read: Callable[[int], PlaneArrays]
 
     def __len__(self) -> int:
         return len(self.infos)
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """Position of each plane's first pixel, and of the end: int64 (planes + 1,)."""
-        return np.concatenate([[0], np.cumsum([info.pixels for info in self.infos], dtype=np.int64)])
 
     @cached_property
     def gains(self) -> NDArray[np.float32]:
@@ -77,16 +84,10 @@ class PlaneSet:
         span = np.array([info.norm_high for info in self.infos]) - low
         return np.asarray(np.stack([self.step / span, (self.offset - low) / span], axis=1), np.float32)
 
-    def plane_labels(self, plane: int) -> NDArray[np.uint16]:
-        """Labels (Y, X) of one plane."""
-        info = self.infos[plane]
-        return self.labels[self.starts[plane] : self.starts[plane + 1]].reshape(info.height, info.width)
-
     def plane_image(self, plane: int) -> NDArray[np.float32]:
         """Normalised image (Y, X) of one plane."""
-        info = self.infos[plane]
-        stored = self.pixels[self.starts[plane] : self.starts[plane + 1]].reshape(info.height, info.width)
-        return np.asarray(stored.astype(np.float32) * self.gains[plane, 0] + self.gains[plane, 1])
+        stored = self.read(plane).pixels.astype(np.float32)
+        return np.asarray(stored * self.gains[plane, 0] + self.gains[plane, 1])
 
 
 def quantise_image(image: NDArray[np.generic]) -> tuple[NDArray[np.uint16], float, float]:
@@ -118,14 +119,17 @@ def stack_planes(
 ) -> PlaneSet:
     """Pack planes given as arrays: images (Y, X), labels (Y, X), flows (2, Y, X) as unit vectors (dy, dx)."""
     stored = [quantise_image(image) for image in images]
-    empty = np.zeros(0, np.uint16)
+    arrays = [
+        PlaneArrays(
+            np.ascontiguousarray(pixels),
+            np.ascontiguousarray(plane_labels, dtype=np.uint16),
+            np.ascontiguousarray(np.moveaxis(quantise_flows(plane_flows), 0, -1)),
+        )
+        for (pixels, _, _), plane_labels, plane_flows in zip(stored, labels, flows, strict=True)
+    ]
     return PlaneSet(
         infos=tuple(infos),
-        pixels=np.concatenate([empty, *(s[0].ravel() for s in stored)]),
-        labels=np.concatenate([empty, *(plane.astype(np.uint16).ravel() for plane in labels)]),
-        flows=np.concatenate(
-            [np.zeros((0, 2), np.int8), *(quantise_flows(flow).reshape(2, -1).T for flow in flows)]
-        ),
-        step=np.array([s[1] for s in stored]),
-        offset=np.array([s[2] for s in stored]),
+        step=np.array([step for _, step, _ in stored]),
+        offset=np.array([offset for _, _, offset in stored]),
+        read=arrays.__getitem__,
     )

@@ -114,7 +114,7 @@ def nucleus_weights(planes: PlaneSet, params: LossParams) -> list[NDArray[np.flo
         return None
     values: list[NDArray[np.float64]] = []
     for plane in range(len(planes)):
-        labels = planes.plane_labels(plane)
+        labels = planes.read(plane).labels
         if params.weight_by == "size":
             areas = np.bincount(labels.ravel()).astype(np.float64)
             areas[(areas == 0) | (np.arange(len(areas)) == 0)] = np.nan

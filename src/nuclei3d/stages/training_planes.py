@@ -15,13 +15,14 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.core.planes import PlaneInfo, PlaneSet, quantise_flows, quantise_image
+from nuclei3d.core.planes import PlaneArrays, PlaneInfo, PlaneSet, quantise_flows, quantise_image
 from nuclei3d.errors import InputError
 
 SUMMARY_FILE = "summary.json"
 MANIFEST_FILE = "manifest.csv"
 PACK_FOLDER = "packed"
 _PACK_FORMAT = 1
+_PLANES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def _info(row: dict[str, str]) -> PlaneInfo:
     )
 
 
-def load_planes(slices: Slices, part: str, memory_limit_gb: float = 4.0) -> PlaneSet:
+def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> PlaneSet:
     """Load the planes of ``train``, ``validation`` or ``test``.
 
     The packed copy of prepare is used if it is that of these planes: read into memory if it takes less than
-    the limit, else mapped. Without one the TIFF files are read (into memory).
+    the limit, else plane by plane as they are drawn. Without one the TIFF files are read, into memory.
 
     Raises
     ------
@@ -121,97 +122,110 @@ def load_planes(slices: Slices, part: str, memory_limit_gb: float = 4.0) -> Plan
 
 
 def pack_planes(folder: Path) -> None:
-    """Write the packed copy of all parts of a slice data set: ``packed/<part>.npy`` and
+    """Write the packed copy of all parts of a slice data set: ``packed/<part>.bin`` and
     ``packed/index.json``.
 
-    6 bytes a pixel, uncompressed, so that training starts at once. To be called by prepare on the folder that
-    it is still filling, as the last step. The same planes give the same bytes.
+    Uncompressed, 6 bytes a pixel, so that training starts at once: plane by plane intensities (uint16),
+    labels (uint16), flows (int8, two a pixel), in the order of the manifest. To be called by prepare on the
+    folder that it is filling, as the last step. The same planes give the same bytes.
     """
     slices = read_slices(folder)
     target = folder / PACK_FOLDER
     target.mkdir(exist_ok=True)
     parts: dict[str, Any] = {}
     for part, infos in sorted(slices.infos.items()):
-        count = sum(info.pixels for info in infos)
-        array = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            target / f"{part}.npy", mode="w+", dtype=np.uint16, shape=(3, count)
-        )
-        steps, offsets = _fill(folder, infos, array[0], array[1], array[2].view(np.int8).reshape(-1, 2))
-        array.flush()
-        parts[part] = {"pixels": count, "step": steps.tolist(), "offset": offsets.tolist()}
-    index = {"format": _PACK_FORMAT, "digest": _rows_digest(slices), "parts": parts}
+        steps, offsets = [], []
+        with (target / f"{part}.bin").open("wb") as file, _readers() as pool:
+            # a few at a time, so that memory does not grow with their number
+            for first in range(0, len(infos), _PLANES_AT_ONCE):
+                some = infos[first : first + _PLANES_AT_ONCE]
+                for arrays, step, offset in pool.map(lambda info: _read_plane(folder, info), some):
+                    file.write(b"".join(array.tobytes() for array in arrays))
+                    steps.append(step)
+                    offsets.append(offset)
+        parts[part] = {"step": steps, "offset": offsets}
+    index = {"format": _PACK_FORMAT, "manifest_md5": _manifest_md5(folder), "parts": parts}
     (target / "index.json").write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
-def _rows_digest(slices: Slices) -> str:
-    """MD5 of the manifest, which names each plane with its MD5; the summary is allowed to change."""
-    return hashlib.md5((slices.folder / MANIFEST_FILE).read_bytes(), usedforsecurity=False).hexdigest()
+def _manifest_md5(folder: Path) -> str:
+    """MD5 of the manifest, which names each plane with its MD5."""
+    return hashlib.md5((folder / MANIFEST_FILE).read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _open_pack(
     slices: Slices, part: str, infos: tuple[PlaneInfo, ...], memory_limit_gb: float
 ) -> PlaneSet | None:
+    """Open the packed copy; None if there is none, or it is that of other planes."""
     folder = slices.folder / PACK_FOLDER
+    path = folder / f"{part}.bin"
     try:
         index = json.loads((folder / "index.json").read_bytes())
+        if index["format"] != _PACK_FORMAT or index["manifest_md5"] != _manifest_md5(slices.folder):
+            return None
         entry = index["parts"][part]
-        if index["format"] != _PACK_FORMAT or index["digest"] != _rows_digest(slices):
-            return None
-        count = sum(info.pixels for info in infos)
-        path = folder / f"{part}.npy"
-        small = path.stat().st_size < memory_limit_gb * 1e9
-        array = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
-        if array.shape != (3, count) or array.dtype != np.uint16:
-            return None
-        return PlaneSet(
-            infos=infos,
-            pixels=array[0],
-            labels=array[1],
-            flows=array[2].view(np.int8).reshape(-1, 2),
-            step=np.array(entry["step"], dtype=np.float64),
-            offset=np.array(entry["offset"], dtype=np.float64),
-        )
+        step, offset = (np.array(entry[name], dtype=np.float64) for name in ("step", "offset"))
+        size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    places = np.concatenate([[0], np.cumsum([6 * info.pixels for info in infos], dtype=np.int64)])
+    if size != places[-1] or len(step) != len(infos):
+        return None
+    if size < memory_limit_gb * 1e9:
+        everything = path.read_bytes()
+
+        def read(plane: int) -> PlaneArrays:
+            return _split_plane(everything, int(places[plane]), infos[plane])
+
+    else:
+        # reading, not mapping: what the system caches then does not count as this process' memory
+        file = path.open("rb", buffering=0)
+
+        def read(plane: int) -> PlaneArrays:
+            first = int(places[plane])
+            return _split_plane(
+                os.pread(file.fileno(), int(places[plane + 1]) - first, first), 0, infos[plane]
+            )
+
+    return PlaneSet(infos, step, offset, read)
+
+
+def _split_plane(data: bytes, first: int, info: PlaneInfo) -> PlaneArrays:
+    shape, count = (info.height, info.width), info.pixels
+    pixels, labels = (
+        np.frombuffer(data, np.uint16, count, first + 2 * count * number).reshape(shape) for number in (0, 1)
+    )
+    flows = np.frombuffer(data, np.int8, 2 * count, first + 4 * count).reshape(*shape, 2)
+    return PlaneArrays(pixels, labels, flows)
 
 
 def _read_tiffs(folder: Path, infos: tuple[PlaneInfo, ...]) -> PlaneSet:
-    count = sum(info.pixels for info in infos)
-    pixels, labels = np.empty(count, np.uint16), np.empty(count, np.uint16)
-    flows = np.empty((count, 2), np.int8)
-    step, offset = _fill(folder, infos, pixels, labels, flows)
-    return PlaneSet(infos, pixels, labels, flows, step, offset)
+    with _readers() as pool:
+        planes = list(pool.map(lambda info: _read_plane(folder, info), infos))
+    arrays = [plane for plane, _, _ in planes]
+    return PlaneSet(
+        infos,
+        np.array([step for _, step, _ in planes], dtype=np.float64),
+        np.array([offset for _, _, offset in planes], dtype=np.float64),
+        arrays.__getitem__,
+    )
 
 
-def _fill(
-    folder: Path,
-    infos: tuple[PlaneInfo, ...],
-    pixels: NDArray[np.uint16],
-    labels: NDArray[np.uint16],
-    flows: NDArray[np.int8],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Read the TIFF files of all planes into flat arrays; give each plane's step and offset."""
-    starts = np.concatenate([[0], np.cumsum([info.pixels for info in infos], dtype=np.int64)])
-    step, offset = np.ones(len(infos)), np.zeros(len(infos))
-
-    def read_one(plane: int) -> None:
-        info = infos[plane]
-        here = slice(starts[plane], starts[plane + 1])
-        image_path = folder / info.file
-        image = _read_tiff(image_path, (info.height, info.width))
-        # labels, foreground, dy, dx in one file: the labels need not be read again
-        targets_path = image_path.with_name(image_path.stem + "_flows.tif")
-        targets = _read_tiff(targets_path, (4, info.height, info.width))
-        stored, step[plane], offset[plane] = quantise_image(image)
-        pixels[here] = stored.ravel()
-        labels[here] = targets[0].astype(np.uint16).ravel()
-        flows[here] = quantise_flows(targets[2:4]).reshape(2, -1).T
-
+def _readers() -> ThreadPoolExecutor:
     # zlib leaves the interpreter lock, so threads decode side by side
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(read_one, range(len(infos))):
-            pass
-    return step, offset
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def _read_plane(folder: Path, info: PlaneInfo) -> tuple[PlaneArrays, float, float]:
+    """Read a plane's TIFF files; give its arrays, and step and offset of its intensities."""
+    image_path = folder / info.file
+    image = _read_tiff(image_path, (info.height, info.width))
+    # labels, foreground, dy, dx in one file: the labels need not be read again
+    targets_path = image_path.with_name(image_path.stem + "_flows.tif")
+    targets = _read_tiff(targets_path, (4, info.height, info.width))
+    stored, step, offset = quantise_image(image)
+    flows = np.ascontiguousarray(np.moveaxis(quantise_flows(targets[2:4]), 0, -1))
+    return PlaneArrays(stored, targets[0].astype(np.uint16), flows), step, offset
 
 
 def _read_tiff(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
