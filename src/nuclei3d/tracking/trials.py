@@ -28,6 +28,7 @@ _TRIAL_TAG = "nuclei3d.trial"
 _STATE_TAG = "nuclei3d.trial_state"
 _REASON_TAG = "nuclei3d.reason"
 _SEARCH_TAG = "nuclei3d.search"
+_FAILURE_TAG = "nuclei3d.failure"
 # MLflow's own: tags, as JSON, for every run that it creates
 _BIRTH_TAGS_VARIABLE = "MLFLOW_RUN_CONTEXT"
 
@@ -141,8 +142,12 @@ class TrialRuns:
 
     def close_parent(self) -> None:
         """Mark the run of the search as finished, also where the process that opened it is gone."""
-        if self._client is not None and self.parent_id is not None:
-            self._client.set_terminated(self.parent_id, "FINISHED")
+        if self._client is None or self.parent_id is None:
+            return
+        if _FAILURE_TAG in self._client.get_run(self.parent_id).data.tags:
+            # of an earlier start, which this one has made good
+            self._client.delete_tag(self.parent_id, _FAILURE_TAG)
+        self._client.set_terminated(self.parent_id, "FINISHED")
 
     def _known_states(self) -> dict[str, tuple[str, str]]:
         """Give run id and state of every trial's run; a run still open says so whatever its tag says."""
@@ -216,10 +221,14 @@ def search_runs(
         return
     parent = StageRun(client, parent_id)
     client.update_run(parent_id, status="RUNNING")
+    outer = os.environ.get("MLFLOW_RUN_ID")
+    if outer and outer != parent_id and _is_known(client, outer):
+        # `mlflow run` made a run for this start, too; it says where the results are
+        client.set_tag(outer, "nuclei3d.continues", parent_id)
     try:
         yield TrialRuns(client, parent)
     except BaseException as error:
-        parent.tags({"nuclei3d.failure": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        parent.tags({_FAILURE_TAG: f"{type(error).__name__}: {' '.join(str(error).split())}"})
         parent.finish()
         client.set_terminated(parent_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
