@@ -33,6 +33,7 @@ class ThresholdModel:
         self.go = threading.Event()
         self.go.set()
         self.begun = 0
+        self.score: float | None = 0.5
 
     def segment_file(
         self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
@@ -50,7 +51,7 @@ class ThresholdModel:
             "labels": labels,
             "nuclei": [
                 {"label": 1, "z_um": 1.0, "y_um": 2.0, "x_um": 3.0, "volume_um3": 4.0, "mean_intensity": 5.0}
-                | {"score": 0.5}
+                | {"score": self.score}
             ],
             "parameters": wishes.model_dump(mode="json", exclude_none=True),
             "model": self.version,

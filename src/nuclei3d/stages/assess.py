@@ -88,6 +88,10 @@ def evaluate_held_out(
     from nuclei3d.stages.tracked import evaluate_tracked
 
     history = None if model is None else model / "history.csv"
+    embryos = sorted(folder.name for folder in predictions.iterdir() if folder.is_dir())
+    if len(embryos) == 1:
+        # Looked at alone, an embryo needs no word about the training embryos that were not predicted.
+        data, predictions = data / embryos[0], predictions / embryos[0]
     return evaluate_tracked(
         params,
         data,
