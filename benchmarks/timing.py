@@ -14,9 +14,13 @@ import psutil
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat, and the highest memory above that at the start, in MB."""
+    """Seconds and processor seconds of each repeat, and the peak of memory above the start in MB.
+
+    Processor seconds say more than seconds on a machine that others use at the same time.
+    """
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
     peak_mb: float
 
     @property
@@ -24,11 +28,17 @@ class Timing:
         """Median of the repeats in seconds."""
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        """Median of the repeats in processor seconds."""
+        return statistics.median(self.cpu_seconds)
+
     def as_json(self) -> dict[str, Any]:
         """Give median, spread (lowest and highest) and memory."""
         return {
             "median_s": round(self.median, 4),
             "spread_s": [round(min(self.seconds), 4), round(max(self.seconds), 4)],
+            "cpu_median_s": round(self.cpu_median, 4),
             "repeats": len(self.seconds),
             "peak_mb": round(self.peak_mb, 1),
         }
@@ -63,13 +73,15 @@ class _PeakMemory:
 def measure(work: Callable[[], Any], repeats: int) -> tuple[Timing, Any]:
     """Run `work` so many times; give its timing and its last result."""
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
     peak = 0.0
     result = None
     for _ in range(repeats):
         result = None
         with _PeakMemory() as memory:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = work()
             seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
         peak = max(peak, memory.megabytes)
-    return Timing(tuple(seconds), peak), result
+    return Timing(tuple(seconds), tuple(cpu_seconds), peak), result
