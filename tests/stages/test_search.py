@@ -138,6 +138,22 @@ def test_trials_with_errors_fail_and_too_many_stop_the_search(tmp_path: Path) ->
 def test_unusable_input_stops_the_search_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^there are no slices$"):
         run(tmp_path, objective=search_toys.unusable_input)
+    # with the input mended, nothing is missing: the values of the parameters are tried after all
+    assert run(tmp_path, trials=2).start_value is not None
+
+
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("first line\nno newline at the end")
+    with pytest.raises(InputError, match="no journal"):
+        run(tmp_path, storage=str(notes))
+    assert notes.read_text() == "first line\nno newline at the end"
+
+
+def test_missing_slices_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no slice data set"):
+        search(parameters(), tmp_path / "nowhere", tmp_path / "search", trials=2)
+    assert not (tmp_path / "search").exists()
 
 
 def test_a_trial_stopped_by_the_user_is_run_again(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from nuclei3d.stages.search_confirmation import (
     queue_confirmations,
     values_over_seeds,
 )
-from nuclei3d.stages.search_objective import train_and_validate
+from nuclei3d.stages.search_objective import judged_on, train_and_validate
 from nuclei3d.stages.search_records import START, record_of
 from nuclei3d.stages.search_report import write_study
 from nuclei3d.stages.search_space import SearchSpace, Value, search_space
@@ -152,6 +152,8 @@ def search(
     if params.tracking.enabled:
         refuse_shared_database(storage, store_uri(params.tracking))
     space = search_space(params)
+    if objective is train_and_validate:
+        judged_on(params, slices, data)
     task = SearchTask(
         params, slices, out, data, storage, params.search.study or out.absolute().name, trials, objective
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.config.search import SearchParams
@@ -33,16 +33,28 @@ def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -
         If slices or embryos are unusable, or there is no validation volume.
     """
     from nuclei3d.stages.train import train
-    from nuclei3d.stages.training_planes import read_slices
 
     silent = job.params.tracking.model_copy(update={"enabled": False})
     params = job.params.model_copy(update={"tracking": silent})
-    summary = read_slices(job.slices).summary
-    frames = validation_frames(params, job.data or Path(str(summary.get("data", ""))))
+    summary, frames = judged_on(params, job.slices, job.data)
     model = job.folder / params.train.name
     train(params, job.slices, model, data=job.data, resume=True, on_epoch=on_epoch)
     edges = [float(edge) for edge in summary.get("contrast_quintiles", ())]
     return value_of(assess_model(params, model, frames), params.search, edges)
+
+
+def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str, Any], list[EmbryoFrame]]:
+    """Give the summary of the slices and the frames on which models are judged.
+
+    Raises
+    ------
+    InputError
+        If there are none; cheap enough to be asked before anything is computed.
+    """
+    from nuclei3d.stages.training_planes import read_slices
+
+    summary = dict(read_slices(slices).summary)
+    return summary, validation_frames(params, data or Path(str(summary.get("data", ""))))
 
 
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:

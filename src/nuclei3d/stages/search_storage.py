@@ -31,6 +31,7 @@ WORKER = "worker"
 REASON = "reason"
 ERROR = "error"
 DIED = "its process died"
+_JOURNAL_BEGINS = b'{"op_code":'
 # What belongs to one attempt at a trial and is forgotten when the trial is run again.
 _OF_ATTEMPT = (WORKER, REASON, ERROR)
 
@@ -225,6 +226,7 @@ def _open_journal(path: Path, retry: RetryHeartbeatStaleTrialCallback) -> StudyS
     # Optuna resolves its lock against the working directory, so the path is absolute
     path = path.absolute()
     lock = KernelLock(path.with_name(f"{path.name}.lock"))
+    _refuse_other_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -237,8 +239,21 @@ def _open_journal(path: Path, retry: RetryHeartbeatStaleTrialCallback) -> StudyS
     except OSError as error:
         raise InputError(f"cannot write the journal of the search {path}: {error.strerror}") from None
     except (ValueError, KeyError):
-        raise InputError(f"{path} is no journal of a search; give another file with --storage") from None
+        raise InputError(f"the journal of the search {path} is damaged; give another --out") from None
     return StudyStorage(backend, mark, retry, KernelLock(path.with_name(f"{path.name}.claim")), None)
+
+
+def _refuse_other_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"--storage {path} is a folder; give the path of a file")
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(_JOURNAL_BEGINS))
+    except OSError:
+        # a new one; or one that cannot be opened for writing either
+        return
+    if not _JOURNAL_BEGINS.startswith(beginning):
+        raise InputError(f"{path} is no journal of a search; give another file with --storage")
 
 
 def _drop_half_line(path: Path) -> None:

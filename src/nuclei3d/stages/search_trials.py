@@ -110,6 +110,13 @@ class Worker:
             say(f"trial {frozen.number:04d} was taken over by another worker, which thought this one dead")
         except TrialPruned as pruned:
             self._tell(frozen, TrialState.PRUNED, str(pruned))
+        except InputError as error:
+            if not self.study.get_trials(deepcopy=False, states=_COUNTED):
+                # what is wrong with the input of the first trial is wrong with that of all
+                self._give_back(run, frozen, f"stopped: {error}")
+                raise
+            failure = error
+            self._tell(frozen, TrialState.FAIL, _in_one_line(error))
         except Exception as error:
             reason = _why_pruned(error)
             if reason is None:
@@ -118,15 +125,19 @@ class Worker:
             else:
                 self._tell(frozen, TrialState.PRUNED, reason)
         except BaseException:
-            with self.storage.claim():
-                self.storage.give_back(self.study, frozen, "stopped by the user; run again")
-            self._close(run, frozen)
+            self._give_back(run, frozen, "stopped by the user")
             raise
         self._close(run, frozen)
         self._tidy()
         _free_memory()
         if failure is not None:
             self._stop_if_hopeless(failure)
+
+    def _give_back(self, run: StageRun, trial: FrozenTrial, reason: str) -> None:
+        """End a trial that is to be run again at the next start."""
+        with self.storage.claim():
+            self.storage.give_back(self.study, trial, reason)
+        self._close(run, trial)
 
     def _job(self, trial: FrozenTrial) -> TrialJob:
         values = {name: trial.params[name] for name in self.space.distributions}
@@ -208,9 +219,6 @@ class Worker:
                 shutil.rmtree(self._folder(trial), ignore_errors=True)
 
     def _stop_if_hopeless(self, error: Exception) -> None:
-        if isinstance(error, InputError) and not self.study.get_trials(deepcopy=False, states=_COUNTED):
-            # what is wrong with the first trial's input is wrong with that of all
-            raise error
         failures = len(self._errors()) - self._failures_before
         if failures >= self.task.params.search.max_failures:
             raise InputError(
