@@ -316,6 +316,21 @@ def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:
         assert row["curve"].items() <= again["curve"].items(), "the curve goes on from where it was"
 
 
+def test_workers_die_with_the_process_that_started_them(tmp_path: Path) -> None:
+    import psutil
+
+    leader = start_elsewhere(tmp_path, workers=2)
+    trials = tmp_path / "search" / "study.journal"
+    while leader.poll() is None and not (trials.exists() and b'"worker"' in trials.read_bytes()):
+        time.sleep(0.05)
+    workers = psutil.Process(leader.pid).children(recursive=True)
+    assert len(workers) >= 2
+    leader.kill()
+    leader.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
 @pytest.mark.parametrize("script", sorted((DOCS / "slurm").glob("*.sh")), ids=lambda path: path.name)
 def test_slurm_scripts_are_valid_shell(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
