@@ -34,6 +34,7 @@ from nuclei3d.stages.search_space import SearchSpace, Value, search_space
 from nuclei3d.stages.search_storage import (
     StudyStorage,
     attempts,
+    explained_outage,
     open_storage,
     refuse_shared_database,
 )
@@ -157,13 +158,26 @@ def search(
     task = SearchTask(
         params, slices, out, data, storage, params.search.study or out.absolute().name, trials, objective
     )
-    with _quiet(), ExitStack() as stack:
-        store = stack.enter_context(open_storage(storage, out, params.search))
+    with _quiet(), explained_outage():
+        result = _run_search(task, space, workers)
+    if apply:
+        assert params_file is not None
+        result = replace(result, applied=_apply(result, space, params_file))
+    _say_result(result, params_file)
+    return result
+
+
+def _run_search(task: SearchTask, space: SearchSpace, workers: int) -> SearchResult:
+    with ExitStack() as stack:
+        store = stack.enter_context(open_storage(task.storage, task.out, task.params.search))
         with store.claim():
             study = _open_study(store, task, space)
             runs = stack.enter_context(
                 search_runs(
-                    params, {"slices": slices}, study.user_attrs.get(PARENT_RUN), study.user_attrs[MARK]
+                    task.params,
+                    {"slices": task.slices},
+                    study.user_attrs.get(PARENT_RUN),
+                    study.user_attrs[MARK],
                 )
             )
             study.set_user_attr(PARENT_RUN, runs.parent_id)
@@ -175,12 +189,7 @@ def search(
                 run_workers(partial(_work, task), workers)
         finally:
             _settle(store, study, task, runs)
-        result = _conclude(store, study, task, runs, space)
-    if apply:
-        assert params_file is not None
-        result = replace(result, applied=_apply(result, space, params_file))
-    _say_result(result, params_file)
-    return result
+        return _conclude(store, study, task, runs, space)
 
 
 def _check(trials: int, workers: int, apply: bool, params_file: Path | None, out: Path) -> None:
@@ -234,7 +243,7 @@ def _open_study(store: StudyStorage, task: SearchTask, space: SearchSpace) -> St
 def _work(task: SearchTask) -> None:
     """Join a search from another process."""
     space = search_space(task.params)
-    with _quiet(), open_storage(task.storage, task.out, task.params.search) as store:
+    with _quiet(), explained_outage(), open_storage(task.storage, task.out, task.params.search) as store:
         study = optuna.load_study(
             storage=store.backend, study_name=task.study, pruner=new_pruner(task.params.search)
         )

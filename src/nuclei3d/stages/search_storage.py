@@ -193,6 +193,21 @@ def open_storage(address: str | None, folder: Path, params: SearchParams) -> Ite
             opened._engine.dispose()
 
 
+@contextmanager
+def explained_outage() -> Iterator[None]:
+    """Turn the loss of the database in the middle of a search into one clear line."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        reason = " ".join(str(getattr(error.__cause__ or error, "orig", error)).split())[:200]
+        raise InputError(
+            f"the database of the search stopped answering ({reason}); what was finished is kept: start the "
+            "same command again"
+        ) from error
+
+
 def refuse_shared_database(storage: str | None, tracking: str) -> None:
     """Refuse one database for Optuna and MLflow: both keep their version in a table of the same name."""
     from sqlalchemy import make_url

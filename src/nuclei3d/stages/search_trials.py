@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optuna import Study, Trial, TrialPruned
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.console import say
@@ -106,6 +106,9 @@ class Worker:
             if not math.isfinite(value):
                 raise TrialPruned("what is maximised came out as no number")
             self.study.tell(trial, value, skip_if_finished=True)
+        except StorageInternalError:
+            # nothing can be written; the trial is run again like that of a worker that died
+            raise
         except UpdateFinishedTrialError:
             say(f"trial {frozen.number:04d} was taken over by another worker, which thought this one dead")
         except TrialPruned as pruned:
