@@ -8,6 +8,8 @@ handled one by one, and two sinks are two only if they lie further apart than th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -58,7 +60,7 @@ def _parents(
     for i in range(len(bins)):
         z, rest = divmod(bins[i], shape[1] * shape[2])
         y, x = divmod(rest, shape[2])
-        best = i
+        best: Any = i
         for k in range(len(offsets)):
             nz = z + offsets[k, 0]
             ny = y + offsets[k, 1]

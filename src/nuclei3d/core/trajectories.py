@@ -133,9 +133,9 @@ def follow(
                 ox = zero
                 for _ in range(rounds):
                     taken += 1
-                    iz = min(np.int64(pz), depth - 2) if depth > 1 else 0
-                    iy = min(np.int64(py), height - 2) if height > 1 else 0
-                    ix = min(np.int64(px), width - 2) if width > 1 else 0
+                    iz = min(int(pz), depth - 2) if depth > 1 else 0
+                    iy = min(int(py), height - 2) if height > 1 else 0
+                    ix = min(int(px), width - 2) if width > 1 else 0
                     jz = iz + 1 if depth > 1 else 0
                     jy = iy + 1 if height > 1 else 0
                     jx = ix + 1 if width > 1 else 0
@@ -170,8 +170,8 @@ def follow(
                     pz = min(max(pz + fz * stride * per_z, zero), last_z)
                     py = min(max(py + fy * stride * per_y, zero), last_y)
                     px = min(max(px + fx * stride * per_x, zero), last_x)
-                bz = min(np.int64(pz * edges[0] / bin_edges[0]), bin_shape[0] - 1)
-                by = min(np.int64(py * edges[1] / bin_edges[1]), bin_shape[1] - 1)
-                bx = min(np.int64(px * edges[2] / bin_edges[2]), bin_shape[2] - 1)
+                bz = min(int(pz * edges[0] / bin_edges[0]), bin_shape[0] - 1)
+                by = min(int(py * edges[1] / bin_edges[1]), bin_shape[1] - 1)
+                bx = min(int(px * edges[2] / bin_edges[2]), bin_shape[2] - 1)
                 ends[z, y, x] = np.uint32(1 + (bz * bin_shape[1] + by) * bin_shape[2] + bx)
     return taken
