@@ -251,9 +251,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _free_memory() -> None:
-    gc.collect()
+    """Give the GPU's memory back: the next trial's batches may be of another size."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
