@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.volumes.whole import whole_file
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
+
+#: The few main numbers, for `dvc metrics`; metrics.json has all of them, per volume too.
+HEADLINE_FILE = "headline.json"
 
 
 def assess(
@@ -84,7 +90,7 @@ def evaluate_held_out(
     slices: Path | None = None,
     model: Path | None = None,
 ) -> EvaluateResult:
-    """Evaluate the predictions of the held-out frames."""
+    """Evaluate the predictions of the held-out frames; the main numbers also go to `HEADLINE_FILE`."""
     from nuclei3d.stages.tracked import evaluate_tracked
 
     history = None if model is None else model / "history.csv"
@@ -92,7 +98,7 @@ def evaluate_held_out(
     if len(embryos) == 1:
         # Looked at alone, an embryo needs no word about the training embryos that were not predicted.
         data, predictions = data / embryos[0], predictions / embryos[0]
-    return evaluate_tracked(
+    result = evaluate_tracked(
         params,
         data,
         predictions,
@@ -101,3 +107,24 @@ def evaluate_held_out(
         summary=slices,
         history=history if history is not None and history.is_file() else None,
     )
+    with whole_file(evaluation / HEADLINE_FILE) as partial:
+        partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def headline(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Give the few numbers of a metrics.json that a reader looks at first; undefined ones are left out."""
+    numbers = {
+        "ap_0.50": scores.get("ap", {}).get("0.50"),
+        "ap_0.75": scores.get("ap", {}).get("0.75"),
+        "f1_0.50": scores.get("f1", {}).get("0.50"),
+        "precision": scores.get("precision"),
+        "recall": scores.get("recall"),
+        "recall_faint": scores.get("recall_faint"),
+        "recall_bright": scores.get("recall_bright"),
+        "seg": scores.get("seg"),
+        "det": scores.get("det"),
+        "splits": scores.get("splits"),
+        "merges": scores.get("merges"),
+    }
+    return {name: value for name, value in numbers.items() if value is not None}

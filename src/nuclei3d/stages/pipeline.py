@@ -27,7 +27,7 @@ class PipelineResult:
     out
         The folder with all of it.
     metrics
-        The pooled scores on the held-out embryos.
+        The few numbers that a reader looks at first, on the held-out embryos.
     name, version
         The registered model; None with tracking switched off.
     champion, reason
@@ -129,7 +129,7 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
 def _do_stages(
     params: Params, data: Path, folders: JobFolders, ledger: Ledger, run: StageRun
 ) -> PipelineResult:
-    from nuclei3d.stages.assess import evaluate_held_out, predict_held_out
+    from nuclei3d.stages.assess import HEADLINE_FILE, evaluate_held_out, predict_held_out
     from nuclei3d.stages.register import register
     from nuclei3d.stages.tracked import prepare_tracked
     from nuclei3d.stages.train import train
@@ -189,13 +189,13 @@ def _do_stages(
         registered = entries["register"].result
     else:
         say("register: left out, tracking is switched off")
-    scores = json.loads(metrics.read_text(encoding="utf-8"))
-    run.metrics(headline(scores))
+    scores = json.loads((folders.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
+    run.metrics({f"test/{name}": value for name, value in scores.items()})
     if registered:
         run.tags({"nuclei3d.registered": f"{registered['name']} version {registered['version']}"})
     return PipelineResult(
         out=folders.out,
-        metrics=headline(scores),
+        metrics=scores,
         name=registered.get("name"),
         version=registered.get("version"),
         champion=registered.get("champion"),
@@ -203,21 +203,6 @@ def _do_stages(
         skipped=tuple(name for name, entry in entries.items() if not entry.fresh),
         run_id=run.run_id,
     )
-
-
-def headline(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Give the few numbers of a metrics.json that a reader looks at first."""
-    numbers = {
-        "test/ap_0.50": scores.get("ap", {}).get("0.50"),
-        "test/ap_0.75": scores.get("ap", {}).get("0.75"),
-        "test/f1_0.50": scores.get("f1", {}).get("0.50"),
-        "test/precision": scores.get("precision"),
-        "test/recall_faint": scores.get("recall_faint"),
-        "test/recall_bright": scores.get("recall_bright"),
-        "test/seg": scores.get("seg"),
-        "test/det": scores.get("det"),
-    }
-    return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
 def _check(data: Path, out: Path) -> None:
@@ -243,7 +228,7 @@ def _say_result(result: PipelineResult, folders: JobFolders) -> None:
     say("")
     say("On the held-out embryos:")
     for name, value in result.metrics.items():
-        say(f"  {name.removeprefix('test/'):<14} {value:.3f}")
+        say(f"  {name:<14} {value:.3f}")
     if result.version is not None:
         say(f"Registered {result.name} version {result.version}: {result.reason}.")
     report = folders.evaluation / "report.html"

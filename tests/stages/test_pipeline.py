@@ -1,0 +1,206 @@
+"""The whole job: one parent run with a child per stage, and after a kill it goes on where it was."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.errors import InputError
+from nuclei3d.stages.assess import headline
+from nuclei3d.stages.pipeline import PipelineResult, run_pipeline
+from nuclei3d.tracking.runs import stage_run
+from nuclei3d.tracking.store import open_store
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image, write_labels
+
+
+@dataclass
+class Made:
+    """What a stand-in of a stage gives back."""
+
+    values: dict[str, Any]
+    metrics: dict[str, Any]
+    out: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return self.values
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.values
+
+    @property
+    def headline(self) -> dict[str, float]:
+        return headline(self.metrics)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.out / "metrics.json",)
+
+
+class Stages:
+    """Stand-ins of the stages that write a little, note their order, and die where they are told to."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.dies_in: str | None = None
+
+    def _begin(self, stage: str) -> None:
+        if self.dies_in == stage:
+            self.dies_in = None
+            raise KeyboardInterrupt
+        self.done.append(stage)
+
+    def prepare(self, params: Params, data: Path, out: Path) -> Made:
+        self._begin("prepare")
+        out.mkdir(parents=True, exist_ok=True)
+        parts = {"train": 1, "validation": 1, "test": 1}
+        summary = {"nucleus_diameter_um": 9.0, "diameter_px": 12.0, "voxel_um": 0.7, "training_nuclei": 5}
+        summary |= {"planes": parts, "frames": parts, "md5": "feed", "data": str(data)}
+        (out / "summary.json").write_text(json.dumps(summary))
+        return Made(summary, {}, out)
+
+    def train(self, params: Params, slices: Path, out: Path, *, data: Path) -> Made:
+        with stage_run("train", params, inputs={"slices": slices}):
+            self._begin("train")
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "nuclei_3d").write_text(f"weights of {params.train.epochs} epochs")
+            (out / "history.csv").write_text("epoch\n1\n")
+        return Made({"model": str(out)}, {}, out)
+
+    def predict(self, params: Params, inputs: list[Path], model: str, out: Path) -> Made:
+        self._begin("predict")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in inputs:
+            (out / f"{path.stem}_masks.ome.tif").write_text((Path(model) / "nuclei_3d").read_text())
+        return Made({"frames": [str(path) for path in inputs]}, {}, out)
+
+    def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **_: Any) -> Made:
+        self._begin("evaluate")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text("{}")
+        self.predicted = sorted(path.name for path in pred.rglob("*_masks.ome.tif"))
+        return Made({"out": str(out)}, {"ap": {"0.50": 0.9}, "splits": 2, "recall_faint": None}, out)
+
+    def register(self, params: Params, model: Path, metrics: Path) -> Made:
+        with stage_run("register", params, inputs={"model": model}):
+            self._begin("register")
+        return Made({"name": "nuclei_3d", "version": "7", "champion": "7", "reason": "first"}, {}, model)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    fakes = Stages()
+    for stage in ("prepare", "train", "predict", "evaluate", "register"):
+        monkeypatch.setattr(f"nuclei3d.stages.{stage}.{stage}", getattr(fakes, stage))
+    return fakes
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for embryo in ("a", "b", "c"):
+        for frame in ("t0", "t1"):
+            labels = np.zeros((4, 8, 8), np.uint16)
+            labels[1:3, 2:6, 2:6] = 1
+            write_image(tmp_path / "data" / embryo / "images" / f"{frame}.tif", labels, VoxelSize(2, 1, 1))
+            write_labels(tmp_path / "data" / embryo / "labels" / f"{frame}.tif", labels, VoxelSize(2, 1, 1))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    import mlflow
+
+    for variable in (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+        "DVC_STAGE",
+        "DVC_ROOT",
+    ):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    split = ["data.split.train=[a]", "data.split.validation=[b]", "data.split.test=[c]"]
+    yield [*split, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "predict.device=cpu", "train.device=cpu"]
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+
+
+ALL = ["prepare", "train", "predict", "evaluate", "register"]
+
+
+def test_the_job_is_one_run_with_a_child_per_stage_and_goes_on_after_a_kill(
+    stages: Stages, data: Path, settings: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def do(*more: str) -> tuple[PipelineResult, list[str]]:
+        stages.done.clear()
+        result = run_pipeline(load_params(None, [*settings, *more]), data, out)
+        return result, list(stages.done)
+
+    for stage in ALL:
+        stages.dies_in = stage
+        with pytest.raises(KeyboardInterrupt):
+            do()
+    # Each start did what was left, up to the stage in which it was stopped.
+    result, done = do()
+    assert done == ["register"]
+    assert result.skipped == ("prepare", "train", "predict", "evaluate")
+    assert result.version == "7"
+    assert result.metrics == {"ap_0.50": 0.9, "splits": 2}
+    assert stages.predicted == ["t0_masks.ome.tif", "t1_masks.ome.tif"]
+    assert json.loads((out / "evaluation" / "headline.json").read_text()) == result.metrics
+
+    client = open_store(load_params(None, settings).tracking)
+    experiment = client.get_experiment_by_name("nuclei3d")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_id == result.run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == {"test/ap_0.50": 0.9, "test/splits": 2}
+    finished = [run.data.tags["nuclei3d.stage"] for run in runs if run.info.status == "FINISHED"]
+    assert sorted(finished) == sorted([*ALL, "pipeline"])
+    assert {run.data.tags.get("mlflow.parentRunId", result.run_id) for run in runs} == {result.run_id}
+
+    # Nothing changed, nothing done; then a parameter of the training changes.
+    assert do()[1] == []
+    assert do("train.epochs=3")[1] == ["train", "predict", "evaluate", "register"]
+    # The device changes the speed only.
+    assert do("train.epochs=3", "predict.device=auto")[1] == []
+
+
+def test_masks_of_frames_that_are_no_longer_held_out_are_removed(
+    stages: Stages, data: Path, settings: list[str], tmp_path: Path
+) -> None:
+    off = [*settings, "tracking.enabled=false"]
+    run_pipeline(load_params(None, off), data, tmp_path / "out")
+    other = [*off, "data.split.test=[b]", "data.split.validation=[c]"]
+    result = run_pipeline(load_params(None, other), data, tmp_path / "out")
+    assert result.version is None
+    assert result.run_id is None
+    left = {path.parent.name for path in (tmp_path / "out" / "predictions").glob("*/*_masks.ome.tif")}
+    assert left == {"b"}
+
+
+def test_missing_data_and_a_bad_output_folder_are_told(
+    data: Path, settings: list[str], tmp_path: Path
+) -> None:
+    params = load_params(None, settings)
+    with pytest.raises(InputError, match="dvc pull"):
+        run_pipeline(params, tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(InputError, match="lies in the data set"):
+        run_pipeline(params, data, data / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        run_pipeline(params, data, tmp_path / "file")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_headline_leaves_out_what_is_undefined() -> None:
+    assert headline({"ap": {"0.50": 0.5}, "precision": None, "volumes": {}}) == {"ap_0.50": 0.5}
