@@ -110,7 +110,7 @@ def test_killed_at_any_point_and_started_again_it_ends_with_the_same_weights(sli
     assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
 
 
-def test_epochs_are_judged_on_whole_volumes(slices, tmp_path):
+def test_epochs_are_judged_and_thresholds_chosen_on_whole_volumes(slices, tmp_path):
     rng = np.random.default_rng(0)
     for embryo in ("e1", "e2"):
         for frame in range(3):
@@ -124,9 +124,10 @@ def test_epochs_are_judged_on_whole_volumes(slices, tmp_path):
     split = params.data.split.model_copy(update={"train": ("e1",), "validation": ("e2",)})
     params = params.model_copy(update={"data": params.data.model_copy(update={"split": split})})
     reports = []
-    train(params, slices, tmp_path / "m", data=tmp_path / "data", on_epoch=reports.append)
+    result = train(params, slices, tmp_path / "m", data=tmp_path / "data", on_epoch=reports.append)
     assert np.isnan(reports[0].volume_ap)
     assert 0 <= reports[1].volume_ap <= 1
+    assert result.metrics["calibrated_ap"] >= result.metrics["uncalibrated_ap"]
 
 
 def test_the_model_says_which_planes_were_drawn(slices, tmp_path):

@@ -28,6 +28,7 @@ from nuclei3d.core.sampling import epoch_order, nucleus_weights, plane_weights
 from nuclei3d.core.schedules import learning_rate
 from nuclei3d.core.training_state import EpochReport, TrainingState, WeightAverage, copy_state
 from nuclei3d.core.validation import measure_contrasts, validate
+from nuclei3d.errors import InputError
 
 _DIVERGED_FACTOR = 5.0
 
@@ -36,8 +37,8 @@ class StopTraining(Exception):  # noqa: N818 - a request, not an error
     """Raised by a callback to end the training after this epoch; what was trained so far is kept."""
 
 
-class DivergedError(RuntimeError):
-    """The loss became NaN, infinite or far larger than at the start."""
+class DivergedError(InputError):
+    """The loss became NaN, infinite or far larger than at the start: the parameters are at fault."""
 
 
 @dataclass(frozen=True)

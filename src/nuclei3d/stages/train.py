@@ -81,7 +81,7 @@ def train(
     Parameters
     ----------
     params
-        The sections train, normalization, data (for volumes), predict and tracking are used.
+        The sections train, normalization, data (for volumes), calibrate, predict and tracking are used.
     slices
         Folder made by prepare.
     out
@@ -106,6 +106,7 @@ def train(
     """
     from nuclei3d.core.networks import choose_device
     from nuclei3d.stages.augmentation_sheet import draw_augmentation_sheet
+    from nuclei3d.stages.calibrate import with_thresholds
     from nuclei3d.stages.checkpoints import Checkpoints, checkpoint_folder, training_fingerprint
     from nuclei3d.stages.trained_model import (
         DRAWN_FILE,
@@ -130,13 +131,13 @@ def train(
     checkpoints = Checkpoints(checkpoint_folder(out), fingerprint)
     if not resume:
         checkpoints.remove()
-    volumes = read_validation_volumes(params, data, described) if settings.validate_volumes_every else []
+    volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}) as run:
         info = describe_model(params, described, run.run_id)
         _say_plan(planes, validation, params, device, described)
 
         def judge(judged: nn.Module) -> float:
-            return volumes_ap(judged, volumes, validation_settings(info, params), device)
+            return volumes_ap(judged, volumes.judging, validation_settings(info, params), device)
 
         outcome = _train(
             network,
@@ -146,14 +147,18 @@ def train(
             described,
             device,
             checkpoints,
-            judge if volumes else None,
+            judge if volumes.judging else None,
             run,
             on_epoch,
         )
         network.load_state_dict(outcome.weights)
-        write_model(out, network.eval(), info, outcome, params, described)
-        write_drawn(out / DRAWN_FILE, planes, params, outcome.state.epoch)
+        network.eval()
         metrics = final_metrics(outcome)
+        if volumes.calibrating:
+            info, chosen = with_thresholds(network, info, params, volumes.calibrating, device)
+            metrics |= {"calibrated_ap": chosen.ap, "uncalibrated_ap": chosen.ap_default}
+        write_model(out, network, info, outcome, params, described)
+        write_drawn(out / DRAWN_FILE, planes, params, outcome.state.epoch)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
         run.artifact(out, "model")

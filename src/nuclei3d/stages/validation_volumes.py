@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,20 +21,57 @@ if TYPE_CHECKING:
     from nuclei3d.stages.training_planes import Slices
 
 
-def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> list[LabelledVolume]:
-    """Read a few validation frames, spread evenly; say so if there are none."""
+@dataclass(frozen=True)
+class ValidationVolumes:
+    """Labelled validation frames: those that judge epochs and those that choose the thresholds."""
+
+    judging: tuple[LabelledVolume, ...] = ()
+    calibrating: tuple[LabelledVolume, ...] = ()
+
+
+def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> ValidationVolumes:
+    """Read the validation frames that a training needs, before it starts.
+
+    Parameters
+    ----------
+    params
+        The sections data, calibrate and train.
+    data
+        Labelled embryos; None: those that the slices were made from, if they are still there. Where they are
+        not, or the split has changed, that is said and the training goes without.
+    described
+        The slices.
+
+    Raises
+    ------
+    InputError
+        If `data` is given and unusable.
+    """
+    from nuclei3d.stages.calibrate import read_calibration_volumes
+
+    wanted = params.train.validation_volumes if params.train.validate_volumes_every else 0
+    if not wanted and params.calibrate.volumes == 0:
+        return ValidationVolumes()
     source = data if data is not None else Path(str(described.summary.get("data", "")))
-    if not source.is_dir():
+    try:
+        if not source.is_dir():
+            raise InputError(f"there is no folder {source} of labelled embryos (--data)")
+        frames = split_embryos(find_embryos(source), params.data.split).validation
+        if not frames:
+            raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
+        count = min(wanted, len(frames))
+        chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+        return ValidationVolumes(
+            judging=tuple(read_labelled(frame, params.data) for frame in chosen),
+            calibrating=tuple(read_calibration_volumes(params, source))
+            if params.calibrate.volumes != 0
+            else (),
+        )
+    except InputError as error:
         if data is not None:
-            raise InputError(f"there is no folder {data}; give the labelled embryos, or leave --data out")
-        say("the embryos behind the slices are not there, so epochs are judged by planes only (give --data)")
-        return []
-    frames = split_embryos(find_embryos(source), params.data.split).validation
-    count = min(params.train.validation_volumes, len(frames))
-    if not count:
-        say("the split leaves no validation volumes, so epochs are judged by planes only")
-    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
-    return [read_labelled(frame, params.data) for frame in chosen]
+            raise
+        say(f"nothing is validated in 3D and the thresholds stay at their defaults: {error}")
+        return ValidationVolumes()
 
 
 def volumes_ap(
