@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import nuclei3d.tracking  # noqa: F401 - before mlflow: switches its telemetry off
 from nuclei3d.config import Params, load_params
 
 

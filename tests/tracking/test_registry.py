@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import tifffile
@@ -97,6 +98,35 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
     with pytest.raises(InputError, match="no version 9; known: 1, 2, 3, 4"):
         roll_back(params, "9")
     assert version_of(params, "champion") == "2"
+
+
+@pytest.mark.parametrize("step", ["_describe", "_crown", "set_model_version_tag"])
+def test_a_registration_that_was_killed_goes_on_with_its_version(
+    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if step.startswith("_"):
+            patched.setattr(f"nuclei3d.tracking.registry.{step}", die)
+        else:
+            real = mlflow.MlflowClient.set_model_version_tag
+
+            def die_at_the_end(client: Any, name: str, version: str, key: str, value: str) -> None:
+                if key == "nuclei3d.complete":
+                    raise KeyboardInterrupt
+                real(client, name, version, key, value)
+
+            patched.setattr(mlflow.MlflowClient, step, die_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            register(params, model, metrics)
+    made = register(params, model, metrics)
+    assert (made.version, made.champion) == ("1", "1")
+    assert "first version" in made.reason
+    assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 1
 
 
 def test_what_cannot_be_registered_is_told_and_leaves_nothing(

@@ -136,13 +136,14 @@ def _do_stages(
 
     tree = params_as_dict(params)
 
-    def settings(*sections: str) -> dict[str, Any]:
-        return {name: _without_device(tree[name]) for name in ("seed", *sections)}
+    def settings(*without: str) -> dict[str, Any]:
+        left_out = {"search", "serve", "simulate", *without}
+        return {name: _decisive(section) for name, section in tree.items() if name not in left_out}
 
     entries = {
         "prepare": ledger.do(
             "prepare",
-            settings("data", "normalization", "prepare"),
+            settings("train", "calibrate", "predict", "evaluate", "tracking"),
             [data],
             [folders.slices],
             lambda: prepare_tracked(params, data, folders.slices).as_json(),
@@ -150,21 +151,21 @@ def _do_stages(
     }
     entries["train"] = ledger.do(
         "train",
-        settings("data", "normalization", "train"),
+        settings("prepare", "evaluate", "tracking"),
         [data, folders.slices],
         [folders.model],
         lambda: train(params, folders.slices, folders.model, data=data).as_json(),
     )
     entries["predict"] = ledger.do(
         "predict",
-        settings("data", "normalization", "predict"),
+        settings("prepare", "train", "calibrate", "evaluate", "tracking"),
         [data, folders.model],
         [folders.predictions],
         lambda: predict_held_out(params, data, str(folders.model), folders.predictions),
     )
     entries["evaluate"] = ledger.do(
         "evaluate",
-        settings("data", "evaluate"),
+        settings("prepare", "train", "calibrate", "predict", "tracking"),
         [data, folders.predictions, folders.slices / "summary.json", folders.model / "history.csv"],
         [folders.evaluation],
         lambda: evaluate_held_out(
@@ -181,7 +182,7 @@ def _do_stages(
     if params.tracking.enabled:
         entries["register"] = ledger.do(
             "register",
-            settings("tracking"),
+            {"tracking": tree["tracking"], "predict": tree["predict"]},
             [folders.model, metrics],
             [],
             lambda: register(params, folders.model, metrics).as_json(),
@@ -217,11 +218,12 @@ def _check(data: Path, out: Path) -> None:
         raise InputError(f"the output folder {out} lies in the data set; give another with --out")
 
 
-def _without_device(section: Any) -> Any:
-    """Leave out what may change the speed of a stage but not its result."""
+def _decisive(section: Any) -> Any:
+    """Leave out what may change how a stage is computed but not what it makes."""
     if not isinstance(section, dict):
         return section
-    return {key: value for key, value in section.items() if key not in ("device", "workers")}
+    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler"}
+    return {key: value for key, value in section.items() if key not in machine}
 
 
 def _say_result(result: PipelineResult, folders: JobFolders) -> None:

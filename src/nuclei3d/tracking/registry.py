@@ -12,7 +12,8 @@ from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo, read_info
 from nuclei3d.tracking.contest import Verdict, judge
-from nuclei3d.tracking.packaging import log_served_model
+from nuclei3d.tracking.lineage import md5_of_input
+from nuclei3d.tracking.packaging import LoggedModel, log_served_model
 from nuclei3d.tracking.runs import StageRun
 from nuclei3d.tracking.store import no_progress_bars, open_store
 
@@ -23,6 +24,8 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 _SCHEME = "models:/"
 _HISTORY_TAG = "nuclei3d.champions"
+_DIGEST_TAG = "nuclei3d.digest"
+_COMPLETE_TAG = "nuclei3d.complete"
 _METRICS_IN_MODEL = "metrics.json"
 
 
@@ -78,14 +81,23 @@ def register_model(
     client = open_store(params.tracking)
     name = params.tracking.registered_name
     before = _alias(client, name, CHAMPION)
-    verdict = _contest(client, name, before, result, params, force)
-    with no_progress_bars():
-        logged = log_served_model(folder, metrics, info, params.predict)
-    version = _create_version(client, name, logged.model_uri, run.run_id, logged.model_id)
-    client.set_registered_model_alias(name, CHALLENGER, version)
+    digest = md5_of_input(folder) + md5_of_input(metrics)
+    version = _unfinished_version(client, name, digest)
+    if version is not None and version == before:
+        # Killed after it had become champion: the verdict stands.
+        reason = client.get_model_version(name, version).tags["nuclei3d.reason"]
+        verdict = Verdict(True, reason, None, None, None)
+    else:
+        verdict = _contest(client, name, before, result, params, force)
+    if version is None:
+        with no_progress_bars():
+            logged = log_served_model(folder, metrics, info, params.predict)
+        version = _create_version(client, name, logged, run.run_id, digest)
     _describe(client, name, version, info, result, verdict)
-    if verdict.better:
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    if verdict.better and before != version:
         _crown(client, name, version, before)
+    client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
     run.tags({"nuclei3d.registered": f"{name} version {version}", "nuclei3d.reason": verdict.reason})
     return Registered(name, version, version if verdict.better else before, verdict)
 
@@ -220,7 +232,7 @@ def _contest(
     return verdict
 
 
-def _create_version(client: MlflowClient, name: str, source: str, run_id: str, model_id: str | None) -> str:
+def _create_version(client: MlflowClient, name: str, logged: LoggedModel, run_id: str, digest: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -230,8 +242,18 @@ def _create_version(client: MlflowClient, name: str, source: str, run_id: str, m
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(name, source, run_id=run_id, model_id=model_id)
+    made = client.create_model_version(
+        name, logged.model_uri, run_id=run_id, tags={_DIGEST_TAG: digest}, model_id=logged.model_id
+    )
     return str(made.version)
+
+
+def _unfinished_version(client: MlflowClient, name: str, digest: str) -> str | None:
+    """Find the version that a killed process had begun with the same model and metrics."""
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get(_DIGEST_TAG) == digest and _COMPLETE_TAG not in version.tags:
+            return str(version.version)
+    return None
 
 
 def _describe(
