@@ -171,43 +171,62 @@ def segment_volume(
         If image, voxel size and diameter do not fit together, or the mode is not one for this network.
     """
     started = time.perf_counter()
+    labels, scores, seconds = label_volume(
+        image, voxel_size, network, settings, device, progress, orthogonal_network=orthogonal_network
+    )
+    nuclei = measure_nuclei(labels, image, voxel_size, scores)
+    if progress is not None:
+        progress(1.0)
+    return Segmentation(labels, nuclei, {**seconds, "total": time.perf_counter() - started})
+
+
+def label_volume(
+    image: NDArray[Any],
+    voxel_size: VoxelSize,
+    network: nn.Module,
+    settings: SegmentationSettings,
+    device: torch.device,
+    progress: Callable[[float], None] | None = None,
+    *,
+    orthogonal_network: nn.Module | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32], dict[str, float]]:
+    """Segment the nuclei of a volume without measuring them; parameters and errors as `segment_volume`.
+
+    Returns
+    -------
+    labels : uint32 array (z, y, x)
+        On the input's grid, 1..n without gaps.
+    scores : float32 array (n + 1,)
+        Score of each nucleus; nan in mode ``cellpose``, which has none.
+    seconds : dict
+        Time by step.
+    """
     check_scale(image.shape, voxel_size, settings)
     seconds: dict[str, float] = {}
     if settings.mode == "cellpose":
         from nuclei3d.core.stock import segment_with_cellpose
 
         labels = segment_with_cellpose(image, voxel_size, network, settings, device)
-        scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
-    elif settings.mode == "stitch":
-        flows = predict_flows(
-            image, voxel_size, network, settings, device, progress, views=("xy",), seconds=seconds
-        )
-        after = time.perf_counter()
-        labels, scores = stitch_flows(flows, image.shape, settings)
-        seconds["masks"] = time.perf_counter() - after
-    elif settings.mode == "ortho":
-        flows = predict_flows(
-            image,
-            voxel_size,
-            network,
-            settings,
-            device,
-            progress,
-            orthogonal_network=orthogonal_network,
-            seconds=seconds,
-        )
-        after = time.perf_counter()
-        labels, scores = label_flows(flows, image.shape, settings)
-        seconds["masks"] = time.perf_counter() - after
-    else:
-        raise InputError(
-            f"mode '{settings.mode}' needs a 3D network; this model has a 2D network: use ortho or stitch"
-        )
-    nuclei = measure_nuclei(labels, image, voxel_size, scores)
-    if progress is not None:
-        progress(1.0)
-    seconds["total"] = time.perf_counter() - started
-    return Segmentation(labels, nuclei, seconds)
+        return labels, np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32), seconds
+    if settings.mode == "full3d":
+        raise InputError("mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch")
+    views: tuple[View, ...] = ("xy",) if settings.mode == "stitch" else settings.views
+    flows = predict_flows(
+        image,
+        voxel_size,
+        network,
+        settings,
+        device,
+        progress,
+        views=views,
+        orthogonal_network=orthogonal_network,
+        seconds=seconds,
+    )
+    started = time.perf_counter()
+    label = stitch_flows if settings.mode == "stitch" else label_flows
+    labels, scores = label(flows, image.shape, settings)
+    seconds["masks"] = time.perf_counter() - started
+    return labels, scores, seconds
 
 
 def predict_flows(

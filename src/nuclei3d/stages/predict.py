@@ -1,4 +1,7 @@
-"""predict: volumes and time-lapses in, masks and a table of nuclei out, frame by frame."""
+"""predict: volumes and time-lapses in, masks and a table of nuclei out, frame by frame.
+
+A frame larger than the memory is cut into blocks (`nuclei3d.stages.predict_blocks`); its masks are OME-Zarr.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
@@ -18,6 +21,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.volumes.whole import whole_file
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from nuclei3d.core.nuclei import Nucleus
     from nuclei3d.core.prediction import Segmentation
     from nuclei3d.volumes.frames import Frame
@@ -87,13 +92,13 @@ def predict(
         cannot be written.
     """
     frames = _find_all(inputs, params)
-    segment, identity = _load_segmenter(params, model)
+    segmenter = _choose_segmenter(params, model)
     record = _Record(out / RECORD_FILE, {} if overwrite else None)
     done: list[PredictedFrame] = []
     _say_plan(frames, out)
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
-            fingerprint = _fingerprint(frame, identity)
+            fingerprint = _fingerprint(frame, segmenter.identity)
             found = record.find(frame.name, fingerprint, out)
             if found is not None:
                 done.append(found)
@@ -101,26 +106,26 @@ def predict(
                 continue
             bar.note(frame.name)
             started = time.perf_counter()
-            count = _predict_frame(frame, segment, out, bar.advance)
+            masks, nuclei = _predict_frame(frame, segmenter, out, bar.advance)
             finished = PredictedFrame(
                 frame.name,
-                masks_path(out, frame.name),
+                masks,
                 table_path(out, frame.name),
-                count,
+                len(nuclei),
                 round(time.perf_counter() - started, 3),
                 done_before=False,
             )
             record.add(finished, fingerprint)
             done.append(finished)
     before = sum(frame.done_before for frame in done)
-    nuclei = sum(frame.nuclei for frame in done)
+    total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
-    say(f"{nuclei} nuclei in {len(done)} frames{kept}: {out}")
+    say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
     return PredictResult(out, model, tuple(done))
 
 
 def masks_path(out: Path, name: str) -> Path:
-    """Where the masks of a frame go."""
+    """Where the masks of a frame go (those of a frame cut into blocks: ``.ome.zarr``)."""
     return out / f"{name}_masks.ome.tif"
 
 
@@ -171,58 +176,99 @@ def _find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
     return frames
 
 
-def _load_segmenter(params: Params, model: str) -> tuple[Callable[..., Segmentation], dict[str, Any]]:
-    """Give the function that segments an array, and what identifies model and settings."""
-    from nuclei3d.serving.client import RemoteModel, is_service
+class _Segmenter(Protocol):
+    """Segments one frame and writes its masks."""
 
-    if is_service(model):
-        remote = RemoteModel(model)
-        wishes = params.predict
+    identity: dict[str, Any]
 
-        def segment_remotely(
-            image: Any, voxel_size: Any, progress: Callable[[float], None] | None
-        ) -> Segmentation:
-            result, _ = remote.segment(image, voxel_size, wishes)
-            if progress is not None:
-                progress(1.0)
-            return result
+    def segment(
+        self, frame: Frame, out: Path, progress: Callable[[float], None]
+    ) -> tuple[Path, list[Nucleus]]:
+        """Write the masks; give where they are, and the nuclei."""
 
-        return segment_remotely, {"service": model, "predict": wishes.model_dump(mode="json")}
-    from nuclei3d.core.networks import choose_device
-    from nuclei3d.core.prediction import segment_volume
-    from nuclei3d.models.folder import load_model
-    from nuclei3d.models.settings import segmentation_settings
 
-    path = Path(model)
-    if model.startswith(_REGISTRY):
-        from nuclei3d.tracking.registry import fetch_model
+class _RemoteSegmenter:
+    """Has frames segmented by a service."""
 
-        path = fetch_model(model, params)
-    loaded = load_model(path)
-    settings = segmentation_settings(loaded.info, params.predict)
-    device = choose_device(params.predict.device)
-    say(f"model {loaded.info.name} on {device.type}, mode {settings.mode}")
-    identity = {
-        "weights_sha256": hashlib.sha256(loaded.path.read_bytes()).hexdigest(),
-        "settings": asdict(settings),
-    }
+    def __init__(self, params: Params, url: str) -> None:
+        from nuclei3d.serving.client import RemoteModel
 
-    def segment(image: Any, voxel_size: Any, progress: Callable[[float], None] | None) -> Segmentation:
-        return segment_volume(image, voxel_size, loaded.network, settings, device, progress)
+        self._remote = RemoteModel(url)
+        self._wishes = params.predict
+        self.identity: dict[str, Any] = {"service": url, "predict": params.predict.model_dump(mode="json")}
 
-    return segment, identity
+    def segment(
+        self, frame: Frame, out: Path, progress: Callable[[float], None]
+    ) -> tuple[Path, list[Nucleus]]:
+        """Send the whole frame, write what comes back."""
+        image = _read(frame)
+        result, _ = self._remote.segment(image, frame.require_voxel_size(), self._wishes)
+        return _write_masks(frame, result, out), result.nuclei
+
+
+class _LocalSegmenter:
+    """Segments frames here: as a whole, or in blocks if they are larger than the memory."""
+
+    def __init__(self, params: Params, model: str) -> None:
+        from nuclei3d.core.networks import choose_device
+        from nuclei3d.models.folder import load_model
+        from nuclei3d.models.settings import segmentation_settings
+
+        path = Path(model)
+        if model.startswith(_REGISTRY):
+            from nuclei3d.tracking.registry import fetch_model
+
+            path = fetch_model(model, params)
+        self._model = load_model(path)
+        self._settings = segmentation_settings(self._model.info, params.predict)
+        self._device = choose_device(params.predict.device)
+        self._params = params.predict
+        self.identity: dict[str, Any] = {
+            "weights_sha256": hashlib.sha256(self._model.path.read_bytes()).hexdigest(),
+            "settings": asdict(self._settings),
+        }
+        say(f"model {self._model.info.name} on {self._device.type}, mode {self._settings.mode}")
+
+    def segment(
+        self, frame: Frame, out: Path, progress: Callable[[float], None]
+    ) -> tuple[Path, list[Nucleus]]:
+        """Segment as a whole if the memory allows."""
+        from nuclei3d.core.prediction import segment_volume
+        from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+
+        voxel_size = frame.require_voxel_size()
+        limit = self._memory_gb()
+        needed = required_gb(frame, voxel_size, self._settings)
+        if needed > limit and self._settings.mode != "cellpose":
+            say(f"{frame.name} would need {needed:.1f} GB of {limit:.1f} GB: cut into blocks")
+            run = BlockRun(limit, self._params.workers, self._params.scheduler)
+            masks = out / f"{frame.name}_masks.ome.zarr"
+            device = self._params.device
+            nuclei = predict_in_blocks(frame, self._model, self._settings, device, run, masks, progress)
+            return masks, nuclei
+        result = segment_volume(
+            _read(frame), voxel_size, self._model.network, self._settings, self._device, progress
+        )
+        return _write_masks(frame, result, out), result.nuclei
+
+    def _memory_gb(self) -> float:
+        if self._params.memory_gb is not None:
+            return self._params.memory_gb
+        import psutil
+
+        # Some is left to the rest of the machine.
+        return float(0.8 * psutil.virtual_memory().available / 1e9)
+
+
+def _choose_segmenter(params: Params, model: str) -> _Segmenter:
+    from nuclei3d.serving.client import is_service
+
+    return _RemoteSegmenter(params, model) if is_service(model) else _LocalSegmenter(params, model)
 
 
 def _predict_frame(
-    frame: Frame, segment: Callable[..., Segmentation], out: Path, advance: Callable[[float], None]
-) -> int:
-    from nuclei3d.volumes.frames import check_image
-    from nuclei3d.volumes.writing import write_labels
-
-    voxel_size = frame.require_voxel_size()
-    image = frame.read()
-    where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
-    check_image(image, where)
+    frame: Frame, segmenter: _Segmenter, out: Path, advance: Callable[[float], None]
+) -> tuple[Path, list[Nucleus]]:
     shown = 0.0
 
     def progress(share: float) -> None:
@@ -231,13 +277,34 @@ def _predict_frame(
         shown = share
 
     try:
-        result = segment(image, voxel_size, progress)
+        masks, nuclei = segmenter.segment(frame, out, progress)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    write_labels(masks_path(out, frame.name), result.labels, voxel_size)
-    write_table(table_path(out, frame.name), result.nuclei)
+        raise InputError(_with_frame(frame, str(error))) from error
+    write_table(table_path(out, frame.name), nuclei)
     progress(1.0)
-    return len(result.nuclei)
+    return masks, nuclei
+
+
+def _read(frame: Frame) -> NDArray[Any]:
+    from nuclei3d.volumes.frames import check_image
+
+    image = frame.read()
+    check_image(image, str(frame.path))
+    return image
+
+
+def _write_masks(frame: Frame, result: Segmentation, out: Path) -> Path:
+    from nuclei3d.volumes.writing import write_labels
+
+    path = masks_path(out, frame.name)
+    write_labels(path, result.labels, frame.require_voxel_size())
+    return path
+
+
+def _with_frame(frame: Frame, message: str) -> str:
+    """Put the frame before a message that does not name it yet."""
+    where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
+    return message if str(frame.path) in message else f"{where}: {message}"
 
 
 def _fingerprint(frame: Frame, identity: Mapping[str, Any]) -> str:
@@ -271,16 +338,17 @@ class _Record:
     def find(self, name: str, fingerprint: str, out: Path) -> PredictedFrame | None:
         """Give the frame if it was finished from the same things and its files are there."""
         entry = self._entries.get(name)
-        masks, table = masks_path(out, name), table_path(out, name)
         if not isinstance(entry, dict) or entry.get("fingerprint") != fingerprint:
             return None
-        if not (masks.is_file() and table.is_file()):
+        masks, table = out / str(entry.get("masks", "")), table_path(out, name)
+        if masks == out or not masks.exists() or not table.is_file():
             return None
         return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
 
     def add(self, frame: PredictedFrame, fingerprint: str) -> None:
         """Write down that a frame is finished."""
         self._entries[frame.name] = {
+            "masks": frame.masks.name,
             "nuclei": frame.nuclei,
             "seconds": frame.seconds,
             "fingerprint": fingerprint,

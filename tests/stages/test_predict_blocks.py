@@ -1,0 +1,181 @@
+import os
+import re
+import sys
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.core.flow_targets import flows_2d
+from nuclei3d.core.matching import overlap_table
+from nuclei3d.core.networks import new_network
+from nuclei3d.core.normalization import measure_range, sampled_planes
+from nuclei3d.errors import InputError
+from nuclei3d.models.folder import Model, save_model
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.stages import predict_blocks
+from nuclei3d.stages.predict import predict
+from nuclei3d.volumes.frames import find_frames, read_labels
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image
+from nuclei3d.volumes.zarr_store import create_zarr
+
+VOXELS = VoxelSize(2.0, 1.0, 1.0)
+INFO = ModelInfo(name="oracle", diameter_px=12, nucleus_diameter_um=12)
+
+
+class Oracle(nn.Module):
+    def forward(self, stack: torch.Tensor) -> torch.Tensor:
+        output = np.empty((len(stack), 3, *stack.shape[2:]), np.float32)
+        for i, plane in enumerate(stack[:, 0].float().numpy()):
+            labels = ndimage.label(plane > 0.5)[0]
+            output[i, :2] = 5 * flows_2d(labels)
+            output[i, 2] = np.where(labels > 0, 6, -6)
+        return torch.from_numpy(output)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder that loads as the oracle; blocks may use next to nothing beside their voxels."""
+    save_model(tmp_path / "model", new_network(12, 0), INFO, "oracle")
+    monkeypatch.setattr(
+        "nuclei3d.models.folder.load_model",
+        lambda path: Model(Oracle(), INFO, path if path.is_file() else path / "oracle"),
+    )
+    monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
+    predict_blocks._network.cache_clear()
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    """Separate nuclei everywhere, on the faces of any block as well."""
+    rng = np.random.default_rng(0)
+    centres = np.stack(np.meshgrid(*(np.arange(9, n, 18) for n in (60, 108, 126)), indexing="ij"), -1)
+    centres = centres.reshape(-1, 3) + rng.uniform(-1.5, 1.5, (centres.size // 3, 3))
+    z, y, x = (np.arange(n) * e for n, e in zip((30, 108, 126), VOXELS.zyx, strict=True))
+    volume = rng.integers(95, 105, (30, 108, 126)).astype(np.uint16)
+    for cz, cy, cx in centres:
+        near = (z[:, None, None] - cz) ** 2 + (y[:, None] - cy) ** 2 + (x - cx) ** 2 < rng.uniform(5, 7) ** 2
+        volume[near] = rng.integers(400, 500)
+    return volume
+
+
+@pytest.fixture
+def frame(image: np.ndarray, tmp_path: Path) -> Path:
+    write_image(tmp_path / "embryo.tif", image, VOXELS)
+    return tmp_path / "embryo.tif"
+
+
+def in_blocks(*overrides: str) -> Params:
+    return load_params(None, ["predict.memory_gb=0.012", *overrides])
+
+
+def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys):
+    whole = predict(Params(), [frame], str(model), tmp_path / "whole").frames[0]
+    cut = predict(in_blocks(), [frame], str(model), tmp_path / "cut").frames[0]
+    blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
+    assert blocks is not None
+    assert int(blocks[1]) >= 4
+    truth, joined = read_labels(whole.masks), read_labels(cut.masks)
+    assert cut.masks.name == "embryo_masks.ome.zarr"
+    assert find_frames(cut.masks)[0].voxel_size == VOXELS
+    table = overlap_table(truth, joined)
+    assert table.n_true == table.n_pred == cut.nuclei
+    assert (table.best_true_iou > 0.95).all()
+    rows = [path.read_text().splitlines() for path in (whole.table, cut.table)]
+    volumes = [sorted(float(row.split(",")[4]) for row in table[1:]) for table in rows]
+    np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
+    assert not list((tmp_path / "cut").glob(".embryo_blocks/*"))
+
+
+def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):
+    array = create_zarr(tmp_path / "embryo.ome.zarr", image.shape, image.dtype, VOXELS, (8, 32, 32))
+    array[:] = image
+    a = predict(in_blocks(), [frame], str(model), tmp_path / "a").frames[0]
+    b = predict(in_blocks(), [tmp_path / "embryo.ome.zarr"], str(model), tmp_path / "b").frames[0]
+    np.testing.assert_array_equal(read_labels(a.masks), read_labels(b.masks))
+    assert a.table.read_text() == b.table.read_text()
+
+
+def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
+    from nuclei3d.core.prediction import SegmentationSettings
+
+    (found,) = find_frames(frame)
+    assert predict_blocks._measure_range(found, SegmentationSettings()) == measure_range(image)
+    assert len(sampled_planes((100, 2000, 2000))) < 10
+
+
+def test_a_killed_run_goes_on_with_the_missing_blocks(frame, model, tmp_path, monkeypatch):
+    done: list[str] = []
+    original = predict_blocks.segment_block
+
+    def counts(task: predict_blocks.BlockTask) -> int:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(task.target.name)
+        return original(task)
+
+    monkeypatch.setattr(predict_blocks, "segment_block", counts)
+    with pytest.raises(KeyboardInterrupt):
+        predict(in_blocks(), [frame], str(model), tmp_path / "out")
+    again: list[str] = []
+    monkeypatch.setattr(
+        predict_blocks, "segment_block", lambda task: (again.append(task.target.name), original(task))[1]
+    )
+    resumed = predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0]
+    assert not set(again) & set(done)
+    straight = predict(in_blocks(), [frame], str(model), tmp_path / "straight").frames[0]
+    np.testing.assert_array_equal(read_labels(resumed.masks), read_labels(straight.masks))
+
+
+def test_a_cluster_gives_the_same_as_this_process(frame, model, tmp_path):
+    """Workers of a scheduler that is already there, here threads of this process, which see the oracle."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        there = predict(
+            in_blocks(f"predict.scheduler={cluster.scheduler_address}"), [frame], str(model), tmp_path / "a"
+        ).frames[0]
+    here = predict(in_blocks(), [frame], str(model), tmp_path / "b").frames[0]
+    np.testing.assert_array_equal(read_labels(there.masks), read_labels(here.masks))
+
+
+def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path):
+    params = in_blocks("predict.scheduler=tcp://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9"):
+        predict(params, [frame], str(model), tmp_path / "out")
+
+
+def test_too_little_memory_is_explained(frame, model, tmp_path):
+    with pytest.raises(InputError, match="allow more memory"):
+        predict(in_blocks("predict.memory_gb=0.0001"), [frame], str(model), tmp_path / "out")
+
+
+def test_what_another_model_left_behind_is_not_used(frame, model, tmp_path):
+    stale = tmp_path / "out" / ".embryo_blocks" / "0123456789abcdef"
+    stale.mkdir(parents=True)
+    np.save(stale / "00000.npy", np.ones((3, 3, 3), np.uint32))
+    result = predict(in_blocks(), [frame], str(model), tmp_path / "out")
+    assert result.frames[0].nuclei > 50
+    assert not stale.exists()
+
+
+def dies(task: predict_blocks.BlockTask) -> int:
+    if task.target.name.startswith("00001"):
+        os._exit(1)
+    return 0
+
+
+@pytest.mark.slow(reason="starts worker processes again and again")
+def test_a_worker_that_dies_again_and_again_is_reported(frame, model, tmp_path, monkeypatch):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(predict_blocks, "segment_block", dies)
+    params = in_blocks("predict.workers=2", "predict.memory_gb=0.02")
+    with pytest.raises(InputError, match="a worker died several times"):
+        predict(params, [frame], str(model), tmp_path / "out")
