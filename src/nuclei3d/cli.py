@@ -140,6 +140,20 @@ def train(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option("--model", help="Model folder.", metavar="DIR")],
+    data: Data,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a model's thresholds on the validation embryos (train does it by itself)."""
+    from nuclei3d.stages.calibrate import calibrate
+
+    _finish(calibrate(_load(params, overrides), model, data), as_json)
+
+
+@app.command()
 def predict(
     inputs: Annotated[
         list[Path], typer.Argument(help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from nuclei3d.config.calibrate import CalibrateParams
 from nuclei3d.config.data import DataParams
 from nuclei3d.config.evaluate import EvaluateParams
 from nuclei3d.config.normalization import NormalizationParams
@@ -26,6 +27,7 @@ class Params(Section):
     normalization: NormalizationParams = NormalizationParams()
     prepare: PrepareParams = PrepareParams()
     train: TrainParams = TrainParams()
+    calibrate: CalibrateParams = CalibrateParams()
     predict: PredictParams = PredictParams()
     evaluate: EvaluateParams = EvaluateParams()
     search: SearchParams = SearchParams()

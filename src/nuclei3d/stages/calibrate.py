@@ -1,0 +1,115 @@
+"""Thresholds for a model, chosen on the validation embryos and written into its model.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuclei3d.config import Params
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
+from nuclei3d.volumes.whole import whole_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nuclei3d.core.thresholds import Thresholds
+    from nuclei3d.models.info import ModelInfo
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """The thresholds chosen, the average precision with them and with the defaults."""
+
+    model: Path
+    volumes: int
+    thresholds: Thresholds
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {"model": str(self.model), "volumes": self.volumes, **asdict(self.thresholds)}
+
+
+def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
+    """Choose a model's thresholds on the validation embryos of a data set.
+
+    Parameters
+    ----------
+    params
+        The sections calibrate, data (split) and predict are used.
+    model
+        Model folder; its model.json is replaced.
+    data
+        Labelled embryos; those that the model was trained on must not be among the validation ones.
+
+    Raises
+    ------
+    InputError
+        If there is no model, or no labelled validation frame.
+    """
+    from nuclei3d.core.networks import choose_device
+    from nuclei3d.models.folder import INFO_FILE, load_model
+
+    loaded = load_model(model)
+    volumes = read_calibration_volumes(params, data)
+    if not volumes:
+        raise InputError(
+            "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
+            "calibrate.volumes above 0"
+        )
+    device = choose_device(params.predict.device)
+    info, chosen = with_thresholds(loaded.network, loaded.info, params, volumes, device)
+    with whole_file(loaded.path.parent / INFO_FILE) as path:
+        path.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return CalibrateResult(model, len(volumes), chosen)
+
+
+def read_calibration_volumes(params: Params, data: Path) -> list[LabelledVolume]:
+    """Read the validation frames on which thresholds are chosen, spread evenly."""
+    frames = split_embryos(find_embryos(data), params.data.split).validation
+    wanted = params.calibrate.volumes
+    count = len(frames) if wanted is None else min(wanted, len(frames))
+    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    return [read_labelled(frame, params.data) for frame in chosen]
+
+
+def with_thresholds(
+    network: nn.Module,
+    info: ModelInfo,
+    params: Params,
+    volumes: Sequence[LabelledVolume],
+    device: torch.device,
+) -> tuple[ModelInfo, Thresholds]:
+    """Segment labelled volumes, choose the thresholds, and give the model's description with them."""
+    from nuclei3d.core.prediction import predict_flows
+    from nuclei3d.core.thresholds import LabelledFlow, choose_thresholds
+    from nuclei3d.models.settings import segmentation_settings
+
+    wishes = params.predict.model_copy(
+        update={"mode": "ortho", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
+    )
+    plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
+    settings = segmentation_settings(plain, wishes)
+    seen = []
+    with progress_bar("calibrate", total=len(volumes)) as bar:
+        for volume in volumes:
+            flows = predict_flows(volume.image, volume.voxel_size, network, settings, device)
+            seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
+            bar.advance()
+    wanted = params.calibrate
+    chosen = choose_thresholds(seen, settings, wanted.cellprob, wanted.iou, wanted.volume_fractions)
+    say(
+        f"thresholds from {len(volumes)} validation volumes: logit {chosen.cellprob:g}, score "
+        f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
+        f"defaults {chosen.ap_default:.3f}"
+    )
+    update = {
+        "cellprob_threshold": chosen.cellprob,
+        "score_threshold": chosen.score,
+        "min_volume_um3": round(chosen.min_volume_um3, 3),
+    }
+    return info.model_copy(update=update), chosen
