@@ -294,3 +294,22 @@ def test_reports_tell_views_and_contrast():
         metrics["validation_flow_loss"] + metrics["validation_probability_loss"]
     )
     assert "volume_ap" not in metrics
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_on_a_gpu_reaches_about_the_same_loss():
+    params = TrainParams(**(SMALL | {"workers": 4}))
+    network = small_network()
+    outcome = train_network(
+        network,
+        make_planes(6),
+        make_planes(3, seed=1),
+        params,
+        planes_diameter_px=14.0,
+        seed=3,
+        device=torch.device("cuda"),
+    )
+    expected = run().state.history[-1]
+    assert outcome.state.history[-1].train_loss == pytest.approx(expected.train_loss, rel=0.02)
+    assert all(value.device.type == "cpu" for value in outcome.weights.values())
