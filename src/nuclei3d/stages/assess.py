@@ -94,6 +94,8 @@ def evaluate_held_out(
     from nuclei3d.stages.tracked import evaluate_tracked
 
     history = None if model is None else model / "history.csv"
+    named = {"data": data, "slices": slices, "model": model}
+    origin = {name: path for name, path in named.items() if path is not None and path.exists()}
     embryos = sorted(folder.name for folder in predictions.iterdir() if folder.is_dir())
     if len(embryos) == 1:
         # Looked at alone, an embryo needs no word about the training embryos that were not predicted.
@@ -106,6 +108,7 @@ def evaluate_held_out(
         images=data,
         summary=slices,
         history=history if history is not None and history.is_file() else None,
+        origin=origin,
     )
     with whole_file(evaluation / HEADLINE_FILE) as partial:
         partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")

@@ -192,6 +192,7 @@ def _do_stages(
         say("register: left out, tracking is switched off")
     scores = json.loads((folders.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
     run.metrics({f"test/{name}": value for name, value in scores.items()})
+    run.note(_note(scores, registered))
     if registered:
         run.tags({"nuclei3d.registered": f"{registered['name']} version {registered['version']}"})
     return PipelineResult(
@@ -226,11 +227,22 @@ def _decisive(section: Any) -> Any:
     return {key: value for key, value in section.items() if key not in machine}
 
 
+def _note(scores: Mapping[str, Any], registered: Mapping[str, Any]) -> str:
+    """Describe the job for MLflow's UI, in Markdown."""
+    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
+    text = f"On the held-out embryos:\n\n| | |\n|---|---|\n{table}"
+    if registered:
+        text += (
+            f"\nRegistered {registered['name']} version {registered['version']}: {registered['reason']}.\n"
+        )
+    return text + "\nThe report is an artifact of the child run *evaluate*.\n"
+
+
 def _say_result(result: PipelineResult, folders: JobFolders) -> None:
     say("")
     say("On the held-out embryos:")
     for name, value in result.metrics.items():
-        say(f"  {name:<14} {value:.3f}")
+        say(f"  {name:<14} {value:.3f}" if isinstance(value, float) else f"  {name:<14} {value}")
     if result.version is not None:
         say(f"Registered {result.name} version {result.version}: {result.reason}.")
     report = folders.evaluation / "report.html"

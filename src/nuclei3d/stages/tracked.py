@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,12 +72,16 @@ def evaluate_tracked(
     images: Path | None = None,
     summary: Path | None = None,
     history: Path | None = None,
+    origin: Mapping[str, Path] | None = None,
 ) -> EvaluateResult:
-    """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts."""
+    """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts.
+
+    `origin` names what the predictions were made from (data, slices, model), for the lineage.
+    """
     from nuclei3d.stages.evaluate import evaluate
     from nuclei3d.tracking.runs import stage_run
 
-    with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred}) as run:
+    with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
         result = evaluate(params, truth, pred, out, images=images, summary=summary, history=history)
         run.metrics({f"test/{name}": value for name, value in result.headline.items()})
         for file in result.files:

@@ -17,7 +17,7 @@ from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.tracking.lineage import environment_listing, trace_lineage
-from nuclei3d.tracking.store import experiment_id, open_store, store_uri
+from nuclei3d.tracking.store import experiment_id, open_store, show_as_training, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -264,6 +264,7 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
             )
         run = mlflow.start_run()
         client.set_tag(run.info.run_id, "mlflow.runName", name)
+        show_as_training(client, run.info.experiment_id)
     elif resume is not None and _exists(client, resume):
         run = mlflow.start_run(run_id=resume)
     elif parent:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _ANSWER_TIMEOUT_S = 5.0
+_KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
 def project_folder(start: Path | None = None) -> Path:
@@ -98,7 +99,7 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
     if uri.startswith(SQLITE):
         location = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" / name).as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=dict([_KIND])))
     except MlflowException:
         # Another process made it between our look and our creation.
         experiment = client.get_experiment_by_name(name)
@@ -120,6 +121,12 @@ def no_progress_bars() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def show_as_training(client: MlflowClient, experiment: str) -> None:
+    """Have MLflow's UI open an experiment that we did not make with its runs, and not as one of chat models."""
+    if _KIND[0] not in client.get_experiment(experiment).tags:
+        client.set_experiment_tag(experiment, *_KIND)
 
 
 def _check_reachable(uri: str) -> None:

@@ -112,42 +112,40 @@ class TrialRuns:
         """Close the run of a trial with its state, its reason and what it reached."""
         if self._client is None or run.run_id is None:
             return
-        from mlflow.exceptions import MlflowException
-
         for step, value in record.curve.items():
             run.metrics({"compared": value}, step=step)
         if record.value is not None:
             run.metrics({"objective": record.value})
         run.tags({_STATE_TAG: record.state, _REASON_TAG: record.reason})
         run.finish()
-        try:
+        with _outage_tolerated(f"the run of trial {record.key} stays open"):
             self._client.set_terminated(run.run_id, _STATUS[record.state])
-        except (MlflowException, OSError):
-            say(f"warning: the tracking server does not answer; the run of trial {record.key} stays open")
 
     def reconcile(self, records: Sequence[TrialRecord]) -> None:
         """Make the runs agree with the study: end those left open by a kill, make those that are missing."""
         if self._client is None or self.parent_id is None:
             return
-        known = self._known_states()
-        for record in records:
-            if record.state == "running":
-                continue
-            if record.key not in known:
-                self.end(self.begin(record), record)
-                continue
-            run_id, state = known[record.key]
-            if state != record.state:
-                self.end(StageRun(self._client, run_id), record)
+        with _outage_tolerated("the runs of trials that were killed may be missing or open"):
+            known = self._known_states()
+            for record in records:
+                if record.state == "running":
+                    continue
+                if record.key not in known:
+                    self.end(self.begin(record), record)
+                    continue
+                run_id, state = known[record.key]
+                if state != record.state:
+                    self.end(StageRun(self._client, run_id), record)
 
     def close_parent(self) -> None:
         """Mark the run of the search as finished, also where the process that opened it is gone."""
         if self._client is None or self.parent_id is None:
             return
-        if _FAILURE_TAG in self._client.get_run(self.parent_id).data.tags:
-            # of an earlier start, which this one has made good
-            self._client.delete_tag(self.parent_id, _FAILURE_TAG)
-        self._client.set_terminated(self.parent_id, "FINISHED")
+        with _outage_tolerated("the run of the search stays open"):
+            if _FAILURE_TAG in self._client.get_run(self.parent_id).data.tags:
+                # of an earlier start, which this one has made good
+                self._client.delete_tag(self.parent_id, _FAILURE_TAG)
+            self._client.set_terminated(self.parent_id, "FINISHED")
 
     def _known_states(self) -> dict[str, tuple[str, str]]:
         """Give run id and state of every trial's run; a run still open says so whatever its tag says."""
@@ -160,15 +158,11 @@ class TrialRuns:
 
     def _copy_curves(self, key: str, run: StageRun) -> None:
         assert self._client is not None
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with _outage_tolerated(f"the curves of trial {key} are not copied"):
             for earlier in self._runs_of_trials(key):
                 for name in earlier.data.metrics:
                     for point in self._client.get_metric_history(earlier.info.run_id, name):
                         run.metrics({name: point.value}, step=point.step)
-        except (MlflowException, OSError):
-            say(f"warning: the tracking server does not answer; the curves of trial {key} are not copied")
 
     def _runs_of_trials(self, key: str | None = None) -> Iterator[Run]:
         """Give the runs of all trials, or of one."""
@@ -250,6 +244,17 @@ def _is_known(client: MlflowClient, run_id: str) -> bool:
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException:
         return False
+
+
+@contextmanager
+def _outage_tolerated(consequence: str) -> Iterator[None]:
+    """Go on without a tracking server that does not answer: what was computed counts for more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError):
+        say(f"warning: the tracking server does not answer; {consequence}")
 
 
 @contextmanager
