@@ -26,6 +26,8 @@ TrialState = Literal["running", "finished", "pruned", "failed"]
 _STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 _TRIAL_TAG = "nuclei3d.trial"
 _STATE_TAG = "nuclei3d.trial_state"
+# The curve that pruning compares, by thousandths of the trial's epochs; written when the trial ends.
+_COMPARED = "compared"
 _REASON_TAG = "nuclei3d.reason"
 _SEARCH_TAG = "nuclei3d.search"
 _FAILURE_TAG = "nuclei3d.failure"
@@ -113,7 +115,7 @@ class TrialRuns:
         if self._client is None or run.run_id is None:
             return
         for step, value in record.curve.items():
-            run.metrics({"compared": value}, step=step)
+            run.metrics({_COMPARED: value}, step=step)
         if record.value is not None:
             run.metrics({"objective": record.value})
         run.tags({_STATE_TAG: record.state, _REASON_TAG: record.reason})
@@ -160,9 +162,12 @@ class TrialRuns:
         assert self._client is not None
         with _outage_tolerated(f"the curves of trial {key} are not copied"):
             for earlier in self._runs_of_trials(key):
-                for name in earlier.data.metrics:
+                by_step: dict[int, dict[str, float]] = {}
+                for name in set(earlier.data.metrics) - {_COMPARED}:
                     for point in self._client.get_metric_history(earlier.info.run_id, name):
-                        run.metrics({name: point.value}, step=point.step)
+                        by_step.setdefault(point.step, {})[name] = point.value
+                for step, values in sorted(by_step.items()):
+                    run.metrics(values, step=step)
 
     def _runs_of_trials(self, key: str | None = None) -> Iterator[Run]:
         """Give the runs of all trials, or of one."""
