@@ -23,7 +23,7 @@ def columns_of_nuclei(shape: tuple[int, int, int], count: int) -> np.ndarray:
 
 
 def test_the_recipe_gives_the_number_of_planes_that_its_rule_predicts() -> None:
-    # a frame shaped like the recipe's at a quarter of its width: anisotropy 11.5, 2x down in xy, 5.75x up in z
+    # shaped like the recipe's at a quarter of its width: anisotropy 11.5, 2x down in xy, 5.75x up in z
     labels = columns_of_nuclei((12, 128, 128), 4)
     volume = to_isotropic(labels.astype(np.uint16), labels, VoxelSize(2.0, 0.174, 0.174), 2.0)
     assert volume.labels.shape == (69, 64, 64)

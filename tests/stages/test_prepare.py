@@ -141,8 +141,12 @@ def test_real_embryos_give_planes_with_outlines(bbbc050: Path, tmp_path: Path) -
             (small / name / kind / "t501.tif").symlink_to(bbbc050 / name / kind / "t501.tif")
     params = load_params(
         None,
-        ["data.split={by: embryo, train: [Emb01], validation: [Emb10], test: [Emb11]}", "prepare.step_xy=4"]
-        + ["prepare.downsample_xy=1", "prepare.workers=1"],
+        [
+            "data.split={by: embryo, train: [Emb01], validation: [Emb10], test: [Emb11]}",
+            "prepare.step_xy=4",
+            "prepare.downsample_xy=1",
+            "prepare.workers=1",
+        ],
     )
     result = prepare(params, small, tmp_path / "slices")
     assert 8 < result.summary["nucleus_diameter_um"] < 20

@@ -20,8 +20,8 @@ class CalibrateParams(Section):
     cellprob
         Thresholds of the logit that are tried.
     iou
-        The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5 alone
-        counts nuclei.
+        The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
+        alone counts nuclei.
     volume_fractions
         Least volumes that are tried, as fractions of a typical nucleus.
     """

@@ -120,8 +120,8 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         draw_slices_sheet(folder, folder / "slices.png")
     say(
-        f"{summary['planes']['train']} training planes in {out}; nuclei measure {summary['nucleus_diameter_um']:.3g} um "
-        f"({summary['diameter_px']:.3g} px on the planes)"
+        f"{summary['planes']['train']} training planes in {out}; nuclei measure "
+        f"{summary['nucleus_diameter_um']:.3g} um ({summary['diameter_px']:.3g} px on the planes)"
     )
     return PrepareResult(out, summary)
 
@@ -132,9 +132,7 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise InputError(f"{out} exists and is no slice data set; give another folder or remove it yourself")
 
 
-def _slice_all(
-    tasks: Sequence[tuple[str, EmbryoFrame]], params: Params, folder: Path
-) -> list[FrameSlices]:
+def _slice_all(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params, folder: Path) -> list[FrameSlices]:
     workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
     slice_one = partial(slice_frame, params=params, folder=folder)
     results: list[FrameSlices] = []
@@ -246,7 +244,9 @@ def _summarise(
         )
     diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
     quintiles = contrast_edges(contrasts)
-    digest = hashlib.md5("".join(record.file + record.md5 for record in records).encode(), usedforsecurity=False)
+    digest = hashlib.md5(
+        "".join(record.file + record.md5 for record in records).encode(), usedforsecurity=False
+    )
     chosen = params_as_dict(params)
     # the number of processes changes nothing that is written
     del chosen["prepare"]["workers"]
