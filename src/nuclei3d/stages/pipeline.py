@@ -182,7 +182,7 @@ def _do_stages(
     if params.tracking.enabled:
         entries["register"] = ledger.do(
             "register",
-            {"tracking": tree["tracking"], "predict": tree["predict"]},
+            {"tracking": tree["tracking"], "predict": _decisive(tree["predict"])},
             [folders.model, metrics],
             [],
             lambda: register(params, folders.model, metrics).as_json(),

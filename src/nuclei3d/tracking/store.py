@@ -124,7 +124,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def show_as_training(client: MlflowClient, experiment: str) -> None:
-    """Have MLflow's UI open an experiment that we did not make with its runs, and not as one of chat models."""
+    """Have MLflow's UI open an experiment that we did not make with its runs, not as one of chat models."""
     if _KIND[0] not in client.get_experiment(experiment).tags:
         client.set_experiment_tag(experiment, *_KIND)
 
