@@ -115,6 +115,13 @@ def test_every_section_that_a_stage_uses_is_declared(stages: dict[str, Any], sta
             assert f"params.{section}." not in source, f"{file} uses params.{section}: declare it in {stage}"
 
 
+@pytest.mark.parametrize("stage", ENTRIES)
+def test_params_yaml_has_every_section_that_is_declared(stages: dict[str, Any], stage: str) -> None:
+    named = set(yaml.safe_load((PROJECT / "params.yaml").read_text()))
+    missing = set(stages[stage]["params"]) - named
+    assert missing == set(), "DVC wants these in params.yaml, if only as 'name: {}'"
+
+
 def test_a_parameter_of_the_training_reaches_only_train_and_what_follows(stages: dict[str, Any]) -> None:
     def concerned(name: str) -> set[str]:
         return {stage for stage, entry in stages.items() if name.partition(".")[0] in entry["params"]}
