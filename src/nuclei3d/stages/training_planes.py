@@ -108,8 +108,9 @@ def _info(row: dict[str, str]) -> PlaneInfo:
 def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> PlaneSet:
     """Load the planes of ``train``, ``validation`` or ``test``.
 
-    The packed copy of prepare is used if it is that of these planes: read into memory if it takes less than
-    the limit, else plane by plane as they are drawn. Without one the TIFF files are read, into memory.
+    The packed copy of prepare is used if it is that of these planes: a plane is read when it is first drawn,
+    and kept in memory if all of them take less than the limit. Without a packed copy the TIFF files are read
+    at once, into memory.
 
     Raises
     ------
@@ -171,32 +172,30 @@ def _open_pack(
     places = np.concatenate([[0], np.cumsum([6 * info.pixels for info in infos], dtype=np.int64)])
     if size != places[-1] or len(step) != len(infos):
         return None
-    if size < memory_limit_gb * 1e9:
-        everything = path.read_bytes()
+    # reading, not mapping: what the system caches then does not count as this process' memory
+    file = path.open("rb", buffering=0)
+    kept: list[PlaneArrays | None] | None = [None] * len(infos) if size < memory_limit_gb * 1e9 else None
 
-        def read(plane: int) -> PlaneArrays:
-            return _split_plane(everything, int(places[plane]), infos[plane])
-
-    else:
-        # reading, not mapping: what the system caches then does not count as this process' memory
-        file = path.open("rb", buffering=0)
-
-        def read(plane: int) -> PlaneArrays:
-            first = int(places[plane])
-            return _split_plane(
-                os.pread(file.fileno(), int(places[plane + 1]) - first, first), 0, infos[plane]
-            )
+    def read(plane: int) -> PlaneArrays:
+        if kept is not None and (known := kept[plane]) is not None:
+            return known
+        first = int(places[plane])
+        data = os.pread(file.fileno(), int(places[plane + 1]) - first, first)
+        arrays = _split_plane(data, infos[plane])
+        if kept is not None:
+            kept[plane] = arrays
+        return arrays
 
     return PlaneSet(infos, step, offset, read)
 
 
-def _split_plane(data: bytes, first: int, info: PlaneInfo) -> PlaneArrays:
+def _split_plane(data: bytes, info: PlaneInfo) -> PlaneArrays:
     shape, count = (info.height, info.width), info.pixels
-    pixels, labels = (
-        np.frombuffer(data, np.uint16, count, first + 2 * count * number).reshape(shape) for number in (0, 1)
+    return PlaneArrays(
+        np.frombuffer(data, np.uint16, count).reshape(shape),
+        np.frombuffer(data, np.uint16, count, 2 * count).reshape(shape),
+        np.frombuffer(data, np.int8, 2 * count, 4 * count).reshape(*shape, 2),
     )
-    flows = np.frombuffer(data, np.int8, 2 * count, first + 4 * count).reshape(*shape, 2)
-    return PlaneArrays(pixels, labels, flows)
 
 
 def _read_tiffs(folder: Path, infos: tuple[PlaneInfo, ...]) -> PlaneSet:
