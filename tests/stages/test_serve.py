@@ -23,6 +23,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.models.folder import save_model
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.serving.client import RemoteModel
+from nuclei3d.stages.predict import predict
 from nuclei3d.stages.serve import serve
 from nuclei3d.tracking.packaging import log_served_model, request_example
 from nuclei3d.tracking.runs import stage_run
@@ -111,6 +112,12 @@ def test_the_service_ends_well_when_told_to(model: Path, tmp_path: Path) -> None
         )
         np.testing.assert_array_equal(found.labels, expected_labels(model))
         assert told["model"] == {"name": "nuclei_3d"}
+        # And the client writes the very files that local prediction writes.
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        predict(Params(), [file], str(model), local)
+        predict(Params(), [file], f"http://127.0.0.1:{port}", remote)
+        for name in ("example_masks.ome.tif", "example_nuclei.csv"):
+            assert (remote / name).read_bytes() == (local / name).read_bytes()
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
         assert log.splitlines()[-1] == b"stopped"
