@@ -1,0 +1,79 @@
+"""Each entry point of MLproject gives a command line that exists, whatever values its parameters have."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import nuclei3d
+from nuclei3d.cli import app
+
+PROJECT = Path(nuclei3d.__file__).parents[2]
+ENTRIES: dict[str, Any] = yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"]
+
+
+def command_line(entry: str, folder: Path, **given: str) -> list[str]:
+    """What the shell command of an entry point would call, found by a stand-in for python."""
+    stand_in = folder / "python"
+    code = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    stand_in.write_text(f'#!/bin/sh\nexec {sys.executable} -S -c {shlex.quote(code)} "$@"\n')
+    stand_in.chmod(0o755)
+    defaults = {name: str(spec["default"]) for name, spec in ENTRIES[entry]["parameters"].items()}
+    # As mlflow.projects does it: values are quoted, then put into the text.
+    values = {name: shlex.quote(value) for name, value in (defaults | given).items()}
+    command = ENTRIES[entry]["command"].format(**values)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, check=True
+    )
+    arguments: list[str] = yaml.safe_load(done.stdout)
+    assert arguments[:2] == ["-m", "nuclei3d"]
+    return arguments[2:]
+
+
+def check(arguments: list[str]) -> None:
+    """Have the command line parse its arguments; it exits where it does not know one."""
+    group = typer.main.get_command(app)
+    with group.make_context("nuclei3d", list(arguments)) as context:
+        _, subcommand, rest = group.resolve_command(context, list(arguments))
+        subcommand.make_context(arguments[0], list(rest), parent=context)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_point_runs_with_its_defaults(entry: str, tmp_path: Path) -> None:
+    arguments = command_line(entry, tmp_path)
+    assert arguments[0] == {"main": "run"}.get(entry, entry)
+    assert "" not in arguments
+    assert "--set" not in arguments
+    check(arguments)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_parameter_reaches_the_command_line(entry: str, tmp_path: Path) -> None:
+    # Values that are legal in every place: numbers, and for the overrides, an override.
+    given = {name: str(11 + number) for number, name in enumerate(ENTRIES[entry]["parameters"])}
+    given["set"] = "train.epochs=7"
+    arguments = command_line(entry, tmp_path, **given)
+    for name, value in given.items():
+        if name in ("force", "apply"):
+            assert f"--{name}" in arguments
+        else:
+            assert any(value in argument for argument in arguments), name
+    check(arguments)
+
+
+def test_overrides_may_hold_lists_and_several_of_them(tmp_path: Path) -> None:
+    arguments = command_line("main", tmp_path, set="data.voxel_size_um=[2.0,0.35,0.35] predict.mode=stitch")
+    assert arguments[-4:] == ["--set", "data.voxel_size_um=[2.0,0.35,0.35]", "--set", "predict.mode=stitch"]
+
+
+def test_the_shell_takes_values_as_they_are(tmp_path: Path) -> None:
+    arguments = command_line("main", tmp_path, data="my data; touch x", out="$HOME/*")
+    assert arguments[arguments.index("--data") + 1] == "my data; touch x"
+    assert arguments[arguments.index("--out") + 1] == "$HOME/*"
