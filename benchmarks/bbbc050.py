@@ -24,7 +24,6 @@ import tifffile
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.console import say
-from nuclei3d.core.watershed import otsu_watershed
 from nuclei3d.models.folder import load_model
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
@@ -33,15 +32,18 @@ from nuclei3d.stages.train import train
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.writing import write_labels
 
+OURS = "nuclei3d"
+STOCK = "stock Cellpose 3.1.1.3, do_3D"
+# column of the table: name of the figure in metrics.json
 COLUMNS = {
-    "SEG": lambda m: m["seg"],
-    "MUCov": lambda m: m["mucov"],
-    "foreground IoU": lambda m: m["foreground_iou"],
-    "AP .5": lambda m: m["ap"]["0.50"],
-    "AP .75": lambda m: m["ap"]["0.75"],
-    "precision": lambda m: m["precision"],
-    "recall, faintest fifth": lambda m: m["recall_faint"],
-    "recall, brightest fifth": lambda m: m["recall_bright"],
+    "SEG": "seg",
+    "MUCov": "mucov",
+    "foreground IoU": "foreground_iou",
+    "AP .5": "ap_0.50",
+    "AP .75": "ap_0.75",
+    "precision": "precision",
+    "recall": "recall",
+    "recall, faintest fifth": "recall_faint",
 }
 
 
@@ -113,16 +115,6 @@ def predict_stock(
         write_labels(target, masks.astype(np.uint32), volume.voxel_size)
 
 
-def predict_otsu(frames: list[EmbryoFrame], params: Params, diameter_um: float, out: Path) -> None:
-    """Segment with Otsu's threshold and a watershed of the distance transform."""
-    for frame in frames:
-        volume = read_labelled(frame, params.data)
-        labels = otsu_watershed(volume.image, volume.voxel_size, diameter_um)
-        target = out / frame.embryo / f"{frame.frame}_masks.ome.tif"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_labels(target, labels, volume.voxel_size)
-
-
 def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
     """Do every step that is not done yet and gather the table."""
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +135,6 @@ def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
                 params, [data / embryo / "images"], str(ours), out / "ours" / embryo
             ),
         )
-    once(out, "otsu", times, lambda: predict_otsu(test, params, diameter_um, out / "otsu"))
     once(out, "stock_train", times, lambda: train_stock(params, slices, out / "stock_model"))
     weights = out / "stock_model" / "models" / "stock"
     once(
@@ -152,23 +143,46 @@ def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
         times,
         lambda: predict_stock(weights, test, params, diameter_um, out / "stock"),
     )
-    rows = {}
-    for method in ("ours", "stock", "otsu"):
-        folder = out / f"evaluation_{method}"
-        truth, images = out / "truth" / "labels", out / "truth" / "images"
-        once(out, "truth", times, lambda truth=truth, images=images: gather_truth(test, truth, images))
-        evaluate(params, truth, out / method, folder, images=images)
-        rows[method] = json.loads((folder / "metrics.json").read_text())
+    truth, images = out / "truth" / "labels", out / "truth" / "images"
+    once(out, "truth", times, lambda: gather_truth(test, truth, images))
+    evaluate(
+        params,
+        truth,
+        out / "ours",
+        out / "evaluation",
+        images=images,
+        baselines={STOCK: out / "stock"},
+        summary=slices,
+        history=ours / "history.csv",
+        method=OURS,
+    )
+    metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
     info = load_model(ours).info
+    methods = {OURS: metrics, **metrics["baselines"]}
     return {
         "test": sorted({frame.embryo for frame in test}),
         "volumes": len(test),
-        "nuclei": rows["ours"]["n_true"],
+        "nuclei": metrics["n_true"],
         "thresholds": {"cellprob": info.cellprob_threshold, "score": info.score_threshold},
         "seconds": times,
-        "metrics": {method: {name: pick(m) for name, pick in COLUMNS.items()} for method, m in rows.items()},
-        "recall_by_contrast": {method: m["recall_by_contrast"] for method, m in rows.items()},
+        "metrics": {
+            method: {name: describe(values, key) for name, key in COLUMNS.items()}
+            for method, values in methods.items()
+        },
+        "recall_by_contrast": {
+            method: [bin_["recall"] for bin_ in values["recall_by_contrast"]]
+            for method, values in methods.items()
+        },
     }
+
+
+def describe(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    """Give a figure and its 95 % interval."""
+    if name == "recall_faint":
+        return {"value": metrics[name], "interval": metrics["recall_by_contrast"][0]["interval"]}
+    section, _, threshold = name.partition("_")
+    value = metrics["ap"][threshold] if section == "ap" else metrics[name]
+    return {"value": value, "interval": metrics["intervals"][name]}
 
 
 def gather_truth(frames: list[EmbryoFrame], labels: Path, images: Path) -> None:
@@ -182,11 +196,14 @@ def gather_truth(frames: list[EmbryoFrame], labels: Path, images: Path) -> None:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """Draw the table of the README."""
-    names = {"ours": "nuclei3d", "stock": "stock Cellpose 3.1.1.3, do_3D", "otsu": "Otsu + watershed"}
+    """Draw the table of the README: figures with 95 % intervals."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, values in result["metrics"].items():
-        lines.append(f"| {names[method]} | " + " | ".join(f"{values[c]:.3f}" for c in COLUMNS) + " |")
+        cells = []
+        for figure in values.values():
+            low, high = figure["interval"]
+            cells.append(f"{figure['value']:.3f} ({low:.2f}-{high:.2f})")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
