@@ -51,7 +51,7 @@ def toy_training(job: TrialJob, on_epoch: Callable[[Any], None]) -> float:
     """Stand in for a training: the loss falls with the epochs to a floor that the parameters set."""
     chosen = job.params.train
     floor = 0.2 + (log10(chosen.learning_rate) + 3) ** 2 + 0.1 * abs(log10(chosen.weight_decay) + 4)
-    epoch_s = float(os.environ.get("TOY_EPOCH_S", "0.02"))
+    epoch_s = float(os.environ.get("TOY_EPOCH_S", "0.1"))
     for epoch in range(1, chosen.epochs + 1):
         time.sleep(epoch_s)
         on_epoch(ToyReport(epoch, floor + 1 / epoch))
@@ -83,6 +83,19 @@ def run_child(folder: Path, options: argparse.Namespace) -> None:
         workers=options.workers,
         objective=toy_training,
     )
+
+
+def dies_in_time(process: subprocess.Popen[bytes], log: Path, draw: random.Random, longest: float) -> bool:
+    """Wait a random time, mostly from when trials run, else from the very start; tell if it ended."""
+    deadline = time.monotonic() + draw.uniform(0, longest)
+    if draw.random() < 2 / 3:
+        size = log.stat().st_size
+        while process.poll() is None and log.stat().st_size == size:
+            time.sleep(0.05)
+        deadline = time.monotonic() + draw.uniform(0, longest / 4)
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    return process.poll() is not None
 
 
 def check(folder: Path, trials: int) -> dict[str, int]:
@@ -151,15 +164,14 @@ def main() -> None:
             while not ended:
                 process = start(folder, options)
                 may_kill = totals["kills"] < options.kills
-                try:
-                    process.wait(draw.uniform(0, options.longest) if may_kill else None)
-                    ended = process.returncode == 0
-                    if not ended:
-                        raise SystemExit((folder / "log.txt").read_text()[-4000:])
-                except subprocess.TimeoutExpired:
+                if may_kill and not dies_in_time(process, folder / "log.txt", draw, options.longest):
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     totals["kills"] += 1
+                elif process.wait() != 0:
+                    raise SystemExit((folder / "log.txt").read_text()[-4000:])
+                else:
+                    ended = True
             totals.update(check(folder, options.trials))
     wrong = ("miscounted", "wrong_runs", "extra_runs", "open_parents", "lost_trials", "changed_values")
     result = {**totals, "wrong": sum(totals[name] for name in wrong)}
