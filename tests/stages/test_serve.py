@@ -145,6 +145,8 @@ def test_mlflow_models_serve_answers_a_real_request(model: Path, tmp_path: Path)
     environment |= {
         "MLFLOW_TRACKING_URI": database,
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # What MLflow offers for settings of a served model: here the folder of files that may be named.
+        "SERVING_MODEL_CONFIG": json.dumps({"root": str(tmp_path / "root")}),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
     }
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/nuclei_3d@champion"]
@@ -165,6 +167,14 @@ def test_mlflow_models_serve_answers_a_real_request(model: Path, tmp_path: Path)
         np.testing.assert_array_equal(labels, expected_labels(model))
         assert answer["model"] == {"name": "nuclei_3d", "registered_name": "nuclei_3d", "version": "1"}
         assert answer["parameters"]["mode"] == "ortho"
+
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root" / "example.ome.tif").write_bytes(frame["volume"][0])
+        named = {"dataframe_records": [{"path": "example.ome.tif"}]}
+        response = requests.post(f"{url}/invocations", json=named, timeout=300)
+        assert response.json()["predictions"][0]["labels"] == answer["labels"]
+        named = {"dataframe_records": [{"path": "../mlflow.db"}]}
+        assert requests.post(f"{url}/invocations", json=named, timeout=60).status_code == 400
 
         bad = {"dataframe_records": [{"volume": base64.b64encode(b"no tiff").decode()}]}
         refused = requests.post(f"{url}/invocations", json=bad, timeout=60)

@@ -22,7 +22,8 @@ class ServeParams(Section):
     max_body_mb
         Largest body of a request.
     max_voxels
-        Largest volume, by what its header declares, before anything is read.
+        Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
+        of one such volume fits the memory.
     timeout_s
         Longest time from a request's arrival to its answer.
     shutdown_s
@@ -37,7 +38,7 @@ class ServeParams(Section):
     root: str | None = None
     queue: Annotated[int, Field(ge=0)] = 16
     max_body_mb: PositiveInt = 512
-    max_voxels: PositiveInt = 500_000_000
+    max_voxels: PositiveInt = 100_000_000
     timeout_s: Seconds = 1800.0
     shutdown_s: Seconds = 60.0
     token_variable: str = "NUCLEI3D_TOKEN"

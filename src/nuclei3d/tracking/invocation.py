@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VOLUME = "volume"
 PATH = "path"
-MAX_VOXELS = 500_000_000
+MAX_VOXELS = 100_000_000
 
 
 class RequestParams(BaseModel):

@@ -85,13 +85,13 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
     With SQLite its artifacts lie beside the database, in mlartifacts/<experiment>, at an absolute path:
     MLflow's own default would depend on the directory from which the first run was started.
     """
-    from mlflow.entities import ViewType
+    from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
-        if experiment.lifecycle_stage == ViewType.to_string(ViewType.DELETED_ONLY).removesuffix("_only"):
+        if experiment.lifecycle_stage == LifecycleStage.DELETED:
             client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
     location = None
