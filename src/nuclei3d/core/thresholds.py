@@ -96,7 +96,14 @@ def choose_thresholds(
     Returns
     -------
     Thresholds
-        Among equals the threshold nearest to the defaults.
+        The logit threshold and least volume with the best average precision, among equals those nearest to
+        the defaults; of the scores the lowest whose average precision is within one standard error of the
+        best.
+
+    Notes
+    -----
+    The rule of one standard error (Breiman et al. 1984) is for the score alone: a few dozen nuclei of one
+    embryo hardly tell a threshold from the next, and too high a one costs the faint nuclei of other embryos.
     """
     default = settings.masks.cellprob_threshold
     typical_um3 = float(np.pi / 6 * settings.nucleus_diameter_um**3)
@@ -112,7 +119,18 @@ def choose_thresholds(
                 ap = found.ap(ious, score, fraction * typical_um3)
                 if best is None or ap > best.ap + 1e-9:
                     best = Thresholds(threshold, score, fraction * typical_um3, ap, ap_default)
+                    candidates = found
     assert best is not None
+    return _lowest_score(best, candidates, ious)
+
+
+def _lowest_score(best: Thresholds, found: _Candidates, ious: Sequence[float]) -> Thresholds:
+    """Lower the score threshold as far as the standard error of the average precision allows."""
+    error = float(np.sqrt(best.ap * (1 - best.ap) / max(found.n_true, 1)))
+    for score in _scores_to_try(found):
+        ap = found.ap(ious, score, best.min_volume_um3)
+        if ap >= best.ap - error:
+            return replace(best, score=float(score), ap=ap)
     return best
 
 
