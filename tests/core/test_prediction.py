@@ -158,3 +158,27 @@ def test_impossible_scales_and_modes_are_explained(shape, diameter_um, mode, mes
             SegmentationSettings(mode=mode, diameter_px=10, nucleus_diameter_um=diameter_um),
             CPU,
         )
+
+
+def test_mode_cellpose_is_stock_cellpose_with_the_same_weights():
+    """Compared with a model that Cellpose made by itself, all else at its defaults."""
+    from cellpose.models import CellposeModel
+
+    truth = ball_labels((20, 40, 44), np.array([(10, 12, 12), (10, 28, 30.0)]), np.array([7.0, 8]), (1, 1, 1))
+    image = (100 + 500 * (truth > 0)).astype(np.uint16)
+    network = new_network(15.0, seed=0)
+    settings = SegmentationSettings(
+        mode="cellpose", diameter_px=15, nucleus_diameter_um=15, lower_percentile=1, upper_percentile=99
+    )
+    # An untrained network's logit is about 0 everywhere: take half of the voxels as foreground.
+    stock = CellposeModel(gpu=False, pretrained_model=False, diam_mean=15.0)
+    stock.net.load_state_dict(network.state_dict())
+    stock.net_ortho = None
+    options = {"channels": [0, 0], "z_axis": 0, "do_3D": True, "diameter": 15.0, "anisotropy": 1.0}
+    _, flows, _ = stock.eval(image, compute_masks=False, **options)
+    threshold = float(np.median(flows[2]))
+    expected, _, _ = stock.eval(image, cellprob_threshold=threshold, **options)
+    masks = replace(settings.masks, cellprob_threshold=threshold / 3)
+    result = segment_volume(image, VoxelSize(1, 1, 1), network, replace(settings, masks=masks), CPU)
+    np.testing.assert_array_equal(result.labels, expected)
+    assert all(np.isnan(nucleus.score) for nucleus in result.nuclei)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +65,8 @@ class MaskSettings:
 
 
 def masks_from_flows(
-    flow: NDArray[np.float32],
-    logit: NDArray[np.float32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
     voxel_size: VoxelSize,
     nucleus_diameter_um: float,
     settings: MaskSettings,
@@ -76,9 +77,9 @@ def masks_from_flows(
 
     Parameters
     ----------
-    flow : float array, shape (3, Z, Y, X)
+    flow : float16 or float32 array, shape (3, Z, Y, X)
         Direction to the nucleus' centre (z, y, x) in physical space, length about 1.
-    logit : float array, shape (Z, Y, X)
+    logit : float16 or float32 array, shape (Z, Y, X)
         Logit of being inside a nucleus.
     voxel_size : VoxelSize
         Edges in um of a voxel of this grid, isotropic or not.
@@ -107,8 +108,6 @@ def masks_from_flows(
         )
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
-    flow = np.ascontiguousarray(flow, dtype=np.float32)
-    logit = np.ascontiguousarray(logit, dtype=np.float32)
     labels = _sink_of_each_voxel(flow, logit, voxel_size, nucleus_diameter_um, settings, threads)
     typical_um3 = np.pi / 6 * nucleus_diameter_um**3
     min_um3 = max(settings.min_volume_um3, settings.min_volume_fraction * typical_um3)
@@ -120,8 +119,8 @@ def masks_from_flows(
 
 
 def masks_2d_from_flows(
-    flow: NDArray[np.float32],
-    logit: NDArray[np.float32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
     diameter_px: float,
     settings: MaskSettings,
 ) -> NDArray[np.uint32]:
@@ -165,8 +164,8 @@ def masks_2d_from_flows(
 
 
 def _sink_of_each_voxel(
-    flow: NDArray[np.float32],
-    logit: NDArray[np.float32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
     voxel_size: VoxelSize,
     diameter_um: float,
     settings: MaskSettings,
@@ -187,7 +186,11 @@ def _sink_of_each_voxel(
     bin_edges = np.array(grid.edges_um, np.float32)
 
     def pack(start: int, stop: int) -> int:
-        return int(pack_flow(flow, logit, settings.cellprob_threshold, packed, start, stop))
+        # Slab by slab: numba knows no half precision, and the whole in single would take twice the memory.
+        slab = np.ascontiguousarray(flow[:, start:stop], dtype=np.float32)
+        slab_logit = np.ascontiguousarray(logit[start:stop], dtype=np.float32)
+        threshold = settings.cellprob_threshold
+        return int(pack_flow(slab, slab_logit, threshold, packed[start:stop], 0, stop - start))
 
     def run(start: int, stop: int) -> int:
         return int(
@@ -201,14 +204,15 @@ def _sink_of_each_voxel(
             ends[:] = 0
             return ends
         list(pool.map(run, slabs[:-1], slabs[1:]))
+    del packed  # the largest array of all, and no longer needed
     group_sinks(ends, grid, settings.sink_radius * diameter_um)
     return ends
 
 
 def _finish(
     labels: NDArray[np.uint32],
-    flow: NDArray[np.float32],
-    logit: NDArray[np.float32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
     voxel_size: VoxelSize,
     bounds: tuple[float, float],
     settings: MaskSettings,

@@ -7,6 +7,8 @@ and a hole belongs to a label only if nothing else touches it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -97,52 +99,49 @@ def _fill_holes(labels: NDArray[np.uint32], chosen: NDArray[np.int64], boxes: ND
 
 @njit(cache=True, nogil=True)
 def _score(
-    labels: NDArray[np.uint32],
-    chosen: NDArray[np.int64],
-    boxes: NDArray[np.int32],
+    crop: NDArray[np.uint32],
+    label: int,
     edges: NDArray[np.float64],
     flow: NDArray[np.float32],
     logit: NDArray[np.float32],
-    scores: NDArray[np.float32],
-) -> None:
-    for label in chosen:
-        z0, z1, y0, y1, x0, x1 = boxes[label]
-        crop = labels[z0 : z1 + 1, y0 : y1 + 1, x0 : x1 + 1].copy()
-        own = np.zeros((3, crop.shape[0], crop.shape[1], crop.shape[2]), np.float32)
-        box = np.array([0, z1 - z0, 0, y1 - y0, 0, x1 - x0], np.int32)
-        nucleus_flows_3d(crop, label, box, edges, 0.01, own)
-        seen = np.zeros(3, np.bool_)
-        for z in range(crop.shape[0]):
-            for y in range(crop.shape[1]):
-                for x in range(crop.shape[2]):
-                    if crop[z, y, x] == label:
-                        for axis in range(3):
-                            if flow[axis, z + z0, y + y0, x + x0] != 0.0:
-                                seen[axis] = True
-        probability = 0.0
-        error = 0.0
-        count = 0
-        for z in range(crop.shape[0]):
-            for y in range(crop.shape[1]):
-                for x in range(crop.shape[2]):
-                    if crop[z, y, x] != label:
-                        continue
-                    count += 1
-                    probability += 1.0 / (1.0 + np.exp(-logit[z + z0, y + y0, x + x0]))
-                    length = 0.0
+) -> float:
+    """Score one label from its box: labels, flow and logit cut to it."""
+    depth, height, width = crop.shape
+    own = np.zeros((3, depth, height, width), np.float32)
+    box = np.array([0, depth - 1, 0, height - 1, 0, width - 1], np.int32)
+    nucleus_flows_3d(crop, label, box, edges, 0.01, own)
+    seen = np.zeros(3, np.bool_)
+    for z in range(depth):
+        for y in range(height):
+            for x in range(width):
+                if crop[z, y, x] == label:
                     for axis in range(3):
-                        if seen[axis]:
-                            length += own[axis, z, y, x] ** 2
-                    length = np.sqrt(length)
-                    for axis in range(3):
-                        if seen[axis]:
-                            expected = own[axis, z, y, x] / length if length > 0.0 else 0.0
-                            error += (expected - flow[axis, z + z0, y + y0, x + x0]) ** 2
-        if not seen.any():
-            error = count
-        consistency = max(0.0, 1.0 - error / count)
-        # Not finite where a hole was filled over a voxel without a valid flow.
-        scores[label] = probability / count * consistency if np.isfinite(probability + error) else 0.0
+                        if flow[axis, z, y, x] != 0.0:
+                            seen[axis] = True
+    probability = 0.0
+    error = 0.0
+    count = 0
+    for z in range(depth):
+        for y in range(height):
+            for x in range(width):
+                if crop[z, y, x] != label:
+                    continue
+                count += 1
+                probability += 1.0 / (1.0 + np.exp(-logit[z, y, x]))
+                length = 0.0
+                for axis in range(3):
+                    if seen[axis]:
+                        length += own[axis, z, y, x] ** 2
+                length = np.sqrt(length)
+                for axis in range(3):
+                    if seen[axis]:
+                        expected = own[axis, z, y, x] / length if length > 0.0 else 0.0
+                        error += (expected - flow[axis, z, y, x]) ** 2
+    if not seen.any():
+        error = count
+    consistency = max(0.0, 1.0 - error / count)
+    # Not finite where a hole was filled over a voxel without a valid flow.
+    return probability / count * consistency if np.isfinite(probability + error) else 0.0
 
 
 @njit(cache=True, nogil=True)
@@ -207,12 +206,12 @@ def clean_labels(
 def score_labels(
     labels: NDArray[np.uint32],
     where: LabelBoxes,
-    flow: NDArray[np.float32],
-    logit: NDArray[np.float32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
     voxel_size: VoxelSize,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """Score every label: mean probability times consistency of the flow.
+    """Score every label: mean probability times consistency of the flow (float16 or float32).
 
     The consistency is 1 - e, not below 0, with e Cellpose's flow error in 3D: the mean over the nucleus of
     the squared difference between the given flow and the one computed from the mask alone. It is 1 for a
@@ -228,7 +227,13 @@ def score_labels(
     edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
 
     def work(chosen: NDArray[np.int64]) -> None:
-        _score(labels, chosen, where.boxes, edges, flow, logit, scores)
+        for label in chosen:
+            z0, z1, y0, y1, x0, x1 = (int(index) for index in where.boxes[label])
+            box = (slice(z0, z1 + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
+            # Copies of the box: numba knows no half precision, and the whole in single would be large.
+            own_flow = np.array(flow[:, *box], dtype=np.float32)
+            own_logit = np.array(logit[box], dtype=np.float32)
+            scores[label] = _score(labels[box].copy(), label, edges, own_flow, own_logit)
 
     share_labels(work, where.present, where.voxels, threads)
     return scores

@@ -104,15 +104,15 @@ class FlowField:
     Attributes
     ----------
     flow
-        float32 (3, z, y, x), components (z, y, x), about unit vectors in physical space.
+        float16 or float32 (3, z, y, x), components (z, y, x), about unit vectors in physical space.
     logit
-        float32 (z, y, x), mean over the views.
+        float16 or float32 (z, y, x), mean over the views.
     voxel_size
         Of the view grid.
     """
 
-    flow: NDArray[np.float32]
-    logit: NDArray[np.float32]
+    flow: NDArray[np.floating[Any]]
+    logit: NDArray[np.floating[Any]]
     voxel_size: VoxelSize
 
 
@@ -307,6 +307,8 @@ def predict_flows(
     finally:
         for each, training in modes:
             each.train(training)
+    flow: NDArray[np.floating[Any]]
+    logit: NDArray[np.floating[Any]]
     if fused is not None:
         flow, logit = fused.flow, fused.logit
     else:

@@ -32,6 +32,8 @@ def stock_model(network: nn.Module, device: torch.device) -> CellposeModel:
     )
     model.net.load_state_dict(state)
     model.net.eval()
+    # Cellpose sets this only where it loads a file.
+    model.net_ortho = None
     return model
 
 

@@ -182,8 +182,8 @@ def _interpolate(before: PlanePrediction | None, after: PlanePrediction, index: 
 class FlowAccumulator:
     """Sums up the mean of the views plane by plane, without holding any view.
 
-    Equal to `nuclei3d.core.fusion.fuse_views` with method ``mean`` (a test holds that), at a third of
-    the memory.
+    Equal to `nuclei3d.core.fusion.fuse_views` with method ``mean`` (a test holds that), in half precision: a
+    quarter of the memory.
 
     Parameters
     ----------
@@ -194,8 +194,8 @@ class FlowAccumulator:
     """
 
     def __init__(self, shape: tuple[int, int, int], views: Sequence[View]) -> None:
-        self.flow = np.zeros((3, *shape), np.float32)
-        self.logit = np.zeros(shape, np.float32)
+        self.flow = np.zeros((3, *shape), np.float16)
+        self.logit = np.zeros(shape, np.float16)
         seen = [sum(component in VIEW_AXES[view] for view in views) for component in range(3)]
         self._flow_weights = [np.float32(1 / times) if times else np.float32(0) for times in seen]
         self._logit_weight = np.float32(1 / len(views))

@@ -1,0 +1,284 @@
+"""Whole prediction beside stock Cellpose 3: same weights, same volume, same machine.
+
+    python benchmarks/prediction.py [--model models/nuclei_3d] [--repeats 3] [--peer-repeats 1] [--json]
+
+Two volumes of 96 x 256 x 256 cubic voxels at the network's scale: nuclei in an ellipsoid that fills 40 % of
+it (an embryo), and nuclei everywhere. Stock is `CellposeModel.eval(do_3D=True)` with its defaults. Peak
+memory is measured at 30 Mvox in processes of their own, with three small filters in place of CPnet on both sides for
+all but the first batches, because stock would take most of an hour. Without a model, a network is
+trained for a minute or two on planes of another such volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import nn
+
+from nuclei3d.console import emit_json, say
+from nuclei3d.core.flow_targets import flows_2d
+from nuclei3d.core.matching import average_precision, overlap_table
+from nuclei3d.core.networks import choose_device, choose_precision, new_network
+from nuclei3d.core.plane_network import PlaneNetwork
+from nuclei3d.core.prediction import SegmentationSettings, segment_volume
+from nuclei3d.core.stock import segment_with_cellpose
+from nuclei3d.models.folder import load_model
+from nuclei3d.volumes.voxel_size import VoxelSize
+from shapes import Ellipsoid, draw_labels
+from timing import Timing, measure
+
+CUBIC = VoxelSize(1, 1, 1)
+SHAPE = (96, 256, 256)
+MEMORY_SHAPE = (120, 500, 500)
+EMBRYO_SHARE = 0.4
+BARS = {"speedup_embryo": 4.0, "speedup_full": 2.0, "network_share": 0.85}
+MEMORY_BAR = 1 / 3
+
+Volume = tuple[NDArray[np.uint16], NDArray[np.uint32]]
+
+
+def draw_volume(
+    shape: tuple[int, int, int], diameter: float, share: float, rng: np.random.Generator
+) -> Volume:
+    """Draw nuclei, touching or nearly, in an ellipsoid that fills a share of the volume (1: everywhere)."""
+    spacing = 1.08 * diameter
+    axes = [np.arange(0.6 * spacing, size - 0.4 * spacing, spacing) for size in shape]
+    centres = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    centres += rng.uniform(-0.12, 0.12, centres.shape) * diameter
+    if share < 1:
+        middle = np.array(shape) / 2
+        # An ellipsoid that touches all faces fills pi / 6.
+        scale = (share / (np.pi / 6)) ** (1 / 3)
+        reach = scale * middle - diameter / 2
+        centres = centres[(((centres - middle) / reach) ** 2).sum(1) < 1]
+    bodies = []
+    for centre in centres:
+        rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        semi_axes = diameter / 2 * rng.uniform(0.85, 1.15) * rng.uniform(0.9, 1.1, 3)
+        bodies.append(Ellipsoid(centre, semi_axes, rotation))
+    labels = draw_labels(bodies, tuple(map(float, shape)), CUBIC)
+    brightness = np.append(0, rng.uniform(0.5, 1.2, int(labels.max())))[labels]
+    light = ndimage.gaussian_filter(brightness.astype(np.float32), (diameter / 9, 0.8, 0.8))
+    image = rng.poisson(100 + 300 * light) + rng.normal(0, 3, shape)
+    return np.clip(image, 0, None).astype(np.uint16), labels
+
+
+def train_briefly(diameter: float, steps: int, seed: int) -> nn.Module:
+    """Train a network on planes of a volume of its own, enough to find such nuclei."""
+    rng = np.random.default_rng(seed)
+    image, labels = draw_volume((64, 160, 160), diameter, 1.0, rng)
+    low, high = np.percentile(image, (1, 99.8))
+    planes = ((image - low) / (high - low)).astype(np.float32)
+    network = new_network(diameter, seed).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        batch, targets = [], []
+        for _ in range(6):
+            axis = int(rng.integers(3))
+            index = int(rng.integers(labels.shape[axis]))
+            plane, truth = planes.take(index, axis), labels.take(index, axis)
+            y, x = (int(rng.integers(size - 64 + 1)) for size in plane.shape)
+            box = (slice(y, y + 64), slice(x, x + 64))
+            batch.append(np.stack([plane[box], 0 * plane[box]]))
+            inside = (truth > 0)[box].astype(np.float32)
+            targets.append(np.concatenate([5 * flows_2d(truth)[:, box[0], box[1]], inside[None]]))
+        wanted = torch.from_numpy(np.stack(targets))
+        output = network(torch.from_numpy(np.stack(batch)).contiguous(memory_format=torch.channels_last))[0]
+        loss = nn.functional.mse_loss(output[:, :2], wanted[:, :2]) / 2
+        loss = loss + nn.functional.binary_cross_entropy_with_logits(output[:, 2], wanted[:, 2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+class Filters(nn.Module):
+    """Three filters in the place of a network: flow up the blurred brightness, logit by brightness.
+
+    The first batches go through CPnet as well, so that its share of the memory is there.
+    """
+
+    def __init__(self, diameter: float) -> None:
+        super().__init__()
+        reach = int(diameter / 2)
+        position = torch.arange(-reach, reach + 1).float()
+        bell = torch.exp(-(position**2) / (2 * (diameter / 4) ** 2))
+        blur = bell[:, None] * bell
+        kernels = torch.stack([blur * position[:, None], blur * position, blur / blur.sum()])
+        self.weight = nn.Parameter(kernels[:, None], requires_grad=False)
+        self.diam_mean = nn.Parameter(torch.tensor([diameter]), requires_grad=False)
+        self.real = new_network(diameter, 0)
+        self.real_batches = 3
+        self.mkldnn = False
+        self.nout = 3
+        self.device = torch.device("cpu")
+
+    def forward(self, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give flow and logit, and a style as CPnet does."""
+        if self.real_batches > 0:
+            self.real_batches -= 1
+            self.real(stack)
+        output = nn.functional.conv2d(stack[:, :1].float(), self.weight, padding="same")
+        length = output[:, :2].square().sum(1, keepdim=True).sqrt() + 1e-6
+        flow = 5 * output[:, :2] / length
+        logit = 10 * (output[:, 2:] - 0.35)
+        return torch.cat([flow, logit], 1), torch.zeros(len(stack), 256)
+
+
+def memory_of(which: str, diameter: float) -> float:
+    """Peak memory in MB of one prediction at 30 Mvox with the filters, above that of the loaded program."""
+    rng = np.random.default_rng(0)
+    image, _ = draw_volume((40, 250, 250), diameter, 1.0, rng)
+    image = np.tile(image, [size // part for size, part in zip(MEMORY_SHAPE, image.shape, strict=True)])
+    settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
+    network, device = Filters(diameter), torch.device("cpu")
+    warm = image[:20, :64, :64]
+
+    def run(volume: NDArray[np.uint16]) -> int:
+        if which == "ours":
+            return len(segment_volume(volume, CUBIC, network, settings, device).nuclei)
+        from cellpose.models import CellposeModel
+
+        model = CellposeModel(gpu=False, pretrained_model=False, diam_mean=diameter)
+        model.net, model.net_ortho = network, None
+        masks, _, _ = model.eval(
+            volume, channels=[0, 0], z_axis=0, do_3D=True, diameter=diameter, anisotropy=1.0
+        )
+        return int(masks.max())
+
+    run(warm)
+    network.real_batches = 3
+    timing, nuclei = measure(lambda: run(image), 1)
+    say(f"memory, {which}: {timing.peak_mb:.0f} MB for {image.size / 1e6:.0f} Mvox, {nuclei} nuclei")
+    return timing.peak_mb
+
+
+def compare_memory(diameter: float) -> dict[str, float]:
+    """Measure both sides in processes of their own."""
+    peaks = {}
+    for which in ("ours", "stock"):
+        command = [sys.executable, __file__, "--memory-of", which, "--diameter", str(diameter)]
+        run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        peaks[which] = float(json.loads(run.stdout.splitlines()[-1])["peak_mb"])
+    return peaks
+
+
+def flops_per_pixel(network: nn.Module) -> float:
+    """Floating point operations of a forward pass per pixel."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.cpu()(torch.zeros(1, 2, 128, 128))
+    return counter.get_total_flops() / 128**2
+
+
+def compare(
+    name: str,
+    volume: Volume,
+    network: nn.Module,
+    settings: SegmentationSettings,
+    device: torch.device,
+    repeats: tuple[int, int],
+    report: dict[str, Any],
+) -> None:
+    """Time ours and stock on one volume; note speed-up and average precision."""
+    image, truth = volume
+    segment_volume(image[:24, :64, :64], CUBIC, network, settings, device)
+    own, result = measure(lambda: segment_volume(image, CUBIC, network, settings, device), repeats[0])
+    share = result.seconds["network"] / result.seconds["total"]
+    say(f"{name}: ours {_tell(own)}, {100 * share:.0f} % inside the network")
+    peer, masks = measure(lambda: segment_with_cellpose(image, CUBIC, network, settings, device), repeats[1])
+    ap = {
+        "ours": average_precision(overlap_table(truth, result.labels), (0.5, 0.75)).tolist(),
+        "stock": average_precision(overlap_table(truth, masks), (0.5, 0.75)).tolist(),
+    }
+    report[f"speedup_{name}"] = round(peer.median / own.median, 2)
+    report[f"speedup_{name}_least"] = round(min(peer.seconds) / max(own.seconds), 2)
+    report[f"speedup_{name}_cpu"] = round(peer.cpu_median / own.cpu_median, 2)
+    report[name] = {
+        "nuclei": int(truth.max()),
+        "ours": {**own.as_json(), "steps_s": {k: round(v, 2) for k, v in result.seconds.items()}},
+        "stock": peer.as_json(),
+        "network_share": round(share, 3),
+        "ap_50_75": ap,
+    }
+    say(f"{name}: stock {_tell(peer)}: {report[f'speedup_{name}']:.1f} x as fast; AP .5, .75: {ap}")
+
+
+def _tell(timing: Timing) -> str:
+    return f"{timing.median:.1f} s ({timing.cpu_median:.1f} s of processor time)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; without, one is trained briefly")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-repeats", type=int, default=1)
+    parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
+    parser.add_argument("--scale", type=float, default=1.0, help="shrink the volumes, to try things out")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--steps", type=int, default=150, help="of the brief training")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--memory-of", choices=["ours", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        emit_json({"peak_mb": memory_of(arguments.memory_of, arguments.diameter)})
+        return
+    device = choose_device(arguments.device)
+    if arguments.model:
+        network = load_model(arguments.model).network
+    else:
+        say(f"no --model: training one for {arguments.steps} steps")
+        network = train_briefly(arguments.diameter, arguments.steps, 0)
+    with torch.no_grad():
+        network.diam_mean.fill_(arguments.diameter)
+    settings = SegmentationSettings(
+        diameter_px=arguments.diameter,
+        nucleus_diameter_um=arguments.diameter,
+        precision=arguments.precision,
+    )
+    shape = tuple(round(size * arguments.scale) for size in SHAPE)
+    report: dict[str, Any] = {
+        "voxels": int(np.prod(shape)),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "precision": str(choose_precision(arguments.precision, device)),
+    }
+    repeats = (arguments.repeats, arguments.peer_repeats)
+    for name, share in (("embryo", EMBRYO_SHARE), ("full", 1.0)):
+        volume = draw_volume(shape, arguments.diameter, share, np.random.default_rng(1))
+        compare(name, volume, network, settings, device, repeats, report)
+    report["network_share"] = min(report[name]["network_share"] for name in ("embryo", "full"))
+    if device.type == "cuda":
+        runner = PlaneNetwork(network, device, precision=choose_precision(arguments.precision, device))
+        planes = np.zeros((runner.planes_per_batch(256, 256), 256, 256), np.float32)
+        runner(planes)
+        timing, _ = measure(lambda: runner(planes), 5)
+        operations = flops_per_pixel(network) * planes.size
+        report["teraflops"] = round(operations / timing.median / 1e12, 1)
+    if arguments.memory:
+        peaks = compare_memory(arguments.diameter)
+        report["memory_mb"] = peaks
+        report["memory_ratio"] = round(peaks["ours"] / peaks["stock"], 3)
+    report["passed"] = all(report[key] >= bar for key, bar in BARS.items()) and (
+        report.get("memory_ratio", 0) <= MEMORY_BAR
+    )
+    if arguments.json:
+        emit_json(report)
+
+
+if __name__ == "__main__":
+    main()
