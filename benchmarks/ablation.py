@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
-from nuclei3d.core.assessment import assess_volume
-from nuclei3d.core.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.core.contrast import contrast_bin
 from nuclei3d.core.networks import choose_device
-from nuclei3d.core.prediction import segment_volume
+from nuclei3d.core.scoring.assessment import assess_volume
+from nuclei3d.core.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
+from nuclei3d.core.scoring.contrast import contrast_bin
+from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.models.folder import load_model
 from nuclei3d.models.settings import segmentation_settings
 from nuclei3d.stages.prepare import prepare

@@ -4,8 +4,8 @@
 
 Two volumes of 96 x 256 x 256 cubic voxels at the network's scale: nuclei in an ellipsoid that fills 40 % of
 it (an embryo), and nuclei everywhere. Stock is `CellposeModel.eval(do_3D=True)` with its defaults. Peak
-memory is measured at 30 Mvox in processes of their own, with three small filters in place of CPnet on both sides for
-all but the first batches, because stock would take most of an hour. Without a model, a network is
+memory is measured at 30 Mvox in processes of their own, with three small filters in place of CPnet on both
+sides for all but the first batches, because stock would take most of an hour. Without a model, a network is
 trained for a minute or two on planes of another such volume.
 """
 
@@ -25,12 +25,12 @@ from scipy import ndimage
 from torch import nn
 
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.flow_targets import flows_2d
-from nuclei3d.core.matching import average_precision, overlap_table
 from nuclei3d.core.networks import choose_device, choose_precision, new_network
-from nuclei3d.core.plane_network import PlaneNetwork
-from nuclei3d.core.prediction import SegmentationSettings, segment_volume
-from nuclei3d.core.stock import segment_with_cellpose
+from nuclei3d.core.scoring.matching import average_precision, overlap_table
+from nuclei3d.core.segmentation.plane_network import PlaneNetwork
+from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
+from nuclei3d.core.segmentation.stock import segment_with_cellpose
+from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.models.folder import load_model
 from nuclei3d.volumes.voxel_size import VoxelSize
 from shapes import Ellipsoid, draw_labels

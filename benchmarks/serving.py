@@ -149,7 +149,7 @@ class InProcess:
 
     def segment(self, image: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
         """Segment an array; the time counts neither reading nor writing."""
-        from nuclei3d.core.prediction import segment_volume
+        from nuclei3d.core.segmentation.prediction import segment_volume
         from nuclei3d.volumes.voxel_size import VoxelSize
 
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.masks import clean_labels
+from nuclei3d.core.segmentation.masks import clean_labels
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 

@@ -32,12 +32,12 @@ from cellpose.resnet_torch import CPnet
 from nuclei3d.config import Params, load_params
 from nuclei3d.config.train import TrainParams
 from nuclei3d.console import say
-from nuclei3d.core.batches import validation_batches
 from nuclei3d.core.networks import choose_device, new_network
-from nuclei3d.core.planes import PlaneSet
-from nuclei3d.core.training import train_network
-from nuclei3d.core.training_state import EpochReport
-from nuclei3d.core.validation import measure_contrasts, validate
+from nuclei3d.core.training.batches import validation_batches
+from nuclei3d.core.training.loop import train_network
+from nuclei3d.core.training.planes import PlaneSet
+from nuclei3d.core.training.state import EpochReport
+from nuclei3d.core.training.validation import measure_contrasts, validate
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.training_planes import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices

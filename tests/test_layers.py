@@ -62,6 +62,8 @@ def test_only_tracking_imports_mlflow(path: Path) -> None:
         assert not any(name.split(".")[0] == "mlflow" for name in imported_names(path))
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "core").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_core_touches_no_files(path: Path) -> None:
     assert not imported_names(path) & {"pathlib", "tifffile", "zarr", "shutil", "csv", "json"}

@@ -288,7 +288,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search for the training parameters that do best in 3D."""
-    from nuclei3d.stages.search import search
+    from nuclei3d.stages.search.study import search
 
     file = params or Path("params.yaml")
     result = search(

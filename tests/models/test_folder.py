@@ -10,7 +10,7 @@ import tifffile
 import torch
 
 from nuclei3d.core.networks import new_network
-from nuclei3d.core.plane_network import PlaneNetwork
+from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo

@@ -9,7 +9,7 @@ import pytest
 from imagecodecs import jpeg_decode
 from numpy.typing import NDArray
 
-from nuclei3d.core.assessment import assess_volume
+from nuclei3d.core.scoring.assessment import assess_volume
 from nuclei3d.report.viewer_data import ViewedVolume, pack_volume, pack_volumes
 from nuclei3d.volumes.voxel_size import VoxelSize
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from nuclei3d.core.assessment import assess_volume
-from nuclei3d.core.summary import summarise
+from nuclei3d.core.scoring.assessment import assess_volume
+from nuclei3d.core.scoring.summary import summarise
 from nuclei3d.report.words import notes, summary_sentences
 from nuclei3d.volumes.voxel_size import VoxelSize
 

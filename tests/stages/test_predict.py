@@ -11,8 +11,8 @@ from scipy import ndimage
 from torch import nn
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.flow_targets import flows_2d
 from nuclei3d.core.networks import new_network
+from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo

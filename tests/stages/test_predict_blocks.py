@@ -11,10 +11,10 @@ from scipy import ndimage
 from torch import nn
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.flow_targets import flows_2d
-from nuclei3d.core.matching import overlap_table
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import measure_range, sampled_planes
+from nuclei3d.core.scoring.matching import overlap_table
+from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
@@ -104,7 +104,7 @@ def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tm
 
 
 def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
-    from nuclei3d.core.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.prediction import SegmentationSettings
 
     (found,) = find_frames(frame)
     assert predict_blocks._measure_range(found, SegmentationSettings()) == measure_range(image)

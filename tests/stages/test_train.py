@@ -13,7 +13,7 @@ import tifffile
 import torch
 
 from nuclei3d.config.loading import validate_params
-from nuclei3d.core.training import StopTraining
+from nuclei3d.core.training.loop import StopTraining
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model
 from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet

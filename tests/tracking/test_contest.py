@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from nuclei3d.core.matching import overlap_table
-from nuclei3d.core.metrics import score, tally_of
+from nuclei3d.core.scoring.matching import overlap_table
+from nuclei3d.core.scoring.metrics import score, tally_of
 from nuclei3d.tracking.contest import judge
 
 

@@ -16,10 +16,10 @@ import pytest
 import tifffile
 
 from nuclei3d.config import Params
-from nuclei3d.core.matching import overlap_table
-from nuclei3d.core.metrics import score, tally_of
 from nuclei3d.core.networks import choose_device, new_network
-from nuclei3d.core.prediction import segment_volume
+from nuclei3d.core.scoring.matching import overlap_table
+from nuclei3d.core.scoring.metrics import score, tally_of
+from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class Plane:
 
 
 def to_isotropic(
-    image: NDArray[np.generic], labels: NDArray[np.integer], voxel_size: VoxelSize, downsample_xy: float
+    image: NDArray[np.generic], labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, downsample_xy: float
 ) -> IsotropicVolume:
     """Downsample in x and y, then resample z to cubic voxels.
 
@@ -83,7 +83,7 @@ def to_isotropic(
 
 
 def drop_slivers(
-    labels: NDArray[np.integer], min_area_px: int
+    labels: NDArray[np.integer[Any]], min_area_px: int
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Remove nuclei cut so tangentially that less than `min_area_px` is left, and renumber the others.
 
@@ -133,16 +133,16 @@ def cut_planes(
     for view, axis in VIEW_AXIS.items():
         passed_over = 0
         for index in plane_indices(volume.labels.shape[axis], steps.get(view, 0)):
-            labels, label_of = drop_slivers(volume.labels.take(index, axis=axis), min_area_px)
+            labels, label_of = drop_slivers(np.take(volume.labels, index, axis=axis), min_area_px)
             if len(label_of) - 1 < min_nuclei:
                 # even spacing without a generator: take one each time the share passes an integer
                 passed_over += 1
                 if int(passed_over * sparse_share) == int((passed_over - 1) * sparse_share):
                     continue
-            yield Plane(view, index, volume.image.take(index, axis=axis), labels, label_of)
+            yield Plane(view, index, np.take(volume.image, index, axis=axis), labels, label_of)
 
 
-def nucleus_volumes_um3(labels: NDArray[np.integer], voxel_size: VoxelSize) -> dict[int, float]:
+def nucleus_volumes_um3(labels: NDArray[np.integer[Any]], voxel_size: VoxelSize) -> dict[int, float]:
     """Measure the volume of each label in cubic micrometres."""
     values, counts = np.unique(labels, return_counts=True)
     return {

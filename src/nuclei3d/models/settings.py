@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nuclei3d.config.predict import PredictParams
-from nuclei3d.core.dynamics import MaskSettings
-from nuclei3d.core.prediction import SegmentationSettings
+from nuclei3d.core.segmentation.dynamics import MaskSettings
+from nuclei3d.core.segmentation.prediction import SegmentationSettings
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.volumes.voxel_size import VoxelSize

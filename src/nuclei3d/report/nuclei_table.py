@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from nuclei3d.core.assessment import Assessment, NucleusTable
-from nuclei3d.core.contrast import contrast_bin
+from nuclei3d.core.scoring.assessment import Assessment, NucleusTable
+from nuclei3d.core.scoring.contrast import contrast_bin
 
 Outcome = Literal["found", "missed", "false"]
 

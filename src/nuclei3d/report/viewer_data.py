@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.assessment import Assessment
-from nuclei3d.core.matching import relabel_sequential
+from nuclei3d.core.scoring.assessment import Assessment
+from nuclei3d.core.scoring.matching import relabel_sequential
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 # A frame is shown with at most so many voxels; larger ones are thinned in y and x.

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.console import say
-from nuclei3d.core.nuclei import Nucleus
-from nuclei3d.core.prediction import Segmentation
+from nuclei3d.core.segmentation.nuclei import Nucleus
+from nuclei3d.core.segmentation.prediction import Segmentation
 from nuclei3d.errors import InputError
 from nuclei3d.tracking.invocation import RequestParams
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -68,8 +68,8 @@ class RemoteModel:
         Returns
         -------
         segmentation, told
-            As `nuclei3d.core.prediction.segment_volume` gives it; and what the service says of itself:
-            ``parameters`` (the effective ones) and ``model``.
+            As `nuclei3d.core.segmentation.prediction.segment_volume` gives it; and what the service says of
+            itself: ``parameters`` (the effective ones) and ``model``.
 
         Raises
         ------

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar
-from nuclei3d.core.assessment import Assessment, assess_volume
-from nuclei3d.core.watershed import otsu_watershed
+from nuclei3d.core.scoring.assessment import Assessment, assess_volume
+from nuclei3d.core.scoring.watershed import otsu_watershed
 from nuclei3d.stages.evaluation_inputs import OTSU, TrainingFacts, VolumePair, digest_of, read_scores
 
 Task = TypeVar("Task")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nuclei3d.core.batches import Batch
-    from nuclei3d.core.planes import PlaneSet
+    from nuclei3d.core.training.batches import Batch
+    from nuclei3d.core.training.planes import PlaneSet
 
 OUTLINE = "#e69f00"
 
@@ -81,8 +81,8 @@ def draw_augmentation_sheet(
     """
     from matplotlib.figure import Figure
 
-    from nuclei3d.core.batches import NO_AUGMENTATION, CropMaker
-    from nuclei3d.core.sampling import epoch_order, plane_weights
+    from nuclei3d.core.training.batches import NO_AUGMENTATION, CropMaker
+    from nuclei3d.core.training.sampling import epoch_order, plane_weights
 
     settings = params.train
     if not len(planes):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nuclei3d.core.thresholds import Thresholds
+    from nuclei3d.core.segmentation.thresholds import Thresholds
     from nuclei3d.models.info import ModelInfo
 
 
@@ -85,8 +85,8 @@ def with_thresholds(
     device: torch.device,
 ) -> tuple[ModelInfo, Thresholds]:
     """Segment labelled volumes, choose the thresholds, and give the model's description with them."""
-    from nuclei3d.core.prediction import predict_flows
-    from nuclei3d.core.thresholds import LabelledFlow, choose_thresholds
+    from nuclei3d.core.segmentation.prediction import predict_flows
+    from nuclei3d.core.segmentation.thresholds import LabelledFlow, choose_thresholds
     from nuclei3d.models.settings import segmentation_settings
 
     wishes = params.predict.model_copy(

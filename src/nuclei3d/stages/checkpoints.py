@@ -17,7 +17,7 @@ import torch
 from nuclei3d.config import params_as_dict
 from nuclei3d.config.train import TrainParams
 from nuclei3d.console import say
-from nuclei3d.core.training_state import REPORT_FIELDS, EpochReport, TrainingState
+from nuclei3d.core.training.state import REPORT_FIELDS, EpochReport, TrainingState
 from nuclei3d.volumes.whole import whole_file
 
 _NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")

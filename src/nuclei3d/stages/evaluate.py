@@ -22,8 +22,8 @@ from nuclei3d.stages.evaluation_inputs import (
 from nuclei3d.volumes.whole import whole_folder
 
 if TYPE_CHECKING:
-    from nuclei3d.core.assessment import Assessment
-    from nuclei3d.core.summary import Summary
+    from nuclei3d.core.scoring.assessment import Assessment
+    from nuclei3d.core.scoring.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def evaluate(
     InputError
         If nothing pairs, shapes differ, a file is damaged or `out` is no place for an evaluation.
     """
-    from nuclei3d.core.summary import summarise
+    from nuclei3d.core.scoring.summary import summarise
     from nuclei3d.stages.assessing import assess_pairs
     from nuclei3d.stages.evaluation_outputs import write_evaluation
 
@@ -156,7 +156,7 @@ def headline_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _contrast_edges(
     params: Params, assessments: Sequence[Assessment], facts: TrainingFacts
 ) -> tuple[tuple[float, ...] | None, str | None]:
-    from nuclei3d.core.contrast import contrast_edges
+    from nuclei3d.core.scoring.contrast import contrast_edges
 
     contrast = np.concatenate([assessment.true.contrast for assessment in assessments])
     if not np.isfinite(contrast).any():
@@ -176,8 +176,8 @@ def _metrics(
 ) -> dict[str, Any]:
     """Put metrics.json together; the layout is the contract of the project."""
     from nuclei3d import __version__
-    from nuclei3d.core.metrics import score
-    from nuclei3d.core.summary import by_embryo, by_stage
+    from nuclei3d.core.scoring.metrics import score
+    from nuclei3d.core.scoring.summary import by_embryo, by_stage
 
     thresholds = params.evaluate.thresholds
     assessments = assessed[method]
@@ -218,7 +218,7 @@ def _lead(
     params: Params, model: Sequence[Assessment], rival: Sequence[Assessment], embryos: Sequence[str]
 ) -> dict[str, Any] | None:
     """Give the lead of the model in AP at .5 over a baseline as plain data."""
-    from nuclei3d.core.summary import lead_of
+    from nuclei3d.core.scoring.summary import lead_of
 
     lead = lead_of(
         model,

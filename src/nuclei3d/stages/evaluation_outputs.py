@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
-from nuclei3d.core.assessment import Assessment
+from nuclei3d.core.scoring.assessment import Assessment
 from nuclei3d.report.figures import ShownVolume, draw_nuclei, draw_overlay, draw_scores, worst_nuclei
 from nuclei3d.report.nuclei_table import NucleusRow, nucleus_rows, write_nuclei
 from nuclei3d.report.page import build_page

@@ -23,8 +23,8 @@ from nuclei3d.volumes.whole import whole_file
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from nuclei3d.core.nuclei import Nucleus
-    from nuclei3d.core.prediction import Segmentation
+    from nuclei3d.core.segmentation.nuclei import Nucleus
+    from nuclei3d.core.segmentation.prediction import Segmentation
     from nuclei3d.volumes.frames import Frame
 
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
@@ -233,7 +233,7 @@ class _LocalSegmenter:
         self, frame: Frame, out: Path, progress: Callable[[float], None]
     ) -> tuple[Path, list[Nucleus]]:
         """Segment as a whole if the memory allows."""
-        from nuclei3d.core.prediction import segment_volume
+        from nuclei3d.core.segmentation.prediction import segment_volume
         from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
 
         voxel_size = frame.require_voxel_size()

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.console import say
-from nuclei3d.core.blocks import (
+from nuclei3d.core.normalization import IntensityRange, measure_range, sampled_planes
+from nuclei3d.core.segmentation.blocks import (
     MARGIN_DIAMETERS,
     Block,
     BlockNuclei,
@@ -35,9 +36,8 @@ from nuclei3d.core.blocks import (
     merge_nuclei,
     plan_blocks,
 )
-from nuclei3d.core.normalization import IntensityRange, measure_range, sampled_planes
-from nuclei3d.core.nuclei import Nucleus, measure_nuclei
-from nuclei3d.core.prediction import SegmentationSettings, label_volume, view_grid
+from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
+from nuclei3d.core.segmentation.prediction import SegmentationSettings, label_volume, view_grid
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.frames import Frame
 from nuclei3d.volumes.voxel_size import VoxelSize

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import progress_bar, say
-from nuclei3d.core.contrast import contrast_edges, nucleus_contrast
-from nuclei3d.core.flow_targets import flows_2d
 from nuclei3d.core.normalization import measure_range
+from nuclei3d.core.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.core.slicing import (
     Plane,
     cut_planes,
@@ -31,6 +30,7 @@ from nuclei3d.core.slicing import (
     sphere_diameter_um,
     to_isotropic,
 )
+from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_folder

@@ -12,7 +12,7 @@ import numpy as np
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import Bar, progress_bar, say
-from nuclei3d.core.simulation import simulate_embryo
+from nuclei3d.core.simulation.embryo import simulate_embryo
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.whole import whole_folder

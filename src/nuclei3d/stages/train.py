@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cellpose.resnet_torch import CPnet
     from torch import nn
 
-    from nuclei3d.core.planes import PlaneSet
-    from nuclei3d.core.training import TrainingOutcome
-    from nuclei3d.core.training_state import EpochReport
+    from nuclei3d.core.training.loop import TrainingOutcome
+    from nuclei3d.core.training.planes import PlaneSet
+    from nuclei3d.core.training.state import EpochReport
     from nuclei3d.stages.checkpoints import Checkpoints
     from nuclei3d.stages.training_planes import Slices
     from nuclei3d.tracking.runs import StageRun
@@ -94,8 +94,8 @@ def train(
         Whether a checkpoint may be used.
     on_epoch
         Called after each epoch and its checkpoint. It may raise
-        `nuclei3d.core.training.StopTraining` (ends well, the model is written), or anything else, such as a
-        pruning signal, which passes through.
+        `nuclei3d.core.training.loop.StopTraining` (ends well, the model is written), or anything else, such
+        as a pruning signal, which passes through.
 
     Raises
     ------
@@ -246,8 +246,8 @@ def _train(
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
-    from nuclei3d.core.sampling import plane_weights
-    from nuclei3d.core.training import Callbacks, train_network
+    from nuclei3d.core.training.loop import Callbacks, train_network
+    from nuclei3d.core.training.sampling import plane_weights
 
     settings = params.train
     start = checkpoints.load()

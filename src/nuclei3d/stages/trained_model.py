@@ -14,8 +14,8 @@ from nuclei3d.volumes.whole import whole_file
 if TYPE_CHECKING:
     from cellpose.resnet_torch import CPnet
 
-    from nuclei3d.core.planes import PlaneSet
-    from nuclei3d.core.training import TrainingOutcome
+    from nuclei3d.core.training.loop import TrainingOutcome
+    from nuclei3d.core.training.planes import PlaneSet
     from nuclei3d.models.info import ModelInfo
     from nuclei3d.stages.training_planes import Slices
 
@@ -79,7 +79,7 @@ def write_drawn(path: Path, planes: PlaneSet, params: Params, epochs: int) -> No
     """Write which planes the training drew, how often and why: one row per plane, in the manifest's order."""
     import numpy as np
 
-    from nuclei3d.core.sampling import epoch_order, plane_weights
+    from nuclei3d.core.training.sampling import epoch_order, plane_weights
 
     settings = params.train
     weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)

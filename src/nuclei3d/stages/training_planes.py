@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.core.planes import PlaneArrays, PlaneInfo, PlaneSet, quantise_flows, quantise_image
+from nuclei3d.core.training.planes import PlaneArrays, PlaneInfo, PlaneSet, quantise_flows, quantise_image
 from nuclei3d.errors import InputError
 
 SUMMARY_FILE = "summary.json"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nuclei3d.core.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.prediction import SegmentationSettings
     from nuclei3d.models.info import ModelInfo
     from nuclei3d.stages.training_planes import Slices
 
@@ -81,8 +81,8 @@ def volumes_ap(
     device: torch.device,
 ) -> float:
     """Segment volumes with a network under training; give the average precision at IoU 0.5, counts pooled."""
-    from nuclei3d.core.matching import match, overlap_table
-    from nuclei3d.core.prediction import segment_volume
+    from nuclei3d.core.scoring.matching import match, overlap_table
+    from nuclei3d.core.segmentation.prediction import segment_volume
 
     true = predicted = hits = 0
     for volume in volumes:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.core.metrics import Tally, stack_tallies
+from nuclei3d.core.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
+from nuclei3d.core.scoring.metrics import Tally, stack_tallies
 
 _REPLICATES = 2000
 

@@ -22,8 +22,8 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.core.networks import choose_device
-from nuclei3d.core.nuclei import Nucleus
-from nuclei3d.core.prediction import segment_volume
+from nuclei3d.core.segmentation.nuclei import Nucleus
+from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model
 from nuclei3d.models.settings import effective_parameters, segmentation_settings

@@ -1,0 +1,1 @@
+"""Overlaps, metrics, contrast, intervals and the baseline without a network."""

@@ -1,0 +1,1 @@
+"""From a volume to nuclei: the network pass, fusion, dynamics, stitching, blocks."""

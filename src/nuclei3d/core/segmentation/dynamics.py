@@ -1,0 +1,229 @@
+"""Dynamics: from a flow and a logit to labelled nuclei.
+
+Every foreground voxel follows the flow in physical space to its sink (`trajectories`), sinks are grouped
+by physical distance (`sinks`), and what flows to one sink is a nucleus, made whole and scored (`masks`).
+
+All lengths are fractions of the nucleus' diameter, in um, so the same settings serve any grid: pass the voxel
+size of the grid that the flow lies on.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d.core.label_boxes import available_threads
+from nuclei3d.core.segmentation.masks import clean_labels, keep_labels, score_labels
+from nuclei3d.core.segmentation.sinks import group_sinks
+from nuclei3d.core.segmentation.trajectories import BinGrid, follow, pack_flow
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+_PLANE_DEPTH = 1e4
+"""Depth, in pixels, given to a lone plane: so deep that no heat is lost through it."""
+
+
+_LEAST_SCORE = 0.01
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How flows become masks. Lengths are fractions of the diameter of a typical nucleus.
+
+    Attributes
+    ----------
+    cellprob_threshold : float
+        Voxels with a (mean) logit above this are foreground.
+    score_threshold : float
+        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
+        are: their flow has nothing to do with their mask.
+    min_volume_um3, max_volume_um3 : float
+        Bounds of a nucleus' volume; no upper bound if None.
+    min_volume_fraction : float
+        Nuclei below this fraction of the volume of a typical nucleus are dropped in any case: what is left
+        there are crumbs of the dynamics.
+    step : float
+        First step of a particle. It is never below the smallest voxel edge.
+    bin_edge : float
+        Edge of the bins in which end points are counted.
+    sink_radius : float
+        Sinks closer together than this are one.
+    """
+
+    cellprob_threshold: float = 0.0
+    score_threshold: float = 0.0
+    min_volume_um3: float = 0.0
+    max_volume_um3: float | None = None
+    min_volume_fraction: float = 0.01
+    step: float = 1 / 20
+    bin_edge: float = 1 / 16
+    sink_radius: float = 0.2
+
+
+def masks_from_flows(
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    voxel_size: VoxelSize,
+    nucleus_diameter_um: float,
+    settings: MaskSettings,
+    *,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Segment nuclei from their flow.
+
+    Parameters
+    ----------
+    flow : float16 or float32 array, shape (3, Z, Y, X)
+        Direction to the nucleus' centre (z, y, x) in physical space, length about 1.
+    logit : float16 or float32 array, shape (Z, Y, X)
+        Logit of being inside a nucleus.
+    voxel_size : VoxelSize
+        Edges in um of a voxel of this grid, isotropic or not.
+    nucleus_diameter_um : float
+        Diameter of a typical nucleus.
+    settings : MaskSettings
+    threads : int, optional
+        All processors by default.
+
+    Returns
+    -------
+    labels : uint32 array, shape (Z, Y, X)
+        Nuclei 1..n, each one 6-connected piece without holes; 0 is background.
+    scores : float32 array, shape (n + 1,)
+        Score in 0..1 by label; entry 0 is 0.
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit or the diameter is not positive.
+    """
+    if logit.ndim != 3 or flow.shape != (3, *logit.shape):
+        raise InputError(
+            f"dynamics: flow {flow.shape} and logit {logit.shape} do not fit; "
+            "expected (3, Z, Y, X) and (Z, Y, X)"
+        )
+    if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
+        raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
+    labels = _sink_of_each_voxel(flow, logit, voxel_size, nucleus_diameter_um, settings, threads)
+    typical_um3 = np.pi / 6 * nucleus_diameter_um**3
+    min_um3 = max(settings.min_volume_um3, settings.min_volume_fraction * typical_um3)
+    max_um3 = np.inf if settings.max_volume_um3 is None else settings.max_volume_um3
+    voxel_um3 = voxel_size.volume_um3
+    return _finish(
+        labels, flow, logit, voxel_size, (min_um3 / voxel_um3, max_um3 / voxel_um3), settings, threads
+    )
+
+
+def masks_2d_from_flows(
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    diameter_px: float,
+    settings: MaskSettings,
+) -> NDArray[np.uint32]:
+    """Segment the nuclei of one plane by the same dynamics, for stitching.
+
+    Bounds of the volume do not apply to a plane: they are for the stitched nucleus. Works in one thread.
+
+    Parameters
+    ----------
+    flow : float array, shape (2, Y, X)
+        Direction to the centre (y, x), length about 1.
+    logit : float array, shape (Y, X)
+    diameter_px : float
+        Diameter of a typical nucleus in pixels.
+    settings : MaskSettings
+
+    Returns
+    -------
+    uint32 array, shape (Y, X)
+        Labels 1..n; 0 is background.
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit or the diameter is not positive.
+    """
+    if logit.ndim != 2 or flow.shape != (2, *logit.shape):
+        raise InputError(
+            f"dynamics: flow {flow.shape} and logit {logit.shape} do not fit; expected (2, Y, X) and (Y, X)"
+        )
+    if not (np.isfinite(diameter_px) and diameter_px > 0):
+        raise InputError(f"dynamics: the nucleus diameter must be positive, got {diameter_px} pixels")
+    volume_flow = np.zeros((3, 1, *logit.shape), np.float32)
+    volume_flow[1:, 0] = flow
+    volume_logit = np.ascontiguousarray(logit[np.newaxis], dtype=np.float32)
+    plane = VoxelSize(_PLANE_DEPTH, 1.0, 1.0)
+    labels = _sink_of_each_voxel(volume_flow, volume_logit, plane, diameter_px, settings, 1)
+    min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
+    labels, _ = _finish(labels, volume_flow, volume_logit, plane, (min_pixels, np.inf), settings, 1)
+    return np.asarray(labels[0])
+
+
+def _sink_of_each_voxel(
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    voxel_size: VoxelSize,
+    diameter_um: float,
+    settings: MaskSettings,
+    threads: int | None,
+) -> NDArray[np.uint32]:
+    """Label every foreground voxel with the number of the sink that it flows to."""
+    threads = available_threads() if threads is None else threads
+    shape = logit.shape
+    packed = np.empty((*shape, 4), np.int16)
+    ends = np.empty(shape, np.uint32)
+    edges = np.array(voxel_size.zyx, np.float32)
+    in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
+    # Bins finer than voxels would only cost memory.
+    bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))
+    grid = BinGrid.over(shape, voxel_size, bin_um)
+    step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
+    rounds = 40 + int(4 * diameter_um / step_um)
+    bin_edges = np.array(grid.edges_um, np.float32)
+
+    def pack(start: int, stop: int) -> int:
+        # Slab by slab: numba knows no half precision, and the whole in single would take twice the memory.
+        slab = np.ascontiguousarray(flow[:, start:stop], dtype=np.float32)
+        slab_logit = np.ascontiguousarray(logit[start:stop], dtype=np.float32)
+        threshold = settings.cellprob_threshold
+        return int(pack_flow(slab, slab_logit, threshold, packed[start:stop], 0, stop - start))
+
+    def run(start: int, stop: int) -> int:
+        return int(
+            follow(packed, edges, step_um, 0.15 * step_um, rounds, bin_edges, grid.shape, ends, start, stop)
+        )
+
+    slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
+    with ThreadPoolExecutor(threads) as pool:
+        foreground = sum(pool.map(pack, slabs[:-1], slabs[1:]))
+        if foreground == 0:
+            ends[:] = 0
+            return ends
+        list(pool.map(run, slabs[:-1], slabs[1:]))
+    packed = np.empty((0, 0, 0, 4), np.int16)  # lets go of the largest array of all
+    group_sinks(ends, grid, settings.sink_radius * diameter_um)
+    return ends
+
+
+def _finish(
+    labels: NDArray[np.uint32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    voxel_size: VoxelSize,
+    bounds: tuple[float, float],
+    settings: MaskSettings,
+    threads: int | None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Clean the labels in place, score them, and drop those below the threshold."""
+    where = clean_labels(labels, bounds[0], bounds[1], threads)
+    scores = score_labels(labels, where, flow, logit, voxel_size, threads)
+    keep = scores >= max(settings.score_threshold, _LEAST_SCORE)
+    keep[0] = True
+    if not keep.all():
+        keep_labels(labels, keep)
+        scores = scores[keep]
+    return labels, scores

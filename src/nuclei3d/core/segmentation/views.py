@@ -1,0 +1,210 @@
+"""The network pass: the planes of up to three views of a volume through the 2D network.
+
+The volume lies on the *view grid*: x and y at the network's scale, z at the native planes (or at the
+network's scale where the native planes are closer). xy planes are therefore the frame's own planes, never
+interpolated ones; planes of the orthogonal views are stretched along z to cubic voxels, a few at a time,
+and the results averaged back onto the view grid. Nothing of the size of the stretched volume is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.foreground import OccupiedSpace
+from nuclei3d.core.segmentation.fusion import VIEW_AXES, View
+from nuclei3d.core.segmentation.plane_network import PlaneNetwork, padded
+
+VIEWS: tuple[View, ...] = ("xy", "xz", "yz")
+VIEW_AXIS: dict[str, int] = {"xy": 0, "xz": 1, "yz": 2}
+"""The axis of (z, y, x) along which the planes of a view are counted."""
+
+EMPTY_LOGIT = -10.0
+"""Logit where the network was not run because nothing can be there."""
+
+
+@dataclass(frozen=True)
+class PlanePrediction:
+    """Flow and logit of one plane.
+
+    Attributes
+    ----------
+    index
+        Number of the plane along the axis of its view.
+    output
+        float32 (3, height, width) on the view grid: flow along the plane's two axes, logit.
+    """
+
+    index: int
+    output: NDArray[np.float32]
+
+
+def predict_view(
+    image: NDArray[np.float32],
+    view: View,
+    network: PlaneNetwork,
+    occupied: OccupiedSpace,
+    *,
+    stretched_depth: int,
+    step: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[PlanePrediction]:
+    """Run the network over the planes of one view.
+
+    Parameters
+    ----------
+    image
+        Normalised volume (z, y, x) on the view grid.
+    view
+        ``xy``, ``xz`` or ``yz``.
+    network
+        The network.
+    occupied
+        Where nuclei can be; planes and margins outside are not computed.
+    stretched_depth
+        Number of cubic voxels along z at the network's scale.
+    step
+        Every how many planes one is computed; those between are interpolated linearly.
+    progress
+        Called with the number of planes that were dealt with.
+
+    Yields
+    ------
+    PlanePrediction
+        Every plane of the view once, in order.
+    """
+    axis = VIEW_AXIS[view]
+    count = image.shape[axis]
+    # In an xy plane nothing is stretched: its rows are y.
+    depth = image.shape[1] if axis == 0 else stretched_depth
+    before: PlanePrediction | None = None
+    for computed in _computed_planes(image, axis, network, occupied, depth, computed_indices(count, step)):
+        for between in range((before.index if before else -1) + 1, computed.index):
+            yield _interpolate(before, computed, between)
+        yield computed
+        if progress is not None:
+            progress(computed.index - (before.index if before else -1))
+        before = computed
+    if before is None:
+        return
+    for index in range(before.index + 1, count):
+        yield PlanePrediction(index, before.output)
+    if progress is not None:
+        progress(count - 1 - before.index)
+
+
+def computed_indices(count: int, step: int) -> list[int]:
+    """Choose the planes to compute: every `step`-th, and the last so that none is extrapolated far."""
+    start = min((step - 1) // 2, count - 1)
+    chosen = list(range(start, count, step))
+    if count - 1 - chosen[-1] > step // 2:
+        chosen.append(count - 1)
+    return chosen
+
+
+def count_pixels(
+    shape: Sequence[int], occupied: OccupiedSpace, stretched_depth: int, views: Sequence[View], step: int
+) -> int:
+    """Count the pixels, padding included, that `predict_view` would pass for these views (without tiles)."""
+    total = 0
+    for view in views:
+        axis = VIEW_AXIS[view]
+        stretch = 1.0 if axis == 0 else stretched_depth / shape[0]
+        for index in computed_indices(shape[axis], 1 if axis == 0 else step):
+            box = occupied.box(axis, index, index)
+            if box is not None:
+                height = round((box[0].stop - box[0].start) * stretch)
+                total += padded(height) * padded(box[1].stop - box[1].start)
+    return total
+
+
+def _computed_planes(
+    image: NDArray[np.float32],
+    axis: int,
+    network: PlaneNetwork,
+    occupied: OccupiedSpace,
+    depth: int,
+    indices: Sequence[int],
+) -> Iterator[PlanePrediction]:
+    """Run the chosen planes in groups of equal box."""
+    planes = np.moveaxis(image, axis, 0)
+    height, width = planes.shape[1:]
+    done = 0
+    while done < len(indices):
+        box = occupied.box(axis, indices[done], indices[done])
+        if box is None:
+            yield PlanePrediction(indices[done], _empty(height, width))
+            done += 1
+            continue
+        rows, columns = box
+        stretched = _stretched_rows(rows, height, depth)
+        many = network.planes_per_batch(stretched, columns.stop - columns.start)
+        chosen = indices[done : done + many]
+        common = occupied.box(axis, chosen[0], chosen[-1])
+        assert common is not None
+        rows, columns = common
+        stretched = _stretched_rows(rows, height, depth)
+        stack = np.ascontiguousarray(planes[chosen, rows, columns])
+        if stretched != stack.shape[1]:
+            stack = resize_linear(stack, (len(chosen), stretched, stack.shape[2]))
+        output = network(stack)
+        if stretched != rows.stop - rows.start:
+            output = resize_linear(output, (*output.shape[:2], rows.stop - rows.start, output.shape[3]))
+        for index, predicted in zip(chosen, output, strict=True):
+            whole = _empty(height, width)
+            whole[:, rows, columns] = predicted
+            yield PlanePrediction(index, whole)
+        done += len(chosen)
+
+
+def _stretched_rows(rows: slice, height: int, depth: int) -> int:
+    length = int(rows.stop - rows.start)
+    return max(1, round(length * depth / height))
+
+
+def _empty(height: int, width: int) -> NDArray[np.float32]:
+    output = np.zeros((3, height, width), np.float32)
+    output[2] = EMPTY_LOGIT
+    return output
+
+
+def _interpolate(before: PlanePrediction | None, after: PlanePrediction, index: int) -> PlanePrediction:
+    if before is None:
+        return PlanePrediction(index, after.output)
+    share = np.float32((index - before.index) / (after.index - before.index))
+    return PlanePrediction(index, before.output + share * (after.output - before.output))
+
+
+class FlowAccumulator:
+    """Sums up the mean of the views plane by plane, without holding any view.
+
+    Equal to `nuclei3d.core.segmentation.fusion.fuse_views` with method ``mean`` (a test holds that), in half
+    precision: a quarter of the memory.
+
+    Parameters
+    ----------
+    shape
+        Of the view grid.
+    views
+        The views that will be added.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], views: Sequence[View]) -> None:
+        self.flow = np.zeros((3, *shape), np.float16)
+        self.logit = np.zeros(shape, np.float16)
+        seen = [sum(component in VIEW_AXES[view] for view in views) for component in range(3)]
+        self._flow_weights = [np.float32(1 / times) if times else np.float32(0) for times in seen]
+        self._logit_weight = np.float32(1 / len(views))
+
+    def add(self, view: View, plane: PlanePrediction) -> None:
+        """Add one plane of a view."""
+        place: list[int | slice] = [slice(None)] * 3
+        place[VIEW_AXIS[view]] = plane.index
+        where = tuple(place)
+        for channel, component in enumerate(VIEW_AXES[view]):
+            self.flow[component][where] += plane.output[channel] * self._flow_weights[component]
+        self.logit[where] += plane.output[2] * self._logit_weight

@@ -1,0 +1,1 @@
+"""Flow targets by heat diffusion: what the network learns."""

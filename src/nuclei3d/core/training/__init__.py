@@ -1,0 +1,1 @@
+"""Planes, crops, augmentation, losses and the training loop."""

@@ -1,0 +1,140 @@
+"""What a trial of the search computes: a training, then its value on whole validation volumes in 3D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuclei3d.config import Params
+from nuclei3d.config.search import SearchParams
+from nuclei3d.errors import InputError
+from nuclei3d.stages.search.task import TrialJob
+
+if TYPE_CHECKING:
+    from nuclei3d.core.scoring.assessment import Assessment
+    from nuclei3d.core.training.state import EpochReport
+    from nuclei3d.volumes.embryos import EmbryoFrame
+
+_FAINTEST = 0
+
+
+def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -> float:
+    """Train with the job's parameters and measure the model on the validation volumes.
+
+    The training keeps no MLflow run of its own: the trial's run has its curves. A trial that was killed goes
+    on from its last checkpoint.
+
+    Raises
+    ------
+    InputError
+        If slices or embryos are unusable, or there is no validation volume.
+    """
+    from nuclei3d.stages.train import train
+
+    silent = job.params.tracking.model_copy(update={"enabled": False})
+    params = job.params.model_copy(update={"tracking": silent})
+    summary, frames = judged_on(params, job.slices, job.data)
+    model = job.folder / params.train.name
+    train(params, job.slices, model, data=job.data, resume=True, on_epoch=on_epoch)
+    edges = [float(edge) for edge in summary.get("contrast_quintiles", ())]
+    return value_of(assess_model(params, model, frames), params.search, edges)
+
+
+def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str, Any], list[EmbryoFrame]]:
+    """Give the summary of the slices and the frames on which models are judged.
+
+    Raises
+    ------
+    InputError
+        If there are none; cheap enough to be asked before anything is computed.
+    """
+    from nuclei3d.stages.training_planes import read_slices
+
+    summary = dict(read_slices(slices).summary)
+    return summary, validation_frames(params, data or Path(str(summary.get("data", ""))))
+
+
+def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
+    """List the validation frames that are segmented: all, or `search.volumes` of them, spread evenly."""
+    from nuclei3d.volumes.embryos import find_embryos, split_embryos
+
+    if not data.is_dir():
+        raise InputError(
+            f"models are judged on whole volumes, but there is no folder '{data}' of labelled embryos; "
+            "give it with --data"
+        )
+    frames = split_embryos(find_embryos(data), params.data.split).validation
+    if not frames:
+        raise InputError(f"the split leaves no validation volumes in {data}; see data.split in params.yaml")
+    count = min(params.search.volumes or len(frames), len(frames))
+    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+
+
+def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> list[Assessment]:
+    """Segment labelled frames, one at a time, and compare them with their labels."""
+    from nuclei3d.core.networks import choose_device
+    from nuclei3d.core.scoring.assessment import assess_volume
+    from nuclei3d.core.segmentation.prediction import segment_volume
+    from nuclei3d.models.folder import load_model
+    from nuclei3d.models.settings import segmentation_settings
+    from nuclei3d.volumes.embryos import read_labelled
+
+    loaded = load_model(model)
+    device = choose_device(params.predict.device)
+    network = loaded.network.to(device)
+    settings = segmentation_settings(loaded.info, params.predict)
+    if params.search.objective == "faint_recall":
+        # the precision is reached by cutting at a score, so nothing is cut before
+        settings = replace(settings, masks=replace(settings.masks, score_threshold=0.0))
+    assessments = []
+    for frame in frames:
+        volume = read_labelled(frame, params.data)
+        found = segment_volume(volume.image, volume.voxel_size, network, settings, device)
+        assessments.append(
+            assess_volume(
+                volume.labels,
+                found.labels,
+                volume.voxel_size,
+                image=volume.image if params.search.objective == "faint_recall" else None,
+                scores={nucleus.label: nucleus.score for nucleus in found.nuclei},
+                surfaces=False,
+            )
+        )
+    return assessments
+
+
+def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Sequence[float]) -> float:
+    """Reduce assessed validation volumes, pooled, to what is maximised.
+
+    Parameters
+    ----------
+    edges
+        Inner edges of the contrast bins, from the training nuclei.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to measure: no nuclei at all, or none in the faintest bin.
+    """
+    from nuclei3d.core.scoring.assessment import count_by_contrast, recall_at_precision
+    from nuclei3d.core.scoring.metrics import score, stack_tallies
+
+    pooled = score(stack_tallies([assessment.tally for assessment in assessments]).total())
+    if not pooled.n_true:
+        raise InputError("the validation volumes hold no nuclei, so models cannot be told apart")
+    if search.objective == "ap":
+        return pooled.ap_at(0.5)
+    if not len(edges) or not count_by_contrast(assessments, edges).true[:, _FAINTEST].sum():
+        raise InputError(
+            "the validation volumes hold no nucleus as faint as the faintest fifth in training; search for "
+            "search.objective: ap, or validate on other embryos"
+        )
+    reached = recall_at_precision(assessments, search.precision, edges=edges, bin_index=_FAINTEST)
+    if reached is not None:
+        return reached[0]
+    # below every model that reaches the precision, and the lower the further from it
+    precision = float(pooled.precision)
+    return -search.precision if math.isnan(precision) else precision - search.precision
