@@ -206,7 +206,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
-    epochs = 20
+    # stock warms up for ten epochs, whatever their length
+    epochs = 12
     settings = TrainParams(
         diameter_px=options.diameter_px,
         epochs=epochs,

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.batches import CropMaker, epoch_batches, validation_batches
+from nuclei3d.core.training.batches import BatchStream, CropMaker, validation_batches
 from nuclei3d.core.training.planes import quantise_image
 from slices_fixture import make_planes
 
@@ -29,9 +29,15 @@ def joined(batches):
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 5), (3, 4), (2, 12)])
 def test_crops_depend_neither_on_workers_nor_on_batches(workers, batch_size):
-    order = np.arange(12) % 6
-    images, flows = joined(epoch_batches(maker(), order, batch_size, 3, workers))
-    expected_images, expected_flows = joined(epoch_batches(maker(), order, 12, 3, 1))
+    def stream(batch_size, workers):
+        with BatchStream(
+            maker(), lambda epoch: (np.arange(12) + epoch) % 6, range(3, 5), batch_size, workers
+        ) as batches:
+            return joined(batches)
+
+    images, flows = stream(batch_size, workers)
+    expected_images, expected_flows = stream(12, 1)
+    assert len(images) == 2 * 12
     assert torch.equal(images, expected_images)
     assert torch.equal(flows, expected_flows)
 

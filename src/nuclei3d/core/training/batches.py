@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -179,41 +179,65 @@ class CropMaker:
         )
 
 
-def epoch_batches(
-    maker: CropMaker, order: NDArray[np.int64], batch_size: int, epoch: int, workers: int
-) -> Generator[Batch, None, None]:
-    """Yield the batches of an epoch in order, cut ahead by `workers` threads.
+class BatchStream:
+    """The batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
     Parameters
     ----------
     maker
         Cuts the crops.
-    order
-        The plane of each crop (`nuclei3d.core.training.sampling.epoch_order`).
+    order_of
+        Gives the plane of each crop of an epoch (`nuclei3d.core.training.sampling.epoch_order`).
+    epochs
+        The epochs to make, in order.
     batch_size
-        Crops a batch; the last may be smaller.
-    epoch
-        Number of the epoch.
+        Crops a batch; the last of an epoch may be smaller.
     workers
         Threads; their number does not change the crops.
     """
-    firsts = range(0, len(order), batch_size)
 
-    def job(first: int) -> Callable[[], Batch]:
-        return lambda: maker.make_batch(order[first : first + batch_size], epoch, first)
+    def __init__(
+        self,
+        maker: CropMaker,
+        order_of: Callable[[int], NDArray[np.int64]],
+        epochs: range,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self._maker = maker
+        self._jobs = self._list_jobs(order_of, epochs, batch_size)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+        self._waiting: deque[Future[Batch]] = deque()
+        self._ahead = 2 * workers
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="crops") as pool:
-        waiting: deque[Future[Batch]] = deque()
-        try:
-            for first in firsts:
-                waiting.append(pool.submit(job(first)))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    @staticmethod
+    def _list_jobs(
+        order_of: Callable[[int], NDArray[np.int64]], epochs: range, batch_size: int
+    ) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+        for epoch in epochs:
+            order = order_of(epoch)
+            for first in range(0, len(order), batch_size):
+                yield order[first : first + batch_size], epoch, first
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
+            self._waiting.append(self._pool.submit(self._maker.make_batch, *job))
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Stop the threads; batches not taken are lost."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def validation_batches(

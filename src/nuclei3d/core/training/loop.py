@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.train import TrainParams
 from nuclei3d.core.networks import choose_precision
-from nuclei3d.core.training.batches import Batch, CropMaker, epoch_batches, validation_batches
+from nuclei3d.core.training.batches import Batch, BatchStream, CropMaker, validation_batches
 from nuclei3d.core.training.losses import cellpose_loss
 from nuclei3d.core.training.planes import PlaneSet
 from nuclei3d.core.training.sampling import epoch_order, nucleus_weights, plane_weights
@@ -192,19 +192,26 @@ class _Trainer:
         if start is not None:
             self._restore(start)
         stopped = ""
-        while state.epoch < self.params.epochs:
-            stopped = self._why_stop(state)
-            if stopped:
-                break
-            state, is_best = self._epoch(state, callbacks)
-            if callbacks.save is not None:
-                callbacks.save(state, is_best)
-            if callbacks.on_epoch is not None:
-                try:
-                    callbacks.on_epoch(state.history[-1])
-                except StopTraining as request:
-                    stopped = str(request) or "stopped on request"
+        with BatchStream(
+            self.maker,
+            lambda epoch: epoch_order(self.weights, self.crops, self.seed, epoch),
+            range(state.epoch, self.params.epochs),
+            self.params.batch_size,
+            self.workers,
+        ) as batches:
+            while state.epoch < self.params.epochs:
+                stopped = self._why_stop(state)
+                if stopped:
                     break
+                state, is_best = self._epoch(state, batches, callbacks)
+                if callbacks.save is not None:
+                    callbacks.save(state, is_best)
+                if callbacks.on_epoch is not None:
+                    try:
+                        callbacks.on_epoch(state.history[-1])
+                    except StopTraining as request:
+                        stopped = str(request) or "stopped on request"
+                        break
         last = self.params.select == "last" or not state.best
         return TrainingOutcome(
             weights=self._kept_weights() if last else state.best,
@@ -232,10 +239,12 @@ class _Trainer:
             self.average.load(state.average)
         torch.set_rng_state(state.generator)
 
-    def _epoch(self, state: TrainingState, callbacks: Callbacks) -> tuple[TrainingState, bool]:
+    def _epoch(
+        self, state: TrainingState, batches: BatchStream, callbacks: Callbacks
+    ) -> tuple[TrainingState, bool]:
         began = time.perf_counter()
         epoch = state.epoch
-        report = self._train_epoch(epoch, callbacks.on_step)
+        report = self._train_epoch(epoch, batches, callbacks.on_step)
         first = state.history[0] if state.history else report
         if report.train_loss > _DIVERGED_FACTOR * first.train_loss:
             raise DivergedError(
@@ -293,9 +302,10 @@ class _Trainer:
             return copy_state(self.network)
         return {name: value.detach().cpu().clone() for name, value in self.average.state().items()}
 
-    def _train_epoch(self, epoch: int, on_step: Callable[[float, int, float], None] | None) -> EpochReport:
+    def _train_epoch(
+        self, epoch: int, batches: BatchStream, on_step: Callable[[float, int, float], None] | None
+    ) -> EpochReport:
         self.network.train()
-        order = epoch_order(self.weights, self.crops, self.seed, epoch)
         began = time.perf_counter()
         waited = 0.0
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -304,13 +314,10 @@ class _Trainer:
         step = epoch * self.steps_per_epoch
         rate = math.nan
         unseen = 0
-        batches = epoch_batches(self.maker, order, self.params.batch_size, epoch, self.workers)
-        while True:
+        for _ in range(self.steps_per_epoch):
             asked = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(batches)
             waited += time.perf_counter() - asked
-            if batch is None:
-                break
             rate = learning_rate(self.params, step, self.steps_per_epoch)
             losses = self._step(batch.to(self.device), rate, step)
             sums += losses.double() * len(batch.planes)
@@ -323,7 +330,6 @@ class _Trainer:
                 if on_step is not None:
                     on_step(loss, unseen, rate)
                 unseen = 0
-        batches.close()
         flow, probability = (float(value) / self.crops for value in sums)
         if not math.isfinite(flow + probability):
             raise DivergedError(f"training diverged: the loss is no number in epoch {epoch + 1}; {_MEND}")
