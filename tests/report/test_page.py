@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,18 @@ def drawn(page: Page) -> str:
     """Give the volume and the voxel that are shown once all drawing is done."""
     page.wait_for_selector("#views[aria-busy=false]")
     return str(page.eval_on_selector("#views", "node => node.dataset.drawn"))
+
+
+def resting_box(page: Page, selector: str) -> Mapping[str, float]:
+    """Give the place of an element once the page has stopped scrolling to it."""
+    before = None
+    while True:
+        box = page.locator(selector).bounding_box()
+        assert box is not None
+        if box == before:
+            return box
+        before = box
+        page.wait_for_timeout(200)
 
 
 def pixels(page: Page, view: str, color: str) -> int:
@@ -162,13 +174,16 @@ def test_sliders_keys_and_clicks_move_the_planes(page: Page) -> None:
     page.focus("#views")
     page.keyboard.press("PageDown")
     assert drawn(page).split()[1] == "5"
-    box = page.locator("#xy").bounding_box()
-    assert box is not None
+    box = resting_box(page, "#xy")
     page.mouse.click(box["x"] + box["width"] * 8.25 / 36, box["y"] + box["height"] * 20.25 / 30)
     assert drawn(page).split()[2:] == ["40", "16"]
     page.mouse.wheel(0, 100)
     # the browser hands on a turn of the wheel when it likes
-    page.wait_for_function("document.getElementById('views').dataset.drawn.split(' ')[1] === '6'")
+    for _ in range(100):
+        if drawn(page).split()[1] == "6":
+            break
+        page.wait_for_timeout(50)
+    assert drawn(page).split()[1] == "6"
 
 
 def test_a_double_click_enlarges_a_view_and_gives_it_back(page: Page) -> None:
