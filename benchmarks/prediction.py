@@ -27,6 +27,7 @@ from torch import nn
 from nuclei3d.console import emit_json, say
 from nuclei3d.core.networks import choose_device, choose_precision, new_network
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
+from nuclei3d.core.segmentation.openvino_network import has_openvino
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
 from nuclei3d.core.segmentation.stock import segment_with_cellpose
@@ -216,6 +217,13 @@ def compare(
     say(f"{name}: stock {_tell(peer)}: {report[f'speedup_{name}']:.1f} x as fast; AP .5, .75: {ap}")
 
 
+def engine_of(wish: str, device: torch.device) -> str:
+    """Name the engine that runs the network."""
+    if wish != "auto":
+        return wish
+    return "openvino" if device.type == "cpu" and has_openvino() else "torch"
+
+
 def _tell(timing: Timing) -> str:
     return f"{timing.median:.1f} s ({timing.cpu_median:.1f} s of processor time)"
 
@@ -228,6 +236,7 @@ def main() -> None:
     parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the volumes, to try things out")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--engine", default="auto", choices=["auto", "torch", "openvino"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=150, help="of the brief training")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
@@ -249,12 +258,14 @@ def main() -> None:
         diameter_px=arguments.diameter,
         nucleus_diameter_um=arguments.diameter,
         precision=arguments.precision,
+        engine=arguments.engine,
     )
     shape = tuple(round(size * arguments.scale) for size in SHAPE)
     report: dict[str, Any] = {
         "voxels": int(np.prod(shape)),
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "engine": engine_of(arguments.engine, device),
         "precision": str(choose_precision(arguments.precision, device)),
     }
     repeats = (arguments.repeats, arguments.peer_repeats)

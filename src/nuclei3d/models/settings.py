@@ -60,6 +60,7 @@ def segmentation_settings(
         upper_percentile=info.upper_percentile,
         noise_floor=info.noise_floor,
         precision=predict.precision,
+        engine=predict.engine,
         flow3d_smooth=predict.flow3d_smooth,
     )
 

@@ -29,7 +29,7 @@ from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_from_flows
 from nuclei3d.core.segmentation.foreground import OccupiedSpace, everywhere, find_occupied
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
-from nuclei3d.core.segmentation.plane_network import PlaneNetwork
+from nuclei3d.core.segmentation.plane_network import Engine, PlaneNetwork
 from nuclei3d.core.segmentation.views import VIEW_AXIS, VIEWS, FlowAccumulator, predict_view
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -71,6 +71,8 @@ class SegmentationSettings:
         Leave out what can hold no nucleus (`nuclei3d.core.segmentation.foreground`).
     precision
         ``auto``, ``float32`` or ``bfloat16``.
+    engine
+        ``auto``, ``torch`` or ``openvino`` (`plane_network.PlaneNetwork`).
     stitch_min_iou, stitch_max_gap
         Linking of planes in mode ``stitch``.
     flow3d_smooth
@@ -92,6 +94,7 @@ class SegmentationSettings:
     intensity_range: IntensityRange | None = None
     skip_empty: bool = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    engine: Engine = "auto"
     stitch_min_iou: float = 0.25
     stitch_max_gap: int = 1
     flow3d_smooth: float = 0.0
@@ -273,6 +276,7 @@ def predict_flows(
             device,
             precision=choose_precision(settings.precision, device),
             flip_average=settings.flip_average,
+            engine=settings.engine,
         )
         for each in networks.values()
     }
