@@ -72,7 +72,7 @@ def page(report: Path) -> Iterator[Page]:
             ),
         )
         opened.goto(report.as_uri())
-        opened.wait_for_function("document.getElementById('views').dataset.drawn")
+        opened.wait_for_selector("#views[data-drawn]")
         yield opened
         browser.close()
     assert problems == []
