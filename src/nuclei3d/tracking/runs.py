@@ -181,14 +181,14 @@ def stage_run(
     close_abandoned(client)
     run_id = _begin(client, params, name or stage, resume)
     run = StageRun(client, run_id, stage)
-    run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
-    run.tags(lineage.as_tags())
-    run.params(_stage_params(stage, params))
-    run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
-    run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
-    run.text(environment_listing(), "lineage/environment.txt")
     _open_runs.append(run)
     try:
+        run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
+        run.tags(lineage.as_tags())
+        run.params(_stage_params(stage, params))
+        run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
+        run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
+        run.text(environment_listing(), "lineage/environment.txt")
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
