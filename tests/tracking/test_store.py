@@ -7,7 +7,7 @@ import pytest
 from nuclei3d.config import load_params
 from nuclei3d.config.tracking import TrackingParams
 from nuclei3d.errors import InputError
-from nuclei3d.tracking.store import open_store, store_uri
+from nuclei3d.tracking.store import open_store, store_uri, without_passwords
 
 
 def test_the_default_lies_in_the_project_wherever_one_stands(
@@ -37,3 +37,16 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database at all")
     with pytest.raises(InputError, match="no SQLite database"):
         open_store(load_params(None, [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]).tracking)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("uri: postgresql://me:s3cr:et@host:5432/runs", "uri: postgresql://me:***@host:5432/runs"),
+        ("https://:token@host", "https://:***@host"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("sqlite:////home/me/mlflow.db", "sqlite:////home/me/mlflow.db"),
+    ],
+)
+def test_passwords_are_blotted_out(text: str, shown: str) -> None:
+    assert without_passwords(text) == shown

@@ -17,7 +17,13 @@ from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.tracking.lineage import environment_listing, trace_lineage
-from nuclei3d.tracking.store import experiment_id, open_store, show_as_training, store_uri
+from nuclei3d.tracking.store import (
+    experiment_id,
+    open_store,
+    show_as_training,
+    store_uri,
+    without_passwords,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -186,7 +192,8 @@ def stage_run(
         run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
         run.tags(lineage.as_tags())
         run.params(_stage_params(stage, params))
-        run.text(yaml.safe_dump(params_as_dict(params), sort_keys=False), "lineage/params.yaml")
+        listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
+        run.text(without_passwords(listing), "lineage/params.yaml")
         run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
         run.text(environment_listing(), "lineage/environment.txt")
         yield run
@@ -259,7 +266,8 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
         # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
         if not _exists(client, adopted):
             raise InputError(
-                f"the run {adopted} that `mlflow run` made is not in the store {store_uri(params.tracking)}; "
+                f"the run {adopted} that `mlflow run` made is not in the store "
+                f"{without_passwords(store_uri(params.tracking))}; "
                 "name one store for both: export MLFLOW_TRACKING_URI=sqlite:////absolute/path/mlflow.db"
             )
         run = mlflow.start_run()
@@ -296,7 +304,7 @@ def _stage_params(stage: str, params: Params) -> dict[str, object]:
             if isinstance(value, dict):
                 walk(f"{prefix}{key}.", value)
             else:
-                flat[f"{prefix}{key}"] = value
+                flat[f"{prefix}{key}"] = without_passwords(value) if isinstance(value, str) else value
 
     for section in names:
         if isinstance(tree.get(section), dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def open_store(params: TrackingParams) -> MlflowClient:
         client.search_experiments(max_results=1)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tracking store {_without_password(uri)} cannot be used: {reason}") from None
+        raise InputError(f"the tracking store {without_passwords(uri)} cannot be used: {reason}") from None
     return client
 
 
@@ -148,7 +149,7 @@ def _check_reachable(uri: str) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise InputError(
-            f"the tracking server {_without_password(uri)} does not answer ({reason}); start it, correct "
+            f"the tracking server {without_passwords(uri)} does not answer ({reason}); start it, correct "
             "tracking.uri or MLFLOW_TRACKING_URI, or run with --set tracking.enabled=false"
         ) from None
 
@@ -173,11 +174,9 @@ def _check_sqlite(path: Path) -> None:
                 raise InputError(f"{path} is no SQLite database; give another place with tracking.uri")
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return uri.replace(f":{parts.password}@", ":***@")
+def without_passwords(text: str) -> str:
+    """Blot out the passwords of addresses such as ``postgresql://me:secret@host/runs``."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
 
 
 def _quieten() -> None:
