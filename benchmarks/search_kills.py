@@ -114,6 +114,7 @@ def check(folder: Path, trials: int) -> dict[str, int]:
             parents += run.info.status != "FINISHED"
         else:
             runs.setdefault(key, []).append(run.info.status)
+    predecessors = [row["attempts"][-2] for row in rows if len(row["attempts"]) > 1]
     repeated = {row["attempts"][-2]: row for row in rows if len(row["attempts"]) > 1}
     lost = [row for row in rows if row["state"] == "failed" and int(row["trial"]) not in repeated]
     changed = [
@@ -135,6 +136,8 @@ def check(folder: Path, trials: int) -> dict[str, int]:
         "open_parents": parents,
         "lost_trials": len(lost),
         "changed_values": len(changed),
+        "run_again_twice": len(predecessors) - len(set(predecessors)),
+        "left_over": states["running"],
         "not_in_table": len(rows) - in_table,
     }
 
@@ -173,7 +176,17 @@ def main() -> None:
                 else:
                     ended = True
             totals.update(check(folder, options.trials))
-    wrong = ("miscounted", "wrong_runs", "extra_runs", "open_parents", "lost_trials", "changed_values")
+    wrong = (
+        "miscounted",
+        "wrong_runs",
+        "extra_runs",
+        "open_parents",
+        "lost_trials",
+        "changed_values",
+        "run_again_twice",
+        "left_over",
+        "not_in_table",
+    )
     result = {**totals, "wrong": sum(totals[name] for name in wrong)}
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     sys.exit(1 if result["wrong"] else 0)

@@ -23,7 +23,7 @@ from nuclei3d.stages.search.space import search_space
 from nuclei3d.stages.search.study import SearchResult, search
 
 HERE = Path(__file__).parent
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def parameters(*overrides: str) -> Params:
@@ -307,6 +307,7 @@ def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:
     repeated = {row["attempts"][-2]: row for row in trials.values() if len(row["attempts"]) > 1}
     killed = [row for row in trials.values() if row["state"] == "failed"]
     assert {int(row["trial"]) for row in killed} == set(repeated)
+    assert len(repeated) == len(killed) == len(trials) - 6, "each is run again once"
     for row in killed:
         again = repeated[int(row["trial"])]
         assert row["reason"] == "its process died"

@@ -118,7 +118,8 @@ class StudyStorage:
         """Queue a failed trial with its parameters and curve so far, unless that was done or is too often."""
         if any(attempts(other)[-2:-1] == [trial.number] for other in study.get_trials(deepcopy=False)):
             return
-        again = copy.copy(trial)
+        # Optuna's callback writes into the history that it is given, which the storage shares with its own
+        again = copy.deepcopy(trial)
         again.user_attrs = {key: value for key, value in trial.user_attrs.items() if key not in _OF_ATTEMPT}
         self._retry(study, again)
 
