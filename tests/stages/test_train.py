@@ -87,26 +87,24 @@ train(validate_params(json.loads(sys.argv[1]), "test"), Path(sys.argv[2]), Path(
 
 def test_killed_at_any_point_and_started_again_it_ends_with_the_same_weights(slices, tmp_path):
     params = params_of(epochs=4, ema=0.9)
-    train(params, slices, tmp_path / "whole")
-    rng = np.random.default_rng()
-    command = [
-        sys.executable,
-        "-c",
-        _SCRIPT,
-        params.model_dump_json(),
-        str(slices),
-        str(tmp_path / "killed"),
-    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def start(out):
+        # a process of its own each time, as for a user: other tests leave switches of torch set in this one
+        command = [sys.executable, "-c", _SCRIPT, params.model_dump_json(), str(slices), str(out)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    rng = np.random.default_rng()
     checkpoint = tmp_path / "killed.checkpoint" / "last.pt"
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = start(tmp_path / "killed")
     # some point after the first checkpoint: inside an epoch, a validation or the writing of a file
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.8))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    train(params, slices, tmp_path / "killed")
+    assert start(tmp_path / "killed").wait() == 0
     assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
 
 

@@ -66,7 +66,7 @@ def test_what_a_request_does_not_say_comes_from_the_defaults() -> None:
 
 
 def test_a_request_may_set_all_of_the_prediction_but_where_it_is_computed() -> None:
-    machine = {"device", "memory_gb", "workers", "scheduler"}
+    machine = {"device", "engine", "memory_gb", "workers", "scheduler"}
     assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine
     own = set(RequestParams.model_fields) - set(PredictParams.model_fields)
     assert own == {"voxel_size_um", "anisotropy", "channel"}

@@ -156,7 +156,8 @@ def test_a_trial_of_a_machine_that_died_is_run_again_after_the_grace(tmp_path: P
     died = next(trial for trial in study.get_trials() if trial.state == TrialState.FAIL)
     again = next(trial for trial in study.get_trials() if "retry_history" in trial.system_attrs)
     assert died.params.items() <= again.params.items()
-    assert again.user_attrs[WORKER] != died.user_attrs[WORKER]
+    # the kill may have come before the trial had the name of its worker
+    assert again.user_attrs[WORKER] != died.user_attrs.get(WORKER)
 
 
 DIES_WITH_A_TRIAL = """
