@@ -168,6 +168,7 @@ def measure_overhead(model: Path, shape: tuple[int, int, int], repeats: int) -> 
         alone.append(local.segment(image)[1])
     del local
     through: list[float] = []
+    around: list[float] = []
     equal = True
     with running_service(model, queue=4) as service:
         post(service.url, body_of(volume_of((8, 64, 64), 0)))
@@ -176,6 +177,7 @@ def measure_overhead(model: Path, shape: tuple[int, int, int], repeats: int) -> 
             response = post(service.url, body_of(image))
             found = labels_of(response)
             through.append(time.perf_counter() - start)
+            around.append(through[-1] - response.json()["predictions"][0]["seconds"]["total"])
             equal = equal and bool(np.array_equal(found, expected))
     seconds, request_s = min(alone), min(through)
     return {
@@ -183,6 +185,9 @@ def measure_overhead(model: Path, shape: tuple[int, int, int], repeats: int) -> 
         "in_process_s": round(seconds, 3),
         "request_s": round(request_s, 3),
         "overhead_s": round(request_s - seconds, 3),
+        # The same from one request alone, which a machine that others use too cannot disturb: all but what
+        # the service itself spent on segmenting.
+        "around_s": round(min(around), 3),
         "allowed_s": round(1.0 + 0.05 * seconds, 3),
         "same_masks": equal,
         "passed": equal and request_s - seconds <= 1.0 + 0.05 * seconds,

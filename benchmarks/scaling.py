@@ -1,0 +1,182 @@
+"""How prediction grows: with the volume, the number of frames, Dask workers, and when cut into blocks.
+
+    python benchmarks/scaling.py [--model models/nuclei_3d] [--sizes 1 8 64] [--frames 1 4 16] [--json]
+
+Time per voxel is that of volumes filled with nuclei at the network's scale. Peak memory over frames is that
+of the whole command ``predict`` in a process of its own. Blocks are run by one and two workers with one
+thread each and compared with the volume as a whole. Without a model, a network is trained briefly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from embryo_like import CUBIC, Filters, draw_volume, train_briefly
+from nuclei3d.console import emit_json, say
+from nuclei3d.core.scoring.matching import average_precision, overlap_table
+from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
+from nuclei3d.models.folder import load_model, save_model
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.volumes.frames import read_labels
+from nuclei3d.volumes.writing import write_image
+from timing import measure
+
+TIME_BAR = 0.15
+MEMORY_BAR = 0.05
+BLOCKS_BAR = 0.99
+
+
+def time_per_voxel(
+    sizes: list[float], network: torch.nn.Module, diameter: float, repeats: int
+) -> dict[str, Any]:
+    """Time volumes of these sizes in Mvox; the largest difference from their mean, relative to it."""
+    rng = np.random.default_rng(0)
+    piece, _ = draw_volume((50, 100, 200), diameter, 1.0, rng)
+    settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
+    device = torch.device("cpu")
+    segment_volume(piece[:20], CUBIC, network, settings, device)
+    rows = {}
+    for size in sizes:
+        side = max(1, round((size * 1e6 / piece.size) ** (1 / 3)))
+        image = np.tile(piece, (side, side, side))
+        timing, _ = measure(
+            lambda image=image: len(segment_volume(image, CUBIC, network, settings, device).nuclei), repeats
+        )
+        rows[f"{image.size / 1e6:g}"] = {
+            "us_per_voxel": round(1e6 * timing.median / image.size, 4),
+            "cpu_us_per_voxel": round(1e6 * timing.cpu_median / image.size, 4),
+            **timing.as_json(),
+        }
+        say(f"{image.size / 1e6:g} Mvox: {1e6 * timing.median / image.size:.3f} us per voxel")
+    result: dict[str, Any] = {"by_mvox": rows}
+    for key in ("us_per_voxel", "cpu_us_per_voxel"):
+        values = np.array([row[key] for row in rows.values()])
+        result[f"{key}_spread"] = round(float(np.abs(values / values.mean() - 1).max()), 4)
+    return result
+
+
+def run_predict(arguments: list[str], threads: int | None = None) -> tuple[float, float]:
+    """Run the command ``predict`` in a process; give seconds and the peak of its memory in MB."""
+    import time
+
+    environment = dict(os.environ)
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "nuclei3d", "predict", *arguments]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    watched = psutil.Process(process.pid)
+    peak = 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.02)
+    if process.wait() != 0:
+        raise RuntimeError(process.stderr.read() if process.stderr else "predict failed")
+    return time.perf_counter() - started, peak / 1e6
+
+
+def memory_by_frames(counts: list[int], model: Path, diameter: float, folder: Path) -> dict[str, Any]:
+    """Peak memory of a prediction of so many frames."""
+    image, _ = draw_volume((32, 160, 160), diameter, 1.0, np.random.default_rng(0))
+    rows = {}
+    for count in counts:
+        movie = folder / f"movie_{count}"
+        for t in range(count):
+            write_image(movie / f"t{t:03d}.ome.tif", np.roll(image, 3 * t, axis=2), CUBIC)
+        _, peak = run_predict([str(movie), "--model", str(model), "--out", str(folder / f"out_{count}")])
+        rows[str(count)] = round(peak, 1)
+        say(f"{count} frames: peak {peak:.0f} MB")
+    values = np.array(list(rows.values()))
+    return {"peak_mb": rows, "spread": round(float(np.abs(values / values.mean() - 1).max()), 4)}
+
+
+def blocks_against_whole(
+    model: Path, diameter: float, folder: Path, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Cut a volume into blocks, run them with one and two workers, compare with the whole."""
+    image, truth = draw_volume(shape, diameter, 1.0, np.random.default_rng(2))
+    # The stage reckons with 1 GB for the process and 50 bytes a voxel; blocks get room for half of them.
+    memory_gb = 1.0 + 0.5 * 50e-9 * image.size
+    write_image(folder / "embryo.ome.tif", image, CUBIC)
+    common = [str(folder / "embryo.ome.tif"), "--model", str(model)]
+    seconds, _ = run_predict([*common, "--out", str(folder / "whole")], threads=1)
+    whole = read_labels(folder / "whole" / "embryo_masks.ome.tif")
+    result: dict[str, Any] = {"whole_s": round(seconds, 1), "nuclei": int(whole.max())}
+    result["ap_truth"] = {"whole": _ap(truth, whole, 0.5)}
+    for workers in (1, 2):
+        out = folder / f"blocks_{workers}"
+        wishes = [f"predict.memory_gb={memory_gb * workers}", f"predict.workers={workers}"]
+        options = [text for wish in wishes for text in ("--set", wish)]
+        seconds, _ = run_predict([*common, "--out", str(out), *options], threads=1)
+        masks = out / "embryo_masks.ome.zarr"
+        if not masks.exists():
+            raise RuntimeError(f"{memory_gb} GB were enough for the volume as a whole")
+        labels = read_labels(masks)
+        result[f"workers_{workers}"] = {
+            "seconds": round(seconds, 1),
+            "ap_90_against_whole": round(_ap(whole, labels, 0.9), 4),
+        }
+        result["ap_truth"][f"workers_{workers}"] = _ap(truth, labels, 0.5)
+        say(f"{workers} workers: {seconds:.0f} s, AP .9 against the whole {_ap(whole, labels, 0.9):.4f}")
+    return result
+
+
+def _ap(truth: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+    return float(average_precision(overlap_table(truth, labels), (threshold,))[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; without, one is trained briefly")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 8, 64], help="in Mvox")
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
+    parser.add_argument("--steps", type=int, default=150, help="of the brief training")
+    parser.add_argument("--block-shape", type=int, nargs=3, default=[64, 256, 256], help="volume that is cut")
+    parser.add_argument(
+        "--filters", action="store_true", help="time volumes with three filters in place of the network"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args()
+    diameter = arguments.diameter
+    if arguments.model:
+        network = load_model(arguments.model).network
+    else:
+        say(f"no --model: training one for {arguments.steps} steps")
+        network = train_briefly(diameter, arguments.steps, 0)
+    report: dict[str, Any] = {"network": "filters" if arguments.filters else "cpnet"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "model"
+        info = ModelInfo(name="bench", diameter_px=diameter, nucleus_diameter_um=diameter)
+        save_model(model, network, info, "made by benchmarks/scaling.py")
+        report["blocks"] = blocks_against_whole(model, diameter, folder, tuple(arguments.block_shape))
+        report["frames"] = memory_by_frames(arguments.frames, model, diameter, folder)
+    timed = Filters(diameter) if arguments.filters else network
+    report["sizes"] = time_per_voxel(arguments.sizes, timed, diameter, arguments.repeats)
+    agreement = min(report["blocks"][f"workers_{n}"]["ap_90_against_whole"] for n in (1, 2))
+    report["passed"] = (
+        agreement >= BLOCKS_BAR
+        and report["frames"]["spread"] <= MEMORY_BAR
+        and report["sizes"]["us_per_voxel_spread"] <= TIME_BAR
+    )
+    if arguments.json:
+        emit_json(report)
+
+
+if __name__ == "__main__":
+    main()
