@@ -237,11 +237,10 @@ class _LocalSegmenter:
         from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
 
         voxel_size = frame.require_voxel_size()
-        limit = self._memory_gb()
+        run = BlockRun(self._memory_gb(), self._params.workers, self._params.scheduler)
         needed = required_gb(frame, voxel_size, self._settings)
-        if needed > limit and self._settings.mode != "cellpose":
-            say(f"{frame.name} would need {needed:.1f} GB of {limit:.1f} GB: cut into blocks")
-            run = BlockRun(limit, self._params.workers, self._params.scheduler)
+        if needed > run.worker_gb and self._settings.mode != "cellpose":
+            say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
             masks = out / f"{frame.name}_masks.ome.zarr"
             device = self._params.device
             nuclei = predict_in_blocks(frame, self._model, self._settings, device, run, masks, progress)

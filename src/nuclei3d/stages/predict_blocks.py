@@ -76,6 +76,11 @@ class BlockRun:
     workers: int = 1
     scheduler: str | None = None
 
+    @property
+    def worker_gb(self) -> float:
+        """What one worker may use."""
+        return self.memory_gb / (1 if self.scheduler else self.workers)
+
 
 @dataclass(frozen=True)
 class BlockTask:
@@ -208,8 +213,7 @@ def _voxel_bytes(frame: Frame, voxel_size: VoxelSize, settings: SegmentationSett
 
 
 def _plan(frame: Frame, voxel_size: VoxelSize, settings: SegmentationSettings, run: BlockRun) -> list[Block]:
-    per_worker = run.memory_gb / (1 if run.scheduler else run.workers)
-    room = per_worker * 1e9 - _PROCESS_BYTES
+    room = run.worker_gb * 1e9 - _PROCESS_BYTES
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
     return plan_blocks(
         frame.shape, voxel_size, margin_um, max(0.0, room) / _voxel_bytes(frame, voxel_size, settings)
