@@ -29,7 +29,8 @@ from nuclei3d.core.networks import choose_device, choose_precision
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
 from nuclei3d.core.segmentation.openvino_network import has_openvino
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
-from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
+from nuclei3d.core.segmentation.prediction import segment_volume
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.stock import segment_with_cellpose
 from nuclei3d.models.folder import load_model
 from timing import Timing, measure

@@ -24,7 +24,8 @@ import torch
 from embryo_like import CUBIC, Filters, draw_volume, train_briefly
 from nuclei3d.console import emit_json, say
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
+from nuclei3d.core.segmentation.prediction import segment_volume
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.volumes.frames import read_labels

@@ -104,7 +104,7 @@ def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tm
 
 
 def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
-    from nuclei3d.core.segmentation.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.settings import SegmentationSettings
 
     (found,) = find_frames(frame)
     assert predict_blocks._measure_range(found, SegmentationSettings()) == measure_range(image)

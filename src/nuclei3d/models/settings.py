@@ -6,7 +6,7 @@ from typing import Any
 
 from nuclei3d.config.predict import PredictParams
 from nuclei3d.core.segmentation.dynamics import MaskSettings
-from nuclei3d.core.segmentation.prediction import SegmentationSettings
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.volumes.voxel_size import VoxelSize

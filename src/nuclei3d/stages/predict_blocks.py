@@ -36,8 +36,10 @@ from nuclei3d.core.segmentation.blocks import (
     merge_nuclei,
     plan_blocks,
 )
+from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
-from nuclei3d.core.segmentation.prediction import SegmentationSettings, label_volume, view_grid
+from nuclei3d.core.segmentation.prediction import label_volume
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.frames import Frame
 from nuclei3d.volumes.voxel_size import VoxelSize

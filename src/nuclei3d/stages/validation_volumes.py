@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nuclei3d.core.segmentation.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.settings import SegmentationSettings
     from nuclei3d.models.info import ModelInfo
     from nuclei3d.stages.training_planes import Slices
 

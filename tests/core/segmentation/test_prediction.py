@@ -8,7 +8,8 @@ from oracle_network import OracleNetwork, ball_labels
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import IntensityRange
 from nuclei3d.core.scoring.matching import match, overlap_table
-from nuclei3d.core.segmentation.prediction import SegmentationSettings, segment_volume
+from nuclei3d.core.segmentation.prediction import segment_volume
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 

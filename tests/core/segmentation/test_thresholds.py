@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.prediction import FlowField, SegmentationSettings, label_flows
+from nuclei3d.core.segmentation.labelling import FlowField, label_flows
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.thresholds import LabelledFlow, choose_thresholds
 from nuclei3d.core.targets.flow_targets import flows_3d
 from nuclei3d.volumes.voxel_size import VoxelSize

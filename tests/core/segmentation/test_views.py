@@ -18,7 +18,8 @@ from nuclei3d.core.segmentation.plane_network import (
     PlaneNetwork,
     tile_starts,
 )
-from nuclei3d.core.segmentation.prediction import SegmentationSettings, predict_flows, segment_volume
+from nuclei3d.core.segmentation.prediction import predict_flows, segment_volume
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import VIEW_AXIS, VIEWS, FlowAccumulator, computed_indices, predict_view
 from nuclei3d.volumes.voxel_size import VoxelSize
 

@@ -26,7 +26,6 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 _PLANE_DEPTH = 1e4
 """Depth, in pixels, given to a lone plane: so deep that no heat is lost through it."""
 
-
 _LEAST_SCORE = 0.01
 
 
@@ -62,6 +61,12 @@ class MaskSettings:
     step: float = 1 / 20
     bin_edge: float = 1 / 16
     sink_radius: float = 0.2
+
+    def bounds_um3(self, nucleus_diameter_um: float) -> tuple[float, float]:
+        """Least and largest volume of a nucleus, in um3."""
+        typical_um3 = np.pi / 6 * nucleus_diameter_um**3
+        least = max(self.min_volume_um3, self.min_volume_fraction * typical_um3)
+        return least, np.inf if self.max_volume_um3 is None else self.max_volume_um3
 
 
 def masks_from_flows(
@@ -109,13 +114,11 @@ def masks_from_flows(
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(flow, logit, voxel_size, nucleus_diameter_um, settings, threads)
-    typical_um3 = np.pi / 6 * nucleus_diameter_um**3
-    min_um3 = max(settings.min_volume_um3, settings.min_volume_fraction * typical_um3)
-    max_um3 = np.inf if settings.max_volume_um3 is None else settings.max_volume_um3
-    voxel_um3 = voxel_size.volume_um3
-    return _finish(
-        labels, flow, logit, voxel_size, (min_um3 / voxel_um3, max_um3 / voxel_um3), settings, threads
+    bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
+    scores = finish_labels(
+        labels, flow, logit, voxel_size, bounds_um3, settings.score_threshold, threads=threads
     )
+    return labels, scores
 
 
 def masks_2d_from_flows(
@@ -159,8 +162,50 @@ def masks_2d_from_flows(
     plane = VoxelSize(_PLANE_DEPTH, 1.0, 1.0)
     labels = _sink_of_each_voxel(volume_flow, volume_logit, plane, diameter_px, settings, 1)
     min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
-    labels, _ = _finish(labels, volume_flow, volume_logit, plane, (min_pixels, np.inf), settings, 1)
+    bounds = (min_pixels * plane.volume_um3, np.inf)
+    finish_labels(labels, volume_flow, volume_logit, plane, bounds, settings.score_threshold, threads=1)
     return np.asarray(labels[0])
+
+
+def finish_labels(
+    labels: NDArray[np.uint32],
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    voxel_size: VoxelSize,
+    bounds_um3: tuple[float, float],
+    score_threshold: float,
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Make labels whole, score them and drop those that are no nuclei, in place.
+
+    Parameters
+    ----------
+    labels : uint32 array, shape (Z, Y, X)
+        Raw labels; afterwards 1..n, each one 6-connected piece without holes.
+    flow, logit, voxel_size
+        As for `masks_from_flows`.
+    bounds_um3 : tuple of float
+        Least and largest volume.
+    score_threshold : float
+        Labels with a lower score are dropped; those below 0.01 always are.
+    threads : int, optional
+        All processors by default.
+
+    Returns
+    -------
+    float32 array, shape (n + 1,)
+        Score in 0..1 by label; entry 0 is 0.
+    """
+    least, most = (bound / voxel_size.volume_um3 for bound in bounds_um3)
+    where = clean_labels(labels, least, most, threads)
+    scores = score_labels(labels, where, flow, logit, voxel_size, threads)
+    keep = scores >= max(score_threshold, _LEAST_SCORE)
+    keep[0] = True
+    if keep.all():
+        return scores
+    keep_labels(labels, keep)
+    return scores[keep]
 
 
 def _sink_of_each_voxel(
@@ -207,23 +252,3 @@ def _sink_of_each_voxel(
     packed = np.empty((0, 0, 0, 4), np.int16)  # lets go of the largest array of all
     group_sinks(ends, grid, settings.sink_radius * diameter_um)
     return ends
-
-
-def _finish(
-    labels: NDArray[np.uint32],
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    voxel_size: VoxelSize,
-    bounds: tuple[float, float],
-    settings: MaskSettings,
-    threads: int | None,
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Clean the labels in place, score them, and drop those below the threshold."""
-    where = clean_labels(labels, bounds[0], bounds[1], threads)
-    scores = score_labels(labels, where, flow, logit, voxel_size, threads)
-    keep = scores >= max(settings.score_threshold, _LEAST_SCORE)
-    keep[0] = True
-    if not keep.all():
-        keep_labels(labels, keep)
-        scores = scores[keep]
-    return labels, scores

@@ -14,7 +14,7 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 if TYPE_CHECKING:
     from cellpose.models import CellposeModel
 
-    from nuclei3d.core.segmentation.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.settings import SegmentationSettings
 
 
 def stock_model(network: nn.Module, device: torch.device) -> CellposeModel:

@@ -1,0 +1,175 @@
+"""The flow of a volume from a 2D network: normalise, run the network over the planes of each view, fuse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nuclei3d.core.networks import choose_precision
+from nuclei3d.core.normalization import IntensityRange, measure_range
+from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.foreground import OccupiedSpace, everywhere, find_occupied
+from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
+from nuclei3d.core.segmentation.grids import view_grid
+from nuclei3d.core.segmentation.labelling import FlowField
+from nuclei3d.core.segmentation.plane_network import PlaneNetwork
+from nuclei3d.core.segmentation.settings import SegmentationSettings
+from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, predict_view
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+
+def predict_plane_flows(
+    image: NDArray[Any],
+    voxel_size: VoxelSize,
+    network: nn.Module,
+    settings: SegmentationSettings,
+    device: torch.device,
+    progress: Callable[[float], None] | None = None,
+    *,
+    orthogonal_network: nn.Module | None = None,
+    seconds: dict[str, float] | None = None,
+) -> FlowField:
+    """Run the network over the planes of a volume and fuse the views.
+
+    Parameters
+    ----------
+    image
+        (z, y, x), any real dtype, finite.
+    voxel_size
+        Of the image.
+    network
+        A 2D network such as CPnet; it is moved to `device`, its training mode is left as it was.
+    settings
+        What to do.
+    device
+        Where the network runs.
+    progress
+        Called with the share done, 0 to 1.
+    orthogonal_network
+        Another network for the xz and yz planes.
+    seconds
+        Gets ``network`` and ``views`` added.
+
+    Returns
+    -------
+    FlowField
+    """
+    started = time.perf_counter()
+    views = settings.seen_views
+    shape, grid_voxel_size, depth = view_grid(image.shape, voxel_size, settings)
+    intensity = settings.intensity_range or measure_range(
+        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
+    )
+    volume = intensity.apply(resize_linear(image, shape))
+    occupied = _occupied(volume, intensity, voxel_size, grid_voxel_size, settings)
+    networks = {view: network for view in views}
+    if orthogonal_network is not None:
+        networks.update({view: orthogonal_network for view in views if view != "xy"})
+    modes = [(each, each.training) for each in {id(n): n for n in networks.values()}.values()]
+    runners = {
+        id(each): PlaneNetwork(
+            each,
+            device,
+            precision=choose_precision(settings.precision, device),
+            flip_average=settings.flip_average,
+            engine=settings.engine,
+        )
+        for each in networks.values()
+    }
+    keep_views = settings.fusion == "consensus" or settings.view_weights is not None
+    fused = None if keep_views else FlowAccumulator(shape, views)
+    kept: list[ViewPrediction] = []
+    report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
+    try:
+        for view in views:
+            planes = predict_view(
+                volume,
+                view,
+                runners[id(networks[view])],
+                occupied,
+                stretched_depth=depth,
+                step=1 if view == "xy" else settings.orthogonal_step,
+                progress=report.of(view),
+            )
+            if fused is not None:
+                for plane in planes:
+                    fused.add(view, plane)
+            else:
+                prediction = ViewPrediction(
+                    view, np.empty((2, *shape), np.float16), np.empty(shape, np.float16)
+                )
+                for plane in planes:
+                    place: list[Any] = [slice(None)] * 3
+                    place[VIEW_AXIS[view]] = plane.index
+                    prediction.flow[(slice(None), *place)] = plane.output[:2]
+                    prediction.logit[tuple(place)] = plane.output[2]
+                kept.append(prediction)
+    finally:
+        for each, training in modes:
+            each.train(training)
+    flow: NDArray[np.floating[Any]]
+    logit: NDArray[np.floating[Any]]
+    if fused is not None:
+        flow, logit = fused.flow, fused.logit
+    else:
+        trust = settings.view_weights
+        flow, logit = fuse_views(
+            kept, settings.fusion, dict(zip(settings.views, trust, strict=True)) if trust else None
+        )
+    if seconds is not None:
+        seconds["network"] = sum(runner.seconds for runner in runners.values())
+        seconds["views"] = time.perf_counter() - started - seconds["network"]
+    return FlowField(flow, logit, grid_voxel_size)
+
+
+def _occupied(
+    volume: NDArray[np.float32],
+    intensity: IntensityRange,
+    voxel_size: VoxelSize,
+    grid_voxel_size: VoxelSize,
+    settings: SegmentationSettings,
+) -> OccupiedSpace:
+    if not settings.skip_empty:
+        return everywhere(volume.shape)
+    # Resampling to larger voxels averages the noise away.
+    averaged = max(1.0, grid_voxel_size.volume_um3 / voxel_size.volume_um3)
+    noise = intensity.noise / (intensity.high - intensity.low) / averaged**0.5
+    diameters = [settings.nucleus_diameter_um / edge for edge in grid_voxel_size.zyx]
+    return find_occupied(volume, noise, diameters)
+
+
+class _ProgressByView:
+    """Turns planes done, view by view, into the share done of the whole pass."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        depth: int,
+        views: tuple[View, ...],
+        step: int,
+        report: Callable[[float], None] | None,
+    ) -> None:
+        areas = {"xy": shape[1] * shape[2], "xz": depth * shape[2] / step, "yz": depth * shape[1] / step}
+        self._cost = areas
+        self._total = sum(areas[view] * shape[VIEW_AXIS[view]] for view in views)
+        self._done = 0.0
+        self._report = report
+
+    def of(self, view: View) -> Callable[[float], None] | None:
+        """Give the function that counts planes of a view."""
+        report = self._report
+        if report is None:
+            return None
+
+        def count(planes: float) -> None:
+            self._done += planes * self._cost[view]
+            # The last hundredth is for the masks.
+            report(0.99 * min(1.0, self._done / self._total))
+
+        return count
