@@ -142,3 +142,21 @@ def test_the_cellpose_command_line_runs_with_the_weights(folder, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "loading model" in run.stderr + run.stdout
     assert "model diam_mean =  17.000" in run.stderr + run.stdout
+
+
+def test_compact_weights_are_half_the_size_and_load_here_and_in_cellpose(tmp_path):
+    from cellpose.models import CellposeModel
+
+    network = new_network(16.7, seed=4)
+    info = ModelInfo(name="small", diameter_px=16.7)
+    save_model(tmp_path / "whole", network, info, "card")
+    save_model(tmp_path / "small", network, info, "card", compact=True)
+    weights = tmp_path / "small" / "small"
+    assert weights.stat().st_size < 0.51 * (tmp_path / "whole" / "small").stat().st_size
+    loaded = load_model(tmp_path / "small").network.state_dict()
+    theirs = CellposeModel(gpu=False, pretrained_model=str(weights)).net.state_dict()
+    for name, value in network.state_dict().items():
+        assert loaded[name].dtype == value.dtype
+        torch.testing.assert_close(loaded[name], value, rtol=2**-11, atol=2**-25)
+        assert torch.equal(theirs[name], loaded[name])
+    assert loaded["diam_mean"].item() == pytest.approx(16.7, rel=1e-7)

@@ -131,6 +131,14 @@ def test_lists_name_the_embryos_and_an_empty_train_takes_the_rest() -> None:
     assert names(split.train) == {"c", "d"}
 
 
+def test_a_training_on_all_embryos_holds_none_out_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    split = split_embryos([embryo("a"), embryo("b")], SplitParams(train=("a", "b")))
+    assert (names(split.train), split.validation, split.test) == ({"a", "b"}, (), ())
+    assert "none validates" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

@@ -16,7 +16,8 @@ class SplitParams(Section):
     With ``by: embryo`` the three lists name embryos (folders of the data set). `train` left empty takes the
     embryos that the others do not name. With all lists empty and at least three labelled embryos, the last
     in natural order tests, the second last validates and the others train. `test` may stay empty where the
-    others are named.
+    others are named; where `train` alone is named, every embryo of it trains and nothing is held out: for a
+    last training after epochs and thresholds were chosen on held-out embryos.
 
     With ``by: time``, meant for a single embryo, the labelled frames of every embryo are cut into contiguous
     blocks of time, first training, then validation, then test, with `gap` frames left out between them; the

@@ -39,7 +39,9 @@ class Model:
     path: Path
 
 
-def save_model(folder: Path, network: nn.Module, info: ModelInfo, card: str) -> None:
+def save_model(
+    folder: Path, network: nn.Module, info: ModelInfo, card: str, *, compact: bool = False
+) -> None:
     """Write a model folder, whole or not at all; an existing one is replaced.
 
     Parameters
@@ -47,12 +49,15 @@ def save_model(folder: Path, network: nn.Module, info: ModelInfo, card: str) -> 
     folder
         The model's folder, such as ``models/nuclei_3d``.
     network
-        A network whose state is that of a Cellpose 3 CNN; it is saved from the CPU in float32, as
+        A network whose state is that of a Cellpose 3 CNN; it is saved from the CPU, as
         ``cellpose.models.CellposeModel`` loads it.
     info
         Becomes model.json; ``info.name`` is the name of the weights file.
     card
         Text of README.md.
+    compact
+        Whether the kernels of the convolutions are stored in float16, which halves the file. They are loaded
+        into float32 again, here as in Cellpose; biases, batch statistics and diameters stay as they are.
 
     Raises
     ------
@@ -62,6 +67,8 @@ def save_model(folder: Path, network: nn.Module, info: ModelInfo, card: str) -> 
     if info.name in (INFO_FILE, CARD_FILE):
         raise InputError(f"a model cannot be called '{info.name}'; choose another name (train.name)")
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if compact:
+        state = {name: _half(value) if value.ndim > 1 else value for name, value in state.items()}
     with whole_folder(folder) as partial:
         torch.save(state, partial / info.name)
         (partial / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -127,6 +134,12 @@ def read_state(weights: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping):
         raise InputError(f"{weights} holds a {type(state).__name__}; expected names and tensors of a network")
     return state
+
+
+def _half(kernel: Tensor) -> Tensor:
+    """Round to float16; a value beyond its range, which no trained kernel has, keeps the tensor as it is."""
+    rounded = kernel.half()
+    return rounded if bool(torch.isfinite(rounded).all()) else kernel
 
 
 def _valid_name(name: str) -> str:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nuclei3d.core.segmentation.thresholds import Thresholds
+    from nuclei3d.core.segmentation.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.thresholds import LabelledFlow, Thresholds
     from nuclei3d.models.info import ModelInfo
 
 
@@ -85,25 +86,39 @@ def with_thresholds(
     device: torch.device,
 ) -> tuple[ModelInfo, Thresholds]:
     """Segment labelled volumes, choose the thresholds, and give the model's description with them."""
-    from nuclei3d.core.segmentation.prediction import predict_flows
-    from nuclei3d.core.segmentation.thresholds import LabelledFlow, choose_thresholds
-    from nuclei3d.models.settings import segmentation_settings
+    return choose_for(info, params, predict_labelled(network, info, params, volumes, device))
 
-    wishes = params.predict.model_copy(
-        update={"mode": "ortho", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
-    )
-    plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
-    settings = segmentation_settings(plain, wishes)
+
+def predict_labelled(
+    network: nn.Module,
+    info: ModelInfo,
+    params: Params,
+    volumes: Sequence[LabelledVolume],
+    device: torch.device,
+) -> list[LabelledFlow]:
+    """Run a network over labelled volumes; give what it says beside the truth."""
+    from nuclei3d.core.segmentation.prediction import predict_flows
+    from nuclei3d.core.segmentation.thresholds import LabelledFlow
+
+    settings = _without_thresholds(info, params)
     seen = []
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
             flows = predict_flows(volume.image, volume.voxel_size, network, settings, device)
             seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
             bar.advance()
+    return seen
+
+
+def choose_for(info: ModelInfo, params: Params, seen: Sequence[LabelledFlow]) -> tuple[ModelInfo, Thresholds]:
+    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
+    from nuclei3d.core.segmentation.thresholds import choose_thresholds
+
     wanted = params.calibrate
+    settings = _without_thresholds(info, params)
     chosen = choose_thresholds(seen, settings, wanted.cellprob, wanted.iou, wanted.volume_fractions)
     say(
-        f"thresholds from {len(volumes)} validation volumes: logit {chosen.cellprob:g}, score "
+        f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, score "
         f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
         f"defaults {chosen.ap_default:.3f}"
     )
@@ -113,3 +128,13 @@ def with_thresholds(
         "min_volume_um3": round(chosen.min_volume_um3, 3),
     }
     return info.model_copy(update=update), chosen
+
+
+def _without_thresholds(info: ModelInfo, params: Params) -> SegmentationSettings:
+    from nuclei3d.models.settings import segmentation_settings
+
+    wishes = params.predict.model_copy(
+        update={"mode": "ortho", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
+    )
+    plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
+    return segmentation_settings(plain, wishes)

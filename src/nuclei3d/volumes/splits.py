@@ -67,9 +67,9 @@ class Split:
 def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
     """Split labelled frames by embryo, or by contiguous blocks of time.
 
-    By embryo: the lists name embryos. `train` left empty takes every embryo that no other list names. With
-    all three empty and at least three labelled embryos, the last in natural order tests, the second last
-    validates, the others train.
+    By embryo: the lists name embryos. `train` left empty takes every embryo that no other list names. Where
+    only `train` is named, nothing is held out, and the user is told. With all three empty and at least three
+    labelled embryos, the last in natural order tests, the second last validates, the others train.
 
     By time: in every embryo the first labelled frames train, later ones validate, the last ones test; between
     two parts, frames are left out so that more than `gap` steps of time lie between them.
@@ -84,7 +84,8 @@ def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
     Returns
     -------
     Split
-        Training and validation are never empty; the test is empty only where lists by embryo leave it so.
+        Training is never empty; validation is empty only where nothing but `train` is named; the test is
+        empty only where lists by embryo leave it so.
 
     Raises
     ------
@@ -119,7 +120,15 @@ def _split_by_embryo(embryos: Sequence[Embryo], labelled: Sequence[Embryo], para
     _check_names(named, lists, embryos, labelled)
     if not lists["train"]:
         lists["train"] = tuple(embryo.name for embryo in labelled if embryo.name not in named)
-    for part in ("train", "validation"):
+    if lists["train"] and not lists["validation"] and not lists["test"]:
+        console.say(
+            f"Split by embryo: {len(lists['train'])} train, none validates, none tests (data.split); choose "
+            "epochs and thresholds beforehand, on embryos that are held out"
+        )
+        needed: tuple[str, ...] = ("train",)
+    else:
+        needed = ("train", "validation")
+    for part in needed:
         if not lists[part]:
             raise InputError(f"no embryo is left for {part}; name at least one in data.split.{part}")
     frames = {embryo.name: embryo.labelled for embryo in labelled}

@@ -1,0 +1,291 @@
+"""Train the released model on BBBC050: three folds that leave embryos out, then all embryos.
+
+    python benchmarks/released_model.py --data DIR --out DIR [--params FILE] [--set NAME=VALUE] [--json]
+    python benchmarks/released_model.py --data DIR --out DIR --folds 1   the same, but fold 1 alone
+    python benchmarks/released_model.py --data DIR --out DIR --final     ... but the last training alone
+
+Each fold trains on the embryos that it does not hold out, chooses epoch and thresholds on one of them that
+is kept for that, and segments those that it holds out. Every embryo is held out once; the figures are pooled
+over all of them, with intervals over embryos. The last network trains on all embryos, for as many epochs;
+its thresholds are chosen on frames that the networks of the folds did not train on.
+
+Under --out: ``predictions/<embryo>`` and ``evaluation`` of the held-out embryos, ``table.md``,
+``result.json``, and ``release/<name>``, the model folder with its card. A step whose output is there is not
+done again, and a training that was stopped goes on after its last epoch. Folds may be run by processes side
+by side; the command without --folds and --final then gathers what they made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bbbc050 import COLUMNS, as_markdown, describe, gather_truth, once
+from nuclei3d.config import Params, load_params, params_as_dict
+from nuclei3d.console import say
+from nuclei3d.core.networks import choose_device
+from nuclei3d.core.segmentation.thresholds import LabelledFlow, Thresholds
+from nuclei3d.models.folder import load_model, save_model
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.stages.calibrate import choose_for, predict_labelled, read_calibration_volumes
+from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.stages.predict import predict
+from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.train import train
+from nuclei3d.volumes.embryos import find_embryos, split_embryos
+from nuclei3d.volumes.whole import whole_file
+
+METHOD = "nuclei3d, embryos left out"
+PARAMETERS = "parameters.json"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The embryos that a fold holds out, and the one of the others that chooses epoch and thresholds."""
+
+    number: int
+    held_out: tuple[str, ...]
+    validation: str
+
+    @property
+    def name(self) -> str:
+        """Name of the fold's folder."""
+        return f"fold{self.number}"
+
+
+FOLDS = (
+    Fold(1, ("Emb11", "Emb08", "Emb05", "Emb02"), "Emb10"),
+    Fold(2, ("Emb10", "Emb07", "Emb04", "Emb01"), "Emb09"),
+    Fold(3, ("Emb09", "Emb06", "Emb03"), "Emb08"),
+)
+EMBRYOS = tuple(sorted(name for fold in FOLDS for name in fold.held_out))
+
+
+def with_split(
+    params: Params, train: Sequence[str], validation: Sequence[str], test: Sequence[str]
+) -> Params:
+    """Give the parameters with embryos named for each part."""
+    split = params.data.split.model_copy(
+        update={"by": "embryo", "train": tuple(train), "validation": tuple(validation), "test": tuple(test)}
+    )
+    return params.model_copy(update={"data": params.data.model_copy(update={"split": split})})
+
+
+def fold_params(params: Params, fold: Fold) -> Params:
+    """Give the parameters of a fold."""
+    others = [name for name in EMBRYOS if name not in (*fold.held_out, fold.validation)]
+    return with_split(params, others, [fold.validation], fold.held_out)
+
+
+def final_params(params: Params) -> Params:
+    """Give the parameters of the last training: nothing is held out, so nothing is chosen."""
+    alone = with_split(params, EMBRYOS, (), ())
+    return alone.model_copy(
+        update={
+            "train": params.train.model_copy(update={"select": "last", "validate_volumes_every": 0}),
+            "calibrate": params.calibrate.model_copy(update={"volumes": 0}),
+        }
+    )
+
+
+def run_fold(params: Params, fold: Fold, data: Path, out: Path) -> dict[str, float]:
+    """Train without the fold's embryos, then segment them; give the seconds of each step."""
+    say(f"=== {fold.name}: without {', '.join(fold.held_out)}; {fold.validation} validates")
+    chosen = fold_params(params, fold)
+    folder = out / fold.name
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model"
+    times: dict[str, float] = {}
+    once(folder, "prepare", times, lambda: prepare(chosen, data, folder / "slices"))
+    once(folder, "train", times, lambda: train(chosen, folder / "slices", model, data=data))
+    for embryo in fold.held_out:
+        images, masks = data / embryo / "images", out / "predictions" / embryo
+        once(
+            folder,
+            f"predict_{embryo}",
+            times,
+            lambda images=images, masks=masks: predict(chosen, [images], str(model), masks),
+        )
+    return times
+
+
+def train_final(params: Params, data: Path, out: Path) -> dict[str, float]:
+    """Train on all embryos; give the seconds of each step."""
+    say(f"=== final: {len(EMBRYOS)} embryos")
+    chosen = final_params(params)
+    folder = out / "final"
+    folder.mkdir(parents=True, exist_ok=True)
+    times: dict[str, float] = {}
+    once(folder, "prepare", times, lambda: prepare(chosen, data, folder / "slices"))
+    once(folder, "train", times, lambda: train(chosen, folder / "slices", folder / "model", data=data))
+    return times
+
+
+def pool_thresholds(
+    params: Params, info: ModelInfo, data: Path, out: Path, frames_per_embryo: int
+) -> tuple[ModelInfo, Thresholds]:
+    """Choose the thresholds of the last network on frames that each fold's network has not trained on."""
+    device = choose_device(params.predict.device)
+    seen: list[LabelledFlow] = []
+    for fold in FOLDS:
+        model = load_model(out / fold.name / "model")
+        unseen = with_split(params, [fold.validation], fold.held_out, ())
+        count = frames_per_embryo * len(fold.held_out)
+        unseen = unseen.model_copy(
+            update={"calibrate": params.calibrate.model_copy(update={"volumes": count})}
+        )
+        volumes = read_calibration_volumes(unseen, data)
+        seen += predict_labelled(model.network, model.info, params, volumes, device)
+    return choose_for(info, params, seen)
+
+
+def evaluate_held_out(params: Params, data: Path, out: Path) -> dict[str, Any]:
+    """Score all held-out embryos together."""
+    truth, images = out / "truth" / "labels", out / "truth" / "images"
+    frames = split_embryos(find_embryos(data), with_split(params, EMBRYOS, (), ()).data.split).train
+    once(out, "truth", {}, lambda: gather_truth(list(frames), truth, images))
+    evaluation = out / "evaluation"
+    evaluate(params, truth, out / "predictions", evaluation, images=images, method=METHOD)
+    metrics: dict[str, Any] = json.loads((evaluation / "metrics.json").read_text())
+    return metrics
+
+
+def gather(params: Params, metrics: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Put result.json together from what the steps left."""
+    methods = {METHOD: metrics, **metrics["baselines"]}
+    folds = []
+    for fold in FOLDS:
+        info = load_model(out / fold.name / "model").info
+        folds.append(
+            {
+                **asdict(fold),
+                "thresholds": thresholds_of(info),
+                "seconds": seconds_of(out / fold.name),
+            }
+        )
+    return {
+        "embryos": list(EMBRYOS),
+        "volumes": len(metrics["volumes"]),
+        "nuclei": metrics["n_true"],
+        "steps": params.train.epochs * (params.train.crops_per_epoch or 0) // params.train.batch_size,
+        "folds": folds,
+        "final_seconds": seconds_of(out / "final"),
+        "metrics": {
+            method: {name: describe(values, key) for name, key in COLUMNS.items()}
+            for method, values in methods.items()
+        },
+        "recall_by_contrast": {
+            method: [bin_["recall"] for bin_ in values["recall_by_contrast"]]
+            for method, values in methods.items()
+        },
+        "by_embryo": {
+            embryo: {
+                name: scores.get(name) for name in ("seg", "mucov", "foreground_iou", "precision", "recall")
+            }
+            | {"ap_0.50": scores["ap"]["0.50"]}
+            for embryo, scores in metrics["by_embryo"].items()
+        },
+    }
+
+
+def thresholds_of(info: ModelInfo) -> dict[str, float]:
+    """Give a model's thresholds."""
+    return {
+        "cellprob": info.cellprob_threshold,
+        "score": info.score_threshold,
+        "min_volume_um3": info.min_volume_um3,
+    }
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """Read how long each step took."""
+    return {path.stem: float(path.read_text()) for path in sorted(folder.glob("*.seconds"))}
+
+
+def release(params: Params, data: Path, out: Path, result: Mapping[str, Any], frames_per_embryo: int) -> Path:
+    """Write the model folder that is released, with compact weights, pooled thresholds and the card."""
+    final = load_model(out / "final" / "model")
+    folder = out / "release" / params.train.name
+    if (folder / "model.json").is_file():
+        return folder
+    info, _ = pool_thresholds(params, final.info, data, out, frames_per_embryo)
+    save_model(folder, final.network, info, model_card(info, result), compact=True)
+    return folder
+
+
+def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
+    """Write the card of the released model."""
+    own = {METHOD: result["metrics"][METHOD]}
+    others = {name: values for name, values in result["metrics"].items() if name != METHOD}
+    template = Path(__file__).with_name("released_model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        name=info.name,
+        nucleus_diameter_um=info.nucleus_diameter_um,
+        diameter_px=info.diameter_px,
+        embryos=len(result["embryos"]),
+        volumes=result["volumes"],
+        nuclei=result["nuclei"],
+        table=as_markdown({"metrics": own | others}),
+        bins=", ".join(f"{value:.2f}" for value in result["recall_by_contrast"][METHOD]),
+        steps=result["steps"],
+        lineage="\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in info.lineage.items()),
+    )
+
+
+def keep_parameters(params: Params, out: Path) -> None:
+    """Refuse to mix steps made with different parameters in one folder."""
+    tree = params_as_dict(params)
+    path = out / PARAMETERS
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = [name for name in tree if before.get(name) != json.loads(json.dumps(tree[name]))]
+        if changed:
+            raise SystemExit(
+                f"{out} was begun with other parameters ({', '.join(changed)}); give those, or another --out"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def main() -> None:
+    """Read the command line, do what is asked, print the table where all of it is there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--params", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--folds", type=int, nargs="+", choices=[fold.number for fold in FOLDS])
+    parser.add_argument("--final", action="store_true", help="do the last training, not the table")
+    parser.add_argument("--calibration-frames", type=int, default=4, help="per held-out embryo")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    params = load_params(args.params, args.overrides)
+    keep_parameters(params, args.out)
+    everything = args.folds is None and not args.final
+    for fold in FOLDS:
+        if everything or fold.number in (args.folds or ()):
+            run_fold(params, fold, args.data, args.out)
+    if everything or args.final:
+        train_final(params, args.data, args.out)
+    if not everything:
+        return
+    metrics = evaluate_held_out(params, args.data, args.out)
+    result = gather(params, metrics, args.out)
+    (args.out / "table.md").write_text(as_markdown(result) + "\n")
+    folder = release(params, args.data, args.out, result, args.calibration_frames)
+    result["released"] = {"thresholds": thresholds_of(load_model(folder).info), "folder": str(folder)}
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result) if args.json else as_markdown(result))
+    say(f"the model is in {folder}")
+
+
+if __name__ == "__main__":
+    main()
