@@ -16,7 +16,8 @@ from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
-from nuclei3d.stages.predict import COLUMNS, predict
+from nuclei3d.stages.predict import predict
+from nuclei3d.stages.prediction_outputs import COLUMNS
 from nuclei3d.volumes import writing
 from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.voxel_size import VoxelSize

@@ -18,7 +18,7 @@ from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
-from nuclei3d.stages import predict_blocks
+from nuclei3d.stages import block_plan, block_tasks, block_workers, predict_blocks
 from nuclei3d.stages.predict import predict
 from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -43,12 +43,14 @@ class Oracle(nn.Module):
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder that loads as the oracle; blocks may use next to nothing beside their voxels."""
     save_model(tmp_path / "model", new_network(12, 0), INFO, "oracle")
-    monkeypatch.setattr(
-        "nuclei3d.models.folder.load_model",
-        lambda path: Model(Oracle(), INFO, path if path.is_file() else path / "oracle"),
-    )
-    monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
-    predict_blocks._network.cache_clear()
+
+    def load(path: Path) -> Model:
+        return Model(Oracle(), INFO, path if path.is_file() else path / "oracle")
+
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
+    monkeypatch.setattr(block_tasks, "load_model", load)
+    monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
+    block_tasks._network.cache_clear()
     return tmp_path / "model"
 
 
@@ -113,20 +115,20 @@ def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
 
 def test_a_killed_run_goes_on_with_the_missing_blocks(frame, model, tmp_path, monkeypatch):
     done: list[str] = []
-    original = predict_blocks.segment_block
+    original = block_tasks.segment_block
 
-    def counts(task: predict_blocks.BlockTask) -> int:
+    def counts(task: block_tasks.BlockTask) -> int:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(task.target.name)
+        done.append(task.labels_file.name)
         return original(task)
 
-    monkeypatch.setattr(predict_blocks, "segment_block", counts)
+    monkeypatch.setattr(block_workers, "segment_block", counts)
     with pytest.raises(KeyboardInterrupt):
         predict(in_blocks(), [frame], str(model), tmp_path / "out")
     again: list[str] = []
     monkeypatch.setattr(
-        predict_blocks, "segment_block", lambda task: (again.append(task.target.name), original(task))[1]
+        block_workers, "segment_block", lambda task: (again.append(task.labels_file.name), original(task))[1]
     )
     resumed = predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0]
     assert not set(again) & set(done)
@@ -166,8 +168,8 @@ def test_what_another_model_left_behind_is_not_used(frame, model, tmp_path):
     assert not stale.exists()
 
 
-def dies(task: predict_blocks.BlockTask) -> int:
-    if task.target.name.startswith("00001"):
+def dies(task: block_tasks.BlockTask) -> int:
+    if task.labels_file.name.startswith("00001"):
         os._exit(1)
     return 0
 
@@ -175,7 +177,7 @@ def dies(task: predict_blocks.BlockTask) -> int:
 @pytest.mark.slow(reason="starts worker processes again and again")
 def test_a_worker_that_dies_again_and_again_is_reported(frame, model, tmp_path, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(predict_blocks, "segment_block", dies)
+    monkeypatch.setattr(block_workers, "segment_block", dies)
     params = in_blocks("predict.workers=2", "predict.memory_gb=0.02")
     with pytest.raises(InputError, match="a worker died several times"):
         predict(params, [frame], str(model), tmp_path / "out")
