@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nuclei3d.core.segmentation.prediction import SegmentationSettings
+    from nuclei3d.core.segmentation.settings import SegmentationSettings
     from nuclei3d.core.segmentation.thresholds import LabelledFlow, Thresholds
     from nuclei3d.models.info import ModelInfo
 
