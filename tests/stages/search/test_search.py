@@ -280,7 +280,7 @@ run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))
 
 
 def start_elsewhere(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(HERE), "TOY_EPOCH_S": "0.05"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "TOY_EPOCH_S": "0.05"}
     return subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder), str(workers)],
         env=environment,

@@ -12,7 +12,7 @@ from nuclei3d.config import load_params
 from nuclei3d.config.search import SearchParams
 from nuclei3d.core.scoring.assessment import Assessment, assess_volume
 from nuclei3d.errors import InputError
-from nuclei3d.stages.search.objective import validation_frames, value_of
+from nuclei3d.stages.search.objective import validation_frames, value_of, without_idle_work
 from nuclei3d.stages.search.study import search
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -111,3 +111,17 @@ def test_a_real_search_from_embryos_to_a_model(tmp_path: Path) -> None:
     for row in json.loads((tmp_path / "search" / "study.json").read_text())["trials"]:
         assert list(row["curve"]) == ["500", "1000"]
         assert all(-10 < value < 0 for value in row["curve"].values()), "minus the validation loss"
+
+
+def test_thresholds_are_chosen_only_where_the_value_depends_on_them() -> None:
+    fixed = ["predict.cellprob_threshold=0.5", "predict.min_volume_um3=10"]
+    assert without_idle_work(load_params(None)).calibrate.volumes
+    assert without_idle_work(load_params(None, fixed)).calibrate.volumes
+    # the score is cut where the precision is reached, whatever the model says
+    assert (
+        without_idle_work(load_params(None, [*fixed, "search.objective=faint_recall"])).calibrate.volumes == 0
+    )
+    assert (
+        without_idle_work(load_params(None, [*fixed, "predict.score_threshold=0.1"])).calibrate.volumes == 0
+    )
+    assert not without_idle_work(load_params(None)).tracking.enabled

@@ -116,7 +116,10 @@ run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))
 
 
 def start_elsewhere(folder: Path, storage: str, trials: int, epoch_s: float) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(HERE), "TOY_EPOCH_S": str(epoch_s)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "TOY_EPOCH_S": str(epoch_s),
+    }
     command = [sys.executable, "-c", ELSEWHERE, str(folder), storage, str(trials)]
     return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 

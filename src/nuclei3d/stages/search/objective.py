@@ -34,13 +34,28 @@ def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -
     """
     from nuclei3d.stages.train import train
 
-    silent = job.params.tracking.model_copy(update={"enabled": False})
-    params = job.params.model_copy(update={"tracking": silent})
+    params = without_idle_work(job.params)
     summary, frames = judged_on(params, job.slices, job.data)
     model = job.folder / params.train.name
     train(params, job.slices, model, data=job.data, resume=True, on_epoch=on_epoch)
     edges = [float(edge) for edge in summary.get("contrast_quintiles", ())]
     return value_of(assess_model(params, model, frames), params.search, edges)
+
+
+def without_idle_work(params: Params) -> Params:
+    """Give the parameters of a trial's training: without what its value does not depend on.
+
+    The trial has an MLflow run already. Thresholds are chosen only where the prediction takes one of them
+    from the model; for faint recall the score is none of them.
+    """
+    predict = params.predict
+    taken = [predict.cellprob_threshold, predict.min_volume_um3]
+    if params.search.objective == "ap":
+        taken.append(predict.score_threshold)
+    update: dict[str, Any] = {"tracking": params.tracking.model_copy(update={"enabled": False})}
+    if None not in taken:
+        update["calibrate"] = params.calibrate.model_copy(update={"volumes": 0})
+    return params.model_copy(update=update)
 
 
 def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str, Any], list[EmbryoFrame]]:

@@ -28,6 +28,7 @@ from nuclei3d.stages.search.confirmation import (
     values_over_seeds,
 )
 from nuclei3d.stages.search.objective import judged_on, train_and_validate
+from nuclei3d.stages.search.pruning import new_pruner
 from nuclei3d.stages.search.records import START, record_of
 from nuclei3d.stages.search.report import write_study
 from nuclei3d.stages.search.space import SearchSpace, Value, search_space
@@ -38,7 +39,7 @@ from nuclei3d.stages.search.storage import (
     open_storage,
     refuse_shared_database,
 )
-from nuclei3d.stages.search.task import Objective, SearchTask, differences, fingerprint, new_pruner
+from nuclei3d.stages.search.task import Objective, SearchTask, differences, fingerprint
 from nuclei3d.stages.search.trials import Worker
 from nuclei3d.stages.search.workers import run_workers
 from nuclei3d.tracking.lineage import md5_of_input

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 
 from nuclei3d.config import Params, params_as_dict
@@ -89,15 +88,6 @@ def new_sampler(search: SearchParams, trials: int, seed: int) -> TPESampler:
     return TPESampler(n_startup_trials=search.startup_trials or min(10, max(1, trials // 3)), seed=seed)
 
 
-def new_pruner(search: SearchParams) -> BasePruner:
-    """Make the pruner: asynchronous successive halving (Li et al. 2020) on the share of epochs done."""
-    if not search.prune:
-        return NopPruner()
-    return SuccessiveHalvingPruner(
-        min_resource=max(1, round(STEPS * search.first_rung)), reduction_factor=search.reduction
-    )
-
-
 def fingerprint(task: SearchTask, space: SearchSpace, slices_md5: str) -> str:
     """Describe, as JSON, all that makes trials comparable: trials of different kinds do not share a study."""
     tree = params_as_dict(task.params)
@@ -114,7 +104,9 @@ def fingerprint(task: SearchTask, space: SearchSpace, slices_md5: str) -> str:
     described = {
         "slices": slices_md5,
         "seed": task.params.seed,
+        "data": tree["data"],
         "train": tree["train"],
+        "calibrate": tree["calibrate"],
         "predict": tree["predict"],
         "search.objective": search.objective,
         "search.precision": search.precision if search.objective == "faint_recall" else None,
