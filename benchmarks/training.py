@@ -36,6 +36,7 @@ from nuclei3d.config.train import TrainParams
 from nuclei3d.console import say
 from nuclei3d.core.networks import choose_device, new_network
 from nuclei3d.core.training.batches import validation_batches
+from nuclei3d.core.training.examples import PlaneExamples
 from nuclei3d.core.training.loop import train_network
 from nuclei3d.core.training.planes import PlaneSet
 from nuclei3d.core.training.state import EpochReport
@@ -87,11 +88,8 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     validation = load_planes(described, "validation", settings.memory_limit_gb)
     outcome = train_network(
         network,
-        planes,
-        validation,
+        PlaneExamples(planes, validation, settings, planes_diameter_px=described.diameter_px, seed=seed),
         settings,
-        planes_diameter_px=described.diameter_px,
-        seed=seed,
         device=choose_device(settings.device),
     )
     measured = clock.stop(settings.epochs * (settings.crops_per_epoch or len(planes)))

@@ -246,6 +246,7 @@ def _train(
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
+    from nuclei3d.core.training.examples import PlaneExamples
     from nuclei3d.core.training.loop import Callbacks, train_network
     from nuclei3d.core.training.sampling import plane_weights
 
@@ -272,13 +273,17 @@ def _train(
             if on_epoch is not None:
                 on_epoch(report)
 
-        return train_network(
-            network,
+        examples = PlaneExamples(
             planes,
             validation,
             settings,
             planes_diameter_px=described.diameter_px,
             seed=params.seed,
+        )
+        return train_network(
+            network,
+            examples,
+            settings,
             device=device,
             start=start,
             callbacks=Callbacks(

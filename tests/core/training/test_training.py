@@ -7,6 +7,7 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.config.train import AugmentParams, SamplingParams, TrainParams
+from nuclei3d.core.training.examples import PlaneExamples
 from nuclei3d.core.training.loop import (
     Callbacks,
     DivergedError,
@@ -41,11 +42,10 @@ def run(start=None, callbacks=None, validation=3, network=None, **settings):
     params = TrainParams(**(SMALL | settings))
     return train_network(
         network or small_network(),
-        make_planes(6),
-        make_planes(validation, seed=1),
+        PlaneExamples(
+            make_planes(6), make_planes(validation, seed=1), params, planes_diameter_px=14.0, seed=3
+        ),
         params,
-        planes_diameter_px=14.0,
-        seed=3,
         device=CPU,
         start=start,
         callbacks=callbacks,
@@ -98,11 +98,10 @@ def test_seeds_change_the_weights():
         run().state.network,
         train_network(
             small_network(),
-            make_planes(6),
-            make_planes(3, seed=1),
+            PlaneExamples(
+                make_planes(6), make_planes(3, seed=1), TrainParams(**SMALL), planes_diameter_px=14.0, seed=4
+            ),
             TrainParams(**SMALL),
-            planes_diameter_px=14.0,
-            seed=4,
             device=CPU,
         ).state.network,
     )
@@ -223,11 +222,8 @@ def test_sparse_planes_can_be_left_out():
     counted = []
     train_network(
         small_network(),
-        mixed,
-        make_planes(0),
+        PlaneExamples(mixed, make_planes(0), params, planes_diameter_px=14.0, seed=0),
         params,
-        planes_diameter_px=14.0,
-        seed=0,
         device=CPU,
         callbacks=Callbacks(on_step=lambda loss, count, rate: counted.append(count)),
     )
@@ -303,11 +299,8 @@ def test_training_on_a_gpu_reaches_about_the_same_loss():
     network = small_network()
     outcome = train_network(
         network,
-        make_planes(6),
-        make_planes(3, seed=1),
+        PlaneExamples(make_planes(6), make_planes(3, seed=1), params, planes_diameter_px=14.0, seed=3),
         params,
-        planes_diameter_px=14.0,
-        seed=3,
         device=torch.device("cuda"),
     )
     expected = run().state.history[-1]
