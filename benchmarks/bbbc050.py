@@ -182,7 +182,7 @@ def describe(metrics: dict[str, Any], name: str) -> dict[str, Any]:
         return {"value": metrics[name], "interval": metrics["recall_by_contrast"][0]["interval"]}
     section, _, threshold = name.partition("_")
     value = metrics["ap"][threshold] if section == "ap" else metrics[name]
-    return {"value": value, "interval": metrics["intervals"][name]}
+    return {"value": value, "interval": metrics["intervals"].get(name)}
 
 
 def gather_truth(frames: list[EmbryoFrame], labels: Path, images: Path) -> None:
@@ -199,12 +199,18 @@ def as_markdown(result: dict[str, Any]) -> str:
     """Draw the table of the README: figures with 95 % intervals."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, values in result["metrics"].items():
-        cells = []
-        for figure in values.values():
-            low, high = figure["interval"]
-            cells.append(f"{figure['value']:.3f} ({low:.2f}-{high:.2f})")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(as_cell(figure) for figure in values.values()) + " |")
     return "\n".join(lines)
+
+
+def as_cell(figure: dict[str, Any]) -> str:
+    """Write a figure with its interval, as far as they are defined."""
+    if figure["value"] is None:
+        return "undefined"
+    if figure["interval"] is None:
+        return f"{figure['value']:.3f}"
+    low, high = figure["interval"]
+    return f"{figure['value']:.3f} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:

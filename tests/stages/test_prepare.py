@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.training_planes import load_planes, read_slices
 from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.writing import write_image, write_labels
 
@@ -110,6 +112,26 @@ def test_cellpose_finds_images_labels_and_flows(slices: Path) -> None:
     # flows were found: four planes, not labels alone
     assert all(label.shape == (4, *image.shape) for image, label in zip(images, labels, strict=True))
     np.testing.assert_array_equal(labels[0][0] > 0, labels[0][1] > 0)
+
+
+def test_the_packed_copy_holds_what_the_files_hold(slices: Path, tmp_path: Path) -> None:
+    described = read_slices(slices)
+    bare = tmp_path / "bare"
+    shutil.copytree(slices, bare, ignore=shutil.ignore_patterns("packed"))
+    assert sorted(path.name for path in (slices / "packed").iterdir()) == [
+        "index.json",
+        "train.bin",
+        "validation.bin",
+    ]
+    for part, infos in described.infos.items():
+        packed, unpacked = load_planes(described, part), load_planes(read_slices(bare), part)
+        if part != "test":
+            size = (slices / "packed" / f"{part}.bin").stat().st_size
+            assert size == 6 * sum(info.pixels for info in infos)
+        for plane in range(len(infos)):
+            np.testing.assert_array_equal(packed.plane_image(plane), unpacked.plane_image(plane))
+            for one, other in zip(packed.read(plane), unpacked.read(plane), strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 def test_no_embryo_is_on_both_sides(slices: Path) -> None:

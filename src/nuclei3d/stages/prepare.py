@@ -32,6 +32,7 @@ from nuclei3d.core.slicing import (
 )
 from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
+from nuclei3d.stages.training_planes import pack_planes
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_folder
 
@@ -92,8 +93,9 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     data
         ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
     out
-        The folder to write: ``train``, ``validation``, ``test``, manifest.csv, summary.json, slices.png. It
-        appears when all is done; one that is there is replaced.
+        The folder to write: ``train``, ``validation``, ``test``, manifest.csv, summary.json, slices.png, and
+        ``packed``, a copy of the planes that training reads without decoding. It appears when all is done;
+        one that is there is replaced.
 
     Raises
     ------
@@ -119,6 +121,7 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
         _write_manifest(folder / "manifest.csv", records)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         draw_slices_sheet(folder, folder / "slices.png")
+        pack_planes(folder)
     say(
         f"{summary['planes']['train']} training planes in {out}; nuclei measure "
         f"{summary['nucleus_diameter_um']:.3g} um ({summary['diameter_px']:.3g} px on the planes)"

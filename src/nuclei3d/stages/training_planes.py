@@ -21,6 +21,7 @@ from nuclei3d.errors import InputError
 SUMMARY_FILE = "summary.json"
 MANIFEST_FILE = "manifest.csv"
 PACK_FOLDER = "packed"
+PACKED_PARTS = ("train", "validation")
 _PACK_FORMAT = 1
 _PLANES_AT_ONCE = 64
 
@@ -123,8 +124,8 @@ def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> Plan
 
 
 def pack_planes(folder: Path) -> None:
-    """Write the packed copy of all parts of a slice data set: ``packed/<part>.bin`` and
-    ``packed/index.json``.
+    """Write the packed copy of the planes that a training reads: ``packed/<part>.bin`` of ``train`` and
+    ``validation``, and ``packed/index.json``.
 
     Uncompressed, 6 bytes a pixel, so that training starts at once: plane by plane intensities (uint16),
     labels (uint16), flows (int8, two a pixel), in the order of the manifest. To be called by prepare on the
@@ -134,7 +135,8 @@ def pack_planes(folder: Path) -> None:
     target = folder / PACK_FOLDER
     target.mkdir(exist_ok=True)
     parts: dict[str, Any] = {}
-    for part, infos in sorted(slices.infos.items()):
+    for part in PACKED_PARTS:
+        infos = slices.infos.get(part, ())
         steps, offsets = [], []
         with (target / f"{part}.bin").open("wb") as file, _readers() as pool:
             # a few at a time, so that memory does not grow with their number
