@@ -100,7 +100,7 @@ def test_foreign_weights_are_refused_in_one_line():
     with pytest.raises(InputError, match="missing 'output"):
         volume_network_from_state(spec, {n: v for n, v in state.items() if not n.startswith("output")})
     wider = dataclasses.replace(spec, architecture=plan_architecture(2.2, "default"))
-    with pytest.raises(InputError, match="unknown|missing|shape"):
+    with pytest.raises(InputError, match=r"unknown|missing|shape"):
         volume_network_from_state(wider, state)
     name = next(n for n in state if n.endswith("weight"))
     with pytest.raises(InputError, match="NaN"):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nuclei3d.config.data import PositiveFloat
+from nuclei3d.config.full3d import Full3dParams
 from nuclei3d.config.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -117,10 +118,13 @@ class LossParams(Section):
 
 
 class TrainParams(Section):
-    """Training of the 2D network; the defaults are the recipe's.
+    """Training of the network; the defaults are the recipe's.
 
     Attributes
     ----------
+    network
+        ``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
+        makes what it needs, so a change asks for a new data set.
     name
         Of the model: the weights file, and what Cellpose shows.
     start_from
@@ -128,8 +132,8 @@ class TrainParams(Section):
     diameter_px
         Diameter of a typical nucleus at the network's scale.
     epochs, batch_size, crops_per_epoch, crop_px
-        Length of the training, in crops of crop_px x crop_px pixels; crops_per_epoch None: one per plane
-        drawn.
+        Length of the training, in crops of crop_px x crop_px pixels (full3d: in patches); crops_per_epoch
+        None: one per plane drawn (full3d: one per nucleus).
     optimizer, learning_rate, weight_decay, momentum
         momentum is SGD's.
     schedule, warmup_steps
@@ -159,6 +163,7 @@ class TrainParams(Section):
         Planes that take more than this are read from disk as they are needed.
     """
 
+    network: Literal["views2d", "full3d"] = "views2d"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     start_from: str | None = None
     diameter_px: PositiveFloat = 30.0
@@ -188,3 +193,4 @@ class TrainParams(Section):
     sampling: SamplingParams = SamplingParams()
     loss: LossParams = LossParams()
     augment: AugmentParams = AugmentParams()
+    full3d: Full3dParams = Full3dParams()

@@ -1,8 +1,8 @@
 """The 3D network: a residual U-Net in the manner of Cellpose's CPnet, shaped by the voxel size.
 
-An axis whose spacing is more than twice the finest is neither pooled nor convolved along (nnU-Net's rule, Isensee
-et al., Nature Methods 2021): at anisotropy 11.5 the first levels look at planes, and depth comes in where the
-pooled voxels have become about cubic.
+An axis whose spacing is more than twice the finest is neither pooled nor convolved along (nnU-Net's rule,
+Isensee et al., Nature Methods 2021): at anisotropy 11.5 the first levels look at planes, and depth comes in
+where the pooled voxels have become about cubic.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class VolumeSpec:
     patch
         Shape (z, y, x) of the patches that it was trained on.
     targets
-        ``heat``: flows are unit vectors in um; ``tanh``: tanh of the distance to the centre over 5 voxels, as in
-        Cellpose3D.
+        ``heat``: flows are unit vectors in um; ``tanh``: tanh of the distance to the centre over 5 voxels,
+        as in Cellpose3D.
     """
 
     architecture: Architecture
@@ -128,8 +128,8 @@ def plan_architecture(
     """
     if not 0 < anisotropy <= _MAX_ANISOTROPY:
         raise InputError(
-            f"voxels {anisotropy:g} times as long in z as in x: no 3D network is made for that; check the voxel "
-            "size (data.voxel_size_um)"
+            f"voxels {anisotropy:g} times as long in z as in x: no 3D network is made for that; check the "
+            "voxel size (data.voxel_size_um)"
         )
     if profile not in PROFILES:
         raise InputError(f"train.full3d.profile '{profile}' is unknown; choose {' or '.join(PROFILES)}")
@@ -147,7 +147,7 @@ def plan_architecture(
 
 
 def plan_patch(architecture: Architecture, diameter_px: float, anisotropy: float, diameters: float) -> Triple:
-    """Choose the shape of patches: so many diameters of a nucleus along each axis, as multiples of the pooling."""
+    """Choose the shape of patches: so many diameters of a nucleus along each axis, multiples of pooling."""
     sizes = (diameters * diameter_px / anisotropy, diameters * diameter_px, diameters * diameter_px)
     z, y, x = (
         max(1, round(size / multiple), -(-4 // multiple)) * multiple
@@ -169,10 +169,16 @@ class _Convolution(nn.Sequential):
 
 
 class _Level(nn.Module):
-    """Residual pairs of convolutions; on the way up the features of the way down are added inside the first."""
+    """Residual pairs of convolutions; on the way up those of the way down are added inside the first."""
 
     def __init__(
-        self, channels_in: int, channels: int, kernel: Triple, convolutions: int, style: int = 0, first: bool = False
+        self,
+        channels_in: int,
+        channels: int,
+        kernel: Triple,
+        convolutions: int,
+        style: int = 0,
+        first: bool = False,
     ) -> None:
         super().__init__()
         self.project = _Convolution(channels_in, channels, (1, 1, 1), active=False)

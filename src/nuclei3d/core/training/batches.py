@@ -25,7 +25,7 @@ from nuclei3d.core.training.planes import VIEWS, PlaneSet
 
 NO_AUGMENTATION = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
 
-_VALIDATION_EPOCH = 2**62
+VALIDATION_EPOCH = 2**62
 """Stands for the epoch in the generators of the validation crops, which are the same for every seed."""
 
 
@@ -255,6 +255,6 @@ def validation_batches(
     by_view = np.argsort([VIEWS.index(info.view) for info in planes.infos], kind="stable")
     chosen = by_view[((np.arange(count) + 0.5) * len(planes) / count).astype(np.int64)].astype(np.int64)
     return [
-        maker.make_batch(chosen[first : first + batch_size], _VALIDATION_EPOCH, first)
+        maker.make_batch(chosen[first : first + batch_size], VALIDATION_EPOCH, first)
         for first in range(0, count, batch_size)
     ]

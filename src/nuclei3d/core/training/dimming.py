@@ -8,6 +8,7 @@ teach that smooth means faint; so the noise of the crop is measured, and what is
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -29,7 +30,7 @@ def draw_dimming(augment: AugmentParams, largest_label: int, rng: np.random.Gene
 @njit(cache=True, nogil=True)
 def dim_nuclei(
     image: Image,
-    labels: NDArray[np.uint16],
+    labels: NDArray[np.unsignedinteger[Any]],
     keeps: NDArray[np.float32],
     noise: Image,
     radius_px: int,
@@ -42,22 +43,42 @@ def dim_nuclei(
     mask M blurred by the PSF. Noise, correlated as that of the crop's background is, is then added until its
     variance is that of an image taken at I'. `noise` is changed.
     """
-    height, width = image.shape
-    lost = np.zeros((height, width), np.float32)
+    lost = np.zeros(image.shape, np.float32)
+    if not lost_light(labels, keeps, lost):
+        return
+    blur(lost, psf_px, psf_px)
+    dim_by(image, labels, lost, noise, radius_px, noise_strength)
+
+
+@njit(cache=True, nogil=True)
+def lost_light(labels: NDArray[np.unsignedinteger[Any]], keeps: NDArray[np.float32], lost: Image) -> bool:
+    """Write the share of light that each pixel's label loses into `lost`; say whether any does."""
+    height, width = labels.shape
     any_lost = False
     for i in range(height):
         for j in range(width):
             lost[i, j] = 1.0 - keeps[labels[i, j]]
             if lost[i, j] > 0.0:
                 any_lost = True
-    if not any_lost:
-        return
+    return any_lost
+
+
+@njit(cache=True, nogil=True)
+def dim_by(
+    image: Image,
+    labels: NDArray[np.unsignedinteger[Any]],
+    lost: Image,
+    noise: Image,
+    radius_px: int,
+    noise_strength: float,
+) -> None:
+    """Take the shares `lost` of the light above the background; see `dim_nuclei`."""
+    height, width = image.shape
     background = local_background(image, labels, radius_px)
     correlation_y = noise_correlation(image, labels, False)
     correlation_x = noise_correlation(image, labels, True)
     variance, level, gain = noise_of_crop(image, labels, correlation_y, correlation_x)
     correlate_noise(noise, correlation_y, correlation_x)
-    blur(lost, psf_px, psf_px)
     for i in range(height):
         for j in range(width):
             if lost[i, j] <= 0.0:
@@ -74,7 +95,7 @@ def dim_nuclei(
 
 
 @njit(cache=True, nogil=True)
-def local_background(image: Image, labels: NDArray[np.uint16], radius_px: int) -> Image:
+def local_background(image: Image, labels: NDArray[np.unsignedinteger[Any]], radius_px: int) -> Image:
     """Average the unlabelled pixels within a square window; where there is none, all of the crop's."""
     height, width = image.shape
     sums = np.zeros((height + 1, width + 1))
@@ -108,7 +129,7 @@ def local_background(image: Image, labels: NDArray[np.uint16], radius_px: int) -
 
 
 @njit(cache=True, nogil=True)
-def _lag_ratio(image: Image, labels: NDArray[np.uint16], along_rows: bool) -> float:
+def _lag_ratio(image: Image, labels: NDArray[np.unsignedinteger[Any]], along_rows: bool) -> float:
     """Median square difference of neighbours over that of next but one neighbours, in the background."""
     height, width = image.shape
     step_y = 0 if along_rows else 1
@@ -135,7 +156,7 @@ def _lag_ratio(image: Image, labels: NDArray[np.uint16], along_rows: bool) -> fl
 
 
 @njit(cache=True, nogil=True)
-def noise_correlation(image: Image, labels: NDArray[np.uint16], along_rows: bool) -> float:
+def noise_correlation(image: Image, labels: NDArray[np.unsignedinteger[Any]], along_rows: bool) -> float:
     """Estimate the correlation r of the noise of neighbouring pixels, along rows or columns.
 
     Interpolation (of z in xz and yz planes, of rescaled crops) correlates noise. For a Gaussian correlation,
@@ -156,7 +177,7 @@ def noise_correlation(image: Image, labels: NDArray[np.uint16], along_rows: bool
 
 @njit(cache=True, nogil=True)
 def noise_of_crop(
-    image: Image, labels: NDArray[np.uint16], correlation_y: float, correlation_x: float
+    image: Image, labels: NDArray[np.unsignedinteger[Any]], correlation_y: float, correlation_x: float
 ) -> tuple[float, float, float]:
     """Estimate the noise's variance as a function of intensity.
 

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from nuclei3d.config.train import LossParams, SamplingParams
 from nuclei3d.core.training.planes import PlaneInfo, PlaneSet
+from nuclei3d.core.training.volume_set import VolumeInfo
 from nuclei3d.errors import InputError
 
 _ORDER_STREAM = np.uint64(2**63)
@@ -29,6 +30,23 @@ def plane_weights(infos: Sequence[PlaneInfo], params: SamplingParams, min_nuclei
     weights = np.array([views[info.view] for info in infos], dtype=np.float64)
     weights *= np.maximum(nuclei, 1) ** params.nuclei_power
     weights[nuclei < min_nuclei] *= params.sparse
+    return _shares(infos, weights, params)
+
+
+def volume_weights(infos: Sequence[VolumeInfo], params: SamplingParams) -> NDArray[np.float64]:
+    """Compute how often each volume is drawn: float64 (volumes,), sum 1.
+
+    A patch is to show every nucleus alike often, so the weight is the number of nuclei (at least 1), times
+    the weights of `params` that are not about planes.
+    """
+    nuclei = np.array([max(info.nuclei, 1) for info in infos], dtype=np.float64)
+    return _shares(infos, nuclei ** (1 + params.nuclei_power), params)
+
+
+def _shares(
+    infos: Sequence[PlaneInfo] | Sequence[VolumeInfo], weights: NDArray[np.float64], params: SamplingParams
+) -> NDArray[np.float64]:
+    """Weight by contrast, balance embryos or frames, and divide by the sum."""
     if params.contrast_power:
         contrast = np.array([info.min_contrast for info in infos], dtype=np.float64)
         known = np.isfinite(contrast) & (contrast > 0)
@@ -46,8 +64,8 @@ def plane_weights(infos: Sequence[PlaneInfo], params: SamplingParams, min_nuclei
         weights /= np.array([totals[group] or 1.0 for group in groups])
     if not weights.sum() > 0:
         raise InputError(
-            "no training plane is left to draw: all have a sampling weight of 0; lower train.min_train_masks "
-            "or raise the weights of train.sampling"
+            "nothing is left to draw: all training planes have a sampling weight of 0; lower "
+            "train.min_train_masks or raise the weights of train.sampling"
         )
     return np.asarray(weights / weights.sum())
 
@@ -121,6 +139,15 @@ def nucleus_weights(planes: PlaneSet, params: LossParams) -> list[NDArray[np.flo
             values.append(areas)
         else:
             values.append(plane_contrasts(planes.plane_image(plane), labels))
+    return contrast_weights(values, params)
+
+
+def contrast_weights(
+    values: Sequence[NDArray[np.float64]], params: LossParams
+) -> list[NDArray[np.float32]] | None:
+    """Turn the contrast or size of every nucleus (entry 0 is the background) into its weight in the loss."""
+    if params.weight_by == "none" or params.power == 0 or not len(values):
+        return None
     finite = np.concatenate(values)
     finite = finite[np.isfinite(finite) & (finite > 0)]
     if not len(finite):

@@ -1,0 +1,68 @@
+"""Small labelled volumes of touching balls, and sets of them for tests of the 3D training."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d.core.targets.flow_targets import flows_3d
+from nuclei3d.core.training.volume_set import NucleusTable, VolumeInfo, VolumeSet, stack_volumes
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+
+def draw_volume(
+    rng: np.random.Generator,
+    voxel_size: VoxelSize,
+    shape: tuple[int, int, int],
+    nuclei: int = 8,
+    diameter_um: float = 12.0,
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Draw a noisy image of balls, some touching, and its labels 1..n without gaps."""
+    edges = np.array(voxel_size.zyx)
+    at = (np.stack(np.indices(shape), axis=-1) + 0.5) * edges
+    labels = np.zeros(shape, np.uint16)
+    centres: list[NDArray[np.float64]] = []
+    for _ in range(200 * nuclei):
+        centre = rng.uniform(0.35 * diameter_um, np.array(shape) * edges - 0.35 * diameter_um)
+        if len(centres) < nuclei and all(np.linalg.norm(centre - o) > 0.95 * diameter_um for o in centres):
+            centres.append(centre)
+    distance = np.full(shape, diameter_um / 2)
+    for number, centre in enumerate(centres, start=1):
+        own = np.linalg.norm(at - centre, axis=-1)
+        labels[own < distance] = number
+        distance = np.minimum(distance, own)
+    brightness = np.concatenate([[0], rng.uniform(150, 400, len(centres))])
+    return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
+
+
+def nucleus_table(labels: NDArray[np.uint16], voxel_size: VoxelSize) -> NucleusTable:
+    numbers = range(1, int(labels.max()) + 1)
+    where = [np.argwhere(labels == number) for number in numbers]
+    return NucleusTable(
+        np.array([each.mean(axis=0) + 0.5 for each in where], np.float32).reshape(-1, 3),
+        np.array([len(each) * voxel_size.volume_um3 for each in where], np.float32),
+        np.arange(len(where), dtype=np.float32) + 1,
+    )
+
+
+def make_volumes(
+    count: int = 2,
+    voxel_size: VoxelSize = VoxelSize(2.0, 1.0, 1.0),
+    shape: tuple[int, int, int] = (20, 40, 40),
+    seed: int = 0,
+    **settings: float,
+) -> VolumeSet:
+    """Make a set of volumes."""
+    rng = np.random.default_rng(seed)
+    drawn = [draw_volume(rng, voxel_size, shape, **settings) for _ in range(count)]
+    infos = [
+        VolumeInfo(
+            f"train/e1_t{i:03d}", "e1", f"t{i:03d}", int(labels.max()), 1.0, 50.0, 450.0, shape, voxel_size
+        )
+        for i, (_, labels) in enumerate(drawn)
+    ]
+    return stack_volumes(
+        infos,
+        [image for image, _ in drawn],
+        [labels for _, labels in drawn],
+        [flows_3d(labels, voxel_size) for _, labels in drawn],
+        [nucleus_table(labels, voxel_size) for _, labels in drawn],
+    )
