@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,17 +38,17 @@ class Batch:
     ----------
     images
         float32 (B, 2, P, P), normalised; the second channel is empty, as Cellpose's networks want it. Stored
-        channels last.
+        channels last. Patches of volumes: (B, 1, Z, Y, X).
     foreground
-        bool (B, P, P).
+        bool (B, P, P) or (B, Z, Y, X).
     flows
-        float32 (B, 2, P, P), unit vectors (dy, dx).
+        float32 (B, 2, P, P), unit vectors (dy, dx), or (B, 3, Z, Y, X), (dz, dy, dx).
     weights
-        float32 (B, P, P), loss weights, or None for all 1.
+        float32 as `foreground`, loss weights, or None for all 1.
     labels
-        int32 (B, P, P); 0 is background.
+        int32 as `foreground`; 0 is background.
     planes
-        int64 (B,): the plane that each crop was cut from.
+        int64 (B,): the plane (or volume) that each crop was cut from.
     """
 
     images: Tensor
@@ -179,6 +180,13 @@ class CropMaker:
         )
 
 
+class BatchMaker(Protocol):
+    """Cuts crops of planes or patches of volumes."""
+
+    def make_batch(self, planes: NDArray[np.int64], epoch: int, first: int, /) -> Batch:
+        """Make a batch from these planes (volumes); its crops have the numbers `first`, `first` + 1, ..."""
+
+
 class BatchStream:
     """The batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
@@ -198,7 +206,7 @@ class BatchStream:
 
     def __init__(
         self,
-        maker: CropMaker,
+        maker: BatchMaker,
         order_of: Callable[[int], NDArray[np.int64]],
         epochs: range,
         batch_size: int,

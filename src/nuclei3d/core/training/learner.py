@@ -49,12 +49,13 @@ class Arithmetic:
     layout: torch.memory_format
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Run a network over a batch on the device."""
+        """Run a network over a batch on the device; of several outputs the first is given."""
         images = images.contiguous(memory_format=self.layout)
         mixed = self.precision != torch.float32
         with torch.autocast(self.device.type, dtype=self.precision, enabled=mixed):
-            output: Tensor = network(images)[0]
-        return output
+            output = network(images)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
 
 
 def choose_arithmetic(params: TrainParams, device: torch.device, axes: int) -> Arithmetic:

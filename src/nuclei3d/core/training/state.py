@@ -27,6 +27,9 @@ class EpochReport:
         On the fixed validation crops.
     validation_loss_xy, validation_loss_xz, validation_loss_yz
         The same by view.
+    train_flow_mse_z, train_flow_cosine_z, train_dice and alike, validation_flow_mse_z and alike
+        Of a 3D network: how well the flow is learned along each axis, and the foreground
+        (`nuclei3d.core.training.volume_losses.FlowFigures`).
     found_faintest, found_faint, found_middle, found_bright, found_brightest
         Mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's contrast.
     volume_ap
@@ -49,6 +52,20 @@ class EpochReport:
     validation_loss_xy: float = math.nan
     validation_loss_xz: float = math.nan
     validation_loss_yz: float = math.nan
+    train_flow_mse_z: float = math.nan
+    train_flow_mse_y: float = math.nan
+    train_flow_mse_x: float = math.nan
+    train_flow_cosine_z: float = math.nan
+    train_flow_cosine_y: float = math.nan
+    train_flow_cosine_x: float = math.nan
+    train_dice: float = math.nan
+    validation_flow_mse_z: float = math.nan
+    validation_flow_mse_y: float = math.nan
+    validation_flow_mse_x: float = math.nan
+    validation_flow_cosine_z: float = math.nan
+    validation_flow_cosine_y: float = math.nan
+    validation_flow_cosine_x: float = math.nan
+    validation_dice: float = math.nan
     found_faintest: float = math.nan
     found_faint: float = math.nan
     found_middle: float = math.nan

@@ -78,7 +78,7 @@ def validate(
             losses.append((views[plane], float(loss.flow), float(loss.probability)))
         inside = (output[:, 2] > 0).cpu().numpy()
         for crop, values in enumerate(batch_contrasts):
-            found.extend(_found_shares(inside[crop], batch.labels[crop], values))
+            found.extend(found_shares(inside[crop], batch.labels[crop], values))
     network.train(was_training)
     flow = float(np.mean([loss[1] for loss in losses]))
     probability = float(np.mean([loss[2] for loss in losses]))
@@ -91,14 +91,15 @@ def validate(
         "validation_flow_loss": flow,
         "validation_probability_loss": probability,
         **by_view,
-        **_by_quintile(found),
+        **found_by_quintile(found),
     }
     return replace(report, **measured)
 
 
-def _found_shares(
+def found_shares(
     inside: NDArray[np.bool_], labels: NDArray[np.int32], contrasts: NDArray[np.float64]
 ) -> list[tuple[float, float]]:
+    """Give contrast and share of the pixels called foreground of each nucleus of a crop that is no sliver."""
     areas = np.bincount(labels.ravel(), minlength=len(contrasts))
     hits = np.bincount(labels.ravel(), weights=inside.ravel(), minlength=len(contrasts))
     # slivers at the edge of a crop say nothing
@@ -107,7 +108,7 @@ def _found_shares(
     return [(float(contrasts[label]), hits[label] / areas[label]) for label in np.flatnonzero(counted)]
 
 
-def _by_quintile(found: list[tuple[float, float]]) -> dict[str, float]:
+def found_by_quintile(found: list[tuple[float, float]]) -> dict[str, float]:
     """Average the shares over five equally full bins of contrast (all nan with fewer than five nuclei)."""
     if len(found) < len(_QUINTILES):
         return dict.fromkeys(_QUINTILES, math.nan)
