@@ -385,12 +385,12 @@ def run(
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    """Run the command line; bad input ends with one line on stderr and exit code 2, a full disk with 1."""
     try:
         app()
     except InputError as error:
         say(f"nuclei3d: {error}")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("nuclei3d: stopped; what was finished is kept")
         sys.exit(130)

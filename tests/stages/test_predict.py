@@ -192,8 +192,9 @@ def test_a_folder_and_a_time_lapse_in_ome_zarr_give_equal_results(movie, oracle_
         ).read_text()
 
 
-def test_an_empty_frame_gives_valid_empty_output(oracle_model, tmp_path):
-    write_image(tmp_path / "dark.tif", np.full((6, 40, 40), 7, np.uint16), VOXELS)
+@pytest.mark.parametrize("value", [0, 7, 65535])
+def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_path, value):
+    write_image(tmp_path / "dark.tif", np.full((6, 40, 40), value, np.uint16), VOXELS)
     result = predict(Params(), [tmp_path / "dark.tif"], str(oracle_model), tmp_path / "out")
     assert result.frames[0].nuclei == 0
     assert not read_labels(result.frames[0].masks).any()
@@ -220,6 +221,14 @@ def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):
             r"nan\.tif.*NaN",
         ),
         (lambda folder: tifffile.imwrite(folder / "bare.tif", embryo(1)), "does not state its voxel size"),
+        (
+            lambda folder: write_image(folder / "swapped.tif", embryo(1), VoxelSize(0.5, 0.5, 2.0)),
+            r"swapped\.tif: voxels of 0\.5 x 0\.5 x 2 um .* the order is z, y, x",
+        ),
+        (
+            lambda folder: write_image(folder / "plane.tif", embryo(1)[:1], VOXELS),
+            r"plane\.tif is no volume.*give a 3D stack",
+        ),
         (lambda folder: (folder / "broken.tif").write_bytes(b"II*\0"), r"broken\.tif"),
         (lambda folder: (folder / "empty.tif").write_bytes(b""), r"empty\.tif"),
         (lambda folder: tifffile.imwrite(folder / "flat.tif", np.zeros((9, 9), np.uint8)), r"flat\.tif"),

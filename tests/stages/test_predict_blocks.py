@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import cloudpickle
+import dask
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,9 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import measure_range, sampled_planes
 from nuclei3d.core.scoring.matching import overlap_table
+from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.targets.flow_targets import flows_2d
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.stages import block_plan, block_tasks, block_workers, predict_blocks
@@ -93,7 +95,7 @@ def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys):
     rows = [path.read_text().splitlines() for path in (whole.table, cut.table)]
     volumes = [sorted(float(row.split(",")[4]) for row in table[1:]) for table in rows]
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
-    assert not list((tmp_path / "cut").glob(".embryo_blocks/*"))
+    assert not list((tmp_path / "cut").glob(".embryo_blocks"))
 
 
 def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):
@@ -106,8 +108,6 @@ def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tm
 
 
 def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
-    from nuclei3d.core.segmentation.settings import SegmentationSettings
-
     (found,) = find_frames(frame)
     assert predict_blocks._measure_range(found, SegmentationSettings()) == measure_range(image)
     assert len(sampled_planes((100, 2000, 2000))) < 10
@@ -148,10 +148,104 @@ def test_a_cluster_gives_the_same_as_this_process(frame, model, tmp_path):
     np.testing.assert_array_equal(read_labels(there.masks), read_labels(here.masks))
 
 
-def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path):
+def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(block_workers, "_ANSWER_S", 1)
     params = in_blocks("predict.scheduler=tcp://127.0.0.1:9")
     with pytest.raises(InputError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9"):
         predict(params, [frame], str(model), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+SEGMENT = block_tasks.segment_block
+CLUSTERS: list[object] = []
+
+
+def stops_the_scheduler(task: block_tasks.BlockTask) -> int:
+    if task.labels_file.stem == "00002":
+        CLUSTERS[-1].sync(CLUSTERS[-1].scheduler.close)
+    return SEGMENT(task)
+
+
+@pytest.mark.slow(reason="Dask waits half a minute for the scheduler to come back")
+def test_a_scheduler_that_goes_away_is_reported_and_what_is_done_is_kept(
+    frame, model, tmp_path, monkeypatch, capsys
+):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        CLUSTERS.append(cluster)
+        monkeypatch.setattr(block_workers, "segment_block", stops_the_scheduler)
+        params = in_blocks(f"predict.scheduler={cluster.scheduler_address}")
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+            pytest.raises(MachineError, match="the Dask scheduler is gone"),
+        ):
+            predict(params, [frame], str(model), tmp_path / "out")
+    monkeypatch.setattr(block_workers, "segment_block", SEGMENT)
+    capsys.readouterr()
+    assert predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0].nuclei > 50
+    assert re.search(r"[23] of them done before", capsys.readouterr().err)
+
+
+def test_workers_elsewhere_get_whole_paths(frame, model, tmp_path, monkeypatch):
+    tasks: list[block_tasks.BlockTask] = []
+
+    def keeps(task: block_tasks.BlockTask) -> int:
+        tasks.append(task)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_workers, "segment_block", keeps)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        predict(in_blocks(), [Path("embryo.tif")], "model", Path("out"))
+    (task,) = tasks
+    assert task.frame.path == frame.resolve()
+    assert all(path.is_absolute() for path in (task.weights, task.labels_file))
+
+
+def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
+    with pytest.raises(MachineError, match=r"embryo\.tif: cannot write .*free some space") as caught:
+        predict(in_blocks(), [frame], str(model), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").glob("*_masks*"))
+
+
+def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = block_tasks.segment_block
+    done: list[int] = []
+
+    def stops(task: block_tasks.BlockTask) -> int:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(task)
+
+    monkeypatch.setattr(block_workers, "segment_block", stops)
+    with pytest.raises(KeyboardInterrupt):
+        predict(in_blocks(), [frame], str(model), out)
+    monkeypatch.setattr(block_workers, "segment_block", original)
+
+
+@pytest.mark.parametrize(("memory", "kept"), [("0.012", True), ("0.02", True), ("0.007", False)])
+def test_blocks_are_kept_where_they_fit_the_memory_of_the_next_run(
+    frame, model, tmp_path, monkeypatch, capsys, memory, kept
+):
+    stopped_after_two_blocks(frame, model, tmp_path / "out", monkeypatch)
+    capsys.readouterr()
+    predict(in_blocks(f"predict.memory_gb={memory}"), [frame], str(model), tmp_path / "out")
+    assert ("2 of them done before" in capsys.readouterr().err) == kept
+
+
+def test_where_no_limit_is_given_a_little_less_free_memory_changes_no_blocks(frame, tmp_path):
+    (found,) = find_frames(frame)
+    settings = SegmentationSettings(diameter_px=12, nucleus_diameter_um=12)
+    run = block_plan.BlockRun(1.012, slack=1.25)
+    blocks = block_plan.cut_frame(found, settings, run, tmp_path)
+    less = block_plan.BlockRun(1.011, slack=1.25)
+    assert block_plan.cut_frame(found, settings, less, tmp_path) == blocks
+    asked_for = block_plan.BlockRun(1.007)
+    assert len(block_plan.cut_frame(found, settings, asked_for, tmp_path)) > len(blocks)
 
 
 def test_too_little_memory_is_explained(frame, model, tmp_path):
@@ -179,5 +273,5 @@ def test_a_worker_that_dies_again_and_again_is_reported(frame, model, tmp_path, 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(block_workers, "segment_block", dies)
     params = in_blocks("predict.workers=2", "predict.memory_gb=0.02")
-    with pytest.raises(InputError, match="a worker died several times"):
+    with pytest.raises(MachineError, match="a worker died several times"):
         predict(params, [frame], str(model), tmp_path / "out")

@@ -31,9 +31,25 @@ CHUNK = (64, 256, 256)
 
 
 def join_blocks(
-    frame: Frame, voxel_size: VoxelSize, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
+    frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
 ) -> list[Nucleus]:
-    """Join the nuclei of all blocks and write the masks core by core."""
+    """Join the nuclei of all blocks and write the masks core by core.
+
+    Parameters
+    ----------
+    frame
+        The volume; read again, core by core, to measure the nuclei.
+    blocks, tasks
+        How it was cut, and the results; one task per block.
+    masks
+        OME-Zarr folder to write, whole or not at all.
+
+    Returns
+    -------
+    list of Nucleus
+        By label, 1..n.
+    """
+    voxel_size = frame.require_voxel_size()
     located = [
         locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
         for block, task in zip(blocks, tasks, strict=True)

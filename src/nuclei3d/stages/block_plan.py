@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from nuclei3d.core.segmentation.blocks import MARGIN_DIAMETERS, Block, plan_blocks
+from nuclei3d.config.predict import PredictParams
+from nuclei3d.core.segmentation.blocks import MARGIN_DIAMETERS, Block, count_blocks, lay_blocks, plan_blocks
 from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.volumes.frames import Frame
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.whole import whole_file
 
 _PROCESS_BYTES = 1.0e9
 """Of a worker before it sees a volume: Python, torch, the network and one batch of planes."""
@@ -18,6 +21,11 @@ _GRID_BYTES = 40.0
 """Per voxel of the view grid (measured: 37): flow, logit, dynamics, labels."""
 _IMAGE_BYTES = 8.0
 """Per voxel of the image, beside the image itself: a float copy, labels."""
+
+
+_SHARE = 0.8
+"""Of the memory that is free, where the user names no limit: the rest is left to the machine."""
+_PLAN_FILE = "blocks.json"
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,24 @@ class BlockRun:
         Processes on this machine; 1 means this process.
     scheduler
         Address of a Dask scheduler that is already there; None for none.
+    slack
+        By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
     """
 
     memory_gb: float
     workers: int = 1
     scheduler: str | None = None
+    slack: float = 1.0
+
+    @classmethod
+    def wished(cls, predict: PredictParams) -> BlockRun:
+        """Take what the user asks for; without a limit of the memory, a share of what is free now."""
+        if predict.memory_gb is not None:
+            return cls(predict.memory_gb, predict.workers, predict.scheduler)
+        import psutil
+
+        free_gb = psutil.virtual_memory().available / 1e9
+        return cls(_SHARE * free_gb, predict.workers, predict.scheduler, 1 / _SHARE)
 
     @property
     def worker_gb(self) -> float:
@@ -44,29 +65,54 @@ class BlockRun:
         return self.memory_gb / (1 if self.scheduler else self.workers)
 
 
-def required_gb(frame: Frame, voxel_size: VoxelSize, settings: SegmentationSettings) -> float:
+def required_gb(frame: Frame, settings: SegmentationSettings) -> float:
     """Estimate the memory that a frame takes when it is segmented as a whole."""
-    return (_PROCESS_BYTES + _voxel_bytes(frame, voxel_size, settings) * float(np.prod(frame.shape))) / 1e9
+    return (_PROCESS_BYTES + _voxel_bytes(frame, settings) * float(np.prod(frame.shape))) / 1e9
 
 
-def cut_frame(
-    frame: Frame, voxel_size: VoxelSize, settings: SegmentationSettings, run: BlockRun
-) -> list[Block]:
+def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folder: Path) -> list[Block]:
     """Cut a frame into as few blocks as each fit into what a worker may use.
+
+    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies.
+
+    Parameters
+    ----------
+    folder
+        Of intermediate results. It remembers the blocks; the results of others are removed.
 
     Raises
     ------
     InputError
         If blocks cannot be small enough.
     """
-    room = run.worker_gb * 1e9 - _PROCESS_BYTES
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
-    return plan_blocks(
-        frame.shape, voxel_size, margin_um, max(0.0, room) / _voxel_bytes(frame, voxel_size, settings)
-    )
+    voxel_size = frame.require_voxel_size()
+    voxel_bytes = _voxel_bytes(frame, settings)
+    counts = _read_counts(folder / _PLAN_FILE)
+    if counts is not None:
+        blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts)
+        room = run.slack * run.worker_gb * 1e9 - _PROCESS_BYTES
+        if max(block.voxels for block in blocks) * voxel_bytes <= room:
+            return blocks
+    room = max(0.0, run.worker_gb * 1e9 - _PROCESS_BYTES)
+    blocks = plan_blocks(frame.shape, voxel_size, margin_um, room / voxel_bytes)
+    if count_blocks(blocks) != counts:
+        for result in folder.glob("*.npy"):
+            result.unlink()
+        with whole_file(folder / _PLAN_FILE) as partial:
+            partial.write_text(json.dumps(count_blocks(blocks)), encoding="utf-8")
+    return blocks
 
 
-def _voxel_bytes(frame: Frame, voxel_size: VoxelSize, settings: SegmentationSettings) -> float:
-    grid, _, _ = view_grid(frame.shape, voxel_size, settings)
+def _read_counts(file: Path) -> tuple[int, int, int] | None:
+    try:
+        z, y, x = (int(count) for count in json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return (z, y, x) if min(z, y, x) > 0 else None
+
+
+def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
+    grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), settings)
     share = float(np.prod(grid)) / float(np.prod(frame.shape))
     return _GRID_BYTES * share + _IMAGE_BYTES + frame.dtype.itemsize

@@ -18,7 +18,6 @@ from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.models.folder import load_model
 from nuclei3d.volumes.checks import check_image
 from nuclei3d.volumes.frames import Frame
-from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.whole import whole_file
 
 
@@ -32,8 +31,6 @@ class BlockTask:
         The whole volume.
     outer
         The box of it that is read and segmented.
-    voxel_size
-        Of the frame.
     weights
         File of the model.
     settings
@@ -48,7 +45,6 @@ class BlockTask:
 
     frame: Frame
     outer: Box
-    voxel_size: VoxelSize
     weights: Path
     settings: SegmentationSettings
     device: str
@@ -89,7 +85,11 @@ def segment_block(task: BlockTask) -> int:
     image = task.frame.read_block(task.outer)
     check_image(image, str(task.frame.path))
     labels, scores, _ = label_volume(
-        image, task.voxel_size, _network(task.weights), task.settings, choose_device(task.device)
+        image,
+        task.frame.require_voxel_size(),
+        _network(task.weights),
+        task.settings,
+        choose_device(task.device),
     )
     with whole_file(task.scores_file) as partial, partial.open("wb") as file:
         np.save(file, scores, allow_pickle=False)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from nuclei3d.console import say
 from nuclei3d.core.label_boxes import available_threads
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 from nuclei3d.stages.block_plan import BlockRun
 from nuclei3d.stages.block_tasks import BlockTask, segment_block
 
 if TYPE_CHECKING:
     from distributed import Client
+
+_ANSWER_S = 10
+"""How long a scheduler may take to answer at first."""
 
 
 def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
@@ -24,7 +27,8 @@ def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
         for task in tasks:
             yield segment_block(task)
         return
-    from distributed import as_completed
+    from distributed import CancelledError, as_completed
+    from distributed.comm.core import CommClosedError
     from distributed.scheduler import KilledWorker
 
     with _client(run) as client:
@@ -33,10 +37,15 @@ def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
             for future in as_completed(futures):  # type: ignore[no-untyped-call]
                 yield future.result()
         except KilledWorker:
-            raise InputError(
-                "a worker died several times over the same block, most likely for want of memory; lower "
-                "predict.memory_gb so that blocks are smaller, or use fewer workers. Finished blocks are "
-                "kept: run the same command again"
+            raise MachineError(
+                "a worker died several times over the same block, most likely for want of memory; run again "
+                "with fewer workers (finished blocks are kept), or with less memory (predict.memory_gb) so "
+                "that blocks are smaller"
+            ) from None
+        except (CancelledError, CommClosedError):
+            raise MachineError(
+                "the Dask scheduler is gone; start it and run the same command again: finished blocks are "
+                "kept"
             ) from None
         finally:
             client.cancel(futures)  # type: ignore[no-untyped-call]
@@ -54,10 +63,10 @@ def _client(run: BlockRun) -> Iterator[Client]:
     if run.scheduler is not None:
         try:
             client = Client(  # type: ignore[no-untyped-call]
-                run.scheduler, timeout="10s"
+                run.scheduler, timeout=f"{_ANSWER_S}s"
             )
         except (OSError, ValueError, TimeoutError) as error:
-            reason = " ".join(str(error).split()) or "no answer within 10 s"
+            reason = " ".join(str(error).split()) or f"no answer within {_ANSWER_S} s"
             raise InputError(
                 f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
             ) from None

@@ -121,7 +121,7 @@ def _predict_frame(
     try:
         masks, nuclei = segmenter.segment(frame, out, progress)
     except InputError as error:
-        raise InputError(_with_frame(frame, str(error))) from error
+        raise type(error)(_with_frame(frame, str(error))) from error
     write_table(table_path(out, frame.name), nuclei)
     progress(1.0)
     return masks, nuclei

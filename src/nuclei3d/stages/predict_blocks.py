@@ -10,9 +10,9 @@ this package installed.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import numpy as np
 
 from nuclei3d.console import say
 from nuclei3d.core.normalization import IntensityRange, measure_range, sampled_planes
-from nuclei3d.core.segmentation.blocks import Block
 from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.errors import InputError
@@ -29,6 +28,7 @@ from nuclei3d.stages.block_joining import join_blocks
 from nuclei3d.stages.block_plan import BlockRun, cut_frame
 from nuclei3d.stages.block_tasks import BlockTask
 from nuclei3d.stages.block_workers import run_tasks, threads_per_worker
+from nuclei3d.stages.prediction_outputs import fingerprint_of
 from nuclei3d.volumes.frames import Frame
 
 
@@ -67,39 +67,54 @@ def predict_in_blocks(
     Raises
     ------
     InputError
-        If blocks cannot be small enough, the scheduler does not answer, or a worker dies again and again.
-        Finished blocks are kept and the next run goes on with the others.
+        If blocks cannot be small enough or the scheduler does not answer.
+    MachineError
+        If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
+        kept and the next run goes on with the others.
     """
     if settings.mode not in ("ortho", "stitch"):
         raise InputError(
             f"mode '{settings.mode}' cannot cut a volume into blocks; use ortho or stitch, or allow more "
             "memory (predict.memory_gb)"
         )
-    voxel_size = frame.require_voxel_size()
-    blocks = cut_frame(frame, voxel_size, settings, run)
     settings = replace(settings, intensity_range=_measure_range(frame, settings))
-    scratch = _scratch_folder(frame, blocks, settings, model, masks)
-    tasks = [
-        BlockTask(
-            frame,
-            block.outer,
-            voxel_size,
-            model.path.resolve(),
-            settings,
-            device,
-            threads_per_worker(run),
-            scratch / f"{block.index:05d}.npy",
-        )
-        for block in blocks
-    ]
-    missing = [task for task in tasks if not task.is_done]
-    kept = f", {len(tasks) - len(missing)} of them done before" if len(missing) < len(tasks) else ""
-    say(f"{frame.name}: {len(blocks)} blocks{kept}")
-    for done, _ in enumerate(run_tasks(missing, run), start=len(tasks) - len(missing) + 1):
-        progress(0.95 * done / len(tasks))
-    nuclei = join_blocks(frame, voxel_size, blocks, tasks, masks)
-    shutil.rmtree(scratch, ignore_errors=True)
+    weights = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    digest = fingerprint_of(frame, {"weights_sha256": weights, "settings": asdict(settings)})[:16]
+    folder = _open_folder(masks, frame, digest)
+    # Workers need not run in this directory.
+    frame = replace(frame, path=frame.path.resolve())
+    try:
+        blocks = cut_frame(frame, settings, run, folder)
+        tasks = [
+            BlockTask(
+                frame=frame,
+                outer=block.outer,
+                weights=model.path.resolve(),
+                settings=settings,
+                device=device,
+                threads=threads_per_worker(run),
+                labels_file=folder.resolve() / f"{block.index:05d}.npy",
+            )
+            for block in blocks
+        ]
+        _segment(frame.name, tasks, run, progress)
+        nuclei = join_blocks(frame, blocks, tasks, masks)
+    except InputError:
+        if not any(folder.glob("*.npy")):
+            _close_folder(folder)
+        raise
+    _close_folder(folder)
     return nuclei
+
+
+def _segment(name: str, tasks: Sequence[BlockTask], run: BlockRun, progress: Callable[[float], None]) -> None:
+    """Segment the blocks that are not done yet."""
+    missing = [task for task in tasks if not task.is_done]
+    before = len(tasks) - len(missing)
+    say(f"{name}: {len(tasks)} blocks{f', {before} of them done before' if before else ''}")
+    progress(0.95 * before / len(tasks))
+    for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
+        progress(0.95 * done / len(tasks))
 
 
 def _measure_range(frame: Frame, settings: SegmentationSettings) -> IntensityRange:
@@ -116,25 +131,8 @@ def _measure_range(frame: Frame, settings: SegmentationSettings) -> IntensityRan
     )
 
 
-def _scratch_folder(
-    frame: Frame, blocks: Sequence[Block], settings: SegmentationSettings, model: Model, masks: Path
-) -> Path:
+def _open_folder(masks: Path, frame: Frame, digest: str) -> Path:
     """Make the folder of intermediate results; what another frame, model or settings left there goes."""
-    status = frame.path.stat()
-    content = {
-        "frame": [
-            str(frame.path.resolve()),
-            status.st_size,
-            status.st_mtime_ns,
-            frame.time,
-            repr(frame.axes),
-        ],
-        "voxel_size_um": frame.require_voxel_size().zyx,
-        "weights": hashlib.sha256(model.path.read_bytes()).hexdigest(),
-        "settings": asdict(settings),
-        "blocks": [repr(block.outer) for block in blocks],
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
     parent = masks.parent / f".{frame.name}_blocks"
     folder = parent / digest
     for other in parent.glob("*") if parent.is_dir() else ():
@@ -145,3 +143,9 @@ def _scratch_folder(
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
     return folder
+
+
+def _close_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
+from nuclei3d.errors import MachineError
 from nuclei3d.stages.prediction_inputs import read_image
 from nuclei3d.stages.prediction_outputs import masks_path
 from nuclei3d.volumes.frames import Frame
@@ -85,31 +86,34 @@ class LocalSegmenter:
         self, frame: Frame, out: Path, progress: Callable[[float], None]
     ) -> tuple[Path, list[Nucleus]]:
         """Segment as a whole if the memory allows."""
+        import torch
+
         from nuclei3d.core.segmentation.prediction import segment_volume
         from nuclei3d.stages.block_plan import BlockRun, required_gb
         from nuclei3d.stages.predict_blocks import predict_in_blocks
 
-        voxel_size = frame.require_voxel_size()
-        run = BlockRun(self._memory_gb(), self._params.workers, self._params.scheduler)
-        needed = required_gb(frame, voxel_size, self._settings)
+        run = BlockRun.wished(self._params)
+        needed = required_gb(frame, self._settings)
         if needed > run.worker_gb and self._settings.mode != "cellpose":
             say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
             masks = out / f"{frame.name}_masks.ome.zarr"
             device = self._params.device
             nuclei = predict_in_blocks(frame, self._model, self._settings, device, run, masks, progress)
             return masks, nuclei
-        result = segment_volume(
-            read_image(frame), voxel_size, self._model.network, self._settings, self._device, progress
-        )
+        try:
+            result = segment_volume(
+                read_image(frame),
+                frame.require_voxel_size(),
+                self._model.network,
+                self._settings,
+                self._device,
+                progress,
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise MachineError(
+                f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
+            ) from None
         return _write_masks(frame, result, out), result.nuclei
-
-    def _memory_gb(self) -> float:
-        if self._params.memory_gb is not None:
-            return self._params.memory_gb
-        import psutil
-
-        # Some is left to the rest of the machine.
-        return float(0.8 * psutil.virtual_memory().available / 1e9)
 
 
 def _write_masks(frame: Frame, result: Segmentation, out: Path) -> Path:

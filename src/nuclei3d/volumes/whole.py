@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 
 # What the file system says when the place, not the program, is at fault.
 _PLACE_ERRORS = frozenset(
@@ -30,6 +30,9 @@ _PLACE_ERRORS = frozenset(
         errno.EIO,
     }
 )
+
+# Of these the machine is at fault, not the choice of the place; numpy reports a short write without a number.
+_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None})
 
 
 @contextmanager
@@ -123,11 +126,11 @@ def _writable(path: Path) -> Iterator[None]:
     except OSError as error:
         if not _blames_place(error, path):
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            mend = "free some space or choose another place"
-        else:
-            mend = "choose a place that can be written"
         reason = error.strerror or " ".join(str(error).split())
+        if error.errno in _FAULTS:
+            mend = "free some space or choose another place"
+            raise MachineError(f"cannot write {path}: {reason}; {mend}") from error
+        mend = "choose a place that can be written"
         raise InputError(f"cannot write {path}: {reason}; {mend}") from error
 
 

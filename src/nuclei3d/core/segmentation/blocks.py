@@ -59,6 +59,11 @@ class Block:
         )
         return (box[0], box[1], box[2]) if all(part.stop > part.start for part in box) else None
 
+    @property
+    def voxels(self) -> int:
+        """Number of voxels of the outer box."""
+        return math.prod(part.stop - part.start for part in self.outer)
+
     def within(self, box: Box) -> Box:
         """Express a box of the volume in voxels of this block's outer box."""
         z, y, x = (
@@ -124,7 +129,7 @@ def plan_blocks(
             for size, core, margin, count in zip(shape, cores, margins, counts, strict=True)
         ]
         if math.prod(outer) <= max_voxels:
-            break
+            return lay_blocks(shape, voxel_size, margin_um, (counts[0], counts[1], counts[2]))
         lengths = [
             core * edge if core > max(1, margin) else 0.0
             for core, edge, margin in zip(cores, voxel_size.zyx, margins, strict=True)
@@ -137,6 +142,13 @@ def plan_blocks(
                 "(predict.memory_gb) or use fewer workers"
             )
         counts[longest] += 1
+
+
+def lay_blocks(
+    shape: tuple[int, int, int], voxel_size: VoxelSize, margin_um: float, counts: tuple[int, int, int]
+) -> list[Block]:
+    """Cut a volume into so many blocks along (z, y, x), as equal as can be; parameters as `plan_blocks`."""
+    margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]
     cuts = [
         np.linspace(0, size, count + 1).round().astype(int) for size, count in zip(shape, counts, strict=True)
     ]
@@ -149,6 +161,12 @@ def plan_blocks(
         ]
         blocks.append(Block(index, (core[0], core[1], core[2]), (grown[0], grown[1], grown[2]), shape))
     return blocks
+
+
+def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
+    """Tell into how many blocks a volume was cut along (z, y, x)."""
+    z, y, x = (len({block.core[axis].start for block in blocks}) for axis in range(3))
+    return z, y, x
 
 
 def locate_nuclei(block: Block, labels: NDArray[np.integer[Any]], voxel_size: VoxelSize) -> BlockNuclei:

@@ -12,6 +12,8 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 
 _LEAST_PIXELS = 8
 _LEAST_DIAMETER_VOXELS = 3.0
+_MOST_UNEQUAL = 3.0
+"""Ratio of the edges in y and x beyond which the order of the three was mistaken."""
 
 
 def view_grid(
@@ -40,7 +42,8 @@ def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segment
     Raises
     ------
     InputError
-        If the volume is not 3D or one plane thin, or the diameter makes planes vanish or explode.
+        If the volume is not 3D or one plane thin, its voxels are far from square in the plane, or the
+        diameter makes planes vanish.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"a volume (z, y, x) was expected, got an array of shape {tuple(shape)}")
@@ -48,6 +51,11 @@ def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segment
         raise InputError(
             f"the volume has a single plane (shape {tuple(shape)}); mode '{settings.mode}' needs several: "
             "use --mode stitch for planes"
+        )
+    if max(voxel_size.y, voxel_size.x) > _MOST_UNEQUAL * min(voxel_size.y, voxel_size.x):
+        raise InputError(
+            f"voxels of {voxel_size} are not square in the plane; the order is z, y, x: check the voxel size "
+            "(data.voxel_size_um)"
         )
     _, height, width = isotropic_shape(shape, voxel_size, settings.network_voxel_um)
     across = settings.nucleus_diameter_um / voxel_size.x
