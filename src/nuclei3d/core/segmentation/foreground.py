@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.core.normalization import IntensityRange
+from nuclei3d.volumes.voxel_size import VoxelSize
+
 _LEAST_CONTRAST = 0.02
 _NOISE_SIGMAS = 5.0
 _DARK_PERCENTILE = 2.0
@@ -76,6 +79,34 @@ def everywhere(shape: Sequence[int]) -> OccupiedSpace:
     """Say that nuclei can be anywhere in a grid."""
     z, y, x = (np.array([0, size], dtype=np.intp) for size in shape)
     return OccupiedSpace(np.ones((1, 1, 1), np.bool_), (z, y, x))
+
+
+def occupied_space(
+    volume: NDArray[np.float32],
+    intensity: IntensityRange,
+    voxel_size: VoxelSize,
+    grid_voxel_size: VoxelSize,
+    diameter_um: float | None,
+) -> OccupiedSpace:
+    """Find where nuclei can be in a volume that was resampled to a grid.
+
+    Parameters
+    ----------
+    volume
+        Normalised, on the grid.
+    intensity
+        Range and noise of the image.
+    voxel_size, grid_voxel_size
+        Of the image and of the grid.
+    diameter_um
+        Of a nucleus; None: nuclei can be anywhere.
+    """
+    if diameter_um is None:
+        return everywhere(volume.shape)
+    # Resampling to larger voxels averages the noise away.
+    averaged = max(1.0, grid_voxel_size.volume_um3 / voxel_size.volume_um3)
+    noise = intensity.noise / (intensity.high - intensity.low) / averaged**0.5
+    return find_occupied(volume, noise, [diameter_um / edge for edge in grid_voxel_size.zyx])
 
 
 def find_occupied(

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.core.networks import choose_precision
-from nuclei3d.core.normalization import IntensityRange, measure_range
+from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import resize_linear
-from nuclei3d.core.segmentation.foreground import OccupiedSpace, everywhere, find_occupied
+from nuclei3d.core.segmentation.foreground import occupied_space
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.labelling import FlowField
@@ -67,7 +67,13 @@ def predict_plane_flows(
         image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
     )
     volume = intensity.apply(resize_linear(image, shape))
-    occupied = _occupied(volume, intensity, voxel_size, grid_voxel_size, settings)
+    occupied = occupied_space(
+        volume,
+        intensity,
+        voxel_size,
+        grid_voxel_size,
+        settings.nucleus_diameter_um if settings.skip_empty else None,
+    )
     networks = {view: network for view in views}
     if orthogonal_network is not None:
         networks.update({view: orthogonal_network for view in views if view != "xy"})
@@ -126,22 +132,6 @@ def predict_plane_flows(
         seconds["network"] = sum(runner.seconds for runner in runners.values())
         seconds["views"] = time.perf_counter() - started - seconds["network"]
     return FlowField(flow, logit, grid_voxel_size)
-
-
-def _occupied(
-    volume: NDArray[np.float32],
-    intensity: IntensityRange,
-    voxel_size: VoxelSize,
-    grid_voxel_size: VoxelSize,
-    settings: SegmentationSettings,
-) -> OccupiedSpace:
-    if not settings.skip_empty:
-        return everywhere(volume.shape)
-    # Resampling to larger voxels averages the noise away.
-    averaged = max(1.0, grid_voxel_size.volume_um3 / voxel_size.volume_um3)
-    noise = intensity.noise / (intensity.high - intensity.low) / averaged**0.5
-    diameters = [settings.nucleus_diameter_um / edge for edge in grid_voxel_size.zyx]
-    return find_occupied(volume, noise, diameters)
 
 
 class _ProgressByView:

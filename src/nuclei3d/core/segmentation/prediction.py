@@ -19,9 +19,11 @@ from torch import nn
 from nuclei3d.core.segmentation.grids import check_scale
 from nuclei3d.core.segmentation.labelling import FlowField, label_flows, stitch_flows
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
+from nuclei3d.core.segmentation.patch_flows import predict_patch_flows
 from nuclei3d.core.segmentation.plane_flows import predict_plane_flows
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.stock import segment_with_cellpose
+from nuclei3d.core.volume_network import VolumeNetwork
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -65,7 +67,8 @@ def segment_volume(
     voxel_size
         Of the image.
     network
-        A 2D network such as CPnet; it is moved to `device`, its training mode is left as it was.
+        A 2D network such as CPnet, in mode ``full3d`` a `VolumeNetwork`; it is moved to `device`, its
+        training mode is left as it was.
     settings
         What to do.
     device
@@ -153,7 +156,15 @@ def predict_flows(
     """
     check_scale(image.shape, voxel_size, settings)
     if settings.mode == "full3d":
-        raise InputError("mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch")
+        if not isinstance(network, VolumeNetwork):
+            raise InputError(
+                "mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch"
+            )
+        return predict_patch_flows(image, voxel_size, network, settings, device, progress, seconds=seconds)
+    if isinstance(network, VolumeNetwork):
+        raise InputError(
+            f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
+        )
     return predict_plane_flows(
         image,
         voxel_size,

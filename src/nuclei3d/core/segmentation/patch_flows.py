@@ -1,0 +1,219 @@
+"""The flow of a volume from a 3D network: normalise, run the network over overlapping patches, blend."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nuclei3d.core.networks import FLOW_SCALE, choose_precision
+from nuclei3d.core.normalization import measure_range
+from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.foreground import OccupiedSpace, occupied_space
+from nuclei3d.core.segmentation.grids import view_grid
+from nuclei3d.core.segmentation.labelling import FlowField
+from nuclei3d.core.segmentation.patch_tiling import Box, PatchTiling, padded
+from nuclei3d.core.segmentation.settings import SegmentationSettings
+from nuclei3d.core.segmentation.views import EMPTY_LOGIT
+from nuclei3d.core.volume_network import OUTPUTS, Triple, VolumeNetwork
+from nuclei3d.errors import InputError
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+MAX_VOXELS = {"cpu": 2**19, "cuda": 2**23}
+"""Voxels that go through the network at once; patches are as large as this and the volume allow."""
+
+_SAME_DEPTH = 0.02
+_TANH_VOXELS = 5.0
+
+
+def predict_patch_flows(
+    image: NDArray[Any],
+    voxel_size: VoxelSize,
+    network: VolumeNetwork,
+    settings: SegmentationSettings,
+    device: torch.device,
+    progress: Callable[[float], None] | None = None,
+    *,
+    seconds: dict[str, float] | None = None,
+) -> FlowField:
+    """Run a 3D network over a volume.
+
+    Parameters
+    ----------
+    image
+        (z, y, x), any real dtype, finite.
+    voxel_size
+        Of the image.
+    network
+        It is moved to `device`, its training mode is left as it was.
+    settings
+        What to do; of the fields for views none is used.
+    device
+        Where the network runs.
+    progress
+        Called with the share done, 0 to 1.
+    seconds
+        Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
+
+    Returns
+    -------
+    FlowField
+        On the network's grid (`volume_grid`).
+    """
+    if settings.engine == "openvino":
+        raise InputError("engine 'openvino' runs Cellpose's 2D CNN only; use engine auto or torch")
+    started = time.perf_counter()
+    shape, grid_voxel_size = volume_grid(image.shape, voxel_size, settings, network.spec.anisotropy)
+    intensity = settings.intensity_range or measure_range(
+        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
+    )
+    volume = intensity.apply(resize_linear(image, shape))
+    occupied = occupied_space(
+        volume,
+        intensity,
+        voxel_size,
+        grid_voxel_size,
+        settings.nucleus_diameter_um if settings.skip_empty else None,
+    )
+    training = network.training
+    runner = _PatchRunner(network, device, settings)
+    flow = np.zeros((3, *shape), np.float16)
+    logit = np.full(shape, EMPTY_LOGIT, np.float16)
+    try:
+        overlap = [settings.nucleus_diameter_um / edge for edge in grid_voxel_size.zyx]
+        tiling = PatchTiling(_occupied_box(occupied), network.spec, overlap, MAX_VOXELS[device.type])
+        logit[tiling.box] = 0
+        for done, place in enumerate(tiling.places, start=1):
+            weight = tiling.weight(place)
+            if _any_occupied(occupied, place):
+                output = runner(volume[place])
+                flow[(slice(None), *place)] += (output[:3] * weight).astype(np.float16)
+                logit[place] += (output[3] * weight).astype(np.float16)
+            else:
+                logit[place] += (EMPTY_LOGIT * weight).astype(np.float16)
+            if progress is not None:
+                # The last hundredth is for the masks.
+                progress(0.99 * done / len(tiling.places))
+    finally:
+        network.train(training)
+    if network.spec.targets == "tanh":
+        flow = directions_from_tanh(flow, grid_voxel_size)
+    if seconds is not None:
+        seconds["network"] = runner.seconds
+        seconds["views"] = time.perf_counter() - started - runner.seconds
+    return FlowField(flow, logit, grid_voxel_size)
+
+
+def volume_grid(
+    shape: Sequence[int], voxel_size: VoxelSize, settings: SegmentationSettings, anisotropy: float
+) -> tuple[Triple, VoxelSize]:
+    """Choose the grid that the network sees: x and y at its scale, z as far apart as in training.
+
+    Returns
+    -------
+    shape : tuple of int
+        In z the image's own planes if they lie, against the nucleus, as far apart as the training's.
+    voxel_size : VoxelSize
+        Of that grid.
+    """
+    (_, height, width), _, _ = view_grid(tuple(shape), voxel_size, settings)
+    wanted = anisotropy * settings.network_voxel_um
+    depth = shape[0]
+    if abs(voxel_size.z / wanted - 1) > _SAME_DEPTH:
+        depth = max(1, round(shape[0] * voxel_size.z / wanted))
+    grid = (depth, height, width)
+    edges = [size * old / new for size, old, new in zip(voxel_size.zyx, shape, grid, strict=True)]
+    return grid, VoxelSize.of(edges)
+
+
+def directions_from_tanh(flow: NDArray[np.floating[Any]], voxel_size: VoxelSize) -> NDArray[np.float16]:
+    """Turn tanh(distance to the centre / 5 voxels) along each axis into unit vectors in um.
+
+    Within a voxel of the centre they are shorter, so that they do not turn around at random.
+    """
+    voxels = _TANH_VOXELS * np.arctanh(np.clip(flow.astype(np.float32), -0.99, 0.99))
+    way = voxels * np.array(voxel_size.zyx, np.float32).reshape(3, 1, 1, 1)
+    length = np.maximum(np.sqrt(np.square(way).sum(axis=0)), np.float32(voxel_size.x))
+    return np.asarray(way / length, np.float16)
+
+
+def _occupied_box(occupied: OccupiedSpace) -> Box:
+    """Give the box of all that can hold nuclei; an empty one if nothing can."""
+    box = []
+    for axis, edges in enumerate(occupied.edges):
+        found = np.flatnonzero(occupied.blocks.any(axis=tuple(a for a in range(3) if a != axis)))
+        first, last = (found[0], found[-1] + 1) if len(found) else (0, 0)
+        box.append(slice(int(edges[first]), int(edges[last])))
+    return box[0], box[1], box[2]
+
+
+def _any_occupied(occupied: OccupiedSpace, place: Box) -> bool:
+    part: list[slice] = []
+    for edges, along in zip(occupied.edges, place, strict=True):
+        first = int(np.searchsorted(edges, along.start, side="right")) - 1
+        last = int(np.searchsorted(edges, along.stop, side="left"))
+        part.append(slice(first, last))
+    return bool(occupied.blocks[part[0], part[1], part[2]].any())
+
+
+class _PatchRunner:
+    """Runs a network over patches and keeps count of the time spent in it."""
+
+    def __init__(self, network: VolumeNetwork, device: torch.device, settings: SegmentationSettings) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._precision = choose_precision(settings.precision, device)
+        self._flips = _FLIPS if settings.flip_average else _FLIPS[:1]
+        self._multiple = network.spec.architecture.multiple
+        self._network = network.eval().to(device)
+        self._network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def __call__(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give flow (about unit vectors) and logit of a patch (z, y, x): float32 (4, z, y, x)."""
+        # Zeros beyond the volume's end, as in the patches of the training.
+        pad = [
+            (0, padded(size, multiple) - size)
+            for size, multiple in zip(patch.shape, self._multiple, strict=True)
+        ]
+        output = self._forward(np.pad(patch, pad))
+        z, y, x = patch.shape
+        return output[:, :z, :y, :x]
+
+    def _forward(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            image = torch.from_numpy(patch)[None, None].to(self._device)
+            total = torch.zeros((OUTPUTS, *patch.shape), device=self._device)
+            for axes in self._flips:
+                output = self._output(torch.flip(image, axes) if axes else image)[0].float()
+                if axes:
+                    output = torch.flip(output, [axis - 1 for axis in axes])
+                    output[[axis - 2 for axis in axes]] *= -1
+                total += output
+            total /= len(self._flips)
+            total[:3] /= FLOW_SCALE
+            result: NDArray[np.float32] = total.cpu().numpy()
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def _output(self, image: Tensor) -> Tensor:
+        mixed = self._precision != torch.float32
+        alone = not mixed and self._device.type == "cpu" and torch.get_num_threads() == 1
+        # torch takes its slow convolution for a single volume on a single thread (50 times slower, measured)
+        stack = image.repeat(2, 1, 1, 1, 1) if alone else image
+        stack = stack.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(self._device.type, dtype=self._precision, enabled=mixed):
+            output: Tensor = self._network(stack)
+        return output
+
+
+_FLIPS: tuple[tuple[int, ...], ...] = tuple(
+    axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)
+)
+"""The axes that are mirrored in each of the eight ways to look at a volume."""
