@@ -173,6 +173,9 @@ def predict(
         str | None,
         typer.Option("--scheduler", help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Segment again what was done before.")
+    ] = False,
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -182,7 +185,13 @@ def predict(
 
     given = {"mode": mode, "memory_gb": memory, "scheduler": scheduler}
     _finish(
-        predict_tracked(_load(params, _with_options(overrides, "predict", given)), inputs, model, out),
+        predict_tracked(
+            _load(params, _with_options(overrides, "predict", given)),
+            inputs,
+            model,
+            out,
+            overwrite=overwrite,
+        ),
         as_json,
     )
 

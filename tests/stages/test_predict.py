@@ -151,7 +151,6 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_m
         predict(Params(), [movie], str(oracle_model), out)
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     assert names == [
-        "predictions.json",
         "t1_masks.ome.tif",
         "t1_nuclei.csv",
         "t2_masks.ome.tif",
@@ -253,11 +252,81 @@ def test_two_frames_of_one_name_are_refused(movie, oracle_model, tmp_path):
         predict(Params(), [movie, tmp_path / "t1.tif"], str(oracle_model), tmp_path / "out")
 
 
+def test_a_model_for_the_orthogonal_views_is_run_over_them_alone(movie, oracle_model, tmp_path, monkeypatch):
+    class Sees(Oracle):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: set[tuple[int, ...]] = set()
+
+        def forward(self, stack: torch.Tensor) -> torch.Tensor:
+            self.shapes.add(tuple(stack.shape[2:]))
+            return super().forward(stack)
+
+    info = ModelInfo(name="oracle", diameter_px=20, nucleus_diameter_um=10)
+    models = {
+        name: Model(Sees(), info.model_copy(update={"diameter_px": size}), oracle_model / "oracle")
+        for name, size in (("model", 20), ("side", 20), ("large", 30))
+    }
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: models[path.name])
+    params = load_params(None, ["predict.orthogonal_model=side"])
+    assert predict(params, [movie / "t3.ome.tif"], "model", tmp_path / "out").frames[0].nuclei == 3
+    # xy planes are 60 x 64; the others 72 voxels deep once the voxels are cubic.
+    assert {shape[0] for shape in models["model"].network.shapes} == {64}
+    assert {shape[0] for shape in models["side"].network.shapes} == {80}
+    params = load_params(None, ["predict.orthogonal_model=large"])
+    with pytest.raises(InputError, match="must have the same diameter_px"):
+        predict(params, [movie / "t3.ome.tif"], "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["predict.views=[]"], "at least 1 item"),
+        (["predict.views=[xy,xy]"], "names a view twice"),
+        (["predict.view_weights=[1,2]"], "2 numbers for 3 views"),
+    ],
+)
+def test_views_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_params(None, overrides)
+
+
+@pytest.mark.parametrize("wishes", [["predict.views=[xy,yz]"], ["predict.view_weights=[2.0,1.0,0.5]"]])
+def test_views_and_their_weights_can_be_chosen(movie, oracle_model, tmp_path, wishes):
+    result = predict(load_params(None, wishes), [movie / "t3.ome.tif"], str(oracle_model), tmp_path / "out")
+    assert result.frames[0].nuclei == 3
+
+
 def test_a_given_voxel_size_wins(oracle_model, tmp_path):
     tifffile.imwrite(tmp_path / "bare.tif", embryo(2))
     params = load_params(None, ["data.voxel_size_um=[2.0,0.5,0.5]"])
     result = predict(params, [tmp_path / "bare.tif"], str(oracle_model), tmp_path / "out")
     assert result.frames[0].nuclei == 2
+
+
+def test_jobs_that_fill_one_folder_keep_each_others_records(movie, oracle_model, tmp_path, monkeypatch):
+    """As the tasks of an array on a cluster do: each sees only its own files."""
+    out = tmp_path / "out"
+    original = writing.write_labels
+
+    def another_job_meanwhile(*arguments: object) -> None:
+        monkeypatch.setattr(writing, "write_labels", original)
+        predict(Params(), [movie / "t2.ome.tif"], str(oracle_model), out)
+        original(*arguments)
+
+    monkeypatch.setattr(writing, "write_labels", another_job_meanwhile)
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
+    result = predict(Params(), [movie], str(oracle_model), out)
+    assert [frame.done_before for frame in result.frames] == [True, True, False]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"fingerprint": 3'])
+def test_a_damaged_record_only_means_that_the_frame_is_done_again(movie, oracle_model, tmp_path, text):
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    (record,) = tmp_path.glob("out/.*/t1.json")
+    record.write_text(text)
+    again = predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    assert not again.frames[0].done_before
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, tmp_path):

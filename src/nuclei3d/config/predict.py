@@ -1,8 +1,9 @@
 """Parameters of prediction in 3D."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nuclei3d.config.data import PositiveFloat
 from nuclei3d.config.section import Section
@@ -11,6 +12,10 @@ from nuclei3d.config.section import Section
 class PredictParams(Section):
     """How a volume is segmented; None means: the value stored with the model.
 
+    `views` are the planes that mode ortho looks at, `view_weights` the trust in each (None: equal), and
+    `orthogonal_model` another 2D model for xz and yz (in the command predict; of the same `diameter_px`).
+    `stitch_min_iou` is the least overlap at which mode stitch links masks of neighbouring planes;
+    `stitch_max_gap` is the number of planes in which a nucleus may be missing.
     `orthogonal_step` computes every n-th xz and yz plane only and interpolates between. `flip_average`
     averages over the four flips of each plane (four times the work). `precision` auto takes bfloat16 where
     the hardware computes it; `engine` auto takes OpenVINO where it is installed (CPU only). `flow3d_smooth`
@@ -21,6 +26,9 @@ class PredictParams(Section):
 
     mode: Literal["ortho", "stitch", "cellpose", "full3d"] = "ortho"
     diameter_um: PositiveFloat | None = None
+    views: Annotated[tuple[Literal["xy", "xz", "yz"], ...], Field(min_length=1)] = ("xy", "xz", "yz")
+    view_weights: tuple[PositiveFloat, ...] | None = None
+    orthogonal_model: Path | None = None
     fusion: Literal["mean", "consensus"] = "mean"
     orthogonal_step: Annotated[int, Field(ge=1)] = 1
     cellprob_threshold: float | None = None
@@ -30,8 +38,21 @@ class PredictParams(Section):
     flip_average: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
+    stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
+    stitch_max_gap: Annotated[int, Field(ge=0)] = 1
     flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
     memory_gb: PositiveFloat | None = None
     workers: Annotated[int, Field(ge=1)] = 1
     scheduler: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check_views(self) -> Self:
+        if len(set(self.views)) != len(self.views):
+            raise ValueError(f"views names a view twice: {', '.join(self.views)}")
+        if self.view_weights is not None and len(self.view_weights) != len(self.views):
+            raise ValueError(
+                f"view_weights has {len(self.view_weights)} numbers for {len(self.views)} views; "
+                "give one each"
+            )
+        return self

@@ -48,6 +48,8 @@ def segmentation_settings(
         diameter_px=info.diameter_px,
         nucleus_diameter_um=diameter_um,
         fusion=predict.fusion,
+        views=predict.views,
+        view_weights=predict.view_weights,
         orthogonal_step=predict.orthogonal_step,
         masks=MaskSettings(
             cellprob_threshold=_wish(predict.cellprob_threshold, info.cellprob_threshold),
@@ -61,6 +63,8 @@ def segmentation_settings(
         noise_floor=info.noise_floor,
         precision=predict.precision,
         engine=predict.engine,
+        stitch_min_iou=predict.stitch_min_iou,
+        stitch_max_gap=predict.stitch_max_gap,
         flow3d_smooth=predict.flow3d_smooth,
     )
 

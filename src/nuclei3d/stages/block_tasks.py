@@ -33,6 +33,8 @@ class BlockTask:
         The box of it that is read and segmented.
     weights
         File of the model.
+    orthogonal_weights
+        File of another model for the xz and yz planes.
     settings
         With the range of intensities of the whole frame.
     device
@@ -46,6 +48,7 @@ class BlockTask:
     frame: Frame
     outer: Box
     weights: Path
+    orthogonal_weights: Path | None
     settings: SegmentationSettings
     device: str
     threads: int | None
@@ -90,6 +93,7 @@ def segment_block(task: BlockTask) -> int:
         _network(task.weights),
         task.settings,
         choose_device(task.device),
+        orthogonal_network=_network(task.orthogonal_weights) if task.orthogonal_weights else None,
     )
     with whole_file(task.scores_file) as partial, partial.open("wb") as file:
         np.save(file, scores, allow_pickle=False)
@@ -98,6 +102,6 @@ def segment_block(task: BlockTask) -> int:
     return len(scores) - 1
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _network(weights: Path) -> Any:
     return load_model(weights).network

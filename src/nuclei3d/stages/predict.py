@@ -17,7 +17,6 @@ from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.errors import InputError
 from nuclei3d.stages.prediction_inputs import find_all
 from nuclei3d.stages.prediction_outputs import (
-    RECORD_FILE,
     PredictedFrame,
     PredictionRecord,
     fingerprint_of,
@@ -65,7 +64,7 @@ def predict(
     model
         Model folder, weights file, ``models:/name@alias`` or the URL of a service.
     out
-        Folder for ``<stem>_masks.ome.tif``, ``<stem>_nuclei.csv`` and the record `RECORD_FILE`.
+        Folder for ``<stem>_masks.ome.tif`` and ``<stem>_nuclei.csv``.
     overwrite
         Segment again what was done before.
 
@@ -77,13 +76,13 @@ def predict(
     """
     frames = find_all(inputs, params)
     segmenter = choose_segmenter(params, model)
-    record = PredictionRecord(out / RECORD_FILE, {} if overwrite else None)
+    record = PredictionRecord(out)
     done: list[PredictedFrame] = []
     _say_plan(frames, out)
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
             fingerprint = fingerprint_of(frame, segmenter.identity)
-            found = record.find(frame.name, fingerprint, out)
+            found = None if overwrite else record.find(frame.name, fingerprint)
             if found is not None:
                 done.append(found)
                 bar.advance(1)

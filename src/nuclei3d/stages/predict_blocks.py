@@ -9,12 +9,12 @@ this package installed.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from nuclei3d.core.normalization import IntensityRange, measure_range, sampled_p
 from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import Model
 from nuclei3d.stages.block_joining import join_blocks
 from nuclei3d.stages.block_plan import BlockRun, cut_frame
 from nuclei3d.stages.block_tasks import BlockTask
@@ -32,14 +31,31 @@ from nuclei3d.stages.prediction_outputs import fingerprint_of
 from nuclei3d.volumes.frames import Frame
 
 
+@dataclass(frozen=True)
+class BlockJob:
+    """What is done with each block.
+
+    Attributes
+    ----------
+    settings
+        As for the whole volume; mode ``ortho`` or ``stitch``.
+    weights, orthogonal_weights
+        Files of the model and of the one for the orthogonal views, read by every worker.
+    device
+        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
+    identity
+        Of models and settings: results of a run before with another are not used.
+    """
+
+    settings: SegmentationSettings
+    weights: Path
+    orthogonal_weights: Path | None
+    device: str
+    identity: Mapping[str, Any]
+
+
 def predict_in_blocks(
-    frame: Frame,
-    model: Model,
-    settings: SegmentationSettings,
-    device: str,
-    run: BlockRun,
-    masks: Path,
-    progress: Callable[[float], None],
+    frame: Frame, job: BlockJob, run: BlockRun, masks: Path, progress: Callable[[float], None]
 ) -> list[Nucleus]:
     """Segment a frame block by block.
 
@@ -47,12 +63,8 @@ def predict_in_blocks(
     ----------
     frame
         The volume.
-    model
-        Its weights file is read by every worker.
-    settings
-        As for the whole volume; mode ``ortho`` or ``stitch``.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
+    job
+        Models and settings.
     run
         Memory and workers.
     masks
@@ -72,15 +84,13 @@ def predict_in_blocks(
         If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
         kept and the next run goes on with the others.
     """
-    if settings.mode not in ("ortho", "stitch"):
+    if job.settings.mode not in ("ortho", "stitch"):
         raise InputError(
-            f"mode '{settings.mode}' cannot cut a volume into blocks; use ortho or stitch, or allow more "
+            f"mode '{job.settings.mode}' cannot cut a volume into blocks; use ortho or stitch, or allow more "
             "memory (predict.memory_gb)"
         )
-    settings = replace(settings, intensity_range=_measure_range(frame, settings))
-    weights = hashlib.sha256(model.path.read_bytes()).hexdigest()
-    digest = fingerprint_of(frame, {"weights_sha256": weights, "settings": asdict(settings)})[:16]
-    folder = _open_folder(masks, frame, digest)
+    settings = replace(job.settings, intensity_range=_measure_range(frame, job.settings))
+    folder = _open_folder(masks, frame, fingerprint_of(frame, job.identity)[:16])
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
     try:
@@ -89,9 +99,10 @@ def predict_in_blocks(
             BlockTask(
                 frame=frame,
                 outer=block.outer,
-                weights=model.path.resolve(),
+                weights=job.weights.resolve(),
+                orthogonal_weights=job.orthogonal_weights.resolve() if job.orthogonal_weights else None,
                 settings=settings,
-                device=device,
+                device=job.device,
                 threads=threads_per_worker(run),
                 labels_file=folder.resolve() / f"{block.index:05d}.npy",
             )

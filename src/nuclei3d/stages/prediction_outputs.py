@@ -16,7 +16,7 @@ from nuclei3d.volumes.frames import Frame
 from nuclei3d.volumes.whole import whole_file
 
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
-RECORD_FILE = "predictions.json"
+_RECORD_FOLDER = ".predicted"
 
 
 @dataclass(frozen=True)
@@ -69,37 +69,38 @@ def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
 
 
 class PredictionRecord:
-    """The record of finished frames in the output folder: what they were made from, and how many nuclei."""
+    """Which frames are finished, and what they were made from.
 
-    def __init__(self, path: Path, entries: dict[str, Any] | None) -> None:
-        self._path = path
-        self._entries = self._read() if entries is None else entries
+    One small file per frame in a hidden folder among the outputs: so several jobs can fill one folder.
+    """
 
-    def find(self, name: str, fingerprint: str, out: Path) -> PredictedFrame | None:
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def find(self, name: str, fingerprint: str) -> PredictedFrame | None:
         """Give the frame if it was finished from the same things and its files are there."""
-        entry = self._entries.get(name)
-        if not isinstance(entry, dict) or entry.get("fingerprint") != fingerprint:
+        try:
+            entry = json.loads(self._file(name).read_text(encoding="utf-8"))
+            if entry["fingerprint"] != fingerprint:
+                return None
+            masks, table = self._out / Path(entry["masks"]).name, table_path(self._out, name)
+            if not masks.exists() or not table.is_file():
+                return None
+            return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+        except (OSError, ValueError, KeyError, TypeError):
+            # A record that cannot be read only means that the frame is done again.
             return None
-        masks, table = out / str(entry.get("masks", "")), table_path(out, name)
-        if masks == out or not masks.exists() or not table.is_file():
-            return None
-        return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
 
     def add(self, frame: PredictedFrame, fingerprint: str) -> None:
         """Write down that a frame is finished."""
-        self._entries[frame.name] = {
+        entry = {
             "masks": frame.masks.name,
             "nuclei": frame.nuclei,
             "seconds": frame.seconds,
             "fingerprint": fingerprint,
         }
-        with whole_file(self._path) as partial:
-            partial.write_text(json.dumps({"frames": self._entries}, indent=1) + "\n", encoding="utf-8")
+        with whole_file(self._file(frame.name)) as partial:
+            partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self._path.read_text(encoding="utf-8"))["frames"]
-        except (OSError, ValueError, KeyError, TypeError):
-            # A record that cannot be read only means that the frames are done again.
-            return {}
-        return entries if isinstance(entries, dict) else {}
+    def _file(self, name: str) -> Path:
+        return self._out / _RECORD_FOLDER / f"{name}.json"

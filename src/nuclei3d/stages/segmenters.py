@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
-from nuclei3d.errors import MachineError
+from nuclei3d.errors import InputError, MachineError
 from nuclei3d.stages.prediction_inputs import read_image
 from nuclei3d.stages.prediction_outputs import masks_path
 from nuclei3d.volumes.frames import Frame
@@ -18,6 +18,7 @@ from nuclei3d.volumes.frames import Frame
 if TYPE_CHECKING:
     from nuclei3d.core.segmentation.nuclei import Nucleus
     from nuclei3d.core.segmentation.prediction import Segmentation
+    from nuclei3d.models.folder import Model
 
 _REGISTRY = ("models:/", "runs:/", "mlflow-artifacts:/")
 
@@ -73,11 +74,19 @@ class LocalSegmenter:
 
             path = fetch_model(model, params)
         self._model = load_model(path)
+        self._orthogonal: Model | None = None
+        if params.predict.orthogonal_model is not None:
+            self._orthogonal = load_model(params.predict.orthogonal_model)
+            _check_pair(self._model, self._orthogonal)
         self._settings = segmentation_settings(self._model.info, params.predict)
         self._device = choose_device(params.predict.device)
         self._params = params.predict
         self.identity: dict[str, Any] = {
-            "weights_sha256": hashlib.sha256(self._model.path.read_bytes()).hexdigest(),
+            "weights_sha256": [
+                hashlib.sha256(each.path.read_bytes()).hexdigest()
+                for each in (self._model, self._orthogonal)
+                if each is not None
+            ],
             "settings": asdict(self._settings),
         }
         say(f"model {self._model.info.name} on {self._device.type}, mode {self._settings.mode}")
@@ -90,16 +99,21 @@ class LocalSegmenter:
 
         from nuclei3d.core.segmentation.prediction import segment_volume
         from nuclei3d.stages.block_plan import BlockRun, required_gb
-        from nuclei3d.stages.predict_blocks import predict_in_blocks
+        from nuclei3d.stages.predict_blocks import BlockJob, predict_in_blocks
 
         run = BlockRun.wished(self._params)
         needed = required_gb(frame, self._settings)
         if needed > run.worker_gb and self._settings.mode != "cellpose":
             say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
             masks = out / f"{frame.name}_masks.ome.zarr"
-            device = self._params.device
-            nuclei = predict_in_blocks(frame, self._model, self._settings, device, run, masks, progress)
-            return masks, nuclei
+            job = BlockJob(
+                settings=self._settings,
+                weights=self._model.path,
+                orthogonal_weights=self._orthogonal.path if self._orthogonal else None,
+                device=self._params.device,
+                identity=self.identity,
+            )
+            return masks, predict_in_blocks(frame, job, run, masks, progress)
         try:
             result = segment_volume(
                 read_image(frame),
@@ -108,12 +122,28 @@ class LocalSegmenter:
                 self._settings,
                 self._device,
                 progress,
+                orthogonal_network=self._orthogonal.network if self._orthogonal else None,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise MachineError(
                 f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
             ) from None
         return _write_masks(frame, result, out), result.nuclei
+
+
+def _check_pair(model: Model, orthogonal: Model) -> None:
+    """Check that one image scale suits both networks."""
+    for each in (model, orthogonal):
+        if each.info.kind != "views2d":
+            raise InputError(
+                f"predict.orthogonal_model is for 2D models; '{each.info.name}' is of kind '{each.info.kind}'"
+            )
+    sizes = [each.info.diameter_px for each in (model, orthogonal)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise InputError(
+            f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
+            f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
+        )
 
 
 def _write_masks(frame: Frame, result: Segmentation, out: Path) -> Path:

@@ -52,7 +52,9 @@ def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
     return result
 
 
-def predict_tracked(params: Params, inputs: Sequence[Path], model: str, out: Path) -> PredictResult:
+def predict_tracked(
+    params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
+) -> PredictResult:
     """Segment volumes; see `nuclei3d.stages.predict.predict`. The masks stay where they are."""
     from nuclei3d.stages.predict import predict
     from nuclei3d.tracking.runs import stage_run
@@ -60,7 +62,7 @@ def predict_tracked(params: Params, inputs: Sequence[Path], model: str, out: Pat
     known = {"model": Path(model)} if Path(model).exists() else {}
     with stage_run("predict", params, inputs=known) as run:
         run.tags({"nuclei3d.model": model, "nuclei3d.out": str(out)})
-        return predict(params, inputs, model, out)
+        return predict(params, inputs, model, out, overwrite=overwrite)
 
 
 def evaluate_tracked(
