@@ -365,6 +365,36 @@ def serve(
 
 
 @app.command()
+def export(
+    out: Out,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model folder, weights file or models:/name@alias.")
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Their images, for seg.", metavar="DIR")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="cellpose, bioimageio, seg or rois; may be repeated."),
+    ] = None,
+    params: ParamsFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for Cellpose or bioimage.io, or masks for Cellpose's GUI or ImageJ."""
+    from nuclei3d.stages.export.export import export
+
+    _finish(
+        export(_load(params, overrides), out, model=model, masks=masks, images=images, formats=formats or ()),
+        as_json,
+    )
+
+
+@app.command()
 def view(
     image: Annotated[Path, typer.Argument(help="Image, or a folder of them.", metavar="IMAGE")],
     masks: Annotated[

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from nuclei3d.core.segmentation.prediction import Segmentation
     from nuclei3d.models.folder import Model
 
-_REGISTRY = ("models:/", "runs:/", "mlflow-artifacts:/")
-
 
 class Segmenter(Protocol):
     """Segments one frame and writes its masks."""
@@ -67,13 +65,9 @@ class LocalSegmenter:
         from nuclei3d.core.networks import choose_device
         from nuclei3d.models.folder import load_model
         from nuclei3d.models.settings import segmentation_settings
+        from nuclei3d.tracking.registry import fetch_model, is_registered
 
-        path = Path(model)
-        if model.startswith(_REGISTRY):
-            from nuclei3d.tracking.registry import fetch_model
-
-            path = fetch_model(model, params)
-        self._model = load_model(path)
+        self._model = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
         self._orthogonal: Model | None = None
         if params.predict.orthogonal_model is not None:
             self._orthogonal = load_model(params.predict.orthogonal_model)

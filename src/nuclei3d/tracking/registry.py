@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 _SCHEME = "models:/"
+_SCHEMES = (_SCHEME, "runs:/", "mlflow-artifacts:/")
 _HISTORY_TAG = "nuclei3d.champions"
 _DIGEST_TAG = "nuclei3d.digest"
 _COMPLETE_TAG = "nuclei3d.complete"
@@ -148,6 +149,11 @@ def roll_back(params: Params, version: str | None = None) -> Registered:
     client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
     client.set_model_version_tag(name, version, "nuclei3d.reason", reason)
     return Registered(name, version, version, Verdict(True, reason, None, None, None))
+
+
+def is_registered(model: str) -> bool:
+    """Tell whether ``--model`` names something that MLflow keeps, rather than a path."""
+    return model.startswith(_SCHEMES)
 
 
 def fetch_model(uri: str, params: Params) -> Path:

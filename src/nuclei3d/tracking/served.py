@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.errors import InputError
-from nuclei3d.tracking.registry import download_served_model, model_folder_in
+from nuclei3d.tracking.registry import download_served_model, is_registered, model_folder_in
 
 if TYPE_CHECKING:
     from nuclei3d.tracking.serving_model import NucleiModel
-
-REGISTRY_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
 
 def load_served_model(model: str, params: Params) -> NucleiModel:
@@ -33,7 +31,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     InputError
         If there is no such model.
     """
-    if model.startswith(REGISTRY_SCHEMES):
+    if is_registered(model):
         folder = model_folder_in(download_served_model(model, params))
     else:
         folder = Path(model)

@@ -1,0 +1,1 @@
+"""Models and masks in the formats of other programs."""

@@ -1,0 +1,105 @@
+"""A model and masks as Cellpose 3 reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nuclei3d.console import say
+from nuclei3d.core.label_boxes import compact_labels
+from nuclei3d.models.folder import Model
+from nuclei3d.volumes.checks import check_image
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image
+
+_HOW_TO = """# {name} in Cellpose 3
+
+    python -m cellpose --add_model {name}
+    python -m cellpose --dir IMAGES --pretrained_model {name} --do_3D \\
+        --diameter PIXELS --anisotropy RATIO --save_tif
+
+The first line, given in this folder, makes the model known to Cellpose's command line and GUI (menu
+*Models*). PIXELS is the diameter of your nuclei in pixels of your images{diameter}; RATIO is the depth of a
+voxel over its width.
+
+Cellpose normalises and fuses the views in its own way, so its masks are not those of `nuclei3d predict`.
+"""
+
+
+def write_weights(model: Model, folder: Path) -> Path:
+    """Write the weights under the model's name, as Cellpose's command line and GUI add them, and how to."""
+    info = model.info
+    path = folder / info.name
+    torch.save(model.network.state_dict(), path)
+    known = info.nucleus_diameter_um
+    diameter = f" (those of the training: {known:.3g} um)" if known is not None else ""
+    how_to = _HOW_TO.format(name=info.name, diameter=diameter)
+    (folder / "HOW_TO.md").write_text(how_to, encoding="utf-8")
+    return path
+
+
+def write_seg(
+    folder: Path, name: str, image: NDArray[Any], labels: NDArray[np.uint32], voxel_size: VoxelSize
+) -> Path:
+    """Write an image as ``<name>.tif`` and its labels beside it as ``<name>_seg.npy``.
+
+    Cellpose's GUI opens the image and finds the labels by their name; the folder may be moved. The ``.npy``
+    is a pickle, because that is Cellpose's format; nuclei3d never reads one.
+
+    Parameters
+    ----------
+    image, labels
+        (Z, Y, X), on one grid.
+    voxel_size
+        Of that grid.
+    """
+    from cellpose.utils import masks_to_outlines
+
+    file = folder / f"{name}.tif"
+    check_image(image, name)
+    write_image(file, image, voxel_size)
+    _warn_of_axes(name, image.shape)
+    # the GUI renumbers labels with gaps, and then loses their outlines
+    masks = _without_gaps(labels)
+    outlines = masks * masks_to_outlines(masks).astype(masks.dtype)
+    count = int(masks.max(initial=0))
+    content = {
+        "outlines": outlines,
+        "masks": masks,
+        "chan_choose": [0, 0],
+        "ismanual": np.zeros(count, dtype=bool),
+        "filename": file.name,
+        "est_diam": _median_diameter_px(masks, voxel_size),
+    }
+    path = folder / f"{name}_seg.npy"
+    np.save(path, np.array(content, dtype=object), allow_pickle=True)
+    return path
+
+
+def _without_gaps(labels: NDArray[np.uint32]) -> NDArray[Any]:
+    from skimage.segmentation import relabel_sequential
+
+    masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]
+    return masks.astype(np.uint16 if masks.max(initial=0) < 2**16 - 1 else np.uint32)
+
+
+def _median_diameter_px(masks: NDArray[Any], voxel_size: VoxelSize) -> float:
+    """Give the diameter, along x, of the sphere of the median volume; Cellpose's 30 without nuclei."""
+    voxels = np.bincount(masks.ravel())[1:]
+    if not len(voxels):
+        return 30.0
+    volume_um3 = float(np.median(voxels)) * voxel_size.z * voxel_size.y * voxel_size.x
+    return float(np.cbrt(6 * volume_um3 / np.pi)) / voxel_size.x
+
+
+def _warn_of_axes(name: str, shape: tuple[int, ...]) -> None:
+    shortest = int(np.argmin(shape))
+    if shortest and shape[shortest] < max(shape) / 3:
+        say(
+            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
+            f"{shape[2]}, so it will show image and masks turned against each other"
+        )
