@@ -71,8 +71,7 @@ def _client(run: BlockRun) -> Iterator[Client]:
                 f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
             ) from None
         with client:
-            if not client.scheduler_info()["workers"]:
-                say(f"{run.scheduler} has no workers yet; waiting for the first")
+            _look_at_workers(run.scheduler, client)
             yield client
         return
     with (
@@ -87,6 +86,18 @@ def _client(run: BlockRun) -> Iterator[Client]:
         Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
         yield client
+
+
+def _look_at_workers(scheduler: str, client: Client) -> None:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not workers:
+        say(f"{scheduler} has no workers yet; waiting for the first")
+    threads = max((worker["nthreads"] for worker in workers), default=1)
+    if threads > 1:
+        say(
+            f"workers of {scheduler} run up to {threads} blocks at once, each of which may take "
+            "predict.memory_gb; start them with --nthreads 1"
+        )
 
 
 def threads_per_worker(run: BlockRun) -> int | None:
