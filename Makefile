@@ -28,7 +28,7 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/dvc pull -q data.dvc
+	$(BIN)/dvc pull -q data.dvc $(wildcard models/nuclei_3d.dvc)
 	$(BIN)/nuclei3d run --data data --out out $(DEMO_ARGS)
 
 test: .venv/installed-dev
@@ -44,4 +44,4 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out runs slices predictions evaluation
+	rm -rf out runs slices predictions baselines evaluation

@@ -44,6 +44,7 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "recall, faintest fifth": "recall_faint",
+    "... at precision .9": "recall_at_precision_0.90",
 }
 
 
@@ -180,6 +181,9 @@ def describe(metrics: dict[str, Any], name: str) -> dict[str, Any]:
     """Give a figure and its 95 % interval."""
     if name == "recall_faint":
         return {"value": metrics[name], "interval": metrics["recall_by_contrast"][0]["interval"]}
+    if name.startswith("recall_at_precision_"):
+        found = metrics["recall_at_precision"][name.rpartition("_")[2]]
+        return {"value": None if found is None else found["recall_faint"], "interval": None}
     section, _, threshold = name.partition("_")
     value = metrics["ap"][threshold] if section == "ap" else metrics[name]
     return {"value": value, "interval": metrics["intervals"].get(name)}

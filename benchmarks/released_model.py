@@ -28,15 +28,18 @@ from bbbc050 import COLUMNS, as_markdown, describe, gather_truth, once
 from nuclei3d.config import Params, load_params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.core.networks import choose_device
+from nuclei3d.core.scoring.matching import match, overlap_table
+from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.core.segmentation.thresholds import LabelledFlow, Thresholds
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
+from nuclei3d.models.settings import segmentation_settings
 from nuclei3d.stages.calibrate import choose_for, predict_labelled, read_calibration_volumes
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.volumes.embryos import find_embryos, split_embryos
+from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_file
 
 METHOD = "nuclei3d, embryos left out"
@@ -206,15 +209,41 @@ def seconds_of(folder: Path) -> dict[str, float]:
     return {path.stem: float(path.read_text()) for path in sorted(folder.glob("*.seconds"))}
 
 
+def released_folder(params: Params, out: Path) -> Path:
+    """Give the place of the released model."""
+    return out / "release" / params.train.name
+
+
 def release(params: Params, data: Path, out: Path, result: Mapping[str, Any], frames_per_embryo: int) -> Path:
     """Write the model folder that is released, with compact weights, pooled thresholds and the card."""
     final = load_model(out / "final" / "model")
-    folder = out / "release" / params.train.name
+    folder = released_folder(params, out)
     if (folder / "model.json").is_file():
         return folder
     info, _ = pool_thresholds(params, final.info, data, out, frames_per_embryo)
     save_model(folder, final.network, info, model_card(info, result), compact=True)
     return folder
+
+
+def compact_agreement(params: Params, data: Path, out: Path) -> dict[str, Any]:
+    """Segment the last frame of one embryo a fold with the weights as trained and as released."""
+    device = choose_device(params.predict.device)
+    trained, released = (load_model(path) for path in (out / "final" / "model", released_folder(params, out)))
+    settings = segmentation_settings(released.info, params.predict)
+    nuclei, hits, union = 0, 0, 0
+    for fold in FOLDS:
+        frame = split_embryos(find_embryos(data), fold_params(params, fold).data.split).test[-1]
+        volume = read_labelled(frame, params.data)
+        masks = [
+            segment_volume(volume.image, volume.voxel_size, model.network, settings, device).labels
+            for model in (trained, released)
+        ]
+        table = overlap_table(*masks)
+        same = match(table, 0.9).tp
+        nuclei += table.n_true
+        hits += same
+        union += table.n_true + table.n_pred - same
+    return {"frames": len(FOLDS), "nuclei": nuclei, "ap_0.90": hits / max(1, union)}
 
 
 def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
@@ -281,7 +310,11 @@ def main() -> None:
     result = gather(params, metrics, args.out)
     (args.out / "table.md").write_text(as_markdown(result) + "\n")
     folder = release(params, args.data, args.out, result, args.calibration_frames)
-    result["released"] = {"thresholds": thresholds_of(load_model(folder).info), "folder": str(folder)}
+    result["released"] = {
+        "folder": str(folder),
+        "thresholds": thresholds_of(load_model(folder).info),
+        "float16_against_float32": compact_agreement(params, args.data, args.out),
+    }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if args.json else as_markdown(result))
     say(f"the model is in {folder}")

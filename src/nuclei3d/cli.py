@@ -213,16 +213,36 @@ def evaluate(
         Path | None,
         typer.Option("--history", help="history.csv of the training, for the report.", metavar="FILE"),
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            help="Labels by another method, put beside the predictions; may be repeated.",
+            metavar="NAME=DIR",
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="What the report calls the predictions.")
+    ] = "this model",
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
+    from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
     _finish(
         evaluate_tracked(
-            _load(params, overrides), truth, pred, out, images=images, summary=slices, history=history
+            _load(params, overrides),
+            truth,
+            pred,
+            out,
+            images=images,
+            baselines=read_baselines(baseline or ()),
+            summary=slices,
+            history=history,
+            method=name,
         ),
         as_json,
     )
@@ -244,12 +264,10 @@ def assess(
     as_json: AsJson = False,
 ) -> None:
     """Predict the held-out embryos of a data set and evaluate them."""
-    from nuclei3d.stages.assess import assess
+    from nuclei3d.stages.assess import AssessFolders, assess
 
-    _finish(
-        assess(_load(params, overrides), data, model, out / "predictions", out / "evaluation", slices=slices),
-        as_json,
-    )
+    folders = AssessFolders.below(out)
+    _finish(assess(_load(params, overrides), data, model, folders, slices=slices), as_json)
 
 
 @app.command()

@@ -160,3 +160,10 @@ def test_compact_weights_are_half_the_size_and_load_here_and_in_cellpose(tmp_pat
         torch.testing.assert_close(loaded[name], value, rtol=2**-11, atol=2**-25)
         assert torch.equal(theirs[name], loaded[name])
     assert loaded["diam_mean"].item() == pytest.approx(16.7, rel=1e-7)
+
+
+def test_a_model_that_is_still_in_dvc_says_how_to_get_it(tmp_path):
+    (tmp_path / "nuclei_3d.dvc").write_text("outs: []")
+    for path in (tmp_path / "nuclei_3d", tmp_path / "nuclei_3d" / "nuclei_3d"):
+        with pytest.raises(InputError, match=r"dvc pull .*/nuclei_3d\.dvc$"):
+            load_model(path)

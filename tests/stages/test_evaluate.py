@@ -119,7 +119,7 @@ def test_all_files_are_written_and_the_report_holds_no_link_to_the_network(
 
 
 def test_an_evaluation_repeated_is_the_same_and_replaces_the_older(folders: Path) -> None:
-    params = Params.model_validate({"evaluate": {"bootstrap": 50, "report": False, "otsu_baseline": False}})
+    params = Params.model_validate({"evaluate": {"bootstrap": 50, "report": False, "baselines": []}})
     first = evaluate(params, folders / "data", folders / "pred", folders / "again").metrics
     second = evaluate(params, folders / "data", folders / "pred", folders / "again").metrics
     assert first == second

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 
 from nuclei3d.errors import InputError
-from nuclei3d.stages.pairing import find_image_entries, find_label_entries, pair_entries
+from nuclei3d.stages.pairing import find_image_entries, find_label_entries, pair_entries, refuse_doubt
 
 VOLUME = np.zeros((2, 3, 4), dtype=np.uint16)
 
@@ -70,6 +70,35 @@ def test_the_same_frame_of_another_embryo_is_no_partner(tmp_path: Path) -> None:
     assert paired(truth, write(tmp_path / "nested", "Emb3/t1.tif", "Emb4/t1.tif")) == []
     # a bare t1 could be either of the two
     assert paired(truth, write(tmp_path / "flat", "t1.tif", "t2.tif")) == []
+
+
+def doubt(truth: Path, pred: Path) -> None:
+    truths, predictions = find_label_entries(truth), find_label_entries(pred)
+    refuse_doubt(truths, predictions, pair_entries(truths, predictions))
+
+
+def test_folders_of_two_embryos_of_one_data_set_are_refused(tmp_path: Path) -> None:
+    frames = ("t000", "t001")
+    data = write(tmp_path / "data", *(f"{e}/labels/{t}.tif" for e in ("Emb1", "Emb2") for t in frames))
+    pred = write(tmp_path / "pred", *(f"{e}/{t}_masks.ome.tif" for e in ("Emb1", "Emb2") for t in frames))
+    for truth in (data / "Emb1", data / "Emb1" / "labels", data / "Emb1" / "labels" / "t000.tif"):
+        doubt(truth, pred / "Emb1")
+        with pytest.raises(InputError, match=r"different embryos, Emb2 and Emb1"):
+            doubt(truth, pred / "Emb2")
+
+
+def test_folders_beside_each_other_may_be_called_as_they_like(tmp_path: Path) -> None:
+    doubt(write(tmp_path / "by_anna", "t0.tif", "t1.tif"), write(tmp_path / "by_ben", "t0.tif", "t1.tif"))
+    doubt(tmp_path / "by_anna", write(tmp_path / "run" / "out" / "masks", "t0_masks.tif", "t1_masks.tif"))
+
+
+def test_a_frame_that_may_be_of_two_embryos_is_refused(tmp_path: Path) -> None:
+    truth = write(tmp_path / "data", "Emb1/labels/t1.tif", "Emb2/labels/t1.tif", "Emb2/labels/t2.tif")
+    flat = write(tmp_path / "flat", "t1_masks.tif", "t2_masks.tif")
+    for one, other in ((truth, flat), (flat, truth)):
+        with pytest.raises(InputError, match=r"t1.*may belong to .*Emb1.*t1\.tif or to .*Emb2.*t1\.tif"):
+            doubt(one, other)
+    doubt(truth, write(tmp_path / "named", "Emb1_t1_masks.tif", "Emb2_t1_masks.tif", "Emb2_t2_masks.tif"))
 
 
 def test_masks_beside_their_images_are_told_apart(tmp_path: Path) -> None:

@@ -80,11 +80,12 @@ class Stages:
             (out / f"{path.stem}_masks.ome.tif").write_text((Path(model) / "nuclei_3d").read_text())
         return Made({"frames": [str(path) for path in inputs]}, {}, out)
 
-    def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **_: Any) -> Made:
+    def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **options: Any) -> Made:
         self._begin("evaluate")
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text("{}")
         self.predicted = sorted(path.name for path in pred.rglob("*_masks.ome.tif"))
+        self.options = options
         return Made({"out": str(out)}, {"ap": {"0.50": 0.9}, "splits": 2, "recall_faint": None}, out)
 
     def register(self, params: Params, model: Path, metrics: Path) -> Made:
@@ -151,7 +152,7 @@ def test_the_job_is_one_run_with_a_child_per_stage_and_goes_on_after_a_kill(
     # Each start did what was left, up to the stage in which it was stopped.
     result, done = do()
     assert done == ["register"]
-    assert result.skipped == ("prepare", "train", "predict", "evaluate")
+    assert result.skipped == ("prepare", "train", "predict", "baselines", "evaluate")
     assert result.version == "7"
     assert result.metrics == {"ap_0.50": 0.9, "splits": 2}
     assert stages.predicted == ["t0_masks.ome.tif", "t1_masks.ome.tif"]
@@ -186,6 +187,23 @@ def test_masks_of_frames_that_are_no_longer_held_out_are_removed(
     assert result.run_id is None
     left = {path.parent.name for path in (tmp_path / "out" / "predictions").glob("*/*_masks.ome.tif")}
     assert left == {"b"}
+    # Of all true labels those of the held-out frames are evaluated, so none is missed.
+    assert stages.options["only"] == [data / "b" / "labels" / f"{frame}.tif" for frame in ("t0", "t1")]
+
+
+def test_stock_fusion_is_predicted_with_the_same_network_and_evaluated_beside_it(
+    stages: Stages, data: Path, settings: list[str], tmp_path: Path
+) -> None:
+    params = load_params(None, [*settings, "tracking.enabled=false", "evaluate.baselines=[stock_fusion]"])
+    run_pipeline(params, data, tmp_path / "out")
+    folder = tmp_path / "out" / "baselines" / "stock_fusion"
+    assert stages.options["baselines"] == {"stock fusion of the same network": folder}
+    assert sorted(path.name for path in folder.rglob("*.tif")) == ["t0_masks.ome.tif", "t1_masks.ome.tif"]
+    # No longer wanted, it is removed.
+    again = load_params(None, [*settings, "tracking.enabled=false", "evaluate.baselines=[otsu]"])
+    run_pipeline(again, data, tmp_path / "out")
+    assert stages.options["baselines"] == {}
+    assert not folder.exists()
 
 
 def test_missing_data_and_a_bad_output_folder_are_told(

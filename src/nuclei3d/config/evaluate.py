@@ -12,16 +12,21 @@ class EvaluateParams(Section):
     """Thresholds, contrast bins, bootstrap and report of the evaluation.
 
     `resample` says what the bootstrap draws: whole embryos, blocks of time within embryos, or (auto)
-    embryos where there are at least four. `otsu_baseline` puts Otsu's threshold with a watershed beside
-    the model where there are images. `viewer_megabytes` bounds the volumes shown in the report; larger data
-    are shown in part and at a lower resolution.
+    embryos where there are at least four. `viewer_megabytes` bounds the volumes shown in the report; larger
+    data are shown in part and at a lower resolution.
+
+    `baselines` are put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a
+    distance-transform watershed, where there are images) and, where held-out frames are predicted (assess,
+    run), ``champion`` (the registered one, if there is one and it is another model) and ``stock_fusion`` (the
+    same network with Cellpose's own do_3D). The last is left out unless asked for: it takes longer than the
+    model itself and many times the memory of a volume.
     """
 
     thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
     contrast_bins: Annotated[int, Field(ge=2)] = 5
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     resample: Literal["auto", "embryo", "time"] = "auto"
-    otsu_baseline: bool = True
+    baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = ("otsu", "champion")
     surface_distances: bool = True
     report: bool = True
     viewer_megabytes: PositiveFloat = 8.0

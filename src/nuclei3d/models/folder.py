@@ -75,6 +75,18 @@ def save_model(
         (partial / CARD_FILE).write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
+def require_model(path: Path, given_as: str = "--model") -> None:
+    """Raise InputError if there is nothing at a path; say how to get it where DVC knows it."""
+    if path.exists():
+        return
+    for tracked in (path, path.parent):
+        if Path(f"{tracked}.dvc").is_file():
+            raise InputError(
+                f"{path} is tracked by DVC but not here yet; get it with: dvc pull {tracked}.dvc"
+            )
+    raise InputError(f"no model at {path}; give a model folder (with {INFO_FILE}) or a weights file")
+
+
 def load_model(path: Path) -> Model:
     """Load a model from its folder or its weights file.
 
@@ -87,13 +99,12 @@ def load_model(path: Path) -> Model:
         If there is no such file, it holds no weights of a Cellpose 3 CNN, or model.json is not valid.
     """
     path = Path(path)
+    require_model(path)
     folder = path if path.is_dir() else path.parent
     info: ModelInfo | None
     if path.is_dir():
         info = read_info(path / INFO_FILE)
         weights = folder / info.name
-    elif not path.exists():
-        raise InputError(f"no model at {path}; give a model folder (with {INFO_FILE}) or a weights file")
     elif path.name in (INFO_FILE, CARD_FILE):
         raise InputError(
             f"{path} is not the weights; give the folder {path.parent} or the weights file in it"

@@ -51,7 +51,7 @@ def assess_pairs(
     assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
     diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
     possible = all(pair.physical and pair.image is not None for pair in pairs)
-    if params.evaluate.otsu_baseline and possible and diameter_um is not None:
+    if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
         tasks = [(pair, own.true.contrast) for pair, own in zip(pairs, assessed[method], strict=True)]
         work = partial(_assess_otsu, params=params, diameter_um=diameter_um)
         assessed[OTSU] = _map("Otsu baseline", work, tasks)

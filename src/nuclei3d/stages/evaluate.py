@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ def evaluate(
     summary: Path | None = None,
     history: Path | None = None,
     method: str = "this model",
+    only: Collection[Path] | None = None,
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
 
@@ -93,11 +94,14 @@ def evaluate(
         CSV of the training with a column ``epoch``, drawn in the report.
     method
         What the report calls the predictions.
+    only
+        The files of true labels that count, of all that lie below `truth`; None: all.
 
     Raises
     ------
     InputError
-        If nothing pairs, shapes differ, a file is damaged or `out` is no place for an evaluation.
+        If nothing pairs, it is in doubt what pairs, shapes differ, a file is damaged or `out` is no place
+        for an evaluation.
     """
     from nuclei3d.core.scoring.summary import summarise
     from nuclei3d.stages.assessing import assess_pairs
@@ -108,7 +112,7 @@ def evaluate(
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
     facts = read_training_facts(summary)
-    pairing = pair_volumes(params, truth, pred, images, baselines or {})
+    pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     pairs = sorted(pairing.pairs, key=lambda pair: [p.embryo for p in pairing.pairs].index(pair.embryo))
     if alone := pairing.truths_alone:
         say(f"{len(alone)} true volumes have no prediction and are left out: {_few(alone)}")
@@ -140,6 +144,27 @@ def evaluate(
     names.sort(key=lambda name: name != "metrics.json")
     _say_result(metrics, summaries, method, out)
     return EvaluateResult(out, metrics, tuple(out / name for name in names))
+
+
+def read_baselines(given: Sequence[str]) -> dict[str, Path]:
+    """Read baselines written as ``NAME=DIR``.
+
+    Raises
+    ------
+    InputError
+        If one is not, or a name occurs twice.
+    """
+    baselines: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (equals and name.strip() and folder):
+            raise InputError(
+                f"--baseline {text}: expected a name and a folder of labels, such as stardist=DIR"
+            )
+        if name.strip() in baselines:
+            raise InputError(f"--baseline {text}: two baselines are called '{name.strip()}'; rename one")
+        baselines[name.strip()] = Path(folder)
+    return baselines
 
 
 def headline_of(metrics: Mapping[str, Any]) -> dict[str, float]:

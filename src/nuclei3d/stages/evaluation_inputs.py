@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
-from nuclei3d.stages.pairing import Entry, find_image_entries, find_label_entries, pair_entries
+from nuclei3d.stages.pairing import (
+    Entry,
+    find_image_entries,
+    find_label_entries,
+    pair_entries,
+    refuse_doubt,
+)
 from nuclei3d.volumes.checks import check_image
 from nuclei3d.volumes.listing import frame_stem
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -97,16 +103,27 @@ def pair_volumes(
     pred: Path,
     images: Path | None,
     baselines: Mapping[str, Path],
+    only: Collection[Path] | None = None,
 ) -> Pairing:
     """Find which prediction, image and baseline belongs to each true volume.
+
+    Parameters
+    ----------
+    only
+        The files of true labels that count, of all that lie below `truth`; None: all.
 
     Raises
     ------
     InputError
-        If a folder holds nothing to read, nothing pairs, or a baseline lacks volumes that are paired.
+        If a folder holds nothing to read, nothing pairs, it is in doubt what pairs, or a baseline lacks
+        volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
+    if only is not None:
+        wanted = {path.resolve() for path in only}
+        truths = [entry for entry in truths if wanted & {*_with_parents(entry.frame.path.resolve())}]
     matched = pair_entries(truths, predictions)
+    refuse_doubt(truths, predictions, matched)
     if not matched:
         raise InputError(
             f"no volume of {pred} has the name of one of {truth}: found {_examples(predictions)} and "
@@ -193,6 +210,11 @@ def digest_of(labels: NDArray[np.uint32]) -> str:
     digest = hashlib.blake2b(repr(labels.shape).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(labels, dtype="<u4").data)
     return digest.hexdigest()
+
+
+def _with_parents(path: Path) -> tuple[Path, ...]:
+    # an array of labels lies inside the zarr that is named
+    return (path, *path.parents)
 
 
 def _find_images(

@@ -37,6 +37,8 @@ class Entry:
         Names of the folders between the root and the file, without `labels`, `images` and the like.
     stem
         Name of the frame without `_masks` and the like.
+    home
+        The folder of the embryo as far as folders tell: the innermost one, not called `labels` or the like.
     root
         Name of the folder that was searched.
     """
@@ -44,6 +46,7 @@ class Entry:
     frame: Frame
     folders: tuple[str, ...]
     stem: str
+    home: Path
     root: str
 
     @property
@@ -120,6 +123,49 @@ def pair_entries(
     return [(first[i], second[partner[i]]) for i in sorted(partner)]
 
 
+def refuse_doubt(
+    first: Sequence[Entry], second: Sequence[Entry], pairs: Sequence[tuple[Entry, Entry]]
+) -> None:
+    """Refuse two folders of labels whose frames may be those of different embryos.
+
+    Parameters
+    ----------
+    first, second
+        The true and the predicted volumes.
+    pairs
+        From `pair_entries`.
+
+    Raises
+    ------
+    InputError
+        If a frame without an embryo's folder has the name of frames of several embryos, or a pair lies in
+        folders named after different embryos of one data set.
+    """
+    for one, other in pairs:
+        if _of_different_embryos(one, other) or _of_different_embryos(other, one):
+            raise InputError(
+                f"{other.frame.path} and {one.frame.path} are called alike but lie in the folders of "
+                f"different embryos, {other.home.name} and {one.home.name}; give those of one embryo"
+            )
+    paired = {id(entry) for pair in pairs for entry in pair}
+    left, right = ([e for e in entries if id(e) not in paired] for entries in (first, second))
+    for lone, others in ((left, right), (right, left)):
+        for entry in lone:
+            alike = [other for other in others if other.stem == entry.stem]
+            alike = [other for other in alike if not (other.folders and entry.folders)]
+            if len(alike) > 1:
+                raise InputError(
+                    f"{entry.frame.path} may belong to {alike[0].frame.path} or to {alike[1].frame.path}; "
+                    "put both sides into folders of the embryos' names, or begin the files with them"
+                )
+
+
+def _of_different_embryos(one: Entry, other: Entry) -> bool:
+    """Say whether beside the folder of one entry there is another folder of the name of the other's."""
+    beside = one.home.parent / other.home.name
+    return one.home.name != other.home.name and beside.is_dir() and not beside.samefile(other.home)
+
+
 def _unique(name_of: Callable[[Entry], str], entries: Iterable[tuple[int, Entry]]) -> dict[str, int]:
     places: dict[str, list[int]] = defaultdict(list)
     for place, entry in entries:
@@ -145,11 +191,7 @@ def _find_entries(
             paths = [path for path in paths if marked.search(frame_stem(path))] or paths
     if not paths:
         raise InputError(f"{source} holds no .tif, .tiff or .zarr volume; give a folder that does")
-    root = source.resolve()
-    if lone:
-        root = root.parent
-    while root.name in _CONTAINERS:
-        root = root.parent
+    root = _without_containers(source.resolve().parent if lone else source.resolve())
     entries = []
     for path in paths:
         folders = () if lone else path.relative_to(source).parts[:-1]
@@ -159,11 +201,18 @@ def _find_entries(
                 frame=frame,
                 folders=tuple(folder for folder in folders if folder not in _CONTAINERS),
                 stem=_stem(frame, path, words),
+                home=_without_containers(path.parent.absolute()),
                 root=root.name,
             )
             for frame in find_frames(array, channel=channel)
         ]
     return entries
+
+
+def _without_containers(folder: Path) -> Path:
+    while folder.name in _CONTAINERS:
+        folder = folder.parent
+    return folder
 
 
 def _stem(frame: Frame, path: Path, words: re.Pattern[str]) -> str:

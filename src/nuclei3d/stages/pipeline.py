@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
+from nuclei3d.stages.assess import AssessFolders
 from nuclei3d.stages.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -79,14 +80,9 @@ class JobFolders:
         return self.out / "models" / self.model_name
 
     @property
-    def predictions(self) -> Path:
-        """Masks of the held-out frames, a folder per embryo."""
-        return self.out / "predictions"
-
-    @property
-    def evaluation(self) -> Path:
-        """metrics.json, nuclei.csv, report."""
-        return self.out / "evaluation"
+    def assessment(self) -> AssessFolders:
+        """Masks of the held-out frames, and what they are worth."""
+        return AssessFolders.below(self.out)
 
 
 def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
@@ -102,7 +98,7 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     data
         ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
     out
-        The folder to write: slices, models/<name>, predictions, evaluation.
+        The folder to write: slices, models/<name>, predictions, baselines, evaluation.
 
     Raises
     ------
@@ -129,7 +125,12 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
 def _do_stages(
     params: Params, data: Path, folders: JobFolders, ledger: Ledger, run: StageRun
 ) -> PipelineResult:
-    from nuclei3d.stages.assess import HEADLINE_FILE, evaluate_held_out, predict_held_out
+    from nuclei3d.stages.assess import (
+        HEADLINE_FILE,
+        evaluate_held_out,
+        predict_baselines_held_out,
+        predict_held_out,
+    )
     from nuclei3d.stages.register import register
     from nuclei3d.stages.tracked import prepare_tracked
     from nuclei3d.stages.train import train
@@ -156,28 +157,46 @@ def _do_stages(
         [folders.model],
         lambda: train(params, folders.slices, folders.model, data=data).as_json(),
     )
+    held_out = folders.assessment
     entries["predict"] = ledger.do(
         "predict",
         settings("prepare", "train", "calibrate", "evaluate", "tracking"),
         [data, folders.model],
-        [folders.predictions],
-        lambda: predict_held_out(params, data, str(folders.model), folders.predictions),
+        [held_out.predictions],
+        lambda: predict_held_out(params, data, str(folders.model), held_out.predictions),
     )
+    # The champion at the time when this model was made: one that came after it does not call for another
+    # evaluation.
+    entries["baselines"] = ledger.do(
+        "baselines",
+        settings("prepare", "train", "calibrate", "evaluate", "tracking")
+        | {"baselines": tree["evaluate"]["baselines"]},
+        [data, folders.model],
+        [held_out.baselines],
+        lambda: predict_baselines_held_out(params, data, str(folders.model), held_out.baselines),
+    )
+    baselines = entries["baselines"].result
     entries["evaluate"] = ledger.do(
         "evaluate",
         settings("prepare", "train", "calibrate", "predict", "tracking"),
-        [data, folders.predictions, folders.slices / "summary.json", folders.model / "history.csv"],
-        [folders.evaluation],
+        [
+            data,
+            held_out.predictions,
+            held_out.baselines,
+            folders.slices / "summary.json",
+            folders.model / "history.csv",
+        ],
+        [held_out.evaluation],
         lambda: evaluate_held_out(
             params,
             data,
-            folders.predictions,
-            folders.evaluation,
+            held_out,
+            baselines,
             slices=folders.slices,
             model=folders.model,
         ).as_json(),
     )
-    metrics = folders.evaluation / "metrics.json"
+    metrics = folders.assessment.evaluation / "metrics.json"
     registered: Mapping[str, Any] = {}
     if params.tracking.enabled:
         entries["register"] = ledger.do(
@@ -190,7 +209,7 @@ def _do_stages(
         registered = entries["register"].result
     else:
         say("register: left out, tracking is switched off")
-    scores = json.loads((folders.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
+    scores = json.loads((folders.assessment.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
     run.metrics({f"test/{name}": value for name, value in scores.items()})
     run.note(_note(scores, registered))
     if registered:
@@ -245,8 +264,8 @@ def _say_result(result: PipelineResult, folders: JobFolders) -> None:
         say(f"  {name:<14} {value:.3f}" if isinstance(value, float) else f"  {name:<14} {value}")
     if result.version is not None:
         say(f"Registered {result.name} version {result.version}: {result.reason}.")
-    report = folders.evaluation / "report.html"
-    say(f"Report: {report if report.exists() else folders.evaluation}")
+    report = folders.assessment.evaluation / "report.html"
+    say(f"Report: {report if report.exists() else folders.assessment.evaluation}")
     say("Next:")
     say(f"  nuclei3d predict FILE... --model {folders.model} --out masks    segment your own frames")
     say("  mlflow ui --backend-store-uri sqlite:///mlflow.db                look at the runs")

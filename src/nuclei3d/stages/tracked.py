@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +72,11 @@ def evaluate_tracked(
     out: Path,
     *,
     images: Path | None = None,
+    baselines: Mapping[str, Path] | None = None,
     summary: Path | None = None,
     history: Path | None = None,
+    method: str = "this model",
+    only: Collection[Path] | None = None,
     origin: Mapping[str, Path] | None = None,
 ) -> EvaluateResult:
     """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts.
@@ -84,7 +87,18 @@ def evaluate_tracked(
     from nuclei3d.tracking.runs import stage_run
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
-        result = evaluate(params, truth, pred, out, images=images, summary=summary, history=history)
+        result = evaluate(
+            params,
+            truth,
+            pred,
+            out,
+            images=images,
+            baselines=baselines,
+            summary=summary,
+            history=history,
+            method=method,
+            only=only,
+        )
         run.metrics({f"test/{name}": value for name, value in result.headline.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()

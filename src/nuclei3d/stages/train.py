@@ -183,16 +183,13 @@ def _start_network(params: Params) -> tuple[CPnet, str]:
     import torch
 
     from nuclei3d.core.networks import network_from_state, new_network
-    from nuclei3d.models.folder import load_model, read_state
+    from nuclei3d.models.folder import load_model, read_state, require_model
 
     settings = params.train
     if settings.start_from is None:
         return new_network(settings.diameter_px, params.seed), "scratch"
     path = Path(settings.start_from)
-    if not path.exists():
-        raise InputError(
-            f"train.start_from: there is no {path}; give a model folder, a Cellpose 3 weights file, or null"
-        )
+    require_model(path, "train.start_from")
     weights = load_model(path).path if path.is_dir() else path
     network = network_from_state(read_state(weights), where=str(weights))
     with torch.no_grad():

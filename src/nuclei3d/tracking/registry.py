@@ -156,6 +156,13 @@ def is_registered(model: str) -> bool:
     return model.startswith(_SCHEMES)
 
 
+def champion_version(params: Params) -> str | None:
+    """Give the version that is champion; None if there is none, or tracking is switched off."""
+    if not params.tracking.enabled:
+        return None
+    return _alias(open_store(params.tracking), params.tracking.registered_name, CHAMPION)
+
+
 def fetch_model(uri: str, params: Params) -> Path:
     """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be.
 

@@ -1,0 +1,74 @@
+"""What is predicted beside the model: another champion, and Cellpose's own fusion."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuclei3d.config import Params, load_params
+from nuclei3d.models.info import ModelInfo
+from nuclei3d.stages.baselines import predict_baselines
+
+FRAMES = {"c": [Path("data/c/images/t0.tif")]}
+
+
+def write_model(folder: Path, weights: str, **info: Any) -> Path:
+    folder.mkdir()
+    (folder / "nuclei_3d").write_text(weights)
+    (folder / "model.json").write_text(ModelInfo(diameter_px=17, **info).model_dump_json())
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Path]]:
+    """Note model, mode and folder of each prediction instead of making it."""
+    made: list[tuple[str, str, Path]] = []
+
+    def predict(params: Params, inputs: list[Path], model: str, out: Path) -> None:
+        assert inputs == FRAMES["c"]
+        out.mkdir(parents=True)
+        made.append((model, params.predict.mode, out))
+
+    monkeypatch.setattr("nuclei3d.stages.predict.predict", predict)
+    return made
+
+
+def crown(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
+    version = None if folder is None else "4"
+    monkeypatch.setattr("nuclei3d.tracking.registry.champion_version", lambda params: version)
+    monkeypatch.setattr("nuclei3d.tracking.registry.fetch_model", lambda uri, params: folder)
+
+
+def test_another_model_that_is_champion_is_a_baseline(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crown(monkeypatch, write_model(tmp_path / "champion", "old"))
+    model = write_model(tmp_path / "model", "new")
+    out = tmp_path / "baselines"
+    (out / "champion_3" / "c").mkdir(parents=True)
+    made = predict_baselines(load_params(None, ["predict.mode=stitch"]), FRAMES, str(model), out)
+    assert made == {"champion (version 4)": out / "champion_4"}
+    assert calls == [("models:/nuclei_3d/4", "stitch", out / "champion_4" / "c")]
+    assert not (out / "champion_3").exists()
+
+
+def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crown(monkeypatch, write_model(tmp_path / "a", "old", kind="full3d"))
+    predict_baselines(load_params(None, []), FRAMES, "models:/other@champion", tmp_path / "one")
+    crown(monkeypatch, write_model(tmp_path / "b", "old"))
+    full3d = load_params(None, ["predict.mode=full3d", "evaluate.baselines=[champion, stock_fusion]"])
+    predict_baselines(full3d, FRAMES, "models:/other@champion", tmp_path / "two")
+    assert [mode for _, mode, _ in calls] == ["full3d", "ortho"]
+
+
+def test_the_champion_itself_and_no_champion_are_no_baselines(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", "same")
+    for champion in (None, write_model(tmp_path / "champion", "same")):
+        crown(monkeypatch, champion)
+        assert predict_baselines(load_params(None, []), FRAMES, str(model), tmp_path / "baselines") == {}
+    assert calls == []
+    assert (tmp_path / "baselines").is_dir()
