@@ -84,7 +84,9 @@ def require_model(path: Path, given_as: str = "--model") -> None:
             raise InputError(
                 f"{path} is tracked by DVC but not here yet; get it with: dvc pull {tracked}.dvc"
             )
-    raise InputError(f"no model at {path}; give a model folder (with {INFO_FILE}) or a weights file")
+    raise InputError(
+        f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
+    )
 
 
 def load_model(path: Path) -> Model:
