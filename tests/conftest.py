@@ -2,10 +2,15 @@
 
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# What MLflow leaves in the environment for the processes that it starts, as it is before any test.
+_LEFT = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
+MLFLOW_ENVIRONMENT = {name: os.environ.get(name) for name in _LEFT}
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +21,22 @@ def bbbc050() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real embryos not found at {folder}; set NUCLEI3D_BBBC050 to their folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_store_left_behind() -> Iterator[None]:
+    """Have MLflow forget the store of a test: else those after it, and their processes, would write there."""
+    yield
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is not None:
+        while mlflow.active_run() is not None:
+            mlflow.end_run()
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The whole job: one parent run with a child per stage, and after a kill it goes on where it was."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    import mlflow
-
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for variable in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
@@ -127,9 +124,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     split = ["data.split.train=[a]", "data.split.validation=[b]", "data.split.test=[c]"]
-    yield [*split, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "predict.device=cpu", "train.device=cpu"]
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    return [*split, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "predict.device=cpu", "train.device=cpu"]
 
 
 ALL = ["prepare", "train", "predict", "evaluate", "register"]

@@ -1,7 +1,6 @@
 """An MLflow store for the tests: made once (that takes seconds), copied for each test."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def params(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params]:
+def params(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     """Parameters with a store of this test's own."""
-    import mlflow
-
-    # MLflow remembers the store in the environment: keep what the test leaves there inside the test.
     for variable in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
@@ -38,8 +34,4 @@ def params(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     database = tmp_path / "store" / "mlflow.db"
     database.parent.mkdir()
     shutil.copy(empty_database, database)
-    yield load_params(None, [f"tracking.uri=sqlite:///{database}", "train.device=cpu", "predict.device=cpu"])
-    while mlflow.active_run() is not None:
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    return load_params(None, [f"tracking.uri=sqlite:///{database}", "train.device=cpu", "predict.device=cpu"])

@@ -20,6 +20,7 @@ from nuclei3d.tracking.invocation import (
     open_frame,
     path_below,
     read_request_params,
+    refuse_second_model,
     volume_on_disk,
 )
 from nuclei3d.tracking.packaging import request_signature
@@ -47,7 +48,7 @@ def huge_tiff(width: int, height: int) -> bytes:
     [
         ({"mod": "ortho"}, "did you mean 'mode'"),
         ({"diametre_um": 5}, "did you mean 'diameter_um'"),
-        ({"weights": "x"}, "known: "),
+        ({"brightness": "x"}, "known: "),
         ({"mode": "magic"}, "'mode' is 'magic'"),
         ({"min_volume_um3": -1}, "'min_volume_um3' is -1"),
         ({"voxel_size_um": [1, 2]}, "voxel_size_um"),
@@ -67,9 +68,25 @@ def test_what_a_request_does_not_say_comes_from_the_defaults() -> None:
 
 def test_a_request_may_set_all_of_the_prediction_but_where_it_is_computed() -> None:
     machine = {"device", "engine", "memory_gb", "workers", "scheduler"}
-    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine
+    # one service, one model
+    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine | {"orthogonal_model"}
     own = set(RequestParams.model_fields) - set(PredictParams.model_fields)
     assert own == {"voxel_size_um", "anisotropy", "channel"}
+
+
+def test_parameters_that_do_not_go_together_are_refused() -> None:
+    wishes = read_request_params({"view_weights": [1, 2]})
+    assert wishes.over(PredictParams(views=("xy", "xz"))).view_weights == (1.0, 2.0)
+    with pytest.raises(InputError, match="2 numbers for 3 views"):
+        wishes.over(PredictParams())
+    with pytest.raises(InputError, match="'views"):
+        read_request_params({"views": ["zz"]})
+
+
+def test_a_second_model_is_refused_and_not_ignored() -> None:
+    refuse_second_model(PredictParams())
+    with pytest.raises(InputError, match="leave it out"):
+        refuse_second_model(PredictParams(orthogonal_model=Path("other")))
 
 
 def test_the_signature_has_all_parameters_of_a_request() -> None:

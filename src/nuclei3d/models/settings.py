@@ -79,6 +79,8 @@ def effective_parameters(
         "diameter_um": settings.nucleus_diameter_um,
         "diameter_px": settings.diameter_px,
         "fusion": settings.fusion,
+        "views": list(settings.views),
+        "view_weights": None if settings.view_weights is None else list(settings.view_weights),
         "orthogonal_step": settings.orthogonal_step,
         "cellprob_threshold": settings.masks.cellprob_threshold,
         "score_threshold": settings.masks.score_threshold,
@@ -86,6 +88,9 @@ def effective_parameters(
         "max_volume_um3": settings.masks.max_volume_um3,
         "flip_average": settings.flip_average,
         "precision": settings.precision,
+        "stitch_min_iou": settings.stitch_min_iou,
+        "stitch_max_gap": settings.stitch_max_gap,
+        "flow3d_smooth": settings.flow3d_smooth,
     }
     if voxel_size is not None:
         effective["voxel_size_um"] = list(voxel_size.zyx)

@@ -23,7 +23,7 @@ from nuclei3d.console import say
 from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.core.segmentation.prediction import Segmentation
 from nuclei3d.errors import InputError
-from nuclei3d.tracking.invocation import RequestParams
+from nuclei3d.tracking.invocation import RequestParams, refuse_second_model
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 _AGAIN = (502, 503)
@@ -74,8 +74,10 @@ class RemoteModel:
         Raises
         ------
         InputError
-            If the service refuses the request, or stays busy or away for `patience_s`.
+            If the wishes name a second model, the service refuses the request, or it stays busy or away for
+            `patience_s`.
         """
+        refuse_second_model(predict)
         answer = self._post(_request_body(image, voxel_size, predict))
         try:
             prediction = answer["predictions"][0]

@@ -44,6 +44,8 @@ class RequestParams(BaseModel):
     voxel_size_um: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     anisotropy: PositiveFloat | None = None
     channel: str | None = None
+    views: Annotated[tuple[Literal["xy", "xz", "yz"], ...], Field(min_length=1)] | None = None
+    view_weights: tuple[PositiveFloat, ...] | None = None
     fusion: Literal["mean", "consensus"] | None = None
     orthogonal_step: Annotated[int, Field(ge=1)] | None = None
     cellprob_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -52,13 +54,40 @@ class RequestParams(BaseModel):
     max_volume_um3: PositiveFloat | None = None
     flip_average: bool | None = None
     precision: Literal["auto", "float32", "bfloat16"] | None = None
+    stitch_min_iou: Annotated[float, Field(gt=0, le=1)] | None = None
+    stitch_max_gap: Annotated[int, Field(ge=0)] | None = None
     flow3d_smooth: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     def over(self, defaults: PredictParams) -> PredictParams:
-        """Give the prediction parameters: the request's where it says something, else the defaults."""
+        """Give the prediction parameters: the request's where it says something, else the defaults.
+
+        Raises
+        ------
+        InputError
+            If they do not go together.
+        """
         shared = set(PredictParams.model_fields) & set(RequestParams.model_fields)
         wishes = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
-        return PredictParams.model_validate(defaults.model_dump() | wishes)
+        try:
+            return PredictParams.model_validate(defaults.model_dump() | wishes)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InputError(f"the parameters do not go together: {reason}") from None
+
+
+def refuse_second_model(predict: PredictParams) -> None:
+    """Refuse `predict.orthogonal_model` where one model answers.
+
+    Raises
+    ------
+    InputError
+        If it is set: the masks would not be those of `predict`.
+    """
+    if predict.orthogonal_model is not None:
+        raise InputError(
+            "predict.orthogonal_model is for 'nuclei3d predict' with a model on this machine; registered "
+            "models and services have one network: leave it out"
+        )
 
 
 @dataclass(frozen=True)

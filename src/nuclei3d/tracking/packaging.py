@@ -114,6 +114,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
                 ParamSpec("voxel_size_um", "double", [], shape=(-1,)),
                 parameter("anisotropy", "double"),
                 parameter("channel", "string"),
+                ParamSpec("views", "string", list(predict.views), shape=(-1,)),
+                ParamSpec("view_weights", "double", list(predict.view_weights or ()), shape=(-1,)),
                 parameter("fusion", "string"),
                 parameter("orthogonal_step", "long"),
                 parameter("cellprob_threshold", "double", info.cellprob_threshold),
@@ -122,6 +124,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
                 parameter("max_volume_um3", "double"),
                 parameter("flip_average", "boolean"),
                 parameter("precision", "string"),
+                parameter("stitch_min_iou", "double"),
+                parameter("stitch_max_gap", "long"),
                 parameter("flow3d_smooth", "double"),
             ]
         ),

@@ -12,6 +12,7 @@ from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo, read_info
 from nuclei3d.tracking.contest import Verdict, judge
+from nuclei3d.tracking.invocation import refuse_second_model
 from nuclei3d.tracking.lineage import md5_of_input
 from nuclei3d.tracking.packaging import LoggedModel, log_served_model
 from nuclei3d.tracking.runs import StageRun
@@ -111,6 +112,7 @@ def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
     InputError
         As in `register_model`.
     """
+    refuse_second_model(params.predict)
     if not params.tracking.enabled:
         raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
     if not folder.is_dir():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.errors import InputError
+from nuclei3d.tracking.invocation import refuse_second_model
 from nuclei3d.tracking.registry import download_served_model, is_registered, model_folder_in
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     Raises
     ------
     InputError
-        If there is no such model.
+        If there is no such model, or the parameters name a second one.
     """
+    refuse_second_model(params.predict)
     if is_registered(model):
         folder = model_folder_in(download_served_model(model, params))
     else:

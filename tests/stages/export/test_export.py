@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from nuclei3d.config import load_params
 from nuclei3d.core.networks import new_network
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import save_model
+from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.stages.export.export import ExportResult, export
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -196,6 +197,14 @@ def test_what_is_missing_is_told(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(InputError, match=message):
         run(tmp_path, **options)
     assert not (tmp_path / "exports").exists()
+
+
+def test_only_2d_networks_are_exported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(model)
+    volumetric = replace(loaded, info=loaded.info.model_copy(update={"kind": "full3d"}))
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: volumetric)
+    with pytest.raises(InputError, match="only 2D networks"):
+        run(tmp_path, model=str(model))
 
 
 def test_masks_without_their_image_are_told(embryo: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import search_toys
 import yaml
 
@@ -330,6 +332,35 @@ def test_workers_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     leader.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
+
+
+def test_optunas_dashboard_opens_the_study_as_documented(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    if not program.is_file():
+        pytest.skip("optuna-dashboard is not installed: pip install 'nuclei3d[dashboard]'")
+    documented = "optuna-dashboard runs/search/study.journal"
+    assert documented in (DOCS / "search.md").read_text()
+    run(tmp_path, trials=3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    journal = tmp_path / "search" / documented.split("/")[-1]
+    command = [str(program), str(journal), "--port", str(port), "--server", "wsgiref", "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                answer = requests.get(f"http://127.0.0.1:{port}/api/studies", timeout=10).json()
+                break
+            except requests.RequestException:
+                assert process.poll() is None, "the dashboard ended"
+                assert time.monotonic() < end, "the dashboard never came up"
+                time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert [study["study_name"] for study in answer["study_summaries"]] == ["search"]
 
 
 @pytest.mark.parametrize("script", sorted((DOCS / "slurm").glob("*.sh")), ids=lambda path: path.name)

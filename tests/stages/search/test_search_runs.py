@@ -67,7 +67,8 @@ def test_every_trial_has_a_run_with_state_reason_and_curves(tmp_path: Path, stor
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["nuclei3d.best_trial"] == str(result.best_trial)
     kept = {item.path for item in client.list_artifacts(result.run_id, "search")}
-    assert kept == {"search/study.json", "search/study.csv", "search/search.html"}
+    names = ("study.json", "study.csv", "search.html", "study.journal")
+    assert kept == {f"search/{name}" for name in names}
 
 
 def test_a_restart_goes_on_below_the_same_parent(tmp_path: Path, store: str) -> None:

@@ -138,7 +138,13 @@ def _load(model: str, params: Params) -> Model:
     from nuclei3d.models.folder import load_model
     from nuclei3d.tracking.registry import fetch_model, is_registered
 
-    return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
+    loaded = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
+    if loaded.info.kind != "views2d":
+        raise InputError(
+            f"the model '{loaded.info.name}' is of kind '{loaded.info.kind}'; only 2D networks are exported "
+            f"to {' and '.join(OF_MODELS)}"
+        )
+    return loaded
 
 
 def _find_masks(masks: Path) -> list[Entry]:

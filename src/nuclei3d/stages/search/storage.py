@@ -53,11 +53,17 @@ class StudyStorage:
     _retry: RetryHeartbeatStaleTrialCallback
     _claim_lock: KernelLock | None
     _engine: Engine | None
+    _journal: Path | None = None
 
     @property
     def has_heartbeats(self) -> bool:
         """Whether workers elsewhere show by a heartbeat in the database that they are alive."""
         return isinstance(self.backend, RDBStorage)
+
+    @property
+    def files(self) -> list[Path]:
+        """The journal, if the study is kept in one."""
+        return [] if self._journal is None else [self._journal]
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -256,7 +262,8 @@ def _open_journal(path: Path, retry: RetryHeartbeatStaleTrialCallback) -> StudyS
         raise InputError(f"cannot write the journal of the search {path}: {error.strerror}") from None
     except (ValueError, KeyError):
         raise InputError(f"the journal of the search {path} is damaged; give another --out") from None
-    return StudyStorage(backend, mark, retry, KernelLock(path.with_name(f"{path.name}.claim")), None)
+    claim = KernelLock(path.with_name(f"{path.name}.claim"))
+    return StudyStorage(backend, mark, retry, claim, None, path)
 
 
 def _refuse_other_file(path: Path) -> None:

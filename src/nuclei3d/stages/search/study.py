@@ -308,7 +308,7 @@ def _conclude(
         run_id=runs.parent_id,
     )
     with store.claim():
-        for path in write_study(study, confirmations, space, task.out):
+        for path in [*write_study(study, confirmations, space, task.out), *store.files]:
             runs.parent.artifact(path, "search")
         runs.parent.metrics({"best": result.best_value, "finished": result.finished, "pruned": result.pruned})
         runs.parent.tags(
