@@ -72,7 +72,9 @@ class Stages:
             (out / "history.csv").write_text("epoch\n1\n")
         return Made({"model": str(out)}, {}, out)
 
-    def predict(self, params: Params, inputs: list[Path], model: str, out: Path) -> Made:
+    def predict(
+        self, params: Params, inputs: list[Path], model: str, out: Path, *, overwrite: bool = False
+    ) -> Made:
         self._begin("predict")
         out.mkdir(parents=True, exist_ok=True)
         for path in inputs:
