@@ -11,6 +11,7 @@ free          the recipe with free rotation, as stock Cellpose
 brightness    the recipe with brightness changed linearly and by gamma, for whole crops
 dimming       the recipe with single nuclei dimmed, shot noise put back
 contrast      the recipe with planes of faint nuclei drawn more often
+upright       the recipe without flips along z and rotations of xz and yz planes
 sparse        the recipe with planes of fewer than three nuclei, and empty ones
 all           dimming, contrast, sparse, and brightness together
 
@@ -57,6 +58,7 @@ DIMMING = {"dim_share": 0.4, "dim_min": 0.1}
 ARMS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE,
     "free": RECIPE | {"augment": {"rotation": "free", "side_rotation": "free"}},
+    "upright": RECIPE | {"augment": {"flip_z": False, "side_rotation": "none"}},
     "brightness": RECIPE | {"augment": BRIGHTNESS},
     "dimming": RECIPE | {"augment": DIMMING},
     "contrast": {"sampling": {"sparse": 0.0, "contrast_power": 0.5}},

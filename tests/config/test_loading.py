@@ -33,6 +33,7 @@ def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
         ("train.epochs=0", "greater than or equal to 1"),
         ("train.epochs", "section.key=value"),
         ("train.augment=3", "train.augment"),
+        ("train.augment.flip_z=false", "side_rotation: none"),
         ("seed.x=3", "seed"),
         ("data.voxel_size_um=[1,2]", "data.voxel_size_um"),
         ("data.voxel_size_um=[1,2,-1]", "data.voxel_size_um"),

@@ -5,6 +5,7 @@ from nuclei3d.core.slicing import (
     IsotropicVolume,
     cut_planes,
     drop_slivers,
+    drop_small_labels,
     plane_indices,
     sphere_diameter_um,
     to_isotropic,
@@ -72,6 +73,15 @@ def test_sparse_planes_are_kept_in_their_share() -> None:
 def test_step_zero_means_no_plane() -> None:
     assert list(plane_indices(100, 0)) == []
     assert list(plane_indices(5, 1)) == [0, 1, 2, 3, 4]
+
+
+def test_small_labels_become_background_and_the_others_keep_their_numbers() -> None:
+    labels = np.zeros((4, 8, 8), np.uint16)
+    labels[0, 0, :2], labels[1:3, 2:6, 2:6], labels[3, 7, 7] = 3, 5, 9
+    kept, dropped = drop_small_labels(labels, VoxelSize(2.0, 0.5, 0.5), 1.1)
+    assert (dropped, sorted(np.unique(kept))) == (2, [0, 5])
+    assert np.array_equal(kept == 5, labels == 5)
+    assert drop_small_labels(labels, VoxelSize(2.0, 0.5, 0.5), 0.0) == (labels, 0)
 
 
 def test_downsampling_to_nothing_is_refused() -> None:

@@ -102,6 +102,15 @@ def test_nuclei_are_measured_in_3d(slices: Path) -> None:
     assert summary["frames"] == {"train": 2, "validation": 1, "test": 1}
 
 
+def test_labels_below_a_volume_are_left_out_and_counted(data: Path, params: Params, tmp_path: Path) -> None:
+    chosen = params.prepare.model_copy(update={"min_volume_um3": 1e6})
+    with pytest.raises(InputError, match="nuclei"):
+        prepare(params.model_copy(update={"prepare": chosen}), data, tmp_path / "none")
+    chosen = params.prepare.model_copy(update={"min_volume_um3": 10.0})
+    result = prepare(params.model_copy(update={"prepare": chosen}), data, tmp_path / "all")
+    assert result.summary["labels_left_out"] == 0
+
+
 def test_cellpose_finds_images_labels_and_flows(slices: Path) -> None:
     from cellpose import io
 

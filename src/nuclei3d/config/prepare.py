@@ -14,6 +14,7 @@ class PrepareParams(Section):
     Volumes are downsampled `downsample_xy` times in x and y, then upsampled in z to cubic voxels
     (linear; labels by nearest neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is
     kept if it shows at least `min_nuclei` nuclei, counted after dropping slivers below `min_area_px`.
+    Labels below `min_volume_um3` in 3D, the debris of hand labelling, become background before (0: none).
     `sparse_share` is the share of the planes with fewer nuclei that is kept all the same (0: the recipe).
     `workers` None takes every core.
     """
@@ -23,6 +24,7 @@ class PrepareParams(Section):
     step_xz: Annotated[int, Field(ge=0)] = 12
     step_yz: Annotated[int, Field(ge=0)] = 12
     min_nuclei: Annotated[int, Field(ge=0)] = 3
+    min_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_area_px: Annotated[int, Field(ge=0)] = 15
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     workers: Annotated[int, Field(ge=1)] | None = None

@@ -1,8 +1,8 @@
 """Parameters of the network, its training and the augmentation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nuclei3d.config.data import PositiveFloat
 from nuclei3d.config.full3d import Full3dParams
@@ -23,6 +23,9 @@ class AugmentParams(Section):
     ----------
     flips
         Mirror both axes of a plane, each with probability 1/2.
+    flip_z
+        Whether z is mirrored too. False lets the network learn what differs between up and down (light that
+        fades with depth, labels that lag behind the image); xz and yz planes then cannot be rotated.
     rotation, side_rotation
         Rotation of xy planes, and of xz and yz planes: ``none``, ``quarter`` (multiples of 90 degrees) or
         ``free`` (any angle, as stock Cellpose does in all views).
@@ -49,6 +52,7 @@ class AugmentParams(Section):
     """
 
     flips: bool = True
+    flip_z: bool = True
     rotation: Rotation = "quarter"
     side_rotation: Rotation = "quarter"
     rescale_range: Annotated[float, Field(ge=0, lt=2)] = 0.5
@@ -64,6 +68,12 @@ class AugmentParams(Section):
     noise: NonNegative = 0.0
     low_resolution: Share = 0.0
     low_resolution_factor: Annotated[float, Field(ge=1, le=16)] = 4.0
+
+    @model_validator(mode="after")
+    def _keep_z_upright(self) -> Self:
+        if self.flips and not self.flip_z and self.side_rotation != "none":
+            raise ValueError("flip_z: false needs side_rotation: none, for a rotation turns z over as well")
+        return self
 
 
 class SamplingParams(Section):

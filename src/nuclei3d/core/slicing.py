@@ -142,6 +142,35 @@ def cut_planes(
             yield Plane(view, index, np.take(volume.image, index, axis=axis), labels, label_of)
 
 
+def drop_small_labels(
+    labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, min_volume_um3: float
+) -> tuple[NDArray[np.integer[Any]], int]:
+    """Make labels below a volume background, such as the debris of hand labelling.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x), 0 for background; left as it is.
+    voxel_size
+        Of the labels.
+    min_volume_um3
+        Least volume that is kept; 0 keeps all.
+
+    Returns
+    -------
+    labels : array of the same shape and dtype
+        Without the small ones; the others keep their numbers.
+    dropped : int
+        How many labels went.
+    """
+    small = [
+        label for label, volume in nucleus_volumes_um3(labels, voxel_size).items() if volume < min_volume_um3
+    ]
+    if not small:
+        return labels, 0
+    return np.where(np.isin(labels, small), 0, labels).astype(labels.dtype), len(small)
+
+
 def nucleus_volumes_um3(labels: NDArray[np.integer[Any]], voxel_size: VoxelSize) -> dict[int, float]:
     """Measure the volume of each label in cubic micrometres."""
     values, counts = np.unique(labels, return_counts=True)

@@ -26,6 +26,7 @@ from nuclei3d.core.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.core.slicing import (
     Plane,
     cut_planes,
+    drop_small_labels,
     nucleus_volumes_um3,
     sphere_diameter_um,
     to_isotropic,
@@ -66,6 +67,7 @@ class FrameSlices:
     voxel_um: float
     volumes_um3: tuple[float, ...]
     contrasts: tuple[float, ...]
+    labels_left_out: int
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,10 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         upper_percentile=norm.upper_percentile,
         noise_floor=norm.noise_floor,
     )
-    sizes = nucleus_volumes_um3(volume.labels, volume.voxel_size)
-    contrast = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
-    isotropic = to_isotropic(volume.image, volume.labels, volume.voxel_size, params.prepare.downsample_xy)
+    labels, dropped = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
+    sizes = nucleus_volumes_um3(labels, volume.voxel_size)
+    contrast = nucleus_contrast(volume.image, labels, volume.voxel_size)
+    isotropic = to_isotropic(volume.image, labels, volume.voxel_size, params.prepare.downsample_xy)
     wanted = params.prepare
     records = []
     for plane in cut_planes(
@@ -205,6 +208,7 @@ def slice_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         isotropic.voxel_um,
         tuple(sizes.values()),
         tuple(float(contrast[label]) for label in sizes),
+        dropped,
     )
 
 
@@ -263,6 +267,7 @@ def _summarise(
         "embryos": {part: sorted({f.embryo for p, f in tasks if p == part}) for part in PARTS},
         "planes": {part: sum(1 for record in records if record.part == part) for part in PARTS},
         "training_nuclei": len(volumes),
+        "labels_left_out": sum(result.labels_left_out for result in results),
         "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
         "md5": digest.hexdigest(),
     }

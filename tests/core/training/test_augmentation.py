@@ -144,6 +144,17 @@ def test_nucleus_centred_crops_have_a_nucleus_in_the_middle():
         assert 60 <= plan.centre_x <= 70
 
 
+@pytest.mark.parametrize(("view", "upright"), [("xy", False), ("xz", True), ("yz", True)])
+def test_z_can_be_kept_upright(plane, view, upright):
+    image, labels = plane
+    planes = stack_planes([plane_info(view, labels)], [image], [labels], [flows_2d(labels)])
+    augment = AugmentParams(flip_z=False, side_rotation="none", rotation="none")
+    signs = {
+        draw_crop(planes, 0, crop_generator(0, 0, index, 0), augment, 64, 1.0).q00 for index in range(40)
+    }
+    assert signs == ({1.0} if upright else {1.0, -1.0})
+
+
 def test_all_changes_are_off_by_default():
     for view in ("xy", "xz", "yz"):
         assert draw_appearance(AugmentParams(), view, False, np.random.default_rng(0)) == Appearance()

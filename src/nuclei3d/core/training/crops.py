@@ -99,7 +99,9 @@ def draw_crop(
         cos, sin = math.cos(2 * math.pi * draw[1]), math.sin(2 * math.pi * draw[1])
     else:
         cos, sin = 1.0, 0.0
-    flip_y = -1.0 if augment.flips and draw[2] < 0.5 else 1.0
+    # the rows of an xz or yz plane are z
+    flips_rows = augment.flips and (augment.flip_z or info.view == VIEWS[0])
+    flip_y = -1.0 if flips_rows and draw[2] < 0.5 else 1.0
     flip_x = -1.0 if augment.flips and draw[3] < 0.5 else 1.0
     share_y, share_x = float(draw[4]), float(draw[5])
     if draw[6] < nucleus_centred and info.nuclei:

@@ -102,7 +102,8 @@ def draw_patch(
         cos, sin = math.cos(2 * math.pi * draw[1]), math.sin(2 * math.pi * draw[1])
     else:
         cos, sin = 1.0, 0.0
-    flip_z, flip_y, flip_x = (-1.0 if augment.flips and value < 0.5 else 1.0 for value in draw[2:5])
+    flip_z = -1.0 if augment.flips and augment.flip_z and draw[2] < 0.5 else 1.0
+    flip_y, flip_x = (-1.0 if augment.flips and value < 0.5 else 1.0 for value in draw[3:5])
     extents = [size / factor for size, factor in zip(sampling.shape, scale, strict=True)]
     around = _draw_nucleus(volumes, volume, draw, sampling)
     centre = []
