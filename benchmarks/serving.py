@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", metavar="ZxYxX", help="default 51x128x128 and 100x512x512"
     )
+    parser.add_argument("--only", choices=("overhead", "crowd"), help="one of the two questions")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--longest", type=float, default=180.0, help="seconds of one prediction, else a coarser network"
@@ -337,20 +338,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or untrained_model(Path(folder))
         shapes = arguments.shape or ["51x128x128", "100x512x512"]
-        rows = []
-        for text in shapes:
-            z, y, x = (int(edge) for edge in text.split("x"))
-            chosen, coarser = affordable(model, (z, y, x), arguments.longest, Path(folder))
-            rows.append(measure_overhead(chosen, (z, y, x), arguments.repeats) | {"coarser": coarser})
-            print(rows[-1], file=sys.stderr)
-        crowd = stand_a_crowd(model, arguments.clients, arguments.seconds)
-        print(crowd, file=sys.stderr)
-    result = {
-        "overhead": rows,
-        "errors_wrong": sum(crowd["wrong"].values()),
-        "peak_rss_gb": crowd["peak_rss_gb"],
-        "crowd": crowd,
-    }
+        result: dict[str, Any] = {}
+        if arguments.only != "crowd":
+            result["overhead"] = []
+            for text in shapes:
+                z, y, x = (int(edge) for edge in text.split("x"))
+                chosen, coarser = affordable(model, (z, y, x), arguments.longest, Path(folder))
+                row = measure_overhead(chosen, (z, y, x), arguments.repeats) | {"coarser": coarser}
+                result["overhead"].append(row)
+                print(row, file=sys.stderr)
+        if arguments.only != "overhead":
+            crowd = stand_a_crowd(model, arguments.clients, arguments.seconds)
+            result["errors_wrong"] = sum(crowd["wrong"].values())
+            result["peak_rss_gb"] = crowd["peak_rss_gb"]
+            result["crowd"] = crowd
+            print(crowd, file=sys.stderr)
     if arguments.json:
         print(json.dumps(result, indent=2))
 
