@@ -193,6 +193,10 @@ def test_the_voxel_size_is_that_of_the_file_unless_the_request_says_otherwise(tm
     assert open_frame(file, RequestParams(), 100)[1] == VoxelSize(2.0, 0.5, 0.5)
     assert open_frame(file, RequestParams(anisotropy=3), 100)[1] == VoxelSize(1.5, 0.5, 0.5)
     assert open_frame(file, RequestParams(voxel_size_um=(1, 1, 1)), 100)[1] == VoxelSize(1, 1, 1)
+    both = RequestParams(voxel_size_um=(2, 1, 1), anisotropy=2)
+    assert open_frame(file, both, 100)[1] == VoxelSize(2, 1, 1)
+    with pytest.raises(InputError, match=r"contradict.*has an anisotropy of 2, anisotropy says 5"):
+        open_frame(file, RequestParams(voxel_size_um=(2, 1, 1), anisotropy=5), 100)
     with pytest.raises(InputError, match="voxel_size_um"):
         open_frame(plain, RequestParams(), 10**6)
     with pytest.raises(InputError, match="voxels"):

@@ -19,6 +19,8 @@ _PROCESS_BYTES = 1.0e9
 """Of a worker before it sees a volume: Python, torch, the network and one batch of planes."""
 _GRID_BYTES = 40.0
 """Per voxel of the view grid (measured: 37): flow, logit, dynamics, labels."""
+_CONSENSUS_BYTES = 34.0
+"""Per voxel of the view grid, beside those: three views in half precision, the fused flow in single."""
 _IMAGE_BYTES = 8.0
 """Per voxel of the image, beside the image itself: a float copy, labels."""
 
@@ -115,4 +117,5 @@ def _read_counts(file: Path) -> tuple[int, int, int] | None:
 def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
     grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), settings)
     share = float(np.prod(grid)) / float(np.prod(frame.shape))
-    return _GRID_BYTES * share + _IMAGE_BYTES + frame.dtype.itemsize
+    grid_bytes = _GRID_BYTES + (_CONSENSUS_BYTES if settings.fusion == "consensus" else 0)
+    return grid_bytes * share + _IMAGE_BYTES + frame.dtype.itemsize

@@ -247,6 +247,11 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
     if voxel_size is None:
         raise InputError("the volume has no voxel size; give the parameter voxel_size_um as [z, y, x] in um")
     if params.anisotropy is not None:
+        if given is not None and abs(given.anisotropy - params.anisotropy) > 0.01 * params.anisotropy:
+            raise InputError(
+                f"the parameters contradict each other: voxel_size_um {list(given.zyx)} has an anisotropy of "
+                f"{given.anisotropy:.3g}, anisotropy says {params.anisotropy:g}; give one of them"
+            )
         voxel_size = VoxelSize(params.anisotropy * voxel_size.x, voxel_size.y, voxel_size.x)
     return frame, voxel_size
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import IntensityRange
-from nuclei3d.core.segmentation.foreground import everywhere, find_occupied
+from nuclei3d.core.segmentation.foreground import everywhere, find_occupied, occupied_space
 from nuclei3d.core.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.plane_network import (
     MAX_TILE,
@@ -145,10 +145,11 @@ def test_planes_between_computed_ones_are_interpolated_linearly():
         np.testing.assert_allclose(plane.output[2], 2 * plane.index, atol=1e-5)
 
 
-def test_the_accumulator_is_the_mean_fusion_of_whole_views():
+@pytest.mark.parametrize("trust", [None, (3.0, 1.0, 0.5)])
+def test_the_accumulator_is_the_mean_fusion_of_whole_views(trust):
     rng = np.random.default_rng(0)
     image = rng.random((5, 18, 20)).astype(np.float32)
-    accumulator = FlowAccumulator(image.shape, VIEWS)
+    accumulator = FlowAccumulator(image.shape, VIEWS, trust)
     whole = []
     for view in VIEWS:
         planes = list(
@@ -158,7 +159,7 @@ def test_the_accumulator_is_the_mean_fusion_of_whole_views():
             accumulator.add(view, plane)
         output = np.stack([plane.output for plane in planes], axis=1 + VIEW_AXIS[view])
         whole.append(ViewPrediction(view, output[:2], output[2]))
-    flow, logit = fuse_views(whole)
+    flow, logit = fuse_views(whole, "mean", dict(zip(VIEWS, trust, strict=True)) if trust else None)
     np.testing.assert_allclose(accumulator.flow, flow, atol=2e-3)
     np.testing.assert_allclose(accumulator.logit, logit, atol=5e-3)
 
@@ -193,6 +194,22 @@ def test_every_nucleus_lies_in_occupied_space_with_a_margin_and_most_space_is_le
                 box = occupied.box(axis, index, index)
                 assert box is not None
                 assert plane[box].sum() == plane.sum()
+
+
+def test_a_block_from_the_midst_of_an_embryo_is_occupied_throughout():
+    """Where one bright nucleus stands out from tissue that fills the block, the tissue is not empty space."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 2, (40, 80, 160))
+    image[:, :, 60:] += 100
+    image[10:20, 10:20, 140:150] += 300
+    intensity = IntensityRange(95.3, 500, 2)
+    voxels = VoxelSize(1, 1, 1)
+    normalised = intensity.apply(image)
+    block = normalised[:, :, 80:]
+    # By the block alone the tissue would be its background.
+    assert find_occupied(block, 2 / 405, (10, 10, 10)).share < 0.6
+    assert occupied_space(block, intensity, voxels, voxels, 10.0).share == 1
+    assert occupied_space(normalised, intensity, voxels, voxels, 10.0).share < 0.75
 
 
 def test_nothing_is_lost_by_leaving_empty_space_out():

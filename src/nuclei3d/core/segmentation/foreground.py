@@ -3,7 +3,8 @@
 The criterion is meant to be wrong on one side only. A block counts as occupied as soon as its mean lies
 above the darkest part of the volume by more than noise explains *and* by more than one part in fifty of the
 volume's range (a network normalised to that range sees nothing there); and everything within a whole
-nucleus diameter of an occupied block is kept. Haze, uneven background and hot pixels only add blocks.
+nucleus diameter of an occupied block is kept. A piece of a volume that holds no background at all is
+occupied throughout. Haze, uneven background and hot pixels only add blocks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 _LEAST_CONTRAST = 0.02
 _NOISE_SIGMAS = 5.0
 _DARK_PERCENTILE = 2.0
+_DARKEST_SIGMAS = 3.0
+_DARKEST = 0.05
+"""The mean of a dark background lies some 2.3 standard deviations of the noise above the lower percentile."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,21 @@ def occupied_space(
         return everywhere(volume.shape)
     # Resampling to larger voxels averages the noise away.
     averaged = max(1.0, grid_voxel_size.volume_um3 / voxel_size.volume_um3)
-    noise = intensity.noise / (intensity.high - intensity.low) / averaged**0.5
-    return find_occupied(volume, noise, [diameter_um / edge for edge in grid_voxel_size.zyx])
+    noise = intensity.noise / (intensity.high - intensity.low)
+    return find_occupied(
+        volume,
+        noise / averaged**0.5,
+        [diameter_um / edge for edge in grid_voxel_size.zyx],
+        darkest=_DARKEST_SIGMAS * noise + _DARKEST,
+    )
 
 
 def find_occupied(
-    image: NDArray[np.float32], noise: float, diameter_voxels: Sequence[float]
+    image: NDArray[np.float32],
+    noise: float,
+    diameter_voxels: Sequence[float],
+    *,
+    darkest: float = np.inf,
 ) -> OccupiedSpace:
     """Find where nuclei can be.
 
@@ -122,6 +135,9 @@ def find_occupied(
         Standard deviation of a voxel's noise in the same units.
     diameter_voxels
         Diameter of a nucleus in voxels along (z, y, x).
+    darkest
+        If even the darkest part is brighter than this, the image is a piece from the midst of an embryo,
+        nothing says what empty space would look like, and all of it counts as occupied.
 
     Returns
     -------
@@ -143,6 +159,8 @@ def find_occupied(
         means = np.add.reduceat(means, cuts[:-1], axis=axis) / sizes.reshape(along).astype(np.float32)
         counts = counts * sizes.reshape(along)
     dark = float(np.percentile(means, _DARK_PERCENTILE))
+    if dark > darkest:
+        return everywhere(image.shape)
     # Resampling correlates neighbours: count a quarter of the voxels as independent.
     least = np.maximum(_LEAST_CONTRAST, _NOISE_SIGMAS * noise / np.sqrt(np.maximum(counts / 4, 1)))
     occupied = means > dark + least

@@ -88,8 +88,9 @@ def predict_plane_flows(
         )
         for each in networks.values()
     }
-    keep_views = settings.fusion == "consensus" or settings.view_weights is not None
-    fused = None if keep_views else FlowAccumulator(shape, views)
+    # In mode stitch there is one view, whatever weights the settings have for three.
+    trust = settings.view_weights if views == settings.views else None
+    fused = None if settings.fusion == "consensus" else FlowAccumulator(shape, views, trust)
     kept: list[ViewPrediction] = []
     report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
     try:
@@ -124,9 +125,8 @@ def predict_plane_flows(
     if fused is not None:
         flow, logit = fused.flow, fused.logit
     else:
-        trust = settings.view_weights
         flow, logit = fuse_views(
-            kept, settings.fusion, dict(zip(settings.views, trust, strict=True)) if trust else None
+            kept, settings.fusion, dict(zip(views, trust, strict=True)) if trust else None
         )
     if seconds is not None:
         seconds["network"] = sum(runner.seconds for runner in runners.values())

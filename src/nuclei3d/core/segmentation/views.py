@@ -191,14 +191,19 @@ class FlowAccumulator:
         Of the view grid.
     views
         The views that will be added.
+    trust
+        Weight of each; None for equal ones.
     """
 
-    def __init__(self, shape: tuple[int, int, int], views: Sequence[View]) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], views: Sequence[View], trust: Sequence[float] | None = None
+    ) -> None:
         self.flow = np.zeros((3, *shape), np.float16)
         self.logit = np.zeros(shape, np.float16)
-        seen = [sum(component in VIEW_AXES[view] for view in views) for component in range(3)]
-        self._flow_weights = [np.float32(1 / times) if times else np.float32(0) for times in seen]
-        self._logit_weight = np.float32(1 / len(views))
+        self._trust = dict(zip(views, trust or [1.0] * len(views), strict=True))
+        self._seen = [
+            sum(self._trust[view] for view in views if component in VIEW_AXES[view]) for component in range(3)
+        ]
 
     def add(self, view: View, plane: PlanePrediction) -> None:
         """Add one plane of a view."""
@@ -206,5 +211,6 @@ class FlowAccumulator:
         place[VIEW_AXIS[view]] = plane.index
         where = tuple(place)
         for channel, component in enumerate(VIEW_AXES[view]):
-            self.flow[component][where] += plane.output[channel] * self._flow_weights[component]
-        self.logit[where] += plane.output[2] * self._logit_weight
+            share = np.float32(self._trust[view] / self._seen[component])
+            self.flow[component][where] += plane.output[channel] * share
+        self.logit[where] += plane.output[2] * np.float32(self._trust[view] / sum(self._trust.values()))
