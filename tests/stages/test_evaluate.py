@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
-from nuclei3d.stages.evaluate import OTSU, evaluate
+from nuclei3d.stages.evaluate import OTSU, evaluate, read_baselines
 from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.writing import write_image, write_labels
 
@@ -243,3 +243,27 @@ def test_a_baseline_must_hold_all_volumes_and_have_a_name_of_its_own(folders: Pa
         evaluate(QUICK, truth, pred, tmp_path / "o", baselines={"half": folders / "pred/A"})
     with pytest.raises(InputError, match="taken"):
         evaluate(QUICK, truth, pred, tmp_path / "o", baselines={OTSU: pred})
+
+
+def test_only_the_frames_that_are_asked_for_count(folders: Path, tmp_path: Path) -> None:
+    params = Params.model_validate({"evaluate": {"bootstrap": 0, "report": False, "baselines": []}})
+    labels = folders / "data" / "A" / "labels"
+    result = evaluate(
+        params, folders / "data", folders / "pred" / "A", tmp_path / "out", only=[labels / "t1.tif"]
+    )
+    assert list(result.metrics["volumes"]) == ["A/t1"]
+    assert result.metrics["unpaired"]["truth"] == []
+
+
+def test_baselines_are_named_on_the_command_line() -> None:
+    assert read_baselines(["stardist=a/b", "two words=c=d"]) == {
+        "stardist": Path("a/b"),
+        "two words": Path("c=d"),
+    }
+    for wrong, message in (
+        (["folder"], "NAME|a name"),
+        (["=x"], "a name"),
+        (["a=x", "a=y"], "two baselines"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_baselines(wrong)
