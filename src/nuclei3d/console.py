@@ -78,7 +78,7 @@ class LogBar(Bar):
             seconds = (now - self._start) / self._done * (self._total - self._done)
             left = f", about {datetime.timedelta(seconds=round(seconds))} left"
         total = f"/{self._total}" if self._total else ""
-        say(f"{self._description}: {self._done:g}{total}{left} {self._note}".rstrip())
+        say(f"{self._description}: {round(self._done, 2):g}{total}{left} {self._note}".rstrip())
 
     def note(self, text: str) -> None:
         """Keep a text for the next line."""
