@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from nuclei3d.volumes.whole import whole_file
 
 METHOD = "nuclei3d, embryos left out"
 PARAMETERS = "parameters.json"
+# The sections that decide what a network becomes and finds.
+DECISIVE = ("seed", "data", "normalization", "prepare", "train", "calibrate", "predict")
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
         embryos=len(result["embryos"]),
         volumes=result["volumes"],
         nuclei=result["nuclei"],
+        note=f" {result['note']}" if result["note"] else "",
         table=as_markdown({"metrics": own | others}),
         bins=", ".join(f"{value:.2f}" for value in result["recall_by_contrast"][METHOD]),
         steps=result["steps"],
@@ -268,10 +271,10 @@ def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
 def keep_parameters(params: Params, out: Path) -> None:
     """Refuse to mix steps made with different parameters in one folder."""
     tree = params_as_dict(params)
+    chosen = json.loads(json.dumps({name: tree[name] for name in DECISIVE}))
     path = out / PARAMETERS
     if path.is_file():
-        before = json.loads(path.read_text())
-        changed = [name for name in tree if before.get(name) != json.loads(json.dumps(tree[name]))]
+        changed = sorted(differing(json.loads(path.read_text()), chosen))
         if changed:
             raise SystemExit(
                 f"{out} was begun with other parameters ({', '.join(changed)}); give those, or another --out"
@@ -279,7 +282,16 @@ def keep_parameters(params: Params, out: Path) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(tree, indent=2) + "\n")
+        partial.write_text(json.dumps(chosen, indent=2) + "\n")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Name the parameters that differ; those that only one side knows come from another version."""
+    for name in before.keys() & now.keys():
+        if isinstance(before[name], dict) and isinstance(now[name], dict):
+            yield from differing(before[name], now[name], f"{prefix}{name}.")
+        elif before[name] != now[name]:
+            yield prefix + name
 
 
 def main() -> None:
@@ -294,6 +306,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", choices=[fold.number for fold in FOLDS])
     parser.add_argument("--final", action="store_true", help="do the last training, not the table")
     parser.add_argument("--calibration-frames", type=int, default=4, help="per held-out embryo")
+    parser.add_argument("--note", default="", help="what else the card says of the data, such as repairs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     params = load_params(args.params, args.overrides)
@@ -307,7 +320,7 @@ def main() -> None:
     if not everything:
         return
     metrics = evaluate_held_out(params, args.data, args.out)
-    result = gather(params, metrics, args.out)
+    result = gather(params, metrics, args.out) | {"note": args.note}
     (args.out / "table.md").write_text(as_markdown(result) + "\n")
     folder = release(params, args.data, args.out, result, args.calibration_frames)
     result["released"] = {
