@@ -9,6 +9,10 @@ is kept for that, and segments those that it holds out. Every embryo is held out
 over all of them, with intervals over embryos. The last network trains on all embryos, for as many epochs;
 its thresholds are chosen on frames that the networks of the folds did not train on.
 
+Where an embryo has a folder ``labels_repaired``, its frames stand in for those of ``labels`` in training and
+scores; labels below prepare.min_volume_um3 do not count. The scores against the labels as published stand
+beside them.
+
 Under --out: ``predictions/<embryo>`` and ``evaluation`` of the held-out embryos, ``table.md``,
 ``result.json``, and ``release/<name>``, the model folder with its card. A step whose output is there is not
 done again, and a training that was stopped goes on after its last epoch. Folds may be run by processes side
@@ -68,6 +72,21 @@ FOLDS = (
     Fold(3, ("Emb09", "Emb06", "Emb03"), "Emb08"),
 )
 EMBRYOS = tuple(sorted(name for fold in FOLDS for name in fold.held_out))
+
+
+def repaired_view(data: Path, out: Path) -> Path:
+    """Link the embryos with the labels of ``<embryo>/labels_repaired`` in place of their namesakes."""
+    view = out / "embryos"
+    for embryo in EMBRYOS:
+        (view / embryo / "labels").mkdir(parents=True, exist_ok=True)
+        links = {view / embryo / "images": data / embryo / "images"}
+        for path in sorted((data / embryo / "labels").glob("*.tif")):
+            repaired = data / embryo / "labels_repaired" / path.name
+            links[view / embryo / "labels" / path.name] = repaired if repaired.is_file() else path
+        for link, target in links.items():
+            if not link.is_symlink():
+                link.symlink_to(target.resolve())
+    return view
 
 
 def with_split(
@@ -148,14 +167,17 @@ def pool_thresholds(
     return choose_for(info, params, seen)
 
 
-def evaluate_held_out(params: Params, data: Path, out: Path) -> dict[str, Any]:
-    """Score all held-out embryos together."""
-    truth, images = out / "truth" / "labels", out / "truth" / "images"
+def evaluate_held_out(params: Params, data: Path, out: Path, name: str, least_um3: float) -> dict[str, Any]:
+    """Score all held-out embryos together against the labels of `data` from a volume on."""
+    folder = out / name
+    truth, images = folder / "truth" / "labels", folder / "truth" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
     frames = split_embryos(find_embryos(data), with_split(params, EMBRYOS, (), ()).data.split).train
-    once(out, "truth", {}, lambda: gather_truth(list(frames), truth, images))
-    evaluation = out / "evaluation"
-    evaluate(params, truth, out / "predictions", evaluation, images=images, method=METHOD)
-    metrics: dict[str, Any] = json.loads((evaluation / "metrics.json").read_text())
+    once(folder, "truth", {}, lambda: gather_truth(list(frames), truth, images))
+    counted = params.evaluate.model_copy(update={"min_true_volume_um3": least_um3})
+    chosen = params.model_copy(update={"evaluate": counted})
+    evaluate(chosen, truth, out / "predictions", folder, images=images, method=METHOD)
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return metrics
 
 
@@ -194,6 +216,15 @@ def gather(params: Params, metrics: Mapping[str, Any], out: Path) -> dict[str, A
             | {"ap_0.50": scores["ap"]["0.50"]}
             for embryo, scores in metrics["by_embryo"].items()
         },
+    }
+
+
+def as_published(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the rows of the table for the labels as they were published."""
+    methods = {METHOD: metrics, **metrics["baselines"]}
+    return {
+        f"{method}; labels as published": {name: describe(values, key) for name, key in COLUMNS.items()}
+        for method, values in methods.items()
     }
 
 
@@ -260,7 +291,6 @@ def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
         embryos=len(result["embryos"]),
         volumes=result["volumes"],
         nuclei=result["nuclei"],
-        note=f" {result['note']}" if result["note"] else "",
         table=as_markdown({"metrics": own | others}),
         bins=", ".join(f"{value:.2f}" for value in result["recall_by_contrast"][METHOD]),
         steps=result["steps"],
@@ -306,27 +336,30 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", choices=[fold.number for fold in FOLDS])
     parser.add_argument("--final", action="store_true", help="do the last training, not the table")
     parser.add_argument("--calibration-frames", type=int, default=4, help="per held-out embryo")
-    parser.add_argument("--note", default="", help="what else the card says of the data, such as repairs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     params = load_params(args.params, args.overrides)
     keep_parameters(params, args.out)
+    data = repaired_view(args.data, args.out)
     everything = args.folds is None and not args.final
     for fold in FOLDS:
         if everything or fold.number in (args.folds or ()):
-            run_fold(params, fold, args.data, args.out)
+            run_fold(params, fold, data, args.out)
     if everything or args.final:
-        train_final(params, args.data, args.out)
+        train_final(params, data, args.out)
     if not everything:
         return
-    metrics = evaluate_held_out(params, args.data, args.out)
-    result = gather(params, metrics, args.out) | {"note": args.note}
+    debris = params.prepare.min_volume_um3
+    metrics = evaluate_held_out(params, data, args.out, "evaluation", debris)
+    published = evaluate_held_out(params, args.data, args.out, "evaluation_published", 0.0)
+    result = gather(params, metrics, args.out)
+    result["metrics"] |= as_published(published)
     (args.out / "table.md").write_text(as_markdown(result) + "\n")
-    folder = release(params, args.data, args.out, result, args.calibration_frames)
+    folder = release(params, data, args.out, result, args.calibration_frames)
     result["released"] = {
         "folder": str(folder),
         "thresholds": thresholds_of(load_model(folder).info),
-        "float16_against_float32": compact_agreement(params, args.data, args.out),
+        "float16_against_float32": compact_agreement(params, data, args.out),
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if args.json else as_markdown(result))

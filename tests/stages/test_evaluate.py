@@ -172,6 +172,19 @@ def test_other_methods_can_be_put_beside(folders: Path, tmp_path: Path) -> None:
     assert metrics["baselines"]["perfect"]["behind_model"]["interval"][1] < 0
 
 
+def test_debris_among_the_true_labels_can_be_left_out(tmp_path: Path) -> None:
+    _, labels = scene(0)
+    labels[0, 0, 0] = 9
+    write_labels(tmp_path / "truth/t0.tif", labels, SIZE)
+    write_labels(tmp_path / "pred/t0.tif", np.where(labels == 9, 0, labels).astype(np.uint16), SIZE)
+    for least, missed in ((0.0, 1), (1.0, 0)):
+        chosen = QUICK.evaluate.model_copy(update={"min_true_volume_um3": least, "report": False})
+        params = QUICK.model_copy(update={"evaluate": chosen})
+        evaluate(params, tmp_path / "truth", tmp_path / "pred", tmp_path / "out")
+        found = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert (found["n_true"] - found["n_pred"], found["precision"]) == (missed, 1.0)
+
+
 def test_history_of_the_training_is_drawn(folders: Path, tmp_path: Path) -> None:
     history = tmp_path / "history.csv"
     history.write_text("epoch,train_loss,validation_loss,volume_ap\n1,2.0,2.1,\n2,1.0,1.4,0.5\n")

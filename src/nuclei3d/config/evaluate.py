@@ -13,7 +13,8 @@ class EvaluateParams(Section):
 
     `resample` says what the bootstrap draws: whole embryos, blocks of time within embryos, or (auto)
     embryos where there are at least four. `viewer_megabytes` bounds the volumes shown in the report; larger
-    data are shown in part and at a lower resolution.
+    data are shown in part and at a lower resolution. True labels below `min_true_volume_um3`, the debris of
+    hand labelling, become background; predictions are all counted.
 
     `baselines` are put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a
     distance-transform watershed, where there are images) and, where held-out frames are predicted (assess,
@@ -27,6 +28,7 @@ class EvaluateParams(Section):
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     resample: Literal["auto", "embryo", "time"] = "auto"
     baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = ("otsu", "champion")
+    min_true_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     surface_distances: bool = True
     report: bool = True
     viewer_megabytes: PositiveFloat = 8.0

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
+from nuclei3d.core.slicing import drop_small_labels
 from nuclei3d.errors import InputError
 from nuclei3d.stages.pairing import (
     Entry,
@@ -48,6 +49,8 @@ class VolumePair:
         In um if `physical`; else of unit length, because no file says it.
     baselines
         Predictions of other methods by their names.
+    min_true_volume_um3
+        True labels below are background.
     """
 
     name: str
@@ -59,10 +62,13 @@ class VolumePair:
     voxel_size: VoxelSize
     physical: bool
     baselines: dict[str, Entry] = field(default_factory=dict)
+    min_true_volume_um3: float = 0.0
 
     def read_truth(self) -> NDArray[np.uint32]:
-        """Read the true labels."""
-        return self.truth.read_labels()
+        """Read the true labels that count."""
+        labels = self.truth.read_labels()
+        kept, _ = drop_small_labels(labels, self.voxel_size, self.min_true_volume_um3)
+        return np.asarray(kept, np.uint32)
 
     def read_prediction(self, method: Entry, shape: tuple[int, ...]) -> NDArray[np.uint32]:
         """Read predicted labels and check that they lie on the grid of the truth."""
@@ -145,6 +151,11 @@ def pair_volumes(
     for name, (entry, prediction) in zip(names, matched, strict=True):
         image = image_of.get(id(entry))
         size = given or _first_voxel_size(entry, image, prediction)
+        if size is None and params.evaluate.min_true_volume_um3:
+            raise InputError(
+                f"evaluate.min_true_volume_um3 needs a voxel size, and none of the files of {name} has one; "
+                "give --set data.voxel_size_um=[Z,Y,X]"
+            )
         pairs.append(
             VolumePair(
                 name=name,
@@ -156,6 +167,7 @@ def pair_volumes(
                 voxel_size=size or VoxelSize(1, 1, 1),
                 physical=size is not None,
                 baselines={method: found[id(entry)] for method, found in others.items()},
+                min_true_volume_um3=params.evaluate.min_true_volume_um3,
             )
         )
     _tell_voxel_sizes(pairs, given)
