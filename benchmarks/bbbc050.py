@@ -183,7 +183,9 @@ def describe(metrics: dict[str, Any], name: str) -> dict[str, Any]:
         return {"value": metrics[name], "interval": metrics["recall_by_contrast"][0]["interval"]}
     if name.startswith("recall_at_precision_"):
         found = metrics["recall_at_precision"][name.rpartition("_")[2]]
-        return {"value": None if found is None else found["recall_faint"], "interval": None}
+        if found is None:
+            return {"value": None, "interval": None}
+        return {"value": found["recall_faint"], "interval": found["recall_faint_interval"]}
     section, _, threshold = name.partition("_")
     value = metrics["ap"][threshold] if section == "ap" else metrics[name]
     return {"value": value, "interval": metrics["intervals"].get(name)}

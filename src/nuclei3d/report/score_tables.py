@@ -139,6 +139,9 @@ def _interval(scores: Mapping[str, Any], key: str) -> Sequence[float] | None:
     bins = scores.get("recall_by_contrast") or []
     if key in ("recall_faint", "recall_bright") and bins:
         found = bins[0 if key == "recall_faint" else -1]["interval"]
+    elif key.startswith("recall_at_precision/"):
+        _, precision, name = key.split("/")
+        found = (scores["recall_at_precision"].get(precision) or {}).get(f"{name}_interval")
     else:
         found = scores["intervals"].get(key.replace("/", "_"))
     return found if isinstance(found, list) else None

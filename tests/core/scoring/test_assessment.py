@@ -9,9 +9,9 @@ from nuclei3d.core.scoring.assessment import (
     assess_volume,
     count_by_contrast,
     count_by_depth,
-    recall_at_precision,
     score_bins,
 )
+from nuclei3d.core.scoring.operating_point import recall_at_precision, resampled_recall_at_precision
 from nuclei3d.core.scoring.summary import by_embryo, by_stage, summarise
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -100,6 +100,21 @@ def test_predictions_of_equal_score_are_cut_together() -> None:
     equal = assess_volume(truth, prediction, SIZE, scores={30: 0.5, 10: 0.5, 20: 0.5})
     assert recall_at_precision([equal], 0.9) is None
     assert recall_at_precision([equal], 0.6) == (2 / 3, 0.5)
+
+
+def test_a_resampled_recall_at_a_precision_is_that_of_the_volumes_drawn(assessed: Assessment) -> None:
+    truth, prediction, image = scene()
+    scores = {30: 0.4, 10: 0.7, 20: 0.95}
+    other = assess_volume(truth, prediction, SIZE, image=image, scores=scores)
+    weights = np.array([[1, 1], [2, 0], [3, 2], [0, 2]], dtype=float)
+    for edges in (None, [5.0, 20.0]):
+        recall, _ = resampled_recall_at_precision([assessed, other], 0.6, weights, edges=edges) or ((), ())
+        for row, (first, second) in enumerate(weights.astype(int)):
+            drawn = [assessed] * first + [other] * second
+            expected, _ = recall_at_precision(drawn, 0.6, edges=edges) or (None, None)
+            assert recall[row] == expected
+    never = resampled_recall_at_precision([assessed, other], 0.99, np.array([[0.0, 2.0]])) or ((), ())
+    assert np.isnan(never[0]).all()
 
 
 def test_a_summary_pools_and_gives_intervals_over_embryos(assessed: Assessment) -> None:

@@ -218,45 +218,6 @@ def score_bins(counts: BinCounts, weights: Floats | None) -> list[BinScore]:
     return bins
 
 
-def recall_at_precision(
-    assessments: Sequence[Assessment],
-    target: float,
-    *,
-    edges: Sequence[float] | None = None,
-    bin_index: int = 0,
-) -> tuple[float, float] | None:
-    """Recall if only predictions above a score are kept, the score being the lowest with that precision.
-
-    Parameters
-    ----------
-    target
-        Precision, pooled over the volumes, that the kept predictions reach.
-    edges, bin_index
-        Inner edges of the contrast bins and the bin whose recall is wanted; None: of all true nuclei.
-
-    Returns
-    -------
-    recall, score
-        None if a prediction has no score or no score reaches the precision.
-    """
-    scores = np.concatenate([a.pred.score for a in assessments])
-    if not len(scores) or np.isnan(scores).any():
-        return None
-    right = np.concatenate([a.pred.matched for a in assessments])
-    order = np.argsort(-scores, kind="stable")
-    precision = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    # Predictions of equal score are kept or dropped together.
-    last_of_score = np.append(np.diff(scores[order]) != 0, True)
-    good = np.flatnonzero((precision >= target) & last_of_score)
-    if not len(good):
-        return None
-    lowest = float(scores[order][good[-1]])
-    kept = np.concatenate([a.true.score >= lowest for a in assessments])
-    if edges is not None:
-        kept = kept[np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments]) == bin_index]
-    return (float(kept.mean()), lowest) if len(kept) else None
-
-
 def _count(
     true: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]],
     pred: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]],

@@ -15,11 +15,11 @@ from nuclei3d.core.scoring.assessment import (
     BinScore,
     count_by_contrast,
     count_by_depth,
-    recall_at_precision,
     score_bins,
 )
 from nuclei3d.core.scoring.bootstrap import Units, bootstrap_weights, percentile_interval, resampling_units
 from nuclei3d.core.scoring.metrics import COUNTS, THRESHOLDS, Metrics, number_or_none, score, stack_tallies
+from nuclei3d.core.scoring.operating_point import recall_at_precision, resampled_recall_at_precision
 
 #: Precisions at which the recall is told where the model gives scores.
 TARGET_PRECISIONS = (0.9, 0.95)
@@ -47,8 +47,8 @@ class Summary:
     depth_edges_um, depth
         Inner edges of the z bins and their scores, nearest to the first plane first.
     recall_at_precision
-        Per target precision: recall of the faintest bin, of all nuclei, and the score to cut at; None where
-        the model gives no scores, or no score reaches the precision.
+        Per target precision: recall of the faintest bin and of all nuclei, each with its interval, and the
+        score to cut at; None where the model gives no scores, or no score reaches the precision.
     centre_um, surface_um
         Mean distance of the centres and of the surfaces of matched nuclei; nan where there are none.
     """
@@ -62,7 +62,7 @@ class Summary:
     contrast_counts: BinCounts | None
     depth_edges_um: tuple[float, ...]
     depth: list[BinScore]
-    recall_at_precision: dict[str, dict[str, float | None] | None]
+    recall_at_precision: dict[str, dict[str, Any] | None]
     centre_um: float
     surface_um: float
 
@@ -141,7 +141,8 @@ def summarise(
         depth_edges_um=depth_edges,
         depth=score_bins(count_by_depth(assessments, depth_edges), weights),
         recall_at_precision={
-            f"{target:.2f}": _recall_at(assessments, target, contrast_edges) for target in TARGET_PRECISIONS
+            f"{target:.2f}": _recall_at(assessments, target, contrast_edges, weights)
+            for target in TARGET_PRECISIONS
         },
         centre_um=_mean(np.concatenate([assessment.centre_distance_um for assessment in assessments])),
         surface_um=_mean(np.concatenate([assessment.true.surface_um for assessment in assessments])),
@@ -248,17 +249,36 @@ def _depth_edges(assessments: Sequence[Assessment]) -> tuple[float, ...]:
 
 
 def _recall_at(
-    assessments: Sequence[Assessment], target: float, edges: Sequence[float] | None
-) -> dict[str, float | None] | None:
+    assessments: Sequence[Assessment],
+    target: float,
+    edges: Sequence[float] | None,
+    weights: NDArray[np.float64] | None,
+) -> dict[str, Any] | None:
     everywhere = recall_at_precision(assessments, target)
     if everywhere is None:
         return None
     faint = None if edges is None else recall_at_precision(assessments, target, edges=edges)
     return {
         "recall_faint": faint[0] if faint else None,
+        "recall_faint_interval": _interval_at(assessments, target, edges, weights) if faint else None,
         "recall": everywhere[0],
+        "recall_interval": _interval_at(assessments, target, None, weights),
         "score": everywhere[1],
     }
+
+
+def _interval_at(
+    assessments: Sequence[Assessment],
+    target: float,
+    edges: Sequence[float] | None,
+    weights: NDArray[np.float64] | None,
+) -> list[float] | None:
+    if weights is None:
+        return None
+    drawn = resampled_recall_at_precision(assessments, target, weights, edges=edges)
+    assert drawn is not None  # the scores are there, or there would be no recall
+    low, high = percentile_interval(drawn[0])
+    return interval_as_json((float(low), float(high)))
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -134,8 +134,9 @@ def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Seq
     InputError
         If there is nothing to measure: no nuclei at all, or none in the faintest bin.
     """
-    from nuclei3d.core.scoring.assessment import count_by_contrast, recall_at_precision
+    from nuclei3d.core.scoring.assessment import count_by_contrast
     from nuclei3d.core.scoring.metrics import score, stack_tallies
+    from nuclei3d.core.scoring.operating_point import recall_at_precision
 
     pooled = score(stack_tallies([assessment.tally for assessment in assessments]).total())
     if not pooled.n_true:
