@@ -170,10 +170,9 @@ def pool_thresholds(
 def evaluate_held_out(params: Params, data: Path, out: Path, name: str, least_um3: float) -> dict[str, Any]:
     """Score all held-out embryos together against the labels of `data` from a volume on."""
     folder = out / name
-    truth, images = folder / "truth" / "labels", folder / "truth" / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    truth, images = out / "truth" / name / "labels", out / "truth" / name / "images"
     frames = split_embryos(find_embryos(data), with_split(params, EMBRYOS, (), ()).data.split).train
-    once(folder, "truth", {}, lambda: gather_truth(list(frames), truth, images))
+    once(out, f"truth_{name}", {}, lambda: gather_truth(list(frames), truth, images))
     counted = params.evaluate.model_copy(update={"min_true_volume_um3": least_um3})
     chosen = params.model_copy(update={"evaluate": counted})
     evaluate(chosen, truth, out / "predictions", folder, images=images, method=METHOD)
