@@ -11,6 +11,7 @@ import torch
 
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
+from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network, plan_architecture
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
@@ -70,6 +71,31 @@ def test_stock_cellpose_computes_the_same_flows(folder):
     theirs_flow, theirs_logit = flows[1], flows[2]
     assert np.abs(5 * ours[:2] - theirs_flow).max() < 1e-4
     assert np.abs(ours[2] - theirs_logit).max() < 1e-4
+
+
+def test_a_3d_model_comes_back_with_its_shape(tmp_path):
+    spec = VolumeSpec(plan_architecture(5.75, "small", style=True), 5.75, (12, 64, 64))
+    network = new_volume_network(spec, 1).eval()
+    info = ModelInfo(name="solid", kind="full3d", diameter_px=17, nucleus_diameter_um=12, full3d=spec)
+    save_model(tmp_path / "m", network, info, "# card")
+    model = load_model(tmp_path / "m")
+    assert model.info == info
+    assert isinstance(model.network, VolumeNetwork)
+    assert model.network.spec == spec
+    image = torch.randn(2, 1, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.network(image), network(image))
+
+
+def test_a_3d_model_without_its_shape_is_explained(tmp_path):
+    (tmp_path / "model.json").write_text('{"kind": "full3d", "diameter_px": 17}')
+    with pytest.raises(InputError, match=r"model\.json is not a valid.*full3d"):
+        load_model(tmp_path)
+    spec = '{"architecture": {"channels": [4], "pooling": [], "kernels": [[9, 9, 9]]}, "anisotropy": 2, '
+    spec += '"patch": [8, 8, 8]}'
+    (tmp_path / "model.json").write_text('{"kind": "full3d", "diameter_px": 17, "full3d": ' + spec + "}")
+    with pytest.raises(InputError, match="no shape of a network"):
+        load_model(tmp_path)
 
 
 def test_bare_cellpose_weights_load_with_their_own_diameter(tmp_path, capsys):

@@ -1,6 +1,7 @@
 import pytest
 
 from nuclei3d.config.predict import PredictParams
+from nuclei3d.core.volume_network import VolumeSpec, plan_architecture
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.models.settings import effective_parameters, segmentation_settings
@@ -35,9 +36,23 @@ def test_an_unknown_diameter_is_asked_for():
         segmentation_settings(ModelInfo(diameter_px=17), PredictParams(), VoxelSize(2, 0.5, 0.5))
 
 
+SPEC = VolumeSpec(plan_architecture(2.2, "small"), 2.2, (32, 64, 64))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("views2d", "ortho"), ("full3d", "full3d")])
+def test_mode_auto_is_that_of_the_model(kind, mode):
+    info = ModelInfo(
+        kind=kind, diameter_px=17, nucleus_diameter_um=12, full3d=SPEC if kind == "full3d" else None
+    )
+    assert segmentation_settings(info, PredictParams()).mode == mode
+    assert effective_parameters(info, PredictParams(mode=mode))["mode"] == mode
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("views2d", "full3d"), ("full3d", "ortho"), ("full3d", "stitch")])
 def test_modes_must_fit_the_kind_of_model(kind, mode):
-    info = ModelInfo(kind=kind, diameter_px=17, nucleus_diameter_um=12)
+    info = ModelInfo(
+        kind=kind, diameter_px=17, nucleus_diameter_um=12, full3d=SPEC if kind == "full3d" else None
+    )
     with pytest.raises(InputError, match="is not for the model"):
         segmentation_settings(info, PredictParams(mode=mode))
 

@@ -12,6 +12,7 @@ from nuclei3d.config.section import Section
 class PredictParams(Section):
     """How a volume is segmented; None means: the value stored with the model.
 
+    `mode` auto is ortho for a 2D network and full3d for a 3D one.
     `views` are the planes that mode ortho looks at, `view_weights` the trust in each (None: equal), and
     `orthogonal_model` another 2D model for xz and yz (in the command predict; of the same `diameter_px`).
     `stitch_min_iou` is the least overlap at which mode stitch links masks of neighbouring planes;
@@ -24,7 +25,7 @@ class PredictParams(Section):
     is named (tcp://host:port).
     """
 
-    mode: Literal["ortho", "stitch", "cellpose", "full3d"] = "ortho"
+    mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] = "auto"
     diameter_um: PositiveFloat | None = None
     views: Annotated[tuple[Literal["xy", "xz", "yz"], ...], Field(min_length=1)] = ("xy", "xz", "yz")
     view_weights: tuple[PositiveFloat, ...] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nuclei3d.console import say
 from nuclei3d.core.networks import network_from_state
+from nuclei3d.core.volume_network import volume_network_from_state
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo, read_info
 from nuclei3d.volumes.whole import whole_folder
@@ -49,7 +50,7 @@ def save_model(
     folder
         The model's folder, such as ``models/nuclei_3d``.
     network
-        A network whose state is that of a Cellpose 3 CNN; it is saved from the CPU, as
+        A 3D network, or one whose state is that of a Cellpose 3 CNN; it is saved from the CPU, the latter as
         ``cellpose.models.CellposeModel`` loads it.
     info
         Becomes model.json; ``info.name`` is the name of the weights file.
@@ -115,8 +116,9 @@ def load_model(path: Path) -> Model:
         weights = path
         beside = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
         info = beside if beside is not None and beside.name == path.name else None
-    if info is not None and info.kind != "views2d":
-        raise InputError(f"{weights} is a model of kind '{info.kind}', which this version cannot run")
+    if info is not None and info.full3d is not None:
+        solid = volume_network_from_state(info.full3d, read_state(weights), where=str(weights))
+        return Model(network=solid, info=info, path=weights)
     network = network_from_state(read_state(weights), where=str(weights))
     if info is None:
         diameter = float(network.diam_mean.item())

@@ -6,8 +6,9 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nuclei3d.core.volume_network import VolumeSpec
 from nuclei3d.errors import InputError
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,6 +36,8 @@ class ModelInfo(BaseModel):
         Voxel size (z, y, x) of the training embryos.
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.core.normalization`).
+    full3d
+        Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3
         Thresholds chosen on the validation embryos.
     versions
@@ -53,12 +56,19 @@ class ModelInfo(BaseModel):
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0)] = 10.0
+    full3d: VolumeSpec | None = None
     cellprob_threshold: float = 0.0
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_volume_um3: Annotated[float, Field(ge=0)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
     created: str = Field(default_factory=_now)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> ModelInfo:
+        if (self.kind == "full3d") != (self.full3d is not None):
+            raise ValueError("'full3d' (the network's shape) belongs to kind 'full3d', and only to it")
+        return self
 
 
 def read_info(path: Path) -> ModelInfo:

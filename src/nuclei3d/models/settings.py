@@ -38,13 +38,16 @@ def segmentation_settings(
             f"the model '{info.name}' does not say how large its nuclei are in um; give the diameter of "
             f"yours: --set predict.diameter_um=NUMBER{example}"
         )
-    if (predict.mode == "full3d") != (info.kind == "full3d"):
+    mode = predict.mode
+    if mode == "auto":
+        mode = "full3d" if info.kind == "full3d" else "ortho"
+    if (mode == "full3d") != (info.kind == "full3d"):
         fitting = "full3d" if info.kind == "full3d" else "ortho or stitch"
         raise InputError(
             f"mode '{predict.mode}' is not for the model '{info.name}' of kind '{info.kind}'; use {fitting}"
         )
     return SegmentationSettings(
-        mode=predict.mode,
+        mode=mode,
         diameter_px=info.diameter_px,
         nucleus_diameter_um=diameter_um,
         fusion=predict.fusion,

@@ -46,6 +46,8 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
     from nuclei3d.tracking.runs import stage_run
 
     described = read_slices(slices)
+    if described.network != "views2d":
+        raise InputError(f"{slices} holds volumes for a 3D network; the sheet shows crops of planes only")
     planes = load_planes(described, "train", params.train.memory_limit_gb)
     with stage_run("augment", params, inputs={"slices": slices}) as run:
         figure = draw_augmentation_sheet(planes, described.diameter_px, params)

@@ -134,7 +134,7 @@ def _without_thresholds(info: ModelInfo, params: Params) -> SegmentationSettings
     from nuclei3d.models.settings import segmentation_settings
 
     wishes = params.predict.model_copy(
-        update={"mode": "ortho", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
+        update={"mode": "auto", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
     )
     plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
     return segmentation_settings(plain, wishes)

@@ -144,7 +144,10 @@ def _do_stages(
     entries = {
         "prepare": ledger.do(
             "prepare",
-            settings("train", "calibrate", "predict", "evaluate", "tracking"),
+            {
+                **settings("train", "calibrate", "predict", "evaluate", "tracking"),
+                "network": params.train.network,
+            },
             [data],
             [folders.slices],
             lambda: prepare_tracked(params, data, folders.slices).as_json(),

@@ -84,10 +84,10 @@ def predict_in_blocks(
         If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
         kept and the next run goes on with the others.
     """
-    if job.settings.mode not in ("ortho", "stitch"):
+    if job.settings.mode not in ("ortho", "stitch", "full3d"):
         raise InputError(
-            f"mode '{job.settings.mode}' cannot cut a volume into blocks; use ortho or stitch, or allow more "
-            "memory (predict.memory_gb)"
+            f"mode '{job.settings.mode}' cannot cut a volume into blocks; use ortho, stitch or full3d, "
+            "or allow more memory (predict.memory_gb)"
         )
     settings = replace(job.settings, intensity_range=_measure_range(frame, job.settings))
     folder = _open_folder(masks, frame, fingerprint_of(frame, job.identity)[:16])

@@ -6,14 +6,14 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tifffile
@@ -33,11 +33,20 @@ from nuclei3d.core.slicing import (
 )
 from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
+from nuclei3d.stages.prepared_volumes import (
+    NUCLEI_FILE,
+    FrameVolume,
+    VolumeRecord,
+    store_frame,
+    write_nuclei,
+)
 from nuclei3d.stages.training_planes import pack_planes
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_folder
 
 PARTS = ("train", "validation", "test")
+
+FrameResult = TypeVar("FrameResult")
 
 
 @dataclass(frozen=True)
@@ -85,18 +94,21 @@ class PrepareResult:
 def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut every labelled frame of a data set into planes and write them with their flows.
 
+    For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead.
+
     Frames are read, cut and written one at a time in each of `prepare.workers` processes, so memory does
     not grow with their number. The same input gives the same bytes.
 
     Parameters
     ----------
     params
-        The sections data, normalization and prepare are used.
+        The sections data, normalization and prepare are used, and train.network.
     data
         ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
     out
         The folder to write: ``train``, ``validation``, ``test``, manifest.csv, summary.json, slices.png, and
-        ``packed``, a copy of the planes that training reads without decoding. It appears when all is done;
+        ``packed``, a copy of the planes that training reads without decoding (volumes: nuclei.csv instead of
+        the last two). It appears when all is done;
         one that is there is replaced.
 
     Raises
@@ -109,10 +121,12 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     _refuse_foreign_folder(out)
     split = split_embryos(find_embryos(data), params.data.split)
     tasks = [(part, frame) for part in PARTS for frame in split.of(part)]
+    if params.train.network == "full3d":
+        return _prepare_volumes(params, data, out, tasks)
     with whole_folder(out) as folder:
         for part in PARTS:
             (folder / part).mkdir()
-        results = _slice_all(tasks, params, folder)
+        results = _do_all(tasks, params, partial(slice_frame, params=params, folder=folder))
         records = [record for result in results for record in result.planes]
         if not any(record.part == "train" for record in records):
             raise InputError(
@@ -137,23 +151,50 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise InputError(f"{out} exists and is no slice data set; give another folder or remove it yourself")
 
 
-def _slice_all(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params, folder: Path) -> list[FrameSlices]:
+def _prepare_volumes(
+    params: Params, data: Path, out: Path, tasks: Sequence[tuple[str, EmbryoFrame]]
+) -> PrepareResult:
+    """Write volumes instead of planes: what a 3D network is trained on."""
+    with whole_folder(out) as folder:
+        for part in PARTS:
+            (folder / part).mkdir()
+        results = _do_all(tasks, params, partial(store_frame, params=params, folder=folder))
+        records = [record for result in results for record in result.records]
+        if not any(record.part == "train" and record.nuclei for record in records):
+            raise InputError(f"no training frame of {data} has a labelled nucleus")
+        summary = _summarise(params, data, tasks, results, records)
+        depths = [record.voxel_z_um for record in records if record.part == "train"]
+        summary |= {"voxel_z_um": round(float(np.median(depths)), 6), "targets": params.prepare.targets}
+        _write_manifest(folder / "manifest.csv", records)
+        write_nuclei(folder / NUCLEI_FILE, results)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    say(
+        f"{summary['volumes']['train']} training volumes in {out}; nuclei measure "
+        f"{summary['nucleus_diameter_um']:.3g} um ({summary['diameter_px']:.3g} px on the planes)"
+    )
+    return PrepareResult(out, summary)
+
+
+def _do_all(
+    tasks: Sequence[tuple[str, EmbryoFrame]],
+    params: Params,
+    work: Callable[[tuple[str, EmbryoFrame]], FrameResult],
+) -> list[FrameResult]:
     workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-    slice_one = partial(slice_frame, params=params, folder=folder)
-    results: list[FrameSlices] = []
+    results: list[FrameResult] = []
     with progress_bar("prepare", total=len(tasks)) as bar:
 
-        def collect(produced: Iterable[FrameSlices]) -> None:
+        def collect(produced: Iterable[FrameResult]) -> None:
             for result in produced:
                 results.append(result)
                 bar.advance()
 
         if workers == 1:
-            collect(map(slice_one, tasks))
+            collect(map(work, tasks))
         else:
             # spawned, not forked: numba's and torch's threads do not survive a fork
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                collect(pool.map(slice_one, tasks))
+                collect(pool.map(work, tasks))
     return results
 
 
@@ -236,8 +277,8 @@ def _summarise(
     params: Params,
     data: Path,
     tasks: Sequence[tuple[str, EmbryoFrame]],
-    results: Sequence[FrameSlices],
-    records: Sequence[PlaneRecord],
+    results: Sequence[FrameSlices | FrameVolume],
+    records: Sequence[PlaneRecord] | Sequence[VolumeRecord],
 ) -> dict[str, Any]:
     training = [result for (part, _), result in zip(tasks, results, strict=True) if part == "train"]
     volumes = np.concatenate([result.volumes_um3 for result in training])
@@ -265,7 +306,10 @@ def _summarise(
         "contrast_quintiles": [round(float(edge), 4) for edge in quintiles],
         "frames": {part: sum(1 for p, _ in tasks if p == part) for part in PARTS},
         "embryos": {part: sorted({f.embryo for p, f in tasks if p == part}) for part in PARTS},
-        "planes": {part: sum(1 for record in records if record.part == part) for part in PARTS},
+        "network": params.train.network,
+        "volumes" if params.train.network == "full3d" else "planes": {
+            part: sum(1 for record in records if record.part == part) for part in PARTS
+        },
         "training_nuclei": len(volumes),
         "labels_left_out": sum(result.labels_left_out for result in results),
         "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
@@ -273,8 +317,9 @@ def _summarise(
     }
 
 
-def _write_manifest(path: Path, records: Sequence[PlaneRecord]) -> None:
+def _write_manifest(path: Path, records: Sequence[PlaneRecord] | Sequence[VolumeRecord]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(PlaneRecord)], lineterminator="\n")
+        columns = [field.name for field in fields(records[0])]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(record) for record in records)

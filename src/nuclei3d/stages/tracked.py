@@ -28,7 +28,7 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
 
 
 def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
-    """Cut a data set into planes; see `nuclei3d.stages.prepare.prepare`."""
+    """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
     from nuclei3d.stages.prepare import PARTS, prepare
     from nuclei3d.tracking.runs import stage_run
 
@@ -41,7 +41,12 @@ def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
                 "diameter_px": summary["diameter_px"],
                 "voxel_um": summary["voxel_um"],
                 "training_nuclei": summary["training_nuclei"],
-                **{f"planes/{part}": summary["planes"][part] for part in PARTS},
+                **{
+                    f"{unit}/{part}": summary[unit][part]
+                    for unit in ("planes", "volumes")
+                    for part in PARTS
+                    if unit in summary
+                },
                 **{f"frames/{part}": summary["frames"][part] for part in PARTS},
             }
         )

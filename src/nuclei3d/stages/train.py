@@ -1,8 +1,7 @@
-"""Training of the 2D network: slices in, a model folder out; survives being killed."""
+"""Training of a network: a prepared data set in, a model folder out; survives being killed."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from nuclei3d.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from cellpose.resnet_torch import CPnet
     from torch import nn
 
     from nuclei3d.core.training.loop import TrainingOutcome
-    from nuclei3d.core.training.planes import PlaneSet
     from nuclei3d.core.training.state import EpochReport
     from nuclei3d.stages.checkpoints import Checkpoints
+    from nuclei3d.stages.training_kinds import Training
     from nuclei3d.stages.training_planes import Slices
     from nuclei3d.tracking.runs import StageRun
 
@@ -73,7 +71,7 @@ def train(
     resume: bool = True,
     on_epoch: Callable[[EpochReport], None] | None = None,
 ) -> TrainResult:
-    """Train a network on prepared planes and write a model folder.
+    """Train a network on prepared planes (a 3D network: on volumes) and write a model folder.
 
     After every epoch a checkpoint is written beside the model folder; started again with the same parameters
     and slices, the training goes on from there, on a CPU to the same weights bit by bit.
@@ -85,8 +83,8 @@ def train(
     slices
         Folder made by prepare.
     out
-        Model folder to write, with history.csv and planes_drawn.csv; a model that is there is replaced at the
-        end.
+        Model folder to write, with history.csv and planes_drawn.csv (volumes_drawn.csv); a model that is
+        there is replaced at the end.
     data
         Labelled embryos, for validation in 3D and the choice of thresholds; None: those that the slices were
         made from, if they are still there.
@@ -108,14 +106,9 @@ def train(
     from nuclei3d.stages.augmentation_sheet import draw_augmentation_sheet
     from nuclei3d.stages.calibrate import with_thresholds
     from nuclei3d.stages.checkpoints import Checkpoints, checkpoint_folder, training_fingerprint
-    from nuclei3d.stages.trained_model import (
-        DRAWN_FILE,
-        describe_model,
-        final_metrics,
-        write_drawn,
-        write_model,
-    )
-    from nuclei3d.stages.training_planes import load_planes, read_slices
+    from nuclei3d.stages.trained_model import describe_model, final_metrics, write_drawn, write_model
+    from nuclei3d.stages.training_kinds import open_training
+    from nuclei3d.stages.training_planes import read_slices
     from nuclei3d.stages.validation_volumes import read_validation_volumes, validation_settings, volumes_ap
     from nuclei3d.tracking.runs import stage_run
 
@@ -123,28 +116,23 @@ def train(
     device = choose_device(settings.device)
     described = read_slices(slices)
     _refuse_foreign_folder(out)
-    network, start_digest = _start_network(params)
-    planes = load_planes(described, "train", settings.memory_limit_gb)
-    validation = load_planes(described, "validation", settings.memory_limit_gb)
-    _check_planes(planes, described, params)
-    fingerprint = training_fingerprint(settings, params.seed, described.digest, start_digest)
+    training = open_training(params, described)
+    network = training.network
+    fingerprint = training_fingerprint(settings, params.seed, described.digest, training.start_digest)
     checkpoints = Checkpoints(checkpoint_folder(out), fingerprint)
     if not resume:
         checkpoints.remove()
     volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}) as run:
-        info = describe_model(params, described, run.run_id)
-        _say_plan(planes, validation, params, device, described)
+        info = describe_model(params, described, training.spec, run.run_id)
+        _say_plan(training, params, device, described)
 
         def judge(judged: nn.Module) -> float:
             return volumes_ap(judged, volumes.judging, validation_settings(info, params), device)
 
         outcome = _train(
-            network,
-            planes,
-            validation,
+            training,
             params,
-            described,
             device,
             checkpoints,
             judge if volumes.judging else None,
@@ -158,12 +146,12 @@ def train(
             info, chosen = with_thresholds(network, info, params, volumes.calibrating, device)
             metrics |= {"calibrated_ap": chosen.ap, "uncalibrated_ap": chosen.ap_default}
         write_model(out, network, info, outcome, params, described)
-        write_drawn(out / DRAWN_FILE, planes, params, outcome.state.epoch)
+        write_drawn(out, training, params.seed, outcome.state.epoch)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
         run.artifact(out, "model")
-        if run.run_id is not None:
-            sheet = draw_augmentation_sheet(planes, described.diameter_px, params, rows=4, columns=5)
+        if run.run_id is not None and training.planes is not None:
+            sheet = draw_augmentation_sheet(training.planes, described.diameter_px, params, rows=4, columns=5)
             run.figure(sheet, "augmented_crops.png")
     say(
         f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
@@ -178,43 +166,7 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise InputError(f"{out} exists and is no model folder; give another folder or remove it yourself")
 
 
-def _start_network(params: Params) -> tuple[CPnet, str]:
-    """Make the network to start from, and a digest of where its weights come from."""
-    import torch
-
-    from nuclei3d.core.networks import network_from_state, new_network
-    from nuclei3d.models.folder import load_model, read_state, require_model
-
-    settings = params.train
-    if settings.start_from is None:
-        return new_network(settings.diameter_px, params.seed), "scratch"
-    path = Path(settings.start_from)
-    require_model(path, "train.start_from")
-    weights = load_model(path).path if path.is_dir() else path
-    network = network_from_state(read_state(weights), where=str(weights))
-    with torch.no_grad():
-        network.diam_mean.fill_(settings.diameter_px)
-    return network, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _check_planes(planes: PlaneSet, described: Slices, params: Params) -> None:
-    if not len(planes):
-        raise InputError(
-            f"{described.folder} holds no training planes; make the slices again with 'nuclei3d prepare'"
-        )
-    sparse = sum(info.nuclei < params.train.min_train_masks for info in planes.infos)
-    if sparse:
-        weight = params.train.sampling.sparse
-        say(
-            f"{sparse} of {len(planes)} planes show fewer than {params.train.min_train_masks} nuclei"
-            + (f"; they are drawn with weight {weight:g}" if weight else "; they are left out")
-            + " (train.sampling.sparse)"
-        )
-
-
-def _say_plan(
-    planes: PlaneSet, validation: PlaneSet, params: Params, device: torch.device, described: Slices
-) -> None:
+def _say_plan(training: Training, params: Params, device: torch.device, described: Slices) -> None:
     import torch
 
     from nuclei3d.core.networks import choose_precision
@@ -226,26 +178,21 @@ def _say_plan(
         where = f"the CPU ({torch.get_num_threads()} threads)"
     precision = str(choose_precision(settings.precision, device)).removeprefix("torch.")
     say(
-        f"training on {where} in {precision}: {len(planes)} planes, {len(validation)} for validation; "
+        f"training on {where} in {precision}: {training.plan}; "
         f"nuclei of {described.diameter_px:.3g} px scaled to {settings.diameter_px:.3g} px"
     )
 
 
 def _train(
-    network: CPnet,
-    planes: PlaneSet,
-    validation: PlaneSet,
+    training: Training,
     params: Params,
-    described: Slices,
     device: torch.device,
     checkpoints: Checkpoints,
     judge: Callable[[nn.Module], float] | None,
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
-    from nuclei3d.core.training.examples import PlaneExamples
     from nuclei3d.core.training.loop import Callbacks, train_network
-    from nuclei3d.core.training.sampling import plane_weights
 
     settings = params.train
     start = checkpoints.load()
@@ -254,8 +201,7 @@ def _train(
         say(f"going on after epoch {done} of {settings.epochs}, from {checkpoints.folder}")
         for report in start.history:
             run.metrics(report.metrics(), step=report.epoch)
-    weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)
-    crops = settings.crops_per_epoch or int((weights > 0).sum())
+    crops = training.examples.crops
     with progress_bar("train", total=crops * settings.epochs) as bar:
         bar.advance(crops * done)
         seen = _Rate()
@@ -270,16 +216,9 @@ def _train(
             if on_epoch is not None:
                 on_epoch(report)
 
-        examples = PlaneExamples(
-            planes,
-            validation,
-            settings,
-            planes_diameter_px=described.diameter_px,
-            seed=params.seed,
-        )
         return train_network(
-            network,
-            examples,
+            training.network,
+            training.examples,
             settings,
             device=device,
             start=start,
@@ -307,6 +246,9 @@ def _line(report: EpochReport, epochs: int) -> str:
     parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
     if report.validation_loss == report.validation_loss:
         parts.append(f"validation {report.validation_loss:.4f}")
+    if report.validation_flow_cosine_z == report.validation_flow_cosine_z:
+        cosines = (getattr(report, f"validation_flow_cosine_{axis}") for axis in "zyx")
+        parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
     if report.volume_ap == report.volume_ap:
         parts.append(f"AP in 3D {report.volume_ap:.3f}")
     parts.append(f"{report.crops_per_second:.1f} crops/s, {report.seconds:.1f} s")

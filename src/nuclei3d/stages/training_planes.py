@@ -37,7 +37,7 @@ class Slices:
     summary
         Content of summary.json.
     infos
-        Rows of manifest.csv by part.
+        Rows of manifest.csv by part; empty for the volumes of a 3D network.
     digest
         MD5 of the manifest, which holds the MD5 of every plane, and of the size of nuclei.
     """
@@ -46,6 +46,11 @@ class Slices:
     summary: dict[str, Any]
     infos: dict[str, tuple[PlaneInfo, ...]]
     digest: str
+
+    @property
+    def network(self) -> str:
+        """Kind of network that this was prepared for: ``views2d`` or ``full3d``."""
+        return str(self.summary.get("network", "views2d"))
 
     @property
     def diameter_px(self) -> float:
@@ -78,8 +83,10 @@ def read_slices(folder: Path) -> Slices:
         ) from None
     infos: dict[str, list[PlaneInfo]] = {}
     try:
+        # the volumes of a 3D network are read by `training_volumes`
+        of_planes = summary.get("network", "views2d") == "views2d"
         with manifest_path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            for row in csv.DictReader(file) if of_planes else ():
                 infos.setdefault(row["part"], []).append(_info(row))
     except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
         raise InputError(

@@ -98,4 +98,4 @@ def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings
     """Give the settings with which epochs are judged: those of a prediction with the model."""
     from nuclei3d.models.settings import segmentation_settings
 
-    return segmentation_settings(info, params.predict.model_copy(update={"mode": "ortho"}))
+    return segmentation_settings(info, params.predict.model_copy(update={"mode": "auto"}))

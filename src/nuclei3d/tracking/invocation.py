@@ -39,7 +39,7 @@ class RequestParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mode: Literal["ortho", "stitch", "cellpose", "full3d"] | None = None
+    mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] | None = None
     diameter_um: PositiveFloat | None = None
     voxel_size_um: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     anisotropy: PositiveFloat | None = None

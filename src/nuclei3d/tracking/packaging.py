@@ -161,7 +161,7 @@ def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
             "UUID": "00000000-0000-5000-8000-000000000000",
         },
     )
-    return pd.DataFrame({"volume": [file.getvalue()]}), {"mode": "ortho"}
+    return pd.DataFrame({"volume": [file.getvalue()]}), {"mode": "auto"}
 
 
 def pinned_requirements() -> list[str]:

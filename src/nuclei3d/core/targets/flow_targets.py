@@ -23,6 +23,8 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 
 Labels = NDArray[np.integer[Any]]
 
+_TANH_VOXELS = 5.0
+
 
 def _check(labels: Labels, ndim: int) -> None:
     if labels.ndim != ndim or not np.issubdtype(labels.dtype, np.integer):
@@ -104,4 +106,39 @@ def flows_3d(
         many_nucleus_flows_3d(volume, chosen, where.boxes, edges, tolerance, flows)
 
     share_labels(work, where.present, where.voxels, threads)
+    return flows
+
+
+def tanh_flows_3d(labels: Labels) -> NDArray[np.float32]:
+    """Compute the targets of Cellpose3D (Eschweiler et al. 2022), for comparison.
+
+    Along each axis tanh of the distance to the centre of the nucleus (its mean position) over 5 voxels,
+    whatever the size of a voxel: at high anisotropy hardly anything is left along z.
+
+    Parameters
+    ----------
+    labels : integer array, shape (Z, Y, X)
+        0 (or less) is background; numbers may have gaps.
+
+    Returns
+    -------
+    float32 array, shape (3, Z, Y, X)
+        (z, y, x); 0 on the background.
+
+    Raises
+    ------
+    InputError
+        If `labels` is not a volume of integers.
+    """
+    _check(labels, 3)
+    volume = compact_labels(labels)
+    count = np.maximum(np.bincount(volume.ravel()), 1)
+    flows = np.zeros((3, *volume.shape), np.float32)
+    inside = volume > 0
+    for axis, size in enumerate(volume.shape):
+        along = [1, 1, 1]
+        along[axis] = size
+        place = np.broadcast_to(np.arange(size, dtype=np.float64).reshape(along), volume.shape)
+        centre = np.bincount(volume.ravel(), weights=place.ravel()) / count
+        flows[axis][inside] = np.tanh((centre[volume[inside]] - place[inside]) / _TANH_VOXELS)
     return flows

@@ -1,0 +1,226 @@
+"""The fully 3D network through the same stages: prepared, trained, predicted, judged."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nuclei3d.cli import app
+from nuclei3d.config.loading import validate_params
+from nuclei3d.core.training.loop import StopTraining
+from nuclei3d.core.training.planes import FLOW_STEPS
+from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
+from nuclei3d.core.volume_network import VolumeNetwork
+from nuclei3d.errors import InputError
+from nuclei3d.models.folder import load_model
+from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
+from nuclei3d.stages.predict import predict
+from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.train import train
+from nuclei3d.stages.training_planes import read_slices
+from nuclei3d.stages.training_volumes import load_volumes
+from nuclei3d.volumes.frames import read_labels
+from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.volumes.zarr_store import read_zarr_labels
+from volumes_fixture import draw_volume
+
+SIZE = VoxelSize(2.5, 1.0, 1.0)
+SHAPE = (10, 32, 32)
+EMBRYOS = ("ea", "eb", "ec")
+
+
+def params_of(**sections):
+    tree = {
+        "data": {"split": {"train": ["ea"], "validation": ["eb"], "test": ["ec"]}},
+        "prepare": {"downsample_xy": 1.0, "workers": 1},
+        "train": {
+            "network": "full3d",
+            "name": "solid",
+            "diameter_px": 12.0,
+            "epochs": 2,
+            "batch_size": 2,
+            "crops_per_epoch": 8,
+            "learning_rate": 0.01,
+            "validation_crops": 2,
+            "precision": "float32",
+            "device": "cpu",
+            "full3d": {"profile": "small", "patch": [8, 16, 16]},
+        },
+        "predict": {"precision": "float32", "device": "cpu"},
+        "calibrate": {"volumes": 1},
+        "evaluate": {"bootstrap": 10},
+        "tracking": {"enabled": False},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values}
+    return validate_params(tree, "the test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embryos")
+    rng = np.random.default_rng(0)
+    for embryo in EMBRYOS:
+        image, labels = draw_volume(rng, SIZE, SHAPE, nuclei=4)
+        write_image(folder / embryo / "images" / "t0.tif", image, SIZE)
+        write_labels(folder / embryo / "labels" / "t0.tif", labels, SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volumes(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "slices"
+    prepare(params_of(), data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(volumes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "solid"
+    train(params_of(calibrate={"volumes": 0}), volumes, out)
+    return out
+
+
+def weights_of(model):
+    return torch.load(model / "solid", weights_only=True)
+
+
+def test_the_whole_job_runs_with_a_3d_network_from_the_command_line(data, tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(params_of().model_dump_json())
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app,
+        ["run", "--params", str(file), "--data", str(data), "--out", str(out), "--json"],
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    info = json.loads((out / "models" / "solid" / "model.json").read_text())
+    assert info["kind"] == "full3d"
+    assert info["voxel_size_um"] == [2.5, 1.0, 1.0]
+    assert isinstance(load_model(out / "models" / "solid").network, VolumeNetwork)
+    assert 0 <= json.loads((out / "evaluation" / "metrics.json").read_text())["ap"]["0.50"] <= 1
+    with (out / "models" / "solid" / "history.csv").open() as history:
+        rows = list(csv.DictReader(history))
+    assert all(-1 <= float(row["validation_flow_cosine_z"]) <= 1 for row in rows)
+
+
+def test_prepare_keeps_the_planes_and_stores_physical_flows(data, volumes):
+    stored = load_volumes(read_slices(volumes), "train")
+    assert stored.infos[0].shape == SHAPE
+    labels = read_labels(data / "ea" / "labels" / "t0.tif")
+    arrays = stored.read(0)
+    np.testing.assert_array_equal(arrays.labels > 0, labels > 0)
+    np.testing.assert_allclose(
+        np.moveaxis(arrays.flows, -1, 0) / FLOW_STEPS, flows_3d(labels, SIZE), atol=0.005
+    )
+    table = stored.nuclei[0]
+    for label, centre in enumerate(table.centres, start=1):
+        np.testing.assert_allclose(centre, np.argwhere(arrays.labels == label).mean(axis=0) + 0.5, atol=1e-3)
+    assert np.isfinite(table.contrasts).any()
+    assert sum(stored.flow_variances) == pytest.approx(1, abs=0.1)
+
+
+def test_preparing_twice_gives_the_same_bytes(data, volumes, tmp_path):
+    prepare(params_of(), data, tmp_path / "again")
+    files = sorted(path.relative_to(volumes) for path in volumes.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*.*"))
+    assert all((volumes / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+
+
+def test_tanh_targets_reach_model_and_prediction(data, tmp_path):
+    params = params_of(prepare={"targets": "tanh"}, calibrate={"volumes": 0})
+    prepare(params, data, tmp_path / "slices")
+    stored = load_volumes(read_slices(tmp_path / "slices"), "train").read(0)
+    wanted = tanh_flows_3d(stored.labels.astype(np.int64))
+    np.testing.assert_allclose(np.moveaxis(stored.flows, -1, 0) / FLOW_STEPS, wanted, atol=0.005)
+    train(params, tmp_path / "slices", tmp_path / "solid")
+    assert load_model(tmp_path / "solid").info.full3d.targets == "tanh"
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(volumes, model, tmp_path):
+    class Killed(Exception):  # noqa: N818 - what a signal would be
+        pass
+
+    def kill(report):
+        raise Killed
+
+    params = params_of(calibrate={"volumes": 0})
+    with pytest.raises(Killed):
+        train(params, volumes, tmp_path / "solid", on_epoch=kill)
+    train(params, volumes, tmp_path / "solid")
+    first, second = weights_of(model), weights_of(tmp_path / "solid")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_training_can_start_from_a_3d_model_of_its_shape_only(volumes, model, tmp_path):
+    def stop(report):
+        raise StopTraining("enough")
+
+    gentle = {"start_from": str(model), "learning_rate": 1e-12, "weight_decay": 0.0, "epochs": 1}
+    params = params_of(train=params_of().train.model_dump() | gentle, calibrate={"volumes": 0})
+    train(params, volumes, tmp_path / "on", on_epoch=stop)
+    first, second = weights_of(model), weights_of(tmp_path / "on")
+    kernel = next(name for name, value in first.items() if value.ndim == 5)
+    assert torch.allclose(first[kernel], second[kernel], atol=1e-6)
+    other = params_of().train.model_dump() | {"start_from": str(model)}
+    other["full3d"] = {"profile": "small", "style": True, "patch": [8, 16, 16]}
+    with pytest.raises(InputError, match="another network"):
+        train(params_of(train=other), volumes, tmp_path / "other")
+
+
+def test_blocks_give_what_the_whole_gives(data, model, tmp_path, monkeypatch):
+    from nuclei3d.stages import block_plan
+
+    params = params_of()
+    images = [data / "ec" / "images" / "t0.tif"]
+    whole = predict(params, images, str(model), tmp_path / "whole").frames[0]
+    monkeypatch.setattr(block_plan, "MARGIN_DIAMETERS", 0.9)
+    monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
+    cut = params_of(predict={"precision": "float32", "device": "cpu", "memory_gb": 4.6e-4})
+    parts = predict(cut, images, str(model), tmp_path / "parts").frames[0]
+    assert parts.masks.suffix == ".zarr"
+    labels = read_labels(whole.masks)
+    joined = np.asarray(read_zarr_labels(parts.masks))
+    # away from the faces the network sees the same; near them its zeros instead of the neighbour
+    same = ((labels > 0) == (joined > 0)).mean()
+    assert same > 0.9
+
+
+@pytest.mark.parametrize("mode", ["ortho", "stitch"])
+def test_a_2d_mode_is_refused_in_one_line(data, model, tmp_path, mode):
+    params = params_of(predict={"mode": mode})
+    with pytest.raises(InputError, match="use full3d") as raised:
+        predict(params, [data / "ec" / "images" / "t0.tif"], str(model), tmp_path / "p")
+    assert "\n" not in str(raised.value)
+
+
+def test_planes_and_volumes_are_not_mixed_up(data, volumes, tmp_path):
+    planes = params_of(train={"network": "views2d"})
+    with pytest.raises(InputError, match="prepared for train.network 'full3d', not 'views2d'"):
+        train(planes, volumes, tmp_path / "m")
+    with pytest.raises(InputError, match="planes only"):
+        write_augmentation_sheet(params_of(), volumes, tmp_path / "sheet.png")
+
+
+def test_a_damaged_data_set_is_named(volumes, tmp_path):
+    import shutil
+
+    shutil.copytree(volumes, tmp_path / "v")
+    file = tmp_path / "v" / "train" / "ea_t0_lbl.npy"
+    np.save(file, np.zeros((2, 3, 4), np.uint16))
+    with pytest.raises(InputError, match=r"ea_t0_lbl\.npy has shape \(2, 3, 4\)"):
+        train(params_of(), tmp_path / "v", tmp_path / "m")
+    file.unlink()
+    with pytest.raises(InputError, match="cannot read .*ea_t0_lbl.npy"):
+        train(params_of(), tmp_path / "v", tmp_path / "m")
+
+
+def test_a_patch_that_does_not_suit_the_pooling_is_explained(volumes, tmp_path):
+    settings = params_of().train.model_dump() | {"full3d": {"patch": [10, 20, 20]}}
+    with pytest.raises(InputError, match=r"multiples of \[4, 8, 8\]"):
+        train(params_of(train=settings), volumes, tmp_path / "m")
