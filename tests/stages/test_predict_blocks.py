@@ -16,7 +16,13 @@ from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import measure_range, sampled_planes
 from nuclei3d.core.scoring.matching import overlap_table
 from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.core.targets.flow_targets import flows_2d
+from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
+from nuclei3d.core.volume_network import (
+    VolumeNetwork,
+    VolumeSpec,
+    new_volume_network,
+    plan_architecture,
+)
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
@@ -76,6 +82,33 @@ def frame(image: np.ndarray, tmp_path: Path) -> Path:
     return tmp_path / "embryo.tif"
 
 
+class SolidOracle(VolumeNetwork):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        output = np.empty((len(image), 4, *image.shape[2:]), np.float32)
+        for one, made in zip(image[:, 0].float().numpy(), output, strict=True):
+            labels = ndimage.label(one > 0.5)[0]
+            made[:3] = 5 * flows_3d(labels, VOXELS)
+            made[3] = np.where(labels > 0, 6, -6)
+        return torch.from_numpy(output)
+
+
+@pytest.fixture
+def solid_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder that loads as the oracle in 3D."""
+    spec = VolumeSpec(plan_architecture(2.0, "small"), 2.0, (16, 24, 24))
+    info = ModelInfo(name="oracle", kind="full3d", full3d=spec, diameter_px=12, nucleus_diameter_um=12)
+    save_model(tmp_path / "solid", new_volume_network(spec, 0), info, "oracle")
+
+    def load(path: Path) -> Model:
+        return Model(SolidOracle(spec), info, path if path.is_file() else path / "oracle")
+
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
+    monkeypatch.setattr(block_tasks, "load_model", load)
+    monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
+    block_tasks._network.cache_clear()
+    return tmp_path / "solid"
+
+
 def in_blocks(*overrides: str) -> Params:
     return load_params(None, ["predict.memory_gb=0.012", *overrides])
 
@@ -96,6 +129,17 @@ def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys):
     volumes = [sorted(float(row.split(",")[4]) for row in table[1:]) for table in rows]
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
     assert not list((tmp_path / "cut").glob(".embryo_blocks"))
+
+
+def test_blocks_of_a_3d_network_give_the_nuclei_of_the_whole(frame, solid_model, tmp_path, capsys):
+    whole = predict(Params(), [frame], str(solid_model), tmp_path / "whole").frames[0]
+    cut = predict(in_blocks("predict.mode=full3d"), [frame], str(solid_model), tmp_path / "cut").frames[0]
+    blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
+    assert blocks is not None
+    assert int(blocks[1]) >= 4
+    table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
+    assert table.n_true == table.n_pred == cut.nuclei
+    assert (table.best_true_iou > 0.95).all()
 
 
 def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):
