@@ -1,0 +1,313 @@
+"""A fully 3D network against the 2D views, at the same training budget, on embryos it never saw.
+
+    python benchmarks/full3d.py --data BBBC050 --out DIR [--arms NAME ...] [--minutes 6] [--json]
+
+Arms on BBBC050, split by embryo: the first attempt in kind (targets tanh((c - x) / 5) in voxels, all axes
+pooled alike, axes not balanced in the loss), heat targets alone, pooling by the voxel size alone, both, and
+the 2D views. Further arms train on simulated embryos of anisotropy 5.75 and 11.5. Each arm trains for
+`--minutes` of processor time and chooses its thresholds on the validation embryo; the table is of the test
+embryo. A training that was stopped goes on, an arm that is done is not done again. Seconds are processor
+time, so that a busy machine changes nothing; the peak of the memory is that of the process that predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nuclei3d.config import Params
+from nuclei3d.config.loading import validate_params
+from nuclei3d.console import say
+
+# column of the table: name in an arm's record
+COLUMNS = {
+    "AP .5": "ap_0.50",
+    "AP .75": "ap_0.75",
+    "SEG": "seg",
+    "MUCov": "mucov",
+    "faint recall": "recall_faint",
+    "z flow cosine": "cosine_z",
+    "x flow cosine": "cosine_x",
+    "s / Mvox": "seconds_per_mvox",
+    "peak GB": "peak_gb",
+    "steps": "steps",
+}
+BBBC050 = {
+    "train": [f"Emb{n:02d}" for n in range(1, 10)],
+    "validation": ["Emb10"],
+    "test": ["Emb11"],
+}
+SIMULATED = {"train": ["embryo_a"], "validation": ["embryo_b"], "test": ["embryo_c"]}
+_COMMON = {
+    "epochs": 10_000,
+    "learning_rate": 2.0e-3,
+    "schedule": "constant",
+    "warmup_steps": 20,
+    "ema": 0.98,
+    "select": "last",
+    "sampling": {"balance": "frames"},
+    "augment": {"dim_share": 0.4, "brightness_gamma": 0.3, "noise": 0.05},
+}
+_VIEWS = {
+    "network": "views2d",
+    "diameter_px": 17,
+    "batch_size": 8,
+    "crop_px": 128,
+    "crops_per_epoch": 80,
+    "sampling": {"balance": "frames", "nucleus_centred": 0.5},
+}
+_SOLID = {
+    "network": "full3d",
+    "diameter_px": 17,
+    "batch_size": 2,
+    "crops_per_epoch": 60,
+    "validation_crops": 16,
+}
+_FIRST = {"profile": "small", "patch": [24, 64, 64], "pooling": "isotropic", "balance_axes": False}
+_SPACING = {"profile": "small", "patch": [24, 64, 64]}
+# name: (data, targets, train)
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tanh, isotropic pooling": ("bbbc050", "tanh", {**_SOLID, "full3d": _FIRST}),
+    "heat, isotropic pooling": (
+        "bbbc050",
+        "heat",
+        {**_SOLID, "full3d": {**_FIRST, "balance_axes": True}},
+    ),
+    "tanh, pooling by spacing": (
+        "bbbc050",
+        "tanh",
+        {**_SOLID, "full3d": {**_SPACING, "balance_axes": False}},
+    ),
+    "heat, pooling by spacing": ("bbbc050", "heat", {**_SOLID, "full3d": _SPACING}),
+    "2D views": ("bbbc050", "heat", _VIEWS),
+    "simulated, anisotropy 5.75": (
+        "simulated_5.75",
+        "heat",
+        {**_SOLID, "diameter_px": 27.3, "full3d": {"profile": "small", "patch": [12, 80, 80]}},
+    ),
+    "simulated, anisotropy 11.5": (
+        "simulated_11.5",
+        "heat",
+        {**_SOLID, "diameter_px": 54.6, "full3d": {"profile": "small", "patch": [10, 128, 128]}},
+    ),
+}
+_SIMULATE = {
+    "simulated_5.75": {"shape": [24, 128, 128], "voxel_size_um": [2.0, 0.348, 0.348], "frames": [6, 2, 2]},
+    "simulated_11.5": {"shape": [24, 224, 224], "voxel_size_um": [2.0, 0.174, 0.174], "frames": [6, 2, 2]},
+}
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "." else "_" for c in name)
+
+
+def params_of(arm: str) -> Params:
+    data, targets, train = ARMS[arm]
+    split = BBBC050 if data == "bbbc050" else SIMULATED
+    tree = {
+        "seed": 0,
+        "data": {"split": {"by": "embryo", **split}},
+        "prepare": {
+            "downsample_xy": 1.0,
+            "step_xy": 2,
+            "step_xz": 4,
+            "step_yz": 4,
+            "sparse_share": 0.1,
+            "targets": targets,
+            "workers": 1,
+        },
+        "train": {**_COMMON, **train, "name": "model"},
+        "calibrate": {"volumes": 0},
+        "evaluate": {"bootstrap": 200},
+        "tracking": {"enabled": False},
+    }
+    if data in _SIMULATE:
+        tree["simulate"] = {**_SIMULATE[data], "nuclei": 14}
+    return validate_params(tree, "the benchmark")
+
+
+def data_folder(arm: str, data: Path, out: Path) -> Path:
+    """Give the embryos of an arm; simulated ones are made."""
+    from nuclei3d.stages.simulate import simulate
+
+    name = ARMS[arm][0]
+    if name == "bbbc050":
+        return data
+    folder = out / name
+    if not folder.is_dir():
+        simulate(params_of(arm), folder)
+    return folder
+
+
+def train_arm(arm: str, data: Path, out: Path, minutes: float) -> None:
+    """Prepare what the arm needs and train it until its processor time is used up."""
+    from nuclei3d.core.training.loop import StopTraining
+    from nuclei3d.stages.prepare import prepare
+    from nuclei3d.stages.train import train
+
+    params = params_of(arm)
+    name, targets, settings = ARMS[arm]
+    slices = out / f"{name}_{settings['network']}_{targets}"
+    source = data_folder(arm, data, out)
+    if not slices.is_dir():
+        prepare(params, source, slices)
+    folder = out / slug(arm)
+    folder.mkdir(exist_ok=True)
+    spent_file = folder / "train_seconds"
+    before = float(spent_file.read_text()) if spent_file.is_file() else 0.0
+    started = time.process_time()
+
+    def on_epoch(report: Any) -> None:
+        spent = before + time.process_time() - started
+        spent_file.write_text(f"{spent:.1f}\n")
+        if spent >= 60 * minutes:
+            raise StopTraining(f"{minutes:g} minutes of processor time are used up")
+
+    train(params, slices, folder / "model", data=source, on_epoch=on_epoch)
+
+
+def predict_arm(arm: str, data: Path, out: Path) -> dict[str, Any]:
+    """Choose thresholds on the validation embryo; segment and judge the test embryo."""
+    from nuclei3d.core.networks import choose_device
+    from nuclei3d.core.resampling import resize_nearest
+    from nuclei3d.core.segmentation.labelling import label_flows
+    from nuclei3d.core.segmentation.prediction import predict_flows
+    from nuclei3d.core.targets.flow_targets import flows_3d
+    from nuclei3d.models.folder import load_model
+    from nuclei3d.models.settings import segmentation_settings
+    from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
+    from nuclei3d.stages.evaluate import evaluate
+    from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
+    from nuclei3d.volumes.writing import write_image, write_labels
+
+    params = params_of(arm)
+    source = data_folder(arm, data, out)
+    folder = out / slug(arm)
+    model = load_model(folder / "model")
+    device = choose_device("auto")
+    wanted = params.calibrate.model_copy(update={"volumes": 4})
+    calibrating = params.model_copy(update={"calibrate": wanted})
+    volumes = read_calibration_volumes(calibrating, source)
+    info, _ = with_thresholds(model.network, model.info, calibrating, volumes, device)
+    settings = segmentation_settings(info, params.predict)
+    sums = np.zeros((3, 3))
+    seconds = voxels = 0.0
+    for frame in split_embryos(find_embryos(source), params.data.split).test:
+        volume = read_labelled(frame, params.data)
+        started = time.process_time()
+        flows = predict_flows(volume.image, volume.voxel_size, model.network, settings, device)
+        labels, _ = label_flows(flows, volume.image.shape, settings)
+        seconds += time.process_time() - started
+        voxels += volume.image.size
+        true_labels = resize_nearest(volume.labels, flows.logit.shape).astype(np.uint32)
+        truth = flows_3d(true_labels, flows.voxel_size)
+        inside = true_labels > 0
+        for axis in range(3):
+            a, b = flows.flow[axis][inside].astype(np.float64), truth[axis][inside].astype(np.float64)
+            sums[axis] += (a @ b, a @ a, b @ b)
+        place = Path(frame.embryo) / f"{frame.frame}.ome.tif"
+        write_labels(
+            folder / "pred" / frame.embryo / f"{frame.frame}_masks.ome.tif", labels, volume.voxel_size
+        )
+        write_labels(folder / "truth" / place, volume.labels.astype(np.uint32), volume.voxel_size)
+        write_image(folder / "images" / place, volume.image, volume.voxel_size)
+    evaluate(params, folder / "truth", folder / "pred", folder / "evaluation", images=folder / "images")
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    history = (folder / "model" / "history.csv").read_text().splitlines()
+    train = params.train
+    steps = (len(history) - 1) * -(-int(train.crops_per_epoch or 0) // train.batch_size)
+    cosines = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
+    return {
+        "arm": arm,
+        "ap_0.50": metrics["ap"]["0.50"],
+        "ap_0.75": metrics["ap"]["0.75"],
+        "seg": metrics["seg"],
+        "mucov": metrics["mucov"],
+        "recall_faint": metrics["recall_faint"],
+        "precision": metrics["precision"],
+        "recall": metrics["recall"],
+        "intervals": metrics.get("intervals", {}),
+        **{f"cosine_{axis}": float(value) for axis, value in zip("zyx", cosines, strict=True)},
+        "seconds_per_mvox": seconds / voxels * 1e6,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "steps": steps,
+        "train_seconds": float((folder / "train_seconds").read_text()),
+        "nuclei": metrics["n_true"],
+    }
+
+
+def run_arm(arm: str, data: Path, out: Path, minutes: float) -> dict[str, Any]:
+    """Train and judge an arm, each in a process of its own, unless its record is there."""
+    record = out / slug(arm) / f"record_{minutes:g}.json"
+    if not record.is_file():
+        say(f"--- {arm}")
+        for step in ("train", "predict"):
+            command = [sys.executable, __file__, "--data", str(data), "--out", str(out)]
+            command += ["--minutes", str(minutes), "--arms", arm, "--step", step]
+            subprocess.run(command, check=True)
+    result: dict[str, Any] = json.loads(record.read_text())
+    return result
+
+
+def as_markdown(records: list[dict[str, Any]]) -> str:
+    """Draw the table."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for record in records:
+        cells = [
+            str(record[key])
+            if isinstance(record[key], int)
+            else f"{record[key]:.3f}"
+            if record[key] is not None
+            else ""
+            for key in COLUMNS.values()
+        ]
+        lines.append(f"| {record['arm']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the embryos (BBBC050)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--minutes", type=float, default=6.0, help="processor time of each training")
+    parser.add_argument("--step", choices=["train", "predict"], help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.step == "train":
+        train_arm(args.arms[0], args.data, args.out, args.minutes)
+        return
+    if args.step == "predict":
+        record = predict_arm(args.arms[0], args.data, args.out)
+        path = args.out / slug(args.arms[0]) / f"record_{args.minutes:g}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    records = [run_arm(arm, args.data, args.out, args.minutes) for arm in args.arms]
+    solid, views = (
+        next((r for r in records if r["arm"] == name), None)
+        for name in ("heat, pooling by spacing", "2D views")
+    )
+    result: dict[str, Any] = {"minutes": args.minutes, "arms": records}
+    if solid is not None and views is not None:
+        result["faster_than_views"] = views["seconds_per_mvox"] / solid["seconds_per_mvox"]
+    simulated = [r["cosine_z"] for r in records if r["arm"].startswith("simulated")]
+    if simulated:
+        result["z_flows_learned"] = min(simulated) >= 0.8
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "table.md").write_text(as_markdown(records) + "\n")
+    print(json.dumps(result) if args.json else as_markdown(records))
+
+
+if __name__ == "__main__":
+    main()
