@@ -163,7 +163,7 @@ def predict(
     ],
     out: Out,
     mode: Annotated[
-        str | None, typer.Option("--mode", help="ortho, stitch, cellpose or full3d; see params.yaml.")
+        str | None, typer.Option("--mode", help="auto, ortho, stitch, cellpose or full3d; see params.yaml.")
     ] = None,
     memory: Annotated[
         float | None,

@@ -204,3 +204,13 @@ def test_a_patch_that_does_not_suit_the_pooling_is_explained(volumes, tmp_path):
     settings = params_of().train.model_dump() | {"full3d": {"patch": [10, 20, 20]}}
     with pytest.raises(InputError, match=r"multiples of \[4, 8, 8\]"):
         train(params_of(train=settings), volumes, tmp_path / "m")
+
+
+def test_debris_becomes_background(data, volumes, tmp_path):
+    sizes = load_volumes(read_slices(volumes), "train").nuclei[0].volumes_um3
+    least = float(np.sort(sizes)[1])
+    prepare(params_of(prepare={"min_volume_um3": least}), data, tmp_path / "slices")
+    described = read_slices(tmp_path / "slices")
+    stored = load_volumes(described, "train")
+    assert stored.infos[0].nuclei == len(sizes) - 1 == stored.read(0).labels.max()
+    assert described.summary["labels_left_out"] >= 1

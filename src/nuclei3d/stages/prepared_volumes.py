@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nuclei3d.core.label_boxes import compact_labels
 from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.core.scoring.contrast import nucleus_contrast
-from nuclei3d.core.slicing import nucleus_volumes_um3
+from nuclei3d.core.slicing import drop_small_labels, nucleus_volumes_um3
 from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
 from nuclei3d.core.training.planes import quantise_flows, quantise_image
 from nuclei3d.core.training.volume_set import compact_type, measure_flow_power
@@ -64,6 +64,7 @@ class FrameVolume:
     voxel_um: float
     volumes_um3: tuple[float, ...]
     contrasts: tuple[float, ...]
+    labels_left_out: int
     nuclei: tuple[tuple[Any, ...], ...]
 
 
@@ -77,8 +78,10 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
     volume = read_labelled(frame, params.data)
     norm = params.normalization
     intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
-    sizes = nucleus_volumes_um3(volume.labels, volume.voxel_size)
-    contrast = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
+    kept, dropped = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
+    volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
+    sizes = nucleus_volumes_um3(kept, volume.voxel_size)
+    contrast = nucleus_contrast(volume.image, kept, volume.voxel_size)
     image, labels, voxel_size = _to_grid(volume, params.prepare.downsample_xy)
     numbers = np.unique(labels)
     numbers = numbers[numbers > 0]
@@ -121,6 +124,7 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         voxel_size.x,
         tuple(sizes.values()),
         tuple(float(contrast[label]) for label in sizes),
+        dropped,
         tuple(_nuclei(record.file, labels, voxel_size, contrast[numbers])),
     )
 
