@@ -34,13 +34,13 @@ from nuclei3d.core.slicing import (
 from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
 from nuclei3d.stages.prepared_volumes import (
-    NUCLEI_FILE,
     FrameVolume,
     VolumeRecord,
     store_frame,
     write_nuclei,
 )
 from nuclei3d.stages.training_planes import pack_planes
+from nuclei3d.stages.training_volumes import NUCLEI_FILE
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_folder
 

@@ -22,12 +22,11 @@ from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
 from nuclei3d.core.training.planes import quantise_flows, quantise_image
 from nuclei3d.core.training.volume_set import compact_type, measure_flow_power
 from nuclei3d.errors import InputError
+from nuclei3d.stages.training_volumes import SUFFIXES
 from nuclei3d.volumes.embryos import EmbryoFrame, LabelledVolume, read_labelled
 from nuclei3d.volumes.voxel_size import VoxelSize
 
-NUCLEI_FILE = "nuclei.csv"
 NUCLEI_COLUMNS = ("file", "label", "z", "y", "x", "volume_um3", "contrast")
-SUFFIXES = ("_img", "_lbl", "_flows")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ import numpy as np
 
 from nuclei3d.core.training.volume_set import NucleusTable, VolumeArrays, VolumeInfo, VolumeSet
 from nuclei3d.errors import InputError
-from nuclei3d.stages.prepared_volumes import NUCLEI_FILE, SUFFIXES
 from nuclei3d.stages.training_planes import MANIFEST_FILE, Slices
 from nuclei3d.volumes.voxel_size import VoxelSize
+
+NUCLEI_FILE = "nuclei.csv"
+SUFFIXES = ("_img", "_lbl", "_flows")
+"""Of the files of a volume: intensities, labels, flows."""
 
 _MEND = "make the data set again with 'nuclei3d prepare'"
 
