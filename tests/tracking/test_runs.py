@@ -61,7 +61,11 @@ def test_a_stage_inside_another_is_its_child(params: Params) -> None:
     assert run_of(params, job.run_id).info.run_name == "pipeline"
 
 
-def test_the_run_that_mlflow_run_made_is_adopted(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_that_mlflow_run_made_is_adopted(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the experiment is MLflow's own: its artifacts go to mlruns in the working directory
+    monkeypatch.chdir(tmp_path)
     client = open_store(params.tracking)
     experiment = client.create_experiment("chosen by mlflow run")
     outer = client.create_run(experiment).info.run_id

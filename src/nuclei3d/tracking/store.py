@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ANSWER_TIMEOUT_S = 5.0
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
@@ -83,8 +84,9 @@ def open_store(params: TrackingParams) -> MlflowClient:
 def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
     """Give the id of the experiment, made if it is new (or was deleted).
 
-    With SQLite its artifacts lie beside the database, in mlartifacts/<experiment>, at an absolute path:
-    MLflow's own default would depend on the directory from which the first run was started.
+    Its artifacts lie at an absolute path, in mlartifacts/<experiment> beside a SQLite database, or in the
+    project directory with a database server: MLflow's own default, mlruns in the working directory, would
+    depend on where the first run was started. A tracking server has a place of its own.
     """
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
@@ -97,8 +99,9 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
         return str(experiment.experiment_id)
     location = None
     uri = store_uri(params)
-    if uri.startswith(SQLITE):
-        location = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" / name).as_uri()
+    if urlsplit(uri).scheme.partition("+")[0] in _DATABASES:
+        beside = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else project_folder()
+        location = (beside / "mlartifacts" / name).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=dict([_KIND])))
     except MlflowException:

@@ -186,9 +186,15 @@ def test_on_the_same_machine_nobody_waits_for_the_grace(tmp_path: Path, database
     assert states(database) == [TrialState.FAIL, TrialState.WAITING]
 
 
-def test_mlflow_keeps_its_runs_in_postgresql(tmp_path: Path, server: str, database: str) -> None:
+def test_mlflow_keeps_its_runs_in_postgresql(
+    tmp_path: Path, server: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "MLproject").write_text("name: mine\n")
+    monkeypatch.chdir(project)
     store = new_database(server)
     tracked = ["tracking.enabled=true", f"tracking.uri={store}"]
     result = run(tmp_path, database, *tracked, trials=3)
@@ -196,6 +202,7 @@ def test_mlflow_keeps_its_runs_in_postgresql(tmp_path: Path, server: str, databa
     assert result.run_id is not None
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
+    assert parent.info.artifact_uri.startswith((project / "mlartifacts").as_uri())
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
