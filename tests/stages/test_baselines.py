@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 
 from nuclei3d.config import Params, load_params
+from nuclei3d.core.volume_network import VolumeSpec, plan_architecture
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.stages.baselines import predict_baselines
 
 FRAMES = {"c": [Path("data/c/images/t0.tif")]}
+
+
+SPEC = VolumeSpec(plan_architecture(2.2, "small"), 2.2, (24, 64, 64))
 
 
 def write_model(folder: Path, weights: str, **info: Any) -> Path:
@@ -55,12 +59,24 @@ def test_another_model_that_is_champion_is_a_baseline(
 def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
     calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    crown(monkeypatch, write_model(tmp_path / "a", "old", kind="full3d"))
+    crown(monkeypatch, write_model(tmp_path / "a", "old", kind="full3d", full3d=SPEC))
     predict_baselines(load_params(None, []), FRAMES, "models:/other@champion", tmp_path / "one")
     crown(monkeypatch, write_model(tmp_path / "b", "old"))
     full3d = load_params(None, ["predict.mode=full3d", "evaluate.baselines=[champion, stock_fusion]"])
     predict_baselines(full3d, FRAMES, "models:/other@champion", tmp_path / "two")
     assert [mode for _, mode, _ in calls] == ["full3d", "ortho"]
+
+
+def test_cellposes_fusion_is_left_out_beside_a_3d_model(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crown(monkeypatch, None)
+    params = load_params(None, ["evaluate.baselines=[stock_fusion]"])
+    solid = write_model(tmp_path / "solid", "new", kind="full3d", full3d=SPEC)
+    assert predict_baselines(params, FRAMES, str(solid), tmp_path / "one") == {}
+    flat = write_model(tmp_path / "flat", "new")
+    predict_baselines(params, FRAMES, str(flat), tmp_path / "two")
+    assert [mode for _, mode, _ in calls] == ["cellpose"]
 
 
 def test_the_champion_itself_and_no_champion_are_no_baselines(

@@ -82,13 +82,22 @@ def keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
 def _wanted(params: Params, model: str) -> list[Baseline]:
     wanted = []
     if "stock_fusion" in params.evaluate.baselines:
-        if params.predict.mode == "full3d":
+        if _is_3d(params, model):
             say("Cellpose has no fusion for a 3D network: that baseline is left out")
         else:
             wanted.append(Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):
         wanted.append(champion)
     return wanted
+
+
+def _is_3d(params: Params, model: str) -> bool:
+    """Say whether the model that is evaluated has a 3D network, as far as the mode or its folder tells."""
+    from nuclei3d.models.folder import INFO_FILE
+    from nuclei3d.models.info import read_info
+
+    file = Path(model) / INFO_FILE
+    return params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d")
 
 
 def _find_champion(params: Params, model: str) -> Baseline | None:
