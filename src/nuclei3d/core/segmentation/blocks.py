@@ -124,8 +124,9 @@ def plan_blocks(
     counts = [1, 1, 1]
     while True:
         cores = [math.ceil(size / count) for size, count in zip(shape, counts, strict=True)]
+        # A block at the end of an axis has a margin on one side only, and of two blocks both are.
         outer = [
-            min(size, core + 2 * margin) if count > 1 else size
+            min(size, core + min(count - 1, 2) * margin)
             for size, core, margin, count in zip(shape, cores, margins, counts, strict=True)
         ]
         if math.prod(outer) <= max_voxels:
