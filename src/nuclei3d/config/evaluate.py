@@ -27,7 +27,11 @@ class EvaluateParams(Section):
     contrast_bins: Annotated[int, Field(ge=2)] = 5
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     resample: Literal["auto", "embryo", "time"] = "auto"
-    baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = ("otsu", "champion")
+    baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = (
+        "otsu",
+        "stock_fusion",
+        "champion",
+    )
     min_true_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     surface_distances: bool = True
     report: bool = True
