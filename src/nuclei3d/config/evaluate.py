@@ -18,9 +18,9 @@ class EvaluateParams(Section):
 
     `baselines` are put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a
     distance-transform watershed, where there are images) and, where held-out frames are predicted (assess,
-    run), ``champion`` (the registered one, if there is one and it is another model) and ``stock_fusion`` (the
-    same network with Cellpose's own do_3D). The last is left out unless asked for: it takes longer than the
-    model itself and many times the memory of a volume.
+    run), ``stock_fusion`` (the same network with Cellpose's own do_3D; on a CPU it takes several times as
+    long as the model, and many times the memory of a volume) and ``champion`` (the registered one, if there
+    is one and it is another model).
     """
 
     thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
