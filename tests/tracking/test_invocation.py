@@ -94,7 +94,7 @@ def test_the_signature_has_all_parameters_of_a_request() -> None:
     defaults = {spec.name: spec.default for spec in signature.params}
     assert set(defaults) == set(RequestParams.model_fields)
     assert defaults["diameter_um"] == 9.5
-    assert read_request_params(defaults).mode == "ortho"
+    assert read_request_params(defaults).mode == PredictParams().mode == "auto"
 
 
 def test_a_volume_may_come_as_bytes_or_base64() -> None:
