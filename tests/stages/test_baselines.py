@@ -50,7 +50,9 @@ def test_another_model_that_is_champion_is_a_baseline(
     model = write_model(tmp_path / "model", "new")
     out = tmp_path / "baselines"
     (out / "champion_3" / "c").mkdir(parents=True)
-    made = predict_baselines(load_params(None, ["predict.mode=stitch"]), FRAMES, str(model), out)
+    made = predict_baselines(
+        load_params(None, ["predict.mode=stitch", "evaluate.baselines=[champion]"]), FRAMES, str(model), out
+    )
     assert made == {"champion (version 4)": out / "champion_4"}
     assert calls == [("models:/nuclei_3d/4", "stitch", out / "champion_4" / "c")]
     assert not (out / "champion_3").exists()
@@ -60,7 +62,12 @@ def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
     calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     crown(monkeypatch, write_model(tmp_path / "a", "old", kind="full3d", full3d=SPEC))
-    predict_baselines(load_params(None, []), FRAMES, "models:/other@champion", tmp_path / "one")
+    predict_baselines(
+        load_params(None, ["evaluate.baselines=[champion]"]),
+        FRAMES,
+        "models:/other@champion",
+        tmp_path / "one",
+    )
     crown(monkeypatch, write_model(tmp_path / "b", "old"))
     full3d = load_params(None, ["predict.mode=full3d", "evaluate.baselines=[champion, stock_fusion]"])
     predict_baselines(full3d, FRAMES, "models:/other@champion", tmp_path / "two")
@@ -85,6 +92,7 @@ def test_the_champion_itself_and_no_champion_are_no_baselines(
     model = write_model(tmp_path / "model", "same")
     for champion in (None, write_model(tmp_path / "champion", "same")):
         crown(monkeypatch, champion)
-        assert predict_baselines(load_params(None, []), FRAMES, str(model), tmp_path / "baselines") == {}
+        params = load_params(None, ["evaluate.baselines=[champion]"])
+        assert predict_baselines(params, FRAMES, str(model), tmp_path / "baselines") == {}
     assert calls == []
     assert (tmp_path / "baselines").is_dir()

@@ -81,7 +81,7 @@ def keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
 
 def _wanted(params: Params, model: str) -> list[Baseline]:
     wanted = []
-    if "stock_fusion" in params.evaluate.baselines:
+    if "stock_fusion" in params.evaluate.baselines and params.predict.mode != "cellpose":
         if _is_3d(params, model):
             say("Cellpose has no fusion for a 3D network: that baseline is left out")
         else:
