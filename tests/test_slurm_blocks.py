@@ -34,7 +34,8 @@ def test_a_job_runs_one_block_at_a_time_on_all_its_processors(blocks, tmp_path, 
 def test_the_recipe_submits_its_jobs_and_predicts_with_them(blocks, tmp_path, monkeypatch):
     """The stand-in for sbatch runs the job at once, that for predict asks the scheduler for its workers."""
     monkeypatch.chdir(tmp_path)
-    runs_it = 'bash "$1" >/dev/null 2>&1 &\necho "Submitted batch job $!"'
+    # like Slurm it keeps a copy: the script is gone as soon as it is submitted
+    runs_it = 'cp "$1" job.sh\nbash job.sh >/dev/null 2>&1 &\necho "Submitted batch job $!"'
     for name, body in (("sbatch", runs_it), ("scancel", "kill $1")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
