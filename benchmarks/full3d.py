@@ -208,11 +208,12 @@ def predict_arm(arm: str, data: Path, out: Path) -> dict[str, Any]:
         labels, _ = label_flows(flows, volume.image.shape, settings)
         seconds += time.process_time() - started
         voxels += volume.image.size
-        true_labels = resize_nearest(volume.labels, flows.logit.shape).astype(np.uint32)
+        true_labels = resize_nearest(volume.labels, flows.shape).astype(np.uint32)
         truth = flows_3d(true_labels, flows.voxel_size)
         inside = true_labels > 0
+        flow = flows.flow
         for axis in range(3):
-            a, b = flows.flow[axis][inside].astype(np.float64), truth[axis][inside].astype(np.float64)
+            a, b = flow[axis][inside].astype(np.float64), truth[axis][inside].astype(np.float64)
             sums[axis] += (a @ b, a @ a, b @ b)
         place = Path(frame.embryo) / f"{frame.frame}.ome.tif"
         write_labels(

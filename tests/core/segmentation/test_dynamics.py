@@ -11,6 +11,7 @@ from stardist.matching import matching
 from nuclei3d.core.label_boxes import find_boxes
 from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_2d_from_flows, masks_from_flows
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.masks import score_labels
 from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
@@ -195,9 +196,9 @@ def test_the_score_leaves_out_a_component_that_no_view_shows() -> None:
     truth, _, logit = ball()
     flow = np.zeros((3, *truth.shape), np.float32)
     flow[1:] = np.stack([flows_2d(plane) for plane in truth], axis=1)
-    scores = score_labels(truth, find_boxes(truth), flow, logit, VoxelSize(1, 1, 1))
+    scores = score_labels(truth, find_boxes(truth), FlowField.of(flow, logit, VoxelSize(1, 1, 1)))
     assert scores[1] > 0.9
-    scores = score_labels(truth, find_boxes(truth), np.zeros_like(flow), logit, VoxelSize(1, 1, 1))
+    scores = score_labels(truth, find_boxes(truth), FlowField.of(0 * flow, logit, VoxelSize(1, 1, 1)))
     assert scores[1] == 0
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.labelling import FlowField, label_flows
+from nuclei3d.core.segmentation.flow_field import FlowField
+from nuclei3d.core.segmentation.labelling import label_flows
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.thresholds import LabelledFlow, choose_thresholds
 from nuclei3d.core.targets.flow_targets import flows_3d
@@ -35,7 +36,7 @@ def volume() -> LabelledFlow:
     logit[seen > 0] = 0.2
     logit[(seen > 0) & (balls([(10, 10, 10), (10, 10, 30), (10, 10, 50)], 4.5, shape) > 0)] = 4.0
     logit[seen == 3] = 0.6
-    return LabelledFlow(FlowField(flows_3d(seen, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
+    return LabelledFlow(FlowField.of(flows_3d(seen, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
 
 
 def test_the_false_nucleus_goes_and_the_true_ones_get_their_size(volume: LabelledFlow) -> None:
@@ -64,6 +65,6 @@ def test_counting_agrees_with_segmenting_again(volume: LabelledFlow) -> None:
 def test_defaults_stay_where_nothing_is_better() -> None:
     truth = balls([(10, 10, 10)], 5.0, (20, 20, 20))
     logit = np.where(truth > 0, 8.0, -8.0).astype(np.float32)
-    exact = LabelledFlow(FlowField(flows_3d(truth, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
+    exact = LabelledFlow(FlowField.of(flows_3d(truth, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
     chosen = choose_thresholds([exact], SETTINGS, (-1.0, 0.0, 1.0), (0.5,), (0.0, 0.1))
     assert (chosen.cellprob, chosen.score, chosen.min_volume_um3) == (0.0, 0.0, 0.0)

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.core.label_boxes import available_threads
+from nuclei3d.core.segmentation.flow_field import LOGIT_UNITS, FlowField
 from nuclei3d.core.segmentation.masks import clean_labels, keep_labels, score_labels
 from nuclei3d.core.segmentation.sinks import group_sinks
-from nuclei3d.core.segmentation.trajectories import BinGrid, follow, pack_flow
+from nuclei3d.core.segmentation.trajectories import BinGrid, follow
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -106,18 +107,19 @@ def masks_from_flows(
     InputError
         If shapes do not fit or the diameter is not positive.
     """
-    if logit.ndim != 3 or flow.shape != (3, *logit.shape):
-        raise InputError(
-            f"dynamics: flow {flow.shape} and logit {logit.shape} do not fit; "
-            "expected (3, Z, Y, X) and (Z, Y, X)"
-        )
+    field = FlowField.of(flow, logit, voxel_size, threads)
+    return masks_from_field(field, nucleus_diameter_um, settings, threads=threads)
+
+
+def masks_from_field(
+    field: FlowField, nucleus_diameter_um: float, settings: MaskSettings, *, threads: int | None = None
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Segment nuclei from their flow; parameters, results and errors as `masks_from_flows`."""
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
-    labels = _sink_of_each_voxel(flow, logit, voxel_size, nucleus_diameter_um, settings, threads)
+    labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
     bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
-    scores = finish_labels(
-        labels, flow, logit, voxel_size, bounds_um3, settings.score_threshold, threads=threads
-    )
+    scores = finish_labels(labels, field, bounds_um3, settings.score_threshold, threads=threads)
     return labels, scores
 
 
@@ -158,20 +160,18 @@ def masks_2d_from_flows(
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {diameter_px} pixels")
     volume_flow = np.zeros((3, 1, *logit.shape), np.float32)
     volume_flow[1:, 0] = flow
-    volume_logit = np.ascontiguousarray(logit[np.newaxis], dtype=np.float32)
     plane = VoxelSize(_PLANE_DEPTH, 1.0, 1.0)
-    labels = _sink_of_each_voxel(volume_flow, volume_logit, plane, diameter_px, settings, 1)
+    field = FlowField.of(volume_flow, logit[np.newaxis], plane, 1)
+    labels = _sink_of_each_voxel(field, diameter_px, settings, 1)
     min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
     bounds = (min_pixels * plane.volume_um3, np.inf)
-    finish_labels(labels, volume_flow, volume_logit, plane, bounds, settings.score_threshold, threads=1)
+    finish_labels(labels, field, bounds, settings.score_threshold, threads=1)
     return np.asarray(labels[0])
 
 
 def finish_labels(
     labels: NDArray[np.uint32],
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    voxel_size: VoxelSize,
+    field: FlowField,
     bounds_um3: tuple[float, float],
     score_threshold: float,
     *,
@@ -183,8 +183,8 @@ def finish_labels(
     ----------
     labels : uint32 array, shape (Z, Y, X)
         Raw labels; afterwards 1..n, each one 6-connected piece without holes.
-    flow, logit, voxel_size
-        As for `masks_from_flows`.
+    field : FlowField
+        Of that shape.
     bounds_um3 : tuple of float
         Least and largest volume.
     score_threshold : float
@@ -197,9 +197,9 @@ def finish_labels(
     float32 array, shape (n + 1,)
         Score in 0..1 by label; entry 0 is 0.
     """
-    least, most = (bound / voxel_size.volume_um3 for bound in bounds_um3)
+    least, most = (bound / field.voxel_size.volume_um3 for bound in bounds_um3)
     where = clean_labels(labels, least, most, threads)
-    scores = score_labels(labels, where, flow, logit, voxel_size, threads)
+    scores = score_labels(labels, where, field, threads)
     keep = scores >= max(score_threshold, _LEAST_SCORE)
     keep[0] = True
     if keep.all():
@@ -209,17 +209,11 @@ def finish_labels(
 
 
 def _sink_of_each_voxel(
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    voxel_size: VoxelSize,
-    diameter_um: float,
-    settings: MaskSettings,
-    threads: int | None,
+    field: FlowField, diameter_um: float, settings: MaskSettings, threads: int | None
 ) -> NDArray[np.uint32]:
     """Label every foreground voxel with the number of the sink that it flows to."""
     threads = available_threads() if threads is None else threads
-    shape = logit.shape
-    packed = np.empty((*shape, 4), np.int16)
+    shape, voxel_size = field.shape, field.voxel_size
     ends = np.empty(shape, np.uint32)
     edges = np.array(voxel_size.zyx, np.float32)
     in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
@@ -229,26 +223,15 @@ def _sink_of_each_voxel(
     step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
     rounds = 40 + int(4 * diameter_um / step_um)
     bin_edges = np.array(grid.edges_um, np.float32)
-
-    def pack(start: int, stop: int) -> int:
-        # Slab by slab: numba knows no half precision, and the whole in single would take twice the memory.
-        slab = np.ascontiguousarray(flow[:, start:stop], dtype=np.float32)
-        slab_logit = np.ascontiguousarray(logit[start:stop], dtype=np.float32)
-        threshold = settings.cellprob_threshold
-        return int(pack_flow(slab, slab_logit, threshold, packed[start:stop], 0, stop - start))
+    threshold = settings.cellprob_threshold * LOGIT_UNITS
 
     def run(start: int, stop: int) -> int:
-        return int(
-            follow(packed, edges, step_um, 0.15 * step_um, rounds, bin_edges, grid.shape, ends, start, stop)
-        )
+        steps = (step_um, 0.15 * step_um, rounds)
+        return int(follow(field.packed, threshold, edges, *steps, bin_edges, grid.shape, ends, start, stop))
 
     slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:
-        foreground = sum(pool.map(pack, slabs[:-1], slabs[1:]))
-        if foreground == 0:
-            ends[:] = 0
-            return ends
-        list(pool.map(run, slabs[:-1], slabs[1:]))
-    packed = np.empty((0, 0, 0, 4), np.int16)  # lets go of the largest array of all
-    group_sinks(ends, grid, settings.sink_radius * diameter_um)
+        foreground = sum(pool.map(run, slabs[:-1], slabs[1:]))
+    if foreground > 0:
+        group_sinks(ends, grid, settings.sink_radius * diameter_um)
     return ends

@@ -7,15 +7,13 @@ and a hole belongs to a label only if nothing else touches it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.core.label_boxes import LabelBoxes, find_boxes, share_labels
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.targets.heat import nucleus_flows_3d, take_piece
-from nuclei3d.volumes.voxel_size import VoxelSize
 
 
 @njit(cache=True, nogil=True)
@@ -140,8 +138,7 @@ def _score(
     if not seen.any():
         error = count
     consistency = max(0.0, 1.0 - error / count)
-    # Not finite where a hole was filled over a voxel without a valid flow.
-    return probability / count * consistency if np.isfinite(probability + error) else 0.0
+    return probability / count * consistency
 
 
 @njit(cache=True, nogil=True)
@@ -206,12 +203,10 @@ def clean_labels(
 def score_labels(
     labels: NDArray[np.uint32],
     where: LabelBoxes,
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    voxel_size: VoxelSize,
+    field: FlowField,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """Score every label: mean probability times consistency of the flow (float16 or float32).
+    """Score every label: mean probability times consistency of the flow.
 
     The consistency is 1 - e, not below 0, with e Cellpose's flow error in 3D: the mean over the nucleus of
     the squared difference between the given flow and the one computed from the mask alone. It is 1 for a
@@ -224,16 +219,13 @@ def score_labels(
         In 0..1; entry 0 (background) is 0.
     """
     scores = np.zeros(len(where.voxels), np.float32)
-    edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
+    edges = np.array(field.voxel_size.zyx) / min(field.voxel_size.zyx)
 
     def work(chosen: NDArray[np.int64]) -> None:
         for label in chosen:
             z0, z1, y0, y1, x0, x1 = (int(index) for index in where.boxes[label])
             box = (slice(z0, z1 + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
-            # Copies of the box: numba knows no half precision, and the whole in single would be large.
-            own_flow = np.array(flow[:, *box], dtype=np.float32)
-            own_logit = np.array(logit[box], dtype=np.float32)
-            scores[label] = _score(labels[box].copy(), label, edges, own_flow, own_logit)
+            scores[label] = _score(labels[box].copy(), label, edges, *field.unpack(box))
 
     share_labels(work, where.present, where.voxels, threads)
     return scores

@@ -15,9 +15,9 @@ from torch import Tensor
 from nuclei3d.core.networks import FLOW_SCALE, choose_precision
 from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import OccupiedSpace, occupied_space
 from nuclei3d.core.segmentation.grids import view_grid
-from nuclei3d.core.segmentation.labelling import FlowField
 from nuclei3d.core.segmentation.patch_tiling import Box, PatchTiling, padded
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import EMPTY_LOGIT
@@ -83,31 +83,31 @@ def predict_patch_flows(
     )
     training = network.training
     runner = _PatchRunner(network, device, settings)
-    flow = np.zeros((3, *shape), np.float16)
-    logit = np.full(shape, EMPTY_LOGIT, np.float16)
+    field = FlowField.zeros(shape, grid_voxel_size)
+    whole = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    field.add(whole, 3, np.broadcast_to(np.float32(EMPTY_LOGIT), shape), 1.0)
     try:
         overlap = [settings.nucleus_diameter_um / edge for edge in grid_voxel_size.zyx]
         tiling = PatchTiling(_occupied_box(occupied), network.spec, overlap, MAX_VOXELS[device.type])
-        logit[tiling.box] = 0
+        field.packed[tiling.box] = 0
         for done, place in enumerate(tiling.places, start=1):
             weight = tiling.weight(place)
             if _any_occupied(occupied, place):
-                output = runner(volume[place])
-                flow[(slice(None), *place)] += (output[:3] * weight).astype(np.float16)
-                logit[place] += (output[3] * weight).astype(np.float16)
+                for component, values in enumerate(runner(volume[place])):
+                    field.add(place, component, values, weight)
             else:
-                logit[place] += (EMPTY_LOGIT * weight).astype(np.float16)
+                field.add(place, 3, np.broadcast_to(np.float32(EMPTY_LOGIT), weight.shape), weight)
             if progress is not None:
                 # The last hundredth is for the masks.
                 progress(0.99 * done / len(tiling.places))
     finally:
         network.train(training)
     if network.spec.targets == "tanh":
-        flow = directions_from_tanh(flow, grid_voxel_size)
+        field = FlowField.of(directions_from_tanh(field.flow, grid_voxel_size), field.logit, grid_voxel_size)
     if seconds is not None:
         seconds["network"] = runner.seconds
         seconds["views"] = time.perf_counter() - started - runner.seconds
-    return FlowField(flow, logit, grid_voxel_size)
+    return field
 
 
 def volume_grid(

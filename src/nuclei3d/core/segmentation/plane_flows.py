@@ -14,10 +14,10 @@ from torch import nn
 from nuclei3d.core.networks import choose_precision
 from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import occupied_space
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.grids import view_grid
-from nuclei3d.core.segmentation.labelling import FlowField
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, predict_view
@@ -90,7 +90,8 @@ def predict_plane_flows(
     }
     # In mode stitch there is one view, whatever weights the settings have for three.
     trust = settings.view_weights if views == settings.views else None
-    fused = None if settings.fusion == "consensus" else FlowAccumulator(shape, views, trust)
+    field = FlowField.zeros(shape, grid_voxel_size) if settings.fusion == "mean" else None
+    fused = None if field is None else FlowAccumulator(field, views, trust)
     kept: list[ViewPrediction] = []
     report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
     try:
@@ -120,18 +121,13 @@ def predict_plane_flows(
     finally:
         for each, training in modes:
             each.train(training)
-    flow: NDArray[np.floating[Any]]
-    logit: NDArray[np.floating[Any]]
-    if fused is not None:
-        flow, logit = fused.flow, fused.logit
-    else:
-        flow, logit = fuse_views(
-            kept, settings.fusion, dict(zip(views, trust, strict=True)) if trust else None
-        )
+    if field is None:
+        weights: dict[str, float] | None = dict(zip(views, trust, strict=True)) if trust else None
+        field = FlowField.of(*fuse_views(kept, settings.fusion, weights), grid_voxel_size)
     if seconds is not None:
         seconds["network"] = sum(runner.seconds for runner in runners.values())
         seconds["views"] = time.perf_counter() - started - seconds["network"]
-    return FlowField(flow, logit, grid_voxel_size)
+    return field
 
 
 class _ProgressByView:

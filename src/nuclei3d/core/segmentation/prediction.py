@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.grids import check_scale
-from nuclei3d.core.segmentation.labelling import FlowField, label_flows, stitch_flows
+from nuclei3d.core.segmentation.labelling import label_flows, stitch_flows
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
 from nuclei3d.core.segmentation.patch_flows import predict_patch_flows
 from nuclei3d.core.segmentation.plane_flows import predict_plane_flows

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.core.scoring.matching import overlap_table
-from nuclei3d.core.segmentation.labelling import FlowField, label_flows
+from nuclei3d.core.segmentation.flow_field import FlowField
+from nuclei3d.core.segmentation.labelling import label_flows
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.volumes.voxel_size import VoxelSize
 

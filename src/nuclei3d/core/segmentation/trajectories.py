@@ -11,16 +11,13 @@ it stops as soon as its steps have become small (early stopping particle by part
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from nuclei3d.core.segmentation.flow_field import FLOW_UNITS
 from nuclei3d.volumes.voxel_size import VoxelSize
-
-FLOW_SCALE = 16384.0
-"""Packed flows are int16 in units of 1 / FLOW_SCALE: lengths up to 2, precise to 0.00006."""
 
 _SLOW = 0.25
 """Flows shorter than this move a particle by proportionally shorter steps; others by whole steps."""
@@ -51,47 +48,10 @@ class BinGrid:
         return cls((edge_um, edge_um, edge_um), (counts[0], counts[1], counts[2]))
 
 
-@njit(cache=True, nogil=True)
-def pack_flow(
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    threshold: float,
-    packed: NDArray[np.int16],
-    start: int,
-    stop: int,
-) -> int:
-    """Write planes start..stop of the flow as int16 (Z, Y, X, 4).
-
-    The last entry is 1 on the foreground. Flows that are not finite become 0 and background. Returns the
-    number of foreground voxels.
-    """
-    _, height, width = logit.shape
-    count = 0
-    for z in range(start, stop):
-        for y in range(height):
-            for x in range(width):
-                here = packed[z, y, x]
-                fz = flow[0, z, y, x]
-                fy = flow[1, z, y, x]
-                fx = flow[2, z, y, x]
-                length = np.sqrt(fz * fz + fy * fy + fx * fx)
-                if not np.isfinite(length):
-                    here[:] = 0
-                    continue
-                scale = FLOW_SCALE if length <= 1.5 else FLOW_SCALE * 1.5 / length
-                here[0] = np.int16(fz * scale)
-                here[1] = np.int16(fy * scale)
-                here[2] = np.int16(fx * scale)
-                here[3] = 0
-                if logit[z, y, x] > threshold:
-                    here[3] = 1
-                    count += 1
-    return count
-
-
 @njit(cache=True, nogil=True, fastmath=True)
 def follow(
     packed: NDArray[np.int16],
+    threshold_units: float,
     edges: NDArray[np.float32],
     step_um: float,
     smallest_step_um: float,
@@ -104,7 +64,8 @@ def follow(
 ) -> int:
     """Follow all foreground voxels of the planes start..stop; write 1 + the bin of their end into `ends`.
 
-    `edges` are the voxel's edges in um, (z, y, x). Returns the number of steps taken by all particles.
+    `packed` is a `FlowField`'s; voxels whose logit, in its units, is above the threshold are foreground.
+    `edges` are the voxel's edges in um, (z, y, x). Returns the number of foreground voxels.
     """
     depth, height, width, _ = packed.shape
     last_z = np.float32(depth - 1)
@@ -113,17 +74,19 @@ def follow(
     per_z = np.float32(1.0) / edges[0]
     per_y = np.float32(1.0) / edges[1]
     per_x = np.float32(1.0) / edges[2]
-    slow = np.float32(_SLOW * FLOW_SCALE)
+    slow = np.float32(_SLOW * FLOW_UNITS)
     one = np.float32(1.0)
     zero = np.float32(0.0)
     smallest = np.float32(smallest_step_um)
-    taken = 0
+    threshold = np.float32(threshold_units)
+    foreground = 0
     for z in range(start, stop):
         for y in range(height):
             for x in range(width):
-                if packed[z, y, x, 3] == 0:
+                if not np.float32(packed[z, y, x, 3]) > threshold:
                     ends[z, y, x] = 0
                     continue
+                foreground += 1
                 pz = np.float32(z)
                 py = np.float32(y)
                 px = np.float32(x)
@@ -132,7 +95,6 @@ def follow(
                 oy = zero
                 ox = zero
                 for _ in range(rounds):
-                    taken += 1
                     iz = min(int(pz), depth - 2) if depth > 1 else 0
                     iy = min(int(py), height - 2) if height > 1 else 0
                     ix = min(int(px), width - 2) if width > 1 else 0
@@ -174,4 +136,4 @@ def follow(
                 by = min(int(py * edges[1] / bin_edges[1]), bin_shape[1] - 1)
                 bx = min(int(px * edges[2] / bin_edges[2]), bin_shape[2] - 1)
                 ends[z, y, x] = np.uint32(1 + (bz * bin_shape[1] + by) * bin_shape[2] + bx)
-    return taken
+    return foreground
