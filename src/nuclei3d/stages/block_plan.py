@@ -90,14 +90,16 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
     voxel_size = frame.require_voxel_size()
     voxel_bytes = _voxel_bytes(frame, settings)
+    (_, height, width), _, depth = view_grid(frame.shape, voxel_size, settings)
+    pixels = [new / old for new, old in zip((depth, height, width), frame.shape, strict=True)]
     counts = _read_counts(folder / _PLAN_FILE)
     if counts is not None:
-        blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts)
+        blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts, pixels)
         room = run.slack * run.worker_gb * 1e9 - _PROCESS_BYTES
         if max(block.voxels for block in blocks) * voxel_bytes <= room:
             return blocks
     room = max(0.0, run.worker_gb * 1e9 - _PROCESS_BYTES)
-    blocks = plan_blocks(frame.shape, voxel_size, margin_um, room / voxel_bytes)
+    blocks = plan_blocks(frame.shape, voxel_size, margin_um, room / voxel_bytes, pixels)
     if count_blocks(blocks) != counts:
         for result in folder.glob("*.npy"):
             result.unlink()

@@ -86,8 +86,10 @@ def test_thin_planes_are_padded_to_sixteen_not_to_a_tile_and_go_in_together():
 @pytest.mark.parametrize("length", [513, 700, 960, 1025, 3000])
 def test_tiles_cover_every_pixel_with_weights_that_add_up_to_one(length):
     tiling = tile_starts(length, MAX_TILE["cpu"])
-    total = np.zeros(length)
+    assert length <= tiling.length < length + MULTIPLE
+    total = np.zeros(tiling.length)
     for start in tiling.starts:
+        assert start % 8 == 0
         total[start : start + tiling.size] += tiling.weight(start)
     np.testing.assert_allclose(total, 1, atol=1e-6)
     assert tiling.size <= MAX_TILE["cpu"]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.core.scoring.matching import match, overlap_table
+from nuclei3d.core.segmentation.lattice import grow_to_lattice
 from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -100,7 +101,11 @@ class BlockNuclei:
 
 
 def plan_blocks(
-    shape: tuple[int, int, int], voxel_size: VoxelSize, margin_um: float, max_voxels: float
+    shape: tuple[int, int, int],
+    voxel_size: VoxelSize,
+    margin_um: float,
+    max_voxels: float,
+    pixels: Sequence[float] | None = None,
 ) -> list[Block]:
     """Cut a volume into as few blocks as fit into memory.
 
@@ -114,6 +119,9 @@ def plan_blocks(
         How far the outer box reaches beyond the core.
     max_voxels
         Most voxels that an outer box may have.
+    pixels
+        Pixels of the network per voxel along (z, y, x): outer boxes then start on its lattice
+        (`nuclei3d.core.segmentation.lattice`), and are wider than the margin by up to two squares of it.
 
     Raises
     ------
@@ -123,14 +131,11 @@ def plan_blocks(
     margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]
     counts = [1, 1, 1]
     while True:
-        cores = [math.ceil(size / count) for size, count in zip(shape, counts, strict=True)]
-        # A block at the end of an axis has a margin on one side only, and of two blocks both are.
-        outer = [
-            min(size, core + min(count - 1, 2) * margin)
-            for size, core, margin, count in zip(shape, cores, margins, counts, strict=True)
-        ]
+        axes = _cut_axes(shape, voxel_size, margin_um, counts, pixels)
+        outer = [max(grown.stop - grown.start for _, grown in axis) for axis in axes]
         if math.prod(outer) <= max_voxels:
-            return lay_blocks(shape, voxel_size, margin_um, (counts[0], counts[1], counts[2]))
+            return lay_blocks(shape, voxel_size, margin_um, (counts[0], counts[1], counts[2]), pixels)
+        cores = [math.ceil(size / count) for size, count in zip(shape, counts, strict=True)]
         lengths = [
             core * edge if core > max(1, margin) else 0.0
             for core, edge, margin in zip(cores, voxel_size.zyx, margins, strict=True)
@@ -146,22 +151,40 @@ def plan_blocks(
 
 
 def lay_blocks(
-    shape: tuple[int, int, int], voxel_size: VoxelSize, margin_um: float, counts: tuple[int, int, int]
+    shape: tuple[int, int, int],
+    voxel_size: VoxelSize,
+    margin_um: float,
+    counts: tuple[int, int, int],
+    pixels: Sequence[float] | None = None,
 ) -> list[Block]:
     """Cut a volume into so many blocks along (z, y, x), as equal as can be; parameters as `plan_blocks`."""
-    margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]
-    cuts = [
-        np.linspace(0, size, count + 1).round().astype(int) for size, count in zip(shape, counts, strict=True)
+    axes = _cut_axes(shape, voxel_size, margin_um, counts, pixels)
+    return [
+        Block(index, (z[0], y[0], x[0]), (z[1], y[1], x[1]), shape)
+        for index, (z, y, x) in enumerate(itertools.product(*axes))
     ]
-    blocks = []
-    for index, place in enumerate(itertools.product(*(range(count) for count in counts))):
-        core = [slice(int(c[i]), int(c[i + 1])) for c, i in zip(cuts, place, strict=True)]
-        grown = [
-            slice(max(0, part.start - margin), min(size, part.stop + margin))
-            for part, margin, size in zip(core, margins, shape, strict=True)
-        ]
-        blocks.append(Block(index, (core[0], core[1], core[2]), (grown[0], grown[1], grown[2]), shape))
-    return blocks
+
+
+def _cut_axes(
+    shape: Sequence[int],
+    voxel_size: VoxelSize,
+    margin_um: float,
+    counts: Sequence[int],
+    pixels: Sequence[float] | None,
+) -> list[list[tuple[slice, slice]]]:
+    """Give, for each axis, core and outer part of each of so many blocks."""
+    axes = []
+    for axis, (size, count, edge) in enumerate(zip(shape, counts, voxel_size.zyx, strict=True)):
+        margin = math.ceil(margin_um / edge)
+        cuts = np.linspace(0, size, count + 1).round().astype(int)
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            grown = slice(max(0, int(start) - margin), min(size, int(stop) + margin))
+            if pixels is not None:
+                grown = grow_to_lattice(grown, size, pixels[axis])
+            parts.append((slice(int(start), int(stop)), grown))
+        axes.append(parts)
+    return axes
 
 
 def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from nuclei3d.core.resampling import resize_linear
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import OccupiedSpace, occupied_space
 from nuclei3d.core.segmentation.grids import view_grid
+from nuclei3d.core.segmentation.lattice import grow_to_lattice
 from nuclei3d.core.segmentation.patch_tiling import Box, PatchTiling, padded
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import EMPTY_LOGIT
@@ -88,7 +89,8 @@ def predict_patch_flows(
     field.add(whole, 3, np.broadcast_to(np.float32(EMPTY_LOGIT), shape), 1.0)
     try:
         overlap = [settings.nucleus_diameter_um / edge for edge in grid_voxel_size.zyx]
-        tiling = PatchTiling(_occupied_box(occupied), network.spec, overlap, MAX_VOXELS[device.type])
+        box = _occupied_box(occupied, network.spec.architecture.multiple)
+        tiling = PatchTiling(box, network.spec, overlap, MAX_VOXELS[device.type])
         field.packed[tiling.box] = 0
         for done, place in enumerate(tiling.places, start=1):
             weight = tiling.weight(place)
@@ -143,13 +145,14 @@ def directions_from_tanh(flow: NDArray[np.floating[Any]], voxel_size: VoxelSize)
     return np.asarray(way / length, np.float16)
 
 
-def _occupied_box(occupied: OccupiedSpace) -> Box:
-    """Give the box of all that can hold nuclei; an empty one if nothing can."""
+def _occupied_box(occupied: OccupiedSpace, multiple: Sequence[int]) -> Box:
+    """Give the box, on the network's lattice, of all that can hold nuclei; an empty one if nothing can."""
     box = []
     for axis, edges in enumerate(occupied.edges):
         found = np.flatnonzero(occupied.blocks.any(axis=tuple(a for a in range(3) if a != axis)))
         first, last = (found[0], found[-1] + 1) if len(found) else (0, 0)
-        box.append(slice(int(edges[first]), int(edges[last])))
+        whole = slice(int(edges[first]), int(edges[last]))
+        box.append(grow_to_lattice(whole, int(edges[-1]), pooling=multiple[axis]))
     return box[0], box[1], box[2]
 
 

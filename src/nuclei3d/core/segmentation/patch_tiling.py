@@ -81,8 +81,8 @@ class PatchTiling:
                 smaller = trained[longest]
             sizes[longest] = smaller
         self._axes = [
-            _cover(part.start, part.stop, size, min(over, size / 2))
-            for part, size, over in zip(box, sizes, overlap, strict=True)
+            _cover(part.start, part.stop, size, min(over, size / 2), factor)
+            for part, size, over, factor in zip(box, sizes, overlap, multiple, strict=True)
         ]
         self.size = tuple(sizes)
         self.places = [
@@ -105,12 +105,14 @@ class PatchTiling:
         return np.asarray(z[:, None, None] * y[:, None] * x)
 
 
-def _cover(start: int, stop: int, size: int, overlap: float) -> _Axis:
+def _cover(start: int, stop: int, size: int, overlap: float, multiple: int) -> _Axis:
+    """Place patches that start on the network's lattice; it pools `multiple` voxels into one."""
     length = stop - start
     if length <= size:
         return _Axis(start, stop, (0,), size)
-    count = math.ceil((length - overlap) / max(1.0, size - overlap))
-    starts = np.linspace(0, length - size, count).round().astype(int)
+    last = padded(length - size, multiple)
+    count = 1 + math.ceil(last / max(multiple, (size - overlap) // multiple * multiple))
+    starts = (np.linspace(0, last, count) / multiple).round().astype(int) * multiple
     return _Axis(start, stop, tuple(int(first) for first in starts), size)
 
 

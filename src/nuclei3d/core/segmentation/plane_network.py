@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.core.networks import CHANNELS, FLOW_SCALE
+from nuclei3d.core.segmentation.lattice import POOLING
 from nuclei3d.core.segmentation.openvino_network import compiled_cpnet, has_openvino
 from nuclei3d.errors import InputError
 
@@ -103,21 +104,19 @@ class PlaneNetwork:
         rows, columns = (tile_starts(size, MAX_TILE[self.device.type]) for size in (height, width))
         if len(rows.starts) == len(columns.starts) == 1:
             return self._forward(planes)
-        result = np.zeros((planes.shape[0], 3, height, width), np.float32)
+        planes = _mirrored(planes)
+        result = np.zeros((planes.shape[0], 3, *planes.shape[1:]), np.float32)
         for top in rows.starts:
             for left in columns.starts:
                 box = (slice(top, top + rows.size), slice(left, left + columns.size))
                 part = self._forward(np.ascontiguousarray(planes[:, box[0], box[1]]))
                 part *= rows.weight(top)[:, None] * columns.weight(left)
                 result[:, :, box[0], box[1]] += part
-        return result
+        return result[:, :, :height, :width]
 
     def _forward(self, planes: NDArray[np.float32]) -> NDArray[np.float32]:
         count, height, width = planes.shape
-        pad_height, pad_width = padded(height) - height, padded(width) - width
-        if pad_height or pad_width:
-            # Mirrored, so that a nucleus cut by the border does not end in an edge that is none.
-            planes = np.pad(planes, ((0, 0), (0, pad_height), (0, pad_width)), mode="symmetric")
+        planes = _mirrored(planes)
         started = time.perf_counter()
         with torch.inference_mode():
             stack = torch.zeros((count, 2, *planes.shape[1:]), device=self.device)
@@ -150,6 +149,18 @@ class PlaneNetwork:
         if isinstance(output, tuple):
             output = output[0]
         return torch.as_tensor(output).float()
+
+
+def _mirrored(planes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pad planes (n, height, width) to what the network takes.
+
+    Mirrored, so that a nucleus cut by the border does not end in an edge that is none.
+    """
+    _, height, width = planes.shape
+    pad_height, pad_width = padded(height) - height, padded(width) - width
+    if not (pad_height or pad_width):
+        return planes
+    return np.pad(planes, ((0, 0), (0, pad_height), (0, pad_width)), mode="symmetric")
 
 
 def _compile(
@@ -210,12 +221,17 @@ class Tiling:
 
 
 def tile_starts(length: int, largest: int) -> Tiling:
-    """Cover an axis by as few equal tiles as possible, overlapping by at least `TILE_OVERLAP`."""
+    """Cover an axis, padded, by as few equal tiles as possible, overlapping by at least `TILE_OVERLAP`.
+
+    All start on the network's lattice (`nuclei3d.core.segmentation.lattice`).
+    """
     if length <= largest:
         return Tiling(length, [0], length)
-    count = -(-(length - TILE_OVERLAP) // (largest - TILE_OVERLAP))
-    size = min(largest, padded(-(-(length + (count - 1) * TILE_OVERLAP) // count)))
-    starts = np.linspace(0, length - size, count).round().astype(int)
+    length = padded(length)
+    overlap = TILE_OVERLAP + POOLING
+    count = -(-(length - overlap) // (largest - overlap))
+    size = min(largest, padded(-(-(length + (count - 1) * overlap) // count)))
+    starts = (np.linspace(0, length - size, count) / POOLING).round().astype(int) * POOLING
     return Tiling(length, [int(start) for start in starts], size)
 
 

@@ -18,6 +18,7 @@ from nuclei3d.core.resampling import resize_linear
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import OccupiedSpace
 from nuclei3d.core.segmentation.fusion import VIEW_AXES, View
+from nuclei3d.core.segmentation.lattice import grow_to_lattice
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork, padded
 
 VIEWS: tuple[View, ...] = ("xy", "xz", "yz")
@@ -114,12 +115,13 @@ def count_pixels(
     total = 0
     for view in views:
         axis = VIEW_AXIS[view]
-        stretch = 1.0 if axis == 0 else stretched_depth / shape[0]
+        height, width = (size for other, size in enumerate(shape) if other != axis)
+        depth = height if axis == 0 else stretched_depth
         for index in computed_indices(shape[axis], 1 if axis == 0 else step):
             box = occupied.box(axis, index, index)
             if box is not None:
-                height = round((box[0].stop - box[0].start) * stretch)
-                total += padded(height) * padded(box[1].stop - box[1].start)
+                rows, columns = _on_lattice(box, height, width, depth)
+                total += padded(_stretched_rows(rows, height, depth)) * padded(columns.stop - columns.start)
     return total
 
 
@@ -141,13 +143,13 @@ def _computed_planes(
             yield PlanePrediction(indices[done], _empty(height, width))
             done += 1
             continue
-        rows, columns = box
+        rows, columns = _on_lattice(box, height, width, depth)
         stretched = _stretched_rows(rows, height, depth)
         many = network.planes_per_batch(stretched, columns.stop - columns.start)
         chosen = indices[done : done + many]
         common = occupied.box(axis, chosen[0], chosen[-1])
         assert common is not None
-        rows, columns = common
+        rows, columns = _on_lattice(common, height, width, depth)
         stretched = _stretched_rows(rows, height, depth)
         stack = np.ascontiguousarray(planes[chosen, rows, columns])
         if stretched != stack.shape[1]:
@@ -160,6 +162,12 @@ def _computed_planes(
             whole[:, rows, columns] = predicted
             yield PlanePrediction(index, whole)
         done += len(chosen)
+
+
+def _on_lattice(box: tuple[slice, slice], height: int, width: int, depth: int) -> tuple[slice, slice]:
+    """Grow a box of a plane so that the network sees in it what it sees in the whole plane."""
+    rows, columns = box
+    return grow_to_lattice(rows, height, depth / height), grow_to_lattice(columns, width)
 
 
 def _stretched_rows(rows: slice, height: int, depth: int) -> int:
