@@ -3,15 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from nuclei3d.core.volume_network import (
-    Architecture,
-    VolumeSpec,
-    count_parameters,
-    new_volume_network,
-    plan_architecture,
-    plan_patch,
-    volume_network_from_state,
-)
+from nuclei3d.core.volume_network import Architecture, VolumeSpec, count_parameters, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture, plan_patch
+from nuclei3d.core.volume_weights import volume_network_from_state
 from nuclei3d.errors import InputError
 
 

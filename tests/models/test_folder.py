@@ -11,7 +11,8 @@ import torch
 
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
-from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network, plan_architecture
+from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo

@@ -1,7 +1,8 @@
 import pytest
 
 from nuclei3d.config.predict import PredictParams
-from nuclei3d.core.volume_network import VolumeSpec, plan_architecture
+from nuclei3d.core.volume_network import VolumeSpec
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.models.settings import effective_parameters, segmentation_settings

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.volume_network import VolumeSpec, plan_architecture
+from nuclei3d.core.volume_network import VolumeSpec
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.stages.baselines import predict_baselines
 

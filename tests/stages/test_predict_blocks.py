@@ -17,12 +17,8 @@ from nuclei3d.core.normalization import measure_range, sampled_planes
 from nuclei3d.core.scoring.matching import overlap_table
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
-from nuclei3d.core.volume_network import (
-    VolumeNetwork,
-    VolumeSpec,
-    new_volume_network,
-    plan_architecture,
-)
+from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo

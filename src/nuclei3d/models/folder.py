@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nuclei3d.console import say
 from nuclei3d.core.networks import network_from_state
-from nuclei3d.core.volume_network import volume_network_from_state
+from nuclei3d.core.volume_weights import volume_network_from_state
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo, read_info
 from nuclei3d.volumes.whole import whole_folder

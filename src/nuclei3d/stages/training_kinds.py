@@ -25,10 +25,9 @@ from nuclei3d.core.volume_network import (
     count_parameters,
     describe,
     new_volume_network,
-    plan_architecture,
-    plan_patch,
     same_architecture,
 )
+from nuclei3d.core.volume_planning import plan_architecture, plan_patch
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model, read_state, require_model
 from nuclei3d.stages.training_planes import Slices, load_planes

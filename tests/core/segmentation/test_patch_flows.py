@@ -13,13 +13,8 @@ from nuclei3d.core.segmentation.patch_tiling import PatchTiling
 from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.targets.flow_targets import flows_3d
-from nuclei3d.core.volume_network import (
-    Architecture,
-    VolumeNetwork,
-    VolumeSpec,
-    new_volume_network,
-    plan_architecture,
-)
+from nuclei3d.core.volume_network import Architecture, VolumeNetwork, VolumeSpec, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 from volumes_fixture import draw_volume

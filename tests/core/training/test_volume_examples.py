@@ -14,7 +14,8 @@ from nuclei3d.core.training.loop import Callbacks, train_network
 from nuclei3d.core.training.sampling import volume_weights
 from nuclei3d.core.training.state import TrainingState
 from nuclei3d.core.training.volume_examples import VolumeExamples
-from nuclei3d.core.volume_network import Architecture, VolumeSpec, new_volume_network, plan_architecture
+from nuclei3d.core.volume_network import Architecture, VolumeSpec, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture
 from nuclei3d.volumes.voxel_size import VoxelSize
 from volumes_fixture import make_volumes
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from nuclei3d.config import load_params
 from nuclei3d.core.networks import new_network
+from nuclei3d.core.volume_network import VolumeSpec, new_volume_network
+from nuclei3d.core.volume_planning import plan_architecture, plan_patch
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import load_model, save_model
+from nuclei3d.models.folder import save_model
 from nuclei3d.models.info import ModelInfo
 from nuclei3d.stages.export.export import ExportResult, export
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -33,6 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "my_nuclei"
     info = ModelInfo(name="my_nuclei", diameter_px=12.0, nucleus_diameter_um=9.0)
     save_model(folder, new_network(12.0, seed=3), info, "# my_nuclei\n\nA card.", compact=True)
+    return folder
+
+
+def volume_model(folder: Path, anisotropy: float, style: bool = False) -> Path:
+    architecture = plan_architecture(anisotropy, "small", style=style)
+    spec = VolumeSpec(architecture, anisotropy, plan_patch(architecture, 12.0, anisotropy, 2.0))
+    info = ModelInfo(name="solid", kind="full3d", full3d=spec, diameter_px=12.0, nucleus_diameter_um=9.0)
+    save_model(folder, new_volume_network(spec, seed=3), info, "# solid\n\nA card.")
     return folder
 
 
@@ -160,6 +171,21 @@ def test_regions_for_imagej_lie_in_their_planes(embryo: Path) -> None:
     np.testing.assert_array_equal([polygon.min(), polygon.max()], [4.0, 14.0])
 
 
+def accepted(package: Path, scratch: Path) -> None:
+    """Have bioimage.io's own program test a package."""
+    program = Path(sys.executable).with_name("bioimageio")
+    report = scratch / "report.json"
+    done = subprocess.run(
+        [str(program), "test", str(package), "--summary", str(report)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"BIOIMAGEIO_CACHE_PATH": str(scratch / "cache")},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert '"status":"passed"' in report.read_text().replace('": "', '":"')[:2000]
+
+
 @pytest.mark.slow  # bioimageio.core imports torch and runs both kinds of weights at several sizes
 def test_bioimageio_accepts_the_package(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
@@ -168,17 +194,51 @@ def test_bioimageio_accepts_the_package(model: Path, tmp_path: Path) -> None:
     assert package.name == "my_nuclei.zip"
     names = zipfile.ZipFile(package).namelist()
     assert {"rdf.yaml", "model.json", "README.md", "plane_network.py", "weights.pt"} <= set(names)
-    program = Path(sys.executable).with_name("bioimageio")
-    report = tmp_path / "report.json"
-    done = subprocess.run(
-        [str(program), "test", str(package), "--summary", str(report)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"BIOIMAGEIO_CACHE_PATH": str(tmp_path / "cache")},
+    accepted(package, tmp_path)
+
+
+@pytest.mark.slow  # as above
+def test_bioimageio_accepts_the_package_of_a_3d_network(tmp_path: Path) -> None:
+    pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
+    folder = volume_model(tmp_path / "solid", 11.5)
+    (package,) = run(tmp_path, model=str(folder), formats=["bioimageio"]).files["bioimageio"]
+    accepted(package, tmp_path)
+
+
+def test_a_package_of_a_3d_network_runs_without_nuclei3d(tmp_path: Path) -> None:
+    """What the package names is loaded by hand where this package cannot be imported, and gives the same."""
+    pytest.importorskip("bioimageio.spec", reason="pip install 'nuclei3d[export]'")
+    folder = volume_model(tmp_path / "solid", 5.75, style=True)
+    (package,) = run(tmp_path, model=str(folder), formats=["bioimageio"]).files["bioimageio"]
+    parts = tmp_path / "parts"
+    zipfile.ZipFile(package).extractall(parts)
+    described = yaml.safe_load((parts / "rdf.yaml").read_text())
+    (seen,), (made,) = described["inputs"], described["outputs"]
+    assert [axis.get("id", axis["type"]) for axis in seen["axes"]] == ["batch", "channel", "z", "y", "x"]
+    assert [(axis["size"]["step"], axis["scale"], axis["unit"]) for axis in seen["axes"][2:]] == [
+        (step, pytest.approx(scale), "micrometer") for step, scale in ((2, 4.3125), (8, 0.75), (8, 0.75))
+    ]
+    assert made["axes"][1]["channel_names"] == ["flow_z", "flow_y", "flow_x", "logit"]
+    text = (parts / "README.md").read_text()
+    assert "5.75 times as far apart in z" in text
+    assert "4.31 x 0.75 x 0.75 um" in text
+    made_by = described["weights"]["pytorch_state_dict"]["architecture"]
+    (parts / "use.py").write_text(
+        "import sys; sys.modules['nuclei3d'] = sys.modules['cellpose'] = None\n"
+        "import json, numpy as np, torch, volume_network\n"
+        f"network = volume_network.{made_by['callable']}(**json.load(open('arguments.json')))\n"
+        "network.load_state_dict(torch.load('weights.pt', weights_only=True)); network.eval()\n"
+        "scripted = torch.jit.load('weights_torchscript.pt')\n"
+        "image = torch.from_numpy(np.load('input.npy'))\n"
+        "wider = torch.nn.functional.pad(image, (0, 8, 0, 16, 0, 4))\n"
+        "with torch.no_grad():\n"
+        "    np.testing.assert_allclose(network(image), np.load('output.npy'), rtol=1e-3, atol=1e-4)\n"
+        "    np.testing.assert_allclose(network(wider), scripted(wider), rtol=1e-3, atol=1e-4)\n"
     )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert '"status":"passed"' in report.read_text().replace('": "', '":"')[:2000]
+    (parts / "arguments.json").write_text(json.dumps(made_by["kwargs"]))
+    command = [sys.executable, "use.py"]
+    done = subprocess.run(command, cwd=parts, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -199,12 +259,13 @@ def test_what_is_missing_is_told(tmp_path: Path, options: dict[str, Any], messag
     assert not (tmp_path / "exports").exists()
 
 
-def test_only_2d_networks_are_exported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load_model(model)
-    volumetric = replace(loaded, info=loaded.info.model_copy(update={"kind": "full3d"}))
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: volumetric)
-    with pytest.raises(InputError, match="only 2D networks"):
-        run(tmp_path, model=str(model))
+@pytest.mark.parametrize("formats", [[], ["cellpose"], ["cellpose", "bioimageio"]])
+def test_cellpose_gets_no_3d_network(tmp_path: Path, formats: list[str]) -> None:
+    folder = volume_model(tmp_path / "solid", 2.0)
+    with pytest.raises(InputError, match=r"'solid' is a 3D network.*--format bioimageio") as raised:
+        run(tmp_path, model=str(folder), formats=formats)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "exports").exists()
 
 
 def test_masks_without_their_image_are_told(embryo: Path) -> None:

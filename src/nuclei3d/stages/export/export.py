@@ -69,18 +69,21 @@ def export(
     images
         Their images; for ``seg``.
     formats
-        ``cellpose``: weights that Cellpose's command line and GUI load. ``bioimageio``: a package of the
-        network. ``seg``: a folder of images with ``_seg.npy`` that Cellpose's GUI opens. ``rois``: zip files
-        for ImageJ's ROI manager. None: ``cellpose`` for a model, and for masks ``rois``, with images ``seg``
-        too.
+        ``cellpose``: weights of a 2D network that Cellpose's command line and GUI load. ``bioimageio``: a
+        package of the network. ``seg``: a folder of images with ``_seg.npy`` that Cellpose's GUI opens.
+        ``rois``: zip files for ImageJ's ROI manager. None: ``cellpose`` for a model, and for masks ``rois``,
+        with images ``seg`` too.
 
     Raises
     ------
     InputError
-        If a format is unknown or lacks its input, model or masks cannot be read, or `out` holds something.
+        If a format is unknown, lacks its input or is not for this kind of model, model or masks cannot be
+        read, or `out` holds something.
     """
     wanted = _formats(formats, model, masks, images)
     loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
+    if loaded is not None and "cellpose" in wanted:
+        _check_for_cellpose(loaded)
     if "bioimageio" in wanted:
         from nuclei3d.stages.export.bioimageio import check_installed
 
@@ -138,13 +141,15 @@ def _load(model: str, params: Params) -> Model:
     from nuclei3d.models.folder import load_model
     from nuclei3d.tracking.registry import fetch_model, is_registered
 
-    loaded = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
-    if loaded.info.kind != "views2d":
+    return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
+
+
+def _check_for_cellpose(model: Model) -> None:
+    if model.info.kind != "views2d":
         raise InputError(
-            f"the model '{loaded.info.name}' is of kind '{loaded.info.kind}'; only 2D networks are exported "
-            f"to {' and '.join(OF_MODELS)}"
+            f"the model '{model.info.name}' is a 3D network, which Cellpose cannot load; export it with "
+            "--format bioimageio"
         )
-    return loaded
 
 
 def _find_masks(masks: Path) -> list[Entry]:
