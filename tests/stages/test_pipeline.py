@@ -210,7 +210,7 @@ def test_missing_data_and_a_bad_output_folder_are_told(
     data: Path, settings: list[str], tmp_path: Path
 ) -> None:
     params = load_params(None, settings)
-    with pytest.raises(InputError, match="dvc pull"):
+    with pytest.raises(InputError, match="no data set at"):
         run_pipeline(params, tmp_path / "absent", tmp_path / "out")
     with pytest.raises(InputError, match="lies in the data set"):
         run_pipeline(params, data, data / "out")

@@ -15,6 +15,7 @@ from nuclei3d.core.networks import network_from_state
 from nuclei3d.core.volume_weights import volume_network_from_state
 from nuclei3d.errors import InputError
 from nuclei3d.models.info import ModelInfo, read_info
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.whole import whole_folder
 
 INFO_FILE = "model.json"
@@ -77,17 +78,11 @@ def save_model(
 
 
 def require_model(path: Path, given_as: str = "--model") -> None:
-    """Raise InputError if there is nothing at a path; say how to get it where DVC knows it."""
-    if path.exists():
-        return
-    for tracked in (path, path.parent):
-        if Path(f"{tracked}.dvc").is_file():
-            raise InputError(
-                f"{path} is tracked by DVC but not here yet; get it with: dvc pull {tracked}.dvc"
-            )
-    raise InputError(
-        f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
-    )
+    """Raise InputError if there is nothing at a path."""
+    if not path.exists():
+        raise missing(
+            path, f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
+        )
 
 
 def load_model(path: Path) -> Model:

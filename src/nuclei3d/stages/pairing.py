@@ -16,6 +16,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.volumes.checks import to_labels
 from nuclei3d.volumes.frames import Frame, find_frames
 from nuclei3d.volumes.listing import frame_stem, list_volumes, natural_key
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.zarr_store import find_label_array, is_zarr
 
 # Words that mark a file as labels or as an image and say nothing about which frame it is.
@@ -181,7 +182,7 @@ def _find_entries(
     channel: str | int | None = None,
 ) -> list[Entry]:
     if not source.exists():
-        raise InputError(f"{source} does not exist; give a folder of label volumes, or one volume")
+        raise missing(source, f"{source} does not exist; give a folder of label volumes, or one volume")
     lone = source.is_file() or is_zarr(source)
     paths = [source] if lone else _volumes_below(source)
     if not lone:

@@ -14,6 +14,7 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.stages.assess import AssessFolders
 from nuclei3d.stages.ledger import Ledger
+from nuclei3d.volumes.missing import missing
 
 if TYPE_CHECKING:
     from nuclei3d.tracking.runs import StageRun
@@ -231,9 +232,8 @@ def _do_stages(
 
 def _check(data: Path, out: Path) -> None:
     if not data.is_dir():
-        raise InputError(
-            f"no data set at {data}; give --data DIR with <embryo>/images and <embryo>/labels, or get the "
-            "sample with: dvc pull data.dvc"
+        raise missing(
+            data, f"no data set at {data}; give --data DIR with <embryo>/images and <embryo>/labels"
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give another folder with --out")

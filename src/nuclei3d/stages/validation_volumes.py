@@ -11,6 +11,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
+from nuclei3d.volumes.missing import missing
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
     source = data if data is not None else Path(str(described.summary.get("data", "")))
     try:
         if not source.is_dir():
-            raise InputError(f"there is no folder {source} of labelled embryos (--data)")
+            raise missing(source, f"there is no folder {source} of labelled embryos (--data)")
         frames = split_embryos(find_embryos(source), params.data.split).validation
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")

@@ -17,6 +17,7 @@ from nuclei3d.tracking.lineage import md5_of_input
 from nuclei3d.tracking.packaging import LoggedModel, log_served_model
 from nuclei3d.tracking.runs import StageRun
 from nuclei3d.tracking.store import no_progress_bars, open_store
+from nuclei3d.volumes.missing import missing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,8 +117,8 @@ def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
     if not params.tracking.enabled:
         raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is no model folder; give the folder that holds model.json and the weights"
+        raise missing(
+            folder, f"{folder} is no model folder; give the folder that holds model.json and the weights"
         )
     read_info(folder / "model.json")
     read_metrics(metrics)

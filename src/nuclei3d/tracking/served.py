@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.errors import InputError
 from nuclei3d.tracking.invocation import refuse_second_model
 from nuclei3d.tracking.registry import download_served_model, is_registered, model_folder_in
+from nuclei3d.volumes.missing import missing
 
 if TYPE_CHECKING:
     from nuclei3d.tracking.serving_model import NucleiModel
@@ -38,7 +38,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     else:
         folder = Path(model)
         if not folder.is_dir():
-            raise InputError(f"{model} is no model folder; give one, or models:/name@champion")
+            raise missing(folder, f"{model} is no model folder; give one, or models:/name@champion")
     from nuclei3d.tracking.serving_model import NucleiModel
 
     served = NucleiModel()

@@ -15,6 +15,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.volumes.checks import check_image, to_labels
 from nuclei3d.volumes.frames import Frame, find_frames, single_label_frame
 from nuclei3d.volumes.listing import frame_stem, list_volumes, natural_key
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.splits import Embryo, EmbryoFrame, Split, split_embryos
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -66,7 +67,9 @@ def find_embryos(data: Path) -> list[Embryo]:
     """
     data = Path(data)
     if not data.is_dir():
-        raise InputError(f"the data folder {data} does not exist; expected DATA/<embryo>/images/<frame>.tif")
+        raise missing(
+            data, f"the data folder {data} does not exist; expected DATA/<embryo>/images/<frame>.tif"
+        )
     if (data / "images").is_dir():
         raise InputError(f"{data} is itself an embryo (it holds images/); give the folder above it")
     folders = [

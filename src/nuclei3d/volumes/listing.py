@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nuclei3d.errors import InputError
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.zarr_store import is_zarr
 
 _SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr")
@@ -47,7 +48,7 @@ def volume_paths(source: Path) -> list[Path]:
         If the path does not exist or the folder holds none.
     """
     if not source.exists():
-        raise InputError(f"{source} does not exist")
+        raise missing(source, f"{source} does not exist")
     if not source.is_dir() or is_zarr(source):
         return [source]
     paths = list_volumes(source)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.layout import Layout
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.tiff_scale import read_channel_names, read_scale
 
 # tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
@@ -161,7 +162,7 @@ class TiffArray:
 
 def _open_tiff(path: Path) -> tifffile.TiffFile:
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        raise missing(path, f"{path} does not exist")
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes); copy or export it again")

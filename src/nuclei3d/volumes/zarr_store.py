@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.layout import Layout
+from nuclei3d.volumes.missing import missing
 from nuclei3d.volumes.units import micrometres_per, voxel_size_or_reason
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -176,7 +177,7 @@ def _open_array(path: Path) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
     import zarr
 
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        raise missing(path, f"{path} does not exist")
     try:
         node = zarr.open(store=str(path), mode="r")
     except Exception as error:

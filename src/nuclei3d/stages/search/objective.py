@@ -12,6 +12,7 @@ from nuclei3d.config import Params
 from nuclei3d.config.search import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.task import TrialJob
+from nuclei3d.volumes.missing import missing
 
 if TYPE_CHECKING:
     from nuclei3d.core.scoring.assessment import Assessment
@@ -77,9 +78,10 @@ def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     from nuclei3d.volumes.embryos import find_embryos, split_embryos
 
     if not data.is_dir():
-        raise InputError(
+        raise missing(
+            data,
             f"models are judged on whole volumes, but there is no folder '{data}' of labelled embryos; "
-            "give it with --data"
+            "give it with --data",
         )
     frames = split_embryos(find_embryos(data), params.data.split).validation
     if not frames:
