@@ -35,7 +35,7 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.config.train import TrainParams
 from nuclei3d.console import say
 from nuclei3d.core.networks import choose_device, new_network
-from nuclei3d.core.training.batches import validation_batches
+from nuclei3d.core.training.crop_batches import validation_crops
 from nuclei3d.core.training.examples import PlaneExamples
 from nuclei3d.core.training.loop import train_network
 from nuclei3d.core.training.planes import PlaneSet
@@ -136,7 +136,7 @@ def stock_normalised(planes: PlaneSet) -> PlaneSet:
 
 def validation_loss(network: CPnet, planes: PlaneSet, described: Slices, settings: TrainParams) -> float:
     """Compute the loss on fixed crops, in float32."""
-    batches = validation_batches(
+    batches = validation_crops(
         planes,
         256,
         settings.crop_px,

@@ -13,7 +13,7 @@ from nuclei3d.cli import app
 from nuclei3d.config.loading import validate_params
 from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
 from nuclei3d.core.training.loop import StopTraining
-from nuclei3d.core.training.planes import FLOW_STEPS
+from nuclei3d.core.training.stored_images import FLOW_STEPS
 from nuclei3d.core.volume_network import VolumeNetwork
 from nuclei3d.errors import InputError
 from nuclei3d.models.folder import load_model

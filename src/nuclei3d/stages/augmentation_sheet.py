@@ -83,7 +83,8 @@ def draw_augmentation_sheet(
     """
     from matplotlib.figure import Figure
 
-    from nuclei3d.core.training.batches import NO_AUGMENTATION, CropMaker
+    from nuclei3d.core.training.batches import NO_AUGMENTATION
+    from nuclei3d.core.training.crop_batches import CropMaker
     from nuclei3d.core.training.sampling import epoch_order, plane_weights
 
     settings = params.train

@@ -19,7 +19,7 @@ from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_near
 from nuclei3d.core.scoring.contrast import nucleus_contrast
 from nuclei3d.core.slicing import drop_small_labels, nucleus_volumes_um3
 from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
-from nuclei3d.core.training.planes import quantise_flows, quantise_image
+from nuclei3d.core.training.stored_images import quantise_flows, quantise_image
 from nuclei3d.core.training.volume_set import compact_type, measure_flow_power
 from nuclei3d.errors import InputError
 from nuclei3d.stages.training_volumes import SUFFIXES
@@ -91,7 +91,7 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         flows = flows_3d(labels, voxel_size, threads=None if params.prepare.workers == 1 else 1)
     pixels, step, offset = quantise_image(image)
     stem = f"{frame.embryo}_{frame.frame}"
-    arrays = (pixels, compact_type(labels), np.moveaxis(quantise_flows(flows), 0, -1))
+    arrays = (pixels, compact_type(labels), quantise_flows(flows))
     known = contrast[numbers]
     known = known[np.isfinite(known)]
     depth, height, width = labels.shape

@@ -14,10 +14,10 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.core.networks import network_from_state, new_network
 from nuclei3d.core.training.examples import Examples, PlaneExamples
-from nuclei3d.core.training.planes import PlaneInfo, PlaneSet
+from nuclei3d.core.training.planes import PlaneSet
 from nuclei3d.core.training.sampling import plane_weights, volume_weights
+from nuclei3d.core.training.stored_images import ImageInfo
 from nuclei3d.core.training.volume_examples import VolumeExamples
-from nuclei3d.core.training.volume_set import VolumeInfo
 from nuclei3d.core.volume_network import (
     Targets,
     VolumeNetwork,
@@ -65,7 +65,7 @@ class Training:
     start_digest: str
     spec: VolumeSpec | None
     examples: Examples
-    infos: Sequence[PlaneInfo | VolumeInfo]
+    infos: Sequence[ImageInfo]
     weights: NDArray[np.float64]
     planes: PlaneSet | None
     plan: str

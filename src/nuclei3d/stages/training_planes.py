@@ -15,7 +15,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.core.training.planes import PlaneArrays, PlaneInfo, PlaneSet, quantise_flows, quantise_image
+from nuclei3d.core.training.planes import PlaneArrays, PlaneInfo, PlaneSet
+from nuclei3d.core.training.stored_images import quantise_flows, quantise_image
 from nuclei3d.errors import InputError
 
 SUMMARY_FILE = "summary.json"
@@ -232,8 +233,7 @@ def _read_plane(folder: Path, info: PlaneInfo) -> tuple[PlaneArrays, float, floa
     targets_path = image_path.with_name(image_path.stem + "_flows.tif")
     targets = _read_tiff(targets_path, (4, info.height, info.width))
     stored, step, offset = quantise_image(image)
-    flows = np.ascontiguousarray(np.moveaxis(quantise_flows(targets[2:4]), 0, -1))
-    return PlaneArrays(stored, targets[0].astype(np.uint16), flows), step, offset
+    return PlaneArrays(stored, targets[0].astype(np.uint16), quantise_flows(targets[2:4])), step, offset
 
 
 def _read_tiff(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -49,7 +49,14 @@ def load_volumes(slices: Slices, part: str) -> VolumeSet:
         table = np.array(nuclei[info.file], dtype=np.float32).reshape(-1, 5)
         tables.append(NucleusTable(table[:, :3], table[:, 3], table[:, 4]))
     arrays = [_map(folder, info) for info in infos]
-    return VolumeSet(infos, tuple(tables), step, offset, np.array(power).reshape(-1, 3), arrays.__getitem__)
+    return VolumeSet(
+        infos=infos,
+        step=step,
+        offset=offset,
+        nuclei=tuple(tables),
+        flow_power=np.array(power).reshape(-1, 3),
+        read=arrays.__getitem__,
+    )
 
 
 def _info(row: dict[str, str]) -> VolumeInfo:

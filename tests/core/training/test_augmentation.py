@@ -6,15 +6,15 @@ from scipy import ndimage
 
 from nuclei3d.config.train import AugmentParams
 from nuclei3d.core.targets.flow_targets import flows_2d
-from nuclei3d.core.training.augmentation import (
+from nuclei3d.core.training.appearance import (
     Appearance,
     add_noise,
     attenuate,
     brighten,
-    depth_of_crop,
     draw_appearance,
 )
-from nuclei3d.core.training.crops import CropPlan, crop_generator, cut_crop, draw_crop
+from nuclei3d.core.training.crop_appearance import blur_sigmas, coarse_factors, depth_of_crop
+from nuclei3d.core.training.crops import CropPlan, cut_crop, draw_crop
 from nuclei3d.core.training.dimming import (
     correlate_noise,
     dim_nuclei,
@@ -23,6 +23,7 @@ from nuclei3d.core.training.dimming import (
     noise_correlation,
     noise_of_crop,
 )
+from nuclei3d.core.training.draws import crop_generator
 from nuclei3d.core.training.filters import blur, coarsen
 from nuclei3d.core.training.planes import stack_planes
 from slices_fixture import draw_plane, plane_info
@@ -156,26 +157,28 @@ def test_z_can_be_kept_upright(plane, view, upright):
 
 
 def test_all_changes_are_off_by_default():
-    for view in ("xy", "xz", "yz"):
-        assert draw_appearance(AugmentParams(), view, False, np.random.default_rng(0)) == Appearance()
+    assert draw_appearance(AugmentParams(), np.random.default_rng(0)) == Appearance()
 
 
 def test_each_change_has_random_numbers_of_its_own():
     def draw(**settings):
-        return draw_appearance(AugmentParams(**settings), "xz", False, crop_generator(3, 2, 1, 1))
+        return draw_appearance(AugmentParams(**settings), crop_generator(3, 2, 1, 1))
 
     alone = draw(blur_px=2.0)
     together = draw(blur_px=2.0, noise=0.1, brightness_gamma=0.5, depth_attenuation=1.0, low_resolution=0.9)
-    assert (alone.blur_y, alone.blur_x) == (together.blur_y, together.blur_x)
+    assert alone.blur == together.blur > 0
     assert draw(noise=0.1).noise == together.noise
     assert draw(brightness_gamma=0.5).gamma == together.gamma
 
 
 def test_the_axial_direction_turns_with_the_plane():
-    upright = draw_appearance(AugmentParams(blur_px=2.0), "xz", False, np.random.default_rng(0))
-    turned = draw_appearance(AugmentParams(blur_px=2.0), "xz", True, np.random.default_rng(0))
-    assert upright.blur_y == pytest.approx(2 * upright.blur_x)
-    assert (turned.blur_y, turned.blur_x) == (upright.blur_x, upright.blur_y)
+    for view in ("xz", "yz"):
+        assert blur_sigmas(0.5, 2.0, view, False) == (1.0, 0.5)
+        assert blur_sigmas(0.5, 2.0, view, True) == (0.5, 1.0)
+        assert coarse_factors(3.0, view, False) == (3.0, 1.0)
+        assert coarse_factors(3.0, view, True) == (1.0, 3.0)
+    assert blur_sigmas(0.5, 2.0, "xy", False) == (0.5, 0.5)
+    assert coarse_factors(3.0, "xy", True) == (3.0, 3.0)
 
 
 def test_dimming_is_log_uniform_for_the_wished_share():

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.batches import BatchStream, CropMaker, validation_batches
-from nuclei3d.core.training.planes import quantise_image
+from nuclei3d.core.training.batches import BatchStream
+from nuclei3d.core.training.crop_batches import CropMaker, validation_crops
+from nuclei3d.core.training.stored_images import quantise_image
 from slices_fixture import make_planes
 
 EVERYTHING = AugmentParams(
@@ -80,7 +81,7 @@ def test_weights_follow_the_labels():
 
 def test_validation_crops_are_the_same_every_time_and_normalised():
     planes = make_planes(9)
-    first, second = (validation_batches(planes, 6, 48, 1.0, 14.0, 4) for _ in range(2))
+    first, second = (validation_crops(planes, 6, 48, 1.0, 14.0, 4) for _ in range(2))
     assert [len(batch.planes) for batch in first] == [4, 2]
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
     assert {planes.infos[p].view for batch in first for p in batch.planes} == {"xy", "xz", "yz"}
@@ -89,7 +90,7 @@ def test_validation_crops_are_the_same_every_time_and_normalised():
 
 
 def test_no_validation_planes_give_no_batches():
-    assert validation_batches(make_planes(0), 6, 48, 1.0, 14.0, 4) == []
+    assert validation_crops(make_planes(0), 6, 48, 1.0, 14.0, 4) == []
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

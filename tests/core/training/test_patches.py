@@ -4,8 +4,9 @@ import pytest
 from nuclei3d.config.train import AugmentParams, LossParams
 from nuclei3d.core.scoring.matching import average_precision, overlap_table
 from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.core.training.patch_batches import PatchMaker, validation_patches, volume_nucleus_weights
+from nuclei3d.core.training.patch_batches import PatchMaker, validation_patches
 from nuclei3d.core.training.patches import PatchSampling, draw_patch
+from nuclei3d.core.training.sampling import volume_nucleus_weights
 from nuclei3d.volumes.voxel_size import VoxelSize
 from volumes_fixture import make_volumes
 

@@ -1,4 +1,7 @@
-"""Batches of augmented crops, cut ahead of the network in threads that hold no interpreter lock."""
+"""Batches of augmented crops, cut ahead of the network in threads that hold no interpreter lock.
+
+Crops of planes are made by `crop_batches`, patches of volumes by `patch_batches`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,19 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.augmentation import (
-    Appearance,
-    change_appearance,
-    depth_of_crop,
-    draw_appearance,
-)
-from nuclei3d.core.training.crops import CropPlan, Stream, crop_generator, cut_crop, draw_crop
-from nuclei3d.core.training.dimming import draw_dimming
-from nuclei3d.core.training.planes import VIEWS, PlaneSet
 
 NO_AUGMENTATION = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
 
-VALIDATION_EPOCH = 2**62
+_VALIDATION_EPOCH = 2**62
 """Stands for the epoch in the generators of the validation crops, which are the same for every seed."""
 
 
@@ -76,108 +70,27 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class CropMaker:
-    """Cuts and augments crops; every crop depends on (seed, epoch, index, plane) and on nothing else.
-
-    Attributes
-    ----------
-    planes
-        What to cut from.
-    augment
-        What to change.
-    crop_px
-        Edge of the crops.
-    scale
-        Crop pixels per plane pixel: the network's diameter over the diameter on the planes.
-    diameter_px
-        The network's diameter.
-    seed
-        Seed of all draws.
-    nucleus_centred
-        Share of crops placed around a nucleus.
-    nucleus_weights
-        Loss weight per label and plane (`nuclei3d.core.training.sampling.nucleus_weights`), or None.
-    """
-
-    planes: PlaneSet
-    augment: AugmentParams
-    crop_px: int
-    scale: float
-    diameter_px: float
-    seed: int
-    nucleus_centred: float = 0.0
-    nucleus_weights: Sequence[NDArray[np.float32]] | None = None
-
-    def plan(self, plane: int, epoch: int, index: int) -> CropPlan:
-        """Draw where crop number `index` of an epoch is cut from a plane."""
-        rng = crop_generator(self.seed, epoch, index, Stream.GEOMETRY)
-        return draw_crop(
-            self.planes, plane, rng, self.augment, self.crop_px, self.scale, self.nucleus_centred
-        )
-
-    def make_batch(self, planes: NDArray[np.int64], epoch: int, first: int) -> Batch:
-        """Make a batch from these planes; its crops have the numbers `first`, `first` + 1, ..."""
-        count, size = len(planes), self.crop_px
-        images = np.zeros((count, size, size, 2), np.float32)
-        labels = np.empty((count, size, size), np.uint16)
-        flows = np.empty((count, 2, size, size), np.float32)
-        weights = None if self.nucleus_weights is None else np.empty((count, size, size), np.float32)
+def collect_batch(
+    images: Tensor,
+    labels: NDArray[np.unsignedinteger[Any]],
+    flows: NDArray[np.float32],
+    planes: NDArray[np.int64],
+    nucleus_weights: Sequence[NDArray[np.float32]] | None,
+) -> Batch:
+    """Put a batch together; parameters as in `Batch`, `nucleus_weights` per plane (volume) and label."""
+    weights = None
+    if nucleus_weights is not None:
+        weights = np.empty(labels.shape, np.float32)
         for i, plane in enumerate(planes):
-            image = np.empty((size, size), np.float32)
-            self._make_crop(int(plane), epoch, first + i, image, labels[i], flows[i])
-            images[i, :, :, 0] = image
-            if weights is not None and self.nucleus_weights is not None:
-                np.take(self.nucleus_weights[plane], labels[i], out=weights[i])
-        return Batch(
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
-            foreground=torch.from_numpy(labels > 0),
-            flows=torch.from_numpy(flows),
-            weights=None if weights is None else torch.from_numpy(weights),
-            labels=labels.astype(np.int32),
-            planes=planes,
-        )
-
-    def _make_crop(
-        self,
-        plane: int,
-        epoch: int,
-        index: int,
-        image: NDArray[np.float32],
-        labels: NDArray[np.uint16],
-        flows: NDArray[np.float32],
-    ) -> None:
-        plan = self.plan(plane, epoch, index)
-        info = self.planes.infos[plane]
-        gain, bias = self.planes.gains[plane]
-        cut_crop(*self.planes.read(plane), float(gain), float(bias), plan, image, labels, flows)
-        rng = crop_generator(self.seed, epoch, index, Stream.APPEARANCE)
-        appearance = draw_appearance(self.augment, info.view, plan.turned, rng)
-        if appearance == Appearance():
-            return
-        keeps = dimming_noise = None
-        if appearance.dims:
-            # numbered labels of a plane have no gaps, so their count is also the largest
-            largest = int(labels.max())
-            rng = crop_generator(self.seed, epoch, index, Stream.DIMMING)
-            keeps = draw_dimming(self.augment, largest, rng)
-            rng = crop_generator(self.seed, epoch, index, Stream.DIMMING_NOISE)
-            dimming_noise = rng.standard_normal(image.shape, dtype=np.float32)
-        noise = None
-        if appearance.noise:
-            rng = crop_generator(self.seed, epoch, index, Stream.NOISE)
-            noise = rng.standard_normal(image.shape, dtype=np.float32)
-        change_appearance(
-            image,
-            labels,
-            appearance,
-            self.augment,
-            depth=depth_of_crop(plan, info.view, info.height),
-            radius_px=max(2, round(self.diameter_px)),
-            keeps=keeps,
-            dimming_noise=dimming_noise,
-            noise=noise,
-        )
+            np.take(nucleus_weights[plane], labels[i], out=weights[i])
+    return Batch(
+        images=images,
+        foreground=torch.from_numpy(labels > 0),
+        flows=torch.from_numpy(flows),
+        weights=None if weights is None else torch.from_numpy(weights),
+        labels=labels.astype(np.int32),
+        planes=planes,
+    )
 
 
 class BatchMaker(Protocol):
@@ -248,21 +161,12 @@ class BatchStream:
         self.close()
 
 
-def validation_batches(
-    planes: PlaneSet, count: int, crop_px: int, scale: float, diameter_px: float, batch_size: int
-) -> list[Batch]:
-    """Cut fixed, unaugmented crops from planes spread evenly over a set; all fit in memory.
-
-    Every view has its share of the crops. Crops without nuclei occur as they occur in the planes. Positions
-    are drawn once and for all.
-    """
+def fixed_batches(maker: BatchMaker, planes: NDArray[np.int64], count: int, batch_size: int) -> list[Batch]:
+    """Cut crops from these planes (volumes), spread evenly; positions are drawn once and for all."""
     if not len(planes) or not count:
         return []
-    maker = CropMaker(planes, NO_AUGMENTATION, crop_px, scale, diameter_px, seed=0)
-    # ordered by view: an even spacing through planes in turns could miss one
-    by_view = np.argsort([VIEWS.index(info.view) for info in planes.infos], kind="stable")
-    chosen = by_view[((np.arange(count) + 0.5) * len(planes) / count).astype(np.int64)].astype(np.int64)
+    chosen = planes[((np.arange(count) + 0.5) * len(planes) / count).astype(np.int64)].astype(np.int64)
     return [
-        maker.make_batch(chosen[first : first + batch_size], VALIDATION_EPOCH, first)
+        maker.make_batch(chosen[first : first + batch_size], _VALIDATION_EPOCH, first)
         for first in range(0, count, batch_size)
     ]

@@ -1,8 +1,4 @@
-"""Cutting crops from planes: position, quarter turns, mirroring, rotation and scale in one resampling.
-
-The plan of a crop is drawn from a generator of its own, keyed by (seed, epoch, number of the crop), so that a
-crop is the same whatever worker cuts it, and a resumed training sees the crops that it would have seen.
-"""
+"""Cutting crops from planes: position, quarter turns, mirroring, rotation and scale in one resampling."""
 
 from __future__ import annotations
 
@@ -14,7 +10,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.planes import FLOW_STEPS, VIEWS, PlaneSet
+from nuclei3d.core.training.draws import range_of_middle, turn_matrix
+from nuclei3d.core.training.planes import VIEWS, PlaneSet
+from nuclei3d.core.training.stored_images import FLOW_STEPS
 
 
 class CropPlan(NamedTuple):
@@ -47,22 +45,6 @@ class CropPlan(NamedTuple):
         return abs(self.q01) > abs(self.q00)
 
 
-class Stream:
-    """Numbers of the independent random streams of one crop."""
-
-    GEOMETRY = 0
-    APPEARANCE = 1
-    DIMMING = 2
-    DIMMING_NOISE = 3
-    NOISE = 4
-
-
-def crop_generator(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
-    """Make the generator of one stream of one crop (counter-based: no stream overlaps another)."""
-    counter = np.array([0, 0, index, stream], np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=counter))
-
-
 def draw_crop(
     planes: PlaneSet,
     plane: int,
@@ -92,13 +74,7 @@ def draw_crop(
     info = planes.infos[plane]
     draw = rng.random(8)
     scale *= 1 - augment.rescale_range / 2 + augment.rescale_range * draw[0]
-    kind = augment.rotation if info.view == VIEWS[0] else augment.side_rotation
-    if kind == "quarter":
-        cos, sin = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[int(draw[1] * 4)]
-    elif kind == "free":
-        cos, sin = math.cos(2 * math.pi * draw[1]), math.sin(2 * math.pi * draw[1])
-    else:
-        cos, sin = 1.0, 0.0
+    rotation = augment.rotation if info.view == VIEWS[0] else augment.side_rotation
     # the rows of an xz or yz plane are z
     flips_rows = augment.flips and (augment.flip_z or info.view == VIEWS[0])
     flip_y = -1.0 if flips_rows and draw[2] < 0.5 else 1.0
@@ -111,25 +87,21 @@ def draw_crop(
             share_y = _share_of(row + 0.5, info.height, crop_px / scale)
             share_x = _share_of(column + 0.5, info.width, crop_px / scale)
     return CropPlan(
-        plane=plane,
-        centre_y=_centre(share_y, info.height, crop_px / scale),
-        centre_x=_centre(share_x, info.width, crop_px / scale),
-        q00=cos * flip_y,
-        q01=-sin * flip_x,
-        q10=sin * flip_y,
-        q11=cos * flip_x,
-        scale=scale,
+        plane,
+        _centre(share_y, info.height, crop_px / scale),
+        _centre(share_x, info.width, crop_px / scale),
+        *turn_matrix(rotation, draw[1], flip_y, flip_x),
+        scale,
     )
 
 
 def _centre(share: float, length: int, extent: float) -> float:
-    """Place the middle so that a smaller crop stays inside the plane, and a smaller plane inside the crop."""
-    first, last = sorted((extent / 2, length - extent / 2))
+    first, last = range_of_middle(length, extent)
     return first + share * (last - first)
 
 
 def _share_of(position: float, length: int, extent: float) -> float:
-    first, last = sorted((extent / 2, length - extent / 2))
+    first, last = range_of_middle(length, extent)
     return min(max((position - first) / max(last - first, 1e-9), 0.0), 1.0)
 
 

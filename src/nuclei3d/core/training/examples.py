@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuclei3d.config.train import TrainParams
-from nuclei3d.core.training.batches import Batch, BatchStream, CropMaker, validation_batches
+from nuclei3d.core.training.batches import Batch, BatchStream
+from nuclei3d.core.training.crop_batches import CropMaker, validation_crops
 from nuclei3d.core.training.learner import Arithmetic, LossParts
 from nuclei3d.core.training.losses import Loss, cellpose_loss
 from nuclei3d.core.training.planes import PlaneSet
@@ -120,7 +121,7 @@ class PlaneExamples:
     @cached_property
     def _validation_batches(self) -> list[Batch]:
         # cut when they are first needed, so that training starts sooner
-        return validation_batches(
+        return validation_crops(
             self._validation,
             self._params.validation_crops,
             self._params.crop_px,

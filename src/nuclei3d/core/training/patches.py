@@ -16,7 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.planes import FLOW_STEPS
+from nuclei3d.core.training.draws import range_of_middle, turn_matrix
+from nuclei3d.core.training.stored_images import FLOW_STEPS
 from nuclei3d.core.training.volume_set import VolumeSet
 from nuclei3d.volumes.voxel_size import VoxelSize
 
@@ -96,19 +97,13 @@ def draw_patch(
     scale = [
         zoom * own / wanted for own, wanted in zip(info.voxel_size.zyx, sampling.voxel_size.zyx, strict=True)
     ]
-    if augment.rotation == "quarter":
-        cos, sin = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[int(draw[1] * 4)]
-    elif augment.rotation == "free":
-        cos, sin = math.cos(2 * math.pi * draw[1]), math.sin(2 * math.pi * draw[1])
-    else:
-        cos, sin = 1.0, 0.0
     flip_z = -1.0 if augment.flips and augment.flip_z and draw[2] < 0.5 else 1.0
     flip_y, flip_x = (-1.0 if augment.flips and value < 0.5 else 1.0 for value in draw[3:5])
     extents = [size / factor for size, factor in zip(sampling.shape, scale, strict=True)]
     around = _draw_nucleus(volumes, volume, draw, sampling)
     centre = []
     for axis, (length, extent) in enumerate(zip(info.shape, extents, strict=True)):
-        first, last = sorted((extent / 2, length - extent / 2))
+        first, last = range_of_middle(length, extent)
         if around is None:
             place = first + draw[7 + axis] * (last - first)
         else:
@@ -116,18 +111,15 @@ def draw_patch(
             place = min(max(float(around[axis]) + (draw[7 + axis] - 0.5) * extent / 2, first), last)
         centre.append(place)
     return PatchPlan(
-        volume=volume,
-        centre_z=centre[0],
-        centre_y=centre[1],
-        centre_x=centre[2],
-        flip_z=flip_z,
-        q00=cos * flip_y,
-        q01=-sin * flip_x,
-        q10=sin * flip_y,
-        q11=cos * flip_x,
-        scale_z=scale[0],
-        scale_y=scale[1],
-        scale_x=scale[2],
+        volume,
+        centre[0],
+        centre[1],
+        centre[2],
+        flip_z,
+        *turn_matrix(augment.rotation, draw[1], flip_y, flip_x),
+        scale[0],
+        scale[1],
+        scale[2],
     )
 
 

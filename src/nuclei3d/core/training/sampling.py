@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from nuclei3d.config.train import LossParams, SamplingParams
 from nuclei3d.core.training.planes import PlaneInfo, PlaneSet
-from nuclei3d.core.training.volume_set import VolumeInfo
+from nuclei3d.core.training.stored_images import ImageInfo
+from nuclei3d.core.training.volume_set import VolumeInfo, VolumeSet
 from nuclei3d.errors import InputError
 
 _ORDER_STREAM = np.uint64(2**63)
@@ -44,7 +45,7 @@ def volume_weights(infos: Sequence[VolumeInfo], params: SamplingParams) -> NDArr
 
 
 def _shares(
-    infos: Sequence[PlaneInfo] | Sequence[VolumeInfo], weights: NDArray[np.float64], params: SamplingParams
+    infos: Sequence[ImageInfo], weights: NDArray[np.float64], params: SamplingParams
 ) -> NDArray[np.float64]:
     """Weight by contrast, balance embryos or frames, and divide by the sum."""
     if params.contrast_power:
@@ -140,6 +141,20 @@ def nucleus_weights(planes: PlaneSet, params: LossParams) -> list[NDArray[np.flo
         else:
             values.append(plane_contrasts(planes.plane_image(plane), labels))
     return contrast_weights(values, params)
+
+
+def volume_nucleus_weights(volumes: VolumeSet, params: LossParams) -> list[NDArray[np.float32]] | None:
+    """Compute the weight of every nucleus of every volume in the loss, by contrast or size in 3D.
+
+    Returns
+    -------
+    list of float32 (nuclei + 1,), one per volume, or None
+        Entry 0 (background) is 1; None if all weights are 1.
+    """
+    tables = [
+        table.volumes_um3 if params.weight_by == "size" else table.contrasts for table in volumes.nuclei
+    ]
+    return contrast_weights([np.append(np.nan, table).astype(np.float64) for table in tables], params)
 
 
 def contrast_weights(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nuclei3d.config.train import TrainParams
 from nuclei3d.core.training.batches import Batch, BatchStream
 from nuclei3d.core.training.learner import Arithmetic
-from nuclei3d.core.training.patch_batches import PatchMaker, validation_patches, volume_nucleus_weights
+from nuclei3d.core.training.patch_batches import PatchMaker, validation_patches
 from nuclei3d.core.training.patches import PatchSampling
-from nuclei3d.core.training.sampling import epoch_order, volume_weights
+from nuclei3d.core.training.sampling import epoch_order, volume_nucleus_weights, volume_weights
 from nuclei3d.core.training.state import EpochReport
 from nuclei3d.core.training.validation import found_by_quintile, found_shares
 from nuclei3d.core.training.volume_losses import FlowFigures, VolumeLoss, volume_loss

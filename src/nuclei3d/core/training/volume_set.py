@@ -10,23 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.training.planes import quantise_flows, quantise_image
+from nuclei3d.core.training.stored_images import ImageInfo, StoredImages, quantise_flows, quantise_image
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 _FAINT_QUANTILE = 0.2
 
 
 @dataclass(frozen=True)
-class VolumeInfo:
+class VolumeInfo(ImageInfo):
     """Where a volume came from and what is in it (one row of manifest.csv)."""
 
-    file: str
-    embryo: str
-    frame: str
-    nuclei: int
-    min_contrast: float
-    norm_low: float
-    norm_high: float
     shape: tuple[int, int, int]
     voxel_size: VoxelSize
 
@@ -41,7 +34,7 @@ class VolumeArrays(NamedTuple):
     labels
         Unsigned integers (Z, Y, X): 0 is background, 1..n.
     flows
-        int8 (Z, Y, X, 3): (dz, dy, dx) times `nuclei3d.core.training.planes.FLOW_STEPS`.
+        int8 (Z, Y, X, 3): (dz, dy, dx) times `nuclei3d.core.training.stored_images.FLOW_STEPS`.
     """
 
     pixels: NDArray[np.uint16]
@@ -66,39 +59,22 @@ class NucleusTable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VolumeSet:
-    """Many volumes, wherever their voxels lie.
+class VolumeSet(StoredImages[VolumeInfo]):
+    """Many volumes.
 
     Attributes
     ----------
-    infos
-        One per volume.
     nuclei
         One table per volume.
-    step, offset
-        float64 (volumes,): intensity = stored * step + offset, in the units of the image.
     flow_power
         float64 (volumes, 3): mean square of the flow (z, y, x) inside nuclei; nan without nuclei.
     read
         Gives the voxels of a volume, from memory or mapped from a file; called from several threads.
     """
 
-    infos: tuple[VolumeInfo, ...]
     nuclei: tuple[NucleusTable, ...]
-    step: NDArray[np.float64]
-    offset: NDArray[np.float64]
     flow_power: NDArray[np.float64]
     read: Callable[[int], VolumeArrays]
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    @cached_property
-    def gains(self) -> NDArray[np.float32]:
-        """float32 (volumes, 2): normalised intensity = stored * gains[:, 0] + gains[:, 1]."""
-        low = np.array([info.norm_low for info in self.infos])
-        span = np.array([info.norm_high for info in self.infos]) - low
-        return np.asarray(np.stack([self.step / span, (self.offset - low) / span], axis=1), np.float32)
 
     @cached_property
     def faint_contrast(self) -> float:
@@ -141,7 +117,7 @@ def stack_volumes(
         VolumeArrays(
             np.ascontiguousarray(pixels),
             compact_type(volume_labels),
-            np.ascontiguousarray(np.moveaxis(quantise_flows(volume_flows), 0, -1)),
+            quantise_flows(volume_flows),
         )
         for (pixels, _, _), volume_labels, volume_flows in zip(stored, labels, flows, strict=True)
     ]

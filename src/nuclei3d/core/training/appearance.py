@@ -1,14 +1,18 @@
-"""Random changes of how a crop looks: dimmed nuclei, depth, blur, resolution, noise, brightness.
+"""Random changes of how a crop or a patch looks: dimmed nuclei, depth, blur, resolution, noise, brightness.
 
 Intensities are normalised (0 is background, about 1 the brightest nuclei). Prediction normalises whole
 frames robustly, so what only a change *relative* to the other nuclei of a frame can teach is taught by
 dimming nucleus by nucleus; the shot noise that dimming takes away is put back, or the network would
 learn that smooth means faint.
+
+Here is what crops and patches share: what is drawn, and the changes pixel by pixel. `crop_appearance` and
+`patch_appearance` do the changes, each along its axes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +20,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.config.train import AugmentParams
-from nuclei3d.core.training.crops import CropPlan
-from nuclei3d.core.training.dimming import dim_nuclei
-from nuclei3d.core.training.filters import Image, blur, coarsen
+from nuclei3d.core.training.dimming import draw_dimming
+from nuclei3d.core.training.draws import Stream
+from nuclei3d.core.training.filters import Image
 
 
 class Appearance(NamedTuple):
@@ -29,11 +33,11 @@ class Appearance(NamedTuple):
     dims
         Whether nuclei are dimmed.
     attenuation
-        Optical depth; negative: light comes from the plane's other side.
-    blur_y, blur_x
-        Sigmas in crop pixels.
-    coarse_y, coarse_x
-        Pixels averaged into one and interpolated back (1: none).
+        Optical depth; negative: light comes from the other side.
+    blur
+        Sigma across z in pixels; along z it is `AugmentParams.blur_anisotropy` times as wide.
+    coarse
+        Pixels averaged into one and interpolated back, along z where that is seen (1: none).
     noise
         Standard deviation of the shot noise at intensity 1; the read noise is half of it.
     gain, offset, gamma
@@ -42,45 +46,49 @@ class Appearance(NamedTuple):
 
     dims: bool = False
     attenuation: float = 0.0
-    blur_y: float = 0.0
-    blur_x: float = 0.0
-    coarse_y: float = 1.0
-    coarse_x: float = 1.0
+    blur: float = 0.0
+    coarse: float = 1.0
     noise: float = 0.0
     gain: float = 1.0
     offset: float = 0.0
     gamma: float = 1.0
 
 
-def draw_appearance(augment: AugmentParams, view: str, turned: bool, rng: np.random.Generator) -> Appearance:
+class Fields(NamedTuple):
+    """Random numbers by label and by pixel; None where an appearance needs none.
+
+    Attributes
+    ----------
+    dimming
+        Light kept per label (`draw_dimming`), and a standard normal field of the crop's shape, which is
+        changed in use.
+    noise
+        A standard normal field of the crop's shape.
+    """
+
+    dimming: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    noise: NDArray[np.float32] | None
+
+
+def draw_appearance(augment: AugmentParams, rng: np.random.Generator) -> Appearance:
     """Draw the changes of one crop.
 
     Parameters
     ----------
     augment
         Strengths; 0 is off.
-    view
-        Of the crop's plane: the rows of xz and yz planes run along z.
-    turned
-        Whether the plane's rows are the crop's columns.
     rng
         Its numbers are used in fixed places: one setting does not shift the draws of another.
     """
     draw = rng.random(8)
-    side = view != "xy"
-    sigma = augment.blur_px * draw[0]
-    along = sigma * augment.blur_anisotropy if side else sigma
     coarse = 1.0
     if draw[1] < augment.low_resolution:
         coarse = 1.0 + (augment.low_resolution_factor - 1.0) * draw[2]
-    across = 1.0 if side else coarse
     return Appearance(
         dims=augment.dim_share > 0,
         attenuation=augment.depth_attenuation * (2 * draw[3] - 1),
-        blur_y=sigma if turned else along,
-        blur_x=along if turned else sigma,
-        coarse_y=across if turned else coarse,
-        coarse_x=coarse if turned else across,
+        blur=augment.blur_px * draw[0],
+        coarse=coarse,
         noise=augment.noise * draw[4],
         gain=1.0 + augment.brightness_linear * (2 * draw[5] - 1),
         offset=0.1 * augment.brightness_linear * (2 * draw[6] - 1),
@@ -88,62 +96,29 @@ def draw_appearance(augment: AugmentParams, view: str, turned: bool, rng: np.ran
     )
 
 
-def change_appearance(
-    image: Image,
-    labels: NDArray[np.uint16],
+def draw_fields(
     appearance: Appearance,
     augment: AugmentParams,
-    *,
-    depth: tuple[float, float, float],
-    radius_px: int,
-    keeps: NDArray[np.float32] | None,
-    dimming_noise: Image | None,
-    noise: Image | None,
-) -> None:
-    """Change a crop in place.
+    largest_label: int,
+    shape: Sequence[int],
+    generator_of: Callable[[int], np.random.Generator],
+) -> Fields:
+    """Draw the fields of a crop of this shape; `generator_of` gives the generator of a `Stream`."""
+    dimming = noise = None
+    if appearance.dims:
+        keeps = draw_dimming(augment, largest_label, generator_of(Stream.DIMMING))
+        dimming = keeps, generator_of(Stream.DIMMING_NOISE).standard_normal(shape, dtype=np.float32)
+    if appearance.noise:
+        noise = generator_of(Stream.NOISE).standard_normal(shape, dtype=np.float32)
+    return Fields(dimming, noise)
 
-    Parameters
-    ----------
-    image
-        float32 (P, P), normalised.
-    labels
-        uint16 (P, P).
-    appearance
-        What to do.
-    augment
-        Widths that are no draws: `psf_px`, `dim_noise`.
-    depth
-        (at the crop's middle, per row, per column): relative depth in its plane, 0 to 1 over the plane.
-    radius_px
-        Half-width of the window in which the local background is averaged, about a nucleus' diameter.
-    keeps
-        Light kept per label (`draw_dimming`).
-    dimming_noise, noise
-        Standard normal fields (P, P).
-    """
-    if appearance.dims and keeps is not None and dimming_noise is not None:
-        dim_nuclei(image, labels, keeps, dimming_noise, radius_px, augment.psf_px, augment.dim_noise)
-    if appearance.attenuation:
-        attenuate(image, appearance.attenuation, *depth)
-    if appearance.blur_y or appearance.blur_x:
-        blur(image, appearance.blur_y, appearance.blur_x)
-    if appearance.coarse_y > 1 or appearance.coarse_x > 1:
-        coarsen(image, appearance.coarse_y, appearance.coarse_x)
-    if appearance.noise and noise is not None:
+
+def finish(image: Image, appearance: Appearance, noise: Image | None) -> None:
+    """Do the last changes of an image, in place: noise and brightness."""
+    if noise is not None:
         add_noise(image, noise, appearance.noise)
     if appearance.gain != 1 or appearance.offset != 0 or appearance.gamma != 1:
         brighten(image, appearance.gain, appearance.offset, appearance.gamma)
-
-
-def depth_of_crop(plan: CropPlan, view: str, height: int) -> tuple[float, float, float]:
-    """Give the relative depth at a crop's middle, and its change per row and column of the crop.
-
-    Planes xz and yz have their depth along their rows, 0 to 1 from the first to the last; an xy plane lies
-    at one depth, for which 1 is taken (its attenuation is drawn as a whole).
-    """
-    if view == "xy":
-        return 1.0, 0.0, 0.0
-    return plan.centre_y / height, plan.q00 / plan.scale / height, plan.q01 / plan.scale / height
 
 
 @njit(cache=True, nogil=True)
