@@ -64,7 +64,7 @@ class Running:
     """A running service and what a test does with it."""
 
     url: str
-    model: ThresholdModel
+    model: Any
     service: Service
     server: uvicorn.Server
     threads: list[threading.Thread] = field(default_factory=list)
@@ -90,9 +90,11 @@ class Running:
 
 
 @contextmanager
-def _serving(root: Path | None = None, token: str | None = None, **settings: Any) -> Iterator[Running]:
+def _serving(
+    root: Path | None = None, token: str | None = None, model: Any = None, **settings: Any
+) -> Iterator[Running]:
     params = ServeParams(port=0, **settings)
-    model = ThresholdModel(VolumeLimits(root, params.max_voxels))
+    model = model or ThresholdModel(VolumeLimits(root, params.max_voxels))
     service = Service(model, params, token)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -105,7 +107,8 @@ def _serving(root: Path | None = None, token: str | None = None, **settings: Any
     try:
         yield running
     finally:
-        model.go.set()
+        if isinstance(model, ThresholdModel):
+            model.go.set()
         service.turns.close()
         server.should_exit = True
         thread.join(10)

@@ -16,9 +16,7 @@ from nuclei3d.core.networks import new_network
 from nuclei3d.core.normalization import measure_range, sampled_planes
 from nuclei3d.core.scoring.matching import overlap_table
 from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
-from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network
-from nuclei3d.core.volume_planning import plan_architecture
+from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.models.folder import Model, save_model
 from nuclei3d.models.info import ModelInfo
@@ -28,6 +26,7 @@ from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.voxel_size import VoxelSize
 from nuclei3d.volumes.writing import write_image
 from nuclei3d.volumes.zarr_store import create_zarr
+from solid_oracle import load_oracle, save_oracle
 
 VOXELS = VoxelSize(2.0, 1.0, 1.0)
 INFO = ModelInfo(name="oracle", diameter_px=12, nucleus_diameter_um=12)
@@ -78,31 +77,14 @@ def frame(image: np.ndarray, tmp_path: Path) -> Path:
     return tmp_path / "embryo.tif"
 
 
-class SolidOracle(VolumeNetwork):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        output = np.empty((len(image), 4, *image.shape[2:]), np.float32)
-        for one, made in zip(image[:, 0].float().numpy(), output, strict=True):
-            labels = ndimage.label(one > 0.5)[0]
-            made[:3] = 5 * flows_3d(labels, VOXELS)
-            made[3] = np.where(labels > 0, 6, -6)
-        return torch.from_numpy(output)
-
-
 @pytest.fixture
 def solid_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder that loads as the oracle in 3D."""
-    spec = VolumeSpec(plan_architecture(2.0, "small"), 2.0, (16, 24, 24))
-    info = ModelInfo(name="oracle", kind="full3d", full3d=spec, diameter_px=12, nucleus_diameter_um=12)
-    save_model(tmp_path / "solid", new_volume_network(spec, 0), info, "oracle")
-
-    def load(path: Path) -> Model:
-        return Model(SolidOracle(spec), info, path if path.is_file() else path / "oracle")
-
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
-    monkeypatch.setattr(block_tasks, "load_model", load)
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", load_oracle)
+    monkeypatch.setattr(block_tasks, "load_model", load_oracle)
     monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
     block_tasks._network.cache_clear()
-    return tmp_path / "solid"
+    return save_oracle(tmp_path / "solid")
 
 
 def in_blocks(*overrides: str) -> Params:
@@ -176,10 +158,12 @@ def test_a_killed_run_goes_on_with_the_missing_blocks(frame, model, tmp_path, mo
     np.testing.assert_array_equal(read_labels(resumed.masks), read_labels(straight.masks))
 
 
-def test_a_cluster_gives_the_same_as_this_process(frame, model, tmp_path):
+@pytest.mark.parametrize("kind", ["model", "solid_model"])
+def test_a_cluster_gives_the_same_as_this_process(frame, kind, request, tmp_path):
     """Workers of a scheduler that is already there, here threads of this process, which see the oracle."""
     from distributed import LocalCluster
 
+    model = request.getfixturevalue(kind)
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
         there = predict(
             in_blocks(f"predict.scheduler={cluster.scheduler_address}"), [frame], str(model), tmp_path / "a"
