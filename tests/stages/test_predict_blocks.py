@@ -88,7 +88,7 @@ def solid_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def in_blocks(*overrides: str) -> Params:
-    return load_params(None, ["predict.memory_gb=0.012", *overrides])
+    return load_params(None, ["predict.memory_gb=0.0085", *overrides])
 
 
 def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys):
@@ -251,7 +251,7 @@ def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: p
     monkeypatch.setattr(block_workers, "segment_block", original)
 
 
-@pytest.mark.parametrize(("memory", "kept"), [("0.012", True), ("0.02", True), ("0.007", False)])
+@pytest.mark.parametrize(("memory", "kept"), [("0.0085", True), ("0.014", True), ("0.006", False)])
 def test_blocks_are_kept_where_they_fit_the_memory_of_the_next_run(
     frame, model, tmp_path, monkeypatch, capsys, memory, kept
 ):
