@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+import nuclei3d
+from nuclei3d.stages import ledger
 from nuclei3d.stages.ledger import Ledger, fingerprint
 
 
@@ -90,3 +92,8 @@ def test_a_fingerprint_sees_names_sizes_and_changes(tmp_path: Path) -> None:
     assert fingerprint(folder) == first
     (folder / "c").write_text("")
     assert fingerprint(folder) != first
+
+
+def test_what_is_left_out_of_the_code_s_digest_exists() -> None:
+    package = Path(nuclei3d.__file__).parent
+    assert all((package / name).exists() for name in ledger._OUTSIDE)

@@ -14,7 +14,7 @@ from nuclei3d.console import say
 from nuclei3d.volumes.whole import whole_file
 
 # Parts of the package that cannot change what a stage computes.
-_OUTSIDE = frozenset({"cli.py", "__main__.py", "console.py", "serving", "tracking", "report"})
+_OUTSIDE = frozenset({"cli", "__main__.py", "console.py", "serving", "tracking", "report"})
 
 
 @dataclass(frozen=True)
