@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.core.label_boxes import compact_labels
-from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_nearest
-from nuclei3d.core.scoring.contrast import nucleus_contrast
-from nuclei3d.core.slicing import drop_small_labels, nucleus_volumes_um3
 from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
 from nuclei3d.core.training.stored_images import quantise_flows, quantise_image
 from nuclei3d.core.training.volume_set import compact_type, measure_flow_power
 from nuclei3d.errors import InputError
+from nuclei3d.stages.prepared_frames import PreparedFrame, measure_frame
 from nuclei3d.stages.training_volumes import SUFFIXES
-from nuclei3d.volumes.embryos import EmbryoFrame, LabelledVolume, read_labelled
+from nuclei3d.volumes.embryos import EmbryoFrame, LabelledVolume
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 NUCLEI_COLUMNS = ("file", "label", "z", "y", "x", "volume_um3", "contrast")
@@ -56,32 +54,21 @@ class VolumeRecord:
 
 
 @dataclass(frozen=True)
-class FrameVolume:
-    """What one frame gave: its volume, and position, size and contrast of its nuclei."""
+class PreparedVolume(PreparedFrame[VolumeRecord]):
+    """What one frame gave; `nuclei` are its rows of the table of nuclei."""
 
-    records: tuple[VolumeRecord, ...]
-    voxel_um: float
-    volumes_um3: tuple[float, ...]
-    contrasts: tuple[float, ...]
-    labels_left_out: int
     nuclei: tuple[tuple[Any, ...], ...]
 
 
-def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> FrameVolume:
+def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> PreparedVolume:
     """Write one frame into ``folder/<part>``: image, labels and flows as .npy, which training maps.
 
     x and y are downsampled as for planes, z keeps its planes. The image is uint16, labels are 1..n, flows
     int8 (Z, Y, X, 3) in units of 1/127.
     """
     part, frame = task
-    volume = read_labelled(frame, params.data)
-    norm = params.normalization
-    intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
-    kept, dropped = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
-    volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
-    sizes = nucleus_volumes_um3(kept, volume.voxel_size)
-    contrast = nucleus_contrast(volume.image, kept, volume.voxel_size)
-    image, labels, voxel_size = _to_grid(volume, params.prepare.downsample_xy)
+    measured = measure_frame(frame, params)
+    image, labels, voxel_size = _to_grid(measured.volume, params.prepare.downsample_xy)
     numbers = np.unique(labels)
     numbers = numbers[numbers > 0]
     labels = compact_labels(labels)
@@ -92,8 +79,6 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
     pixels, step, offset = quantise_image(image)
     stem = f"{frame.embryo}_{frame.frame}"
     arrays = (pixels, compact_type(labels), quantise_flows(flows))
-    known = contrast[numbers]
-    known = known[np.isfinite(known)]
     depth, height, width = labels.shape
     power = measure_flow_power(flows, labels)
     record = VolumeRecord(
@@ -102,9 +87,9 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         embryo=frame.embryo,
         frame=frame.frame,
         nuclei=len(numbers),
-        min_contrast=round(float(known.min()), 4) if len(known) else float("nan"),
-        norm_low=intensity.low,
-        norm_high=intensity.high,
+        min_contrast=measured.faintest(numbers),
+        norm_low=measured.intensity.low,
+        norm_high=measured.intensity.high,
         depth=depth,
         height=height,
         width=width,
@@ -118,14 +103,8 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
         flow_power_x=power[2],
         md5=_write_arrays(folder / part, stem, arrays),
     )
-    return FrameVolume(
-        (record,),
-        voxel_size.x,
-        tuple(sizes.values()),
-        tuple(float(contrast[label]) for label in sizes),
-        dropped,
-        tuple(_nuclei(record.file, labels, voxel_size, contrast[numbers])),
-    )
+    nuclei = _nuclei(record.file, labels, voxel_size, measured.contrasts[numbers])
+    return PreparedVolume((record,), voxel_size.x, *measured.figures(), tuple(nuclei))
 
 
 def _to_grid(
@@ -185,7 +164,7 @@ def _nuclei(
     ]
 
 
-def write_nuclei(path: Path, results: Sequence[FrameVolume]) -> None:
+def write_nuclei(path: Path, results: Sequence[PreparedVolume]) -> None:
     """Write the table of all nuclei: positions in voxels of the stored volume, volume and contrast."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -45,20 +45,11 @@ def predict_patch_flows(
 ) -> FlowField:
     """Run a 3D network over a volume.
 
+    Parameters as `nuclei3d.core.segmentation.prediction.segment_volume` (of the settings, none for views is
+    used), and:
+
     Parameters
     ----------
-    image
-        (z, y, x), any real dtype, finite.
-    voxel_size
-        Of the image.
-    network
-        It is moved to `device`, its training mode is left as it was.
-    settings
-        What to do; of the fields for views none is used.
-    device
-        Where the network runs.
-    progress
-        Called with the share done, 0 to 1.
     seconds
         Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
 

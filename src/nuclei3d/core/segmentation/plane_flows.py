@@ -35,30 +35,19 @@ def predict_plane_flows(
     orthogonal_network: nn.Module | None = None,
     seconds: dict[str, float] | None = None,
 ) -> FlowField:
-    """Run the network over the planes of a volume and fuse the views.
+    """Run a 2D network over the planes of a volume and fuse the views.
+
+    Parameters as `nuclei3d.core.segmentation.prediction.segment_volume`, and:
 
     Parameters
     ----------
-    image
-        (z, y, x), any real dtype, finite.
-    voxel_size
-        Of the image.
-    network
-        A 2D network such as CPnet; it is moved to `device`, its training mode is left as it was.
-    settings
-        What to do.
-    device
-        Where the network runs.
-    progress
-        Called with the share done, 0 to 1.
-    orthogonal_network
-        Another network for the xz and yz planes.
     seconds
-        Gets ``network`` and ``views`` added.
+        Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
 
     Returns
     -------
     FlowField
+        On the view grid (`nuclei3d.core.segmentation.grids.view_grid`).
     """
     started = time.perf_counter()
     views = settings.seen_views

@@ -27,23 +27,14 @@ from nuclei3d.volumes.voxel_size import VoxelSize
 class VolumeExamples:
     """Labelled volumes, cut into patches on the grid that the network sees.
 
+    Parameters as `nuclei3d.core.training.examples.PlaneExamples`; `params.full3d` is used, `crop_px` is not.
+
     Parameters
     ----------
-    volumes, validation
-        The latter may be empty.
-    params
-        How to draw, cut and change patches; the section `full3d` is used, `crop_px` is not.
     spec
         Of the network: shape of the patches, anisotropy, kind of targets.
     nucleus_diameter_um
         Of a typical nucleus; patches are resampled so that it becomes params.diameter_px wide.
-    seed
-        Of all draws.
-
-    Raises
-    ------
-    InputError
-        If no volume is left to draw.
     """
 
     axes = 3
