@@ -19,7 +19,7 @@ from nuclei3d.stages.evaluation_inputs import (
     pair_volumes,
     read_training_facts,
 )
-from nuclei3d.volumes.whole import whole_folder
+from nuclei3d.volumes.whole import refuse_foreign_folder, whole_folder
 
 if TYPE_CHECKING:
     from nuclei3d.core.scoring.assessment import Assessment
@@ -107,7 +107,7 @@ def evaluate(
     from nuclei3d.stages.assessing import assess_pairs
     from nuclei3d.stages.evaluation_outputs import write_evaluation
 
-    _refuse_foreign_folder(out)
+    refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
@@ -254,12 +254,6 @@ def _lead(
         rng=np.random.default_rng(params.seed),
     )
     return None if lead is None else {"ap_0.50": lead.difference, "interval": [lead.low, lead.high]}
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Replace only what is missing, empty, or an evaluation."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.json").is_file():
-        raise InputError(f"{out} exists and is no evaluation; give another folder or remove it yourself")
 
 
 def _say_result(metrics: Mapping[str, Any], summaries: Mapping[str, Summary], method: str, out: Path) -> None:

@@ -27,7 +27,7 @@ from nuclei3d.stages.prepared_volumes import VolumeRecord, store_frame, write_nu
 from nuclei3d.stages.training_planes import MANIFEST_FILE, SUMMARY_FILE, pack_planes
 from nuclei3d.stages.training_volumes import NUCLEI_FILE
 from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, split_embryos
-from nuclei3d.volumes.whole import whole_folder
+from nuclei3d.volumes.whole import refuse_foreign_folder, whole_folder
 
 PARTS = ("train", "validation", "test")
 
@@ -74,7 +74,7 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     InputError
         If the data set or the split is unusable, or no training plane holds enough nuclei.
     """
-    _refuse_foreign_folder(out)
+    refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     split = split_embryos(find_embryos(data), params.data.split)
     tasks = [(part, frame) for part in PARTS for frame in split.of(part)]
     kind = "volumes" if params.train.network == "full3d" else "planes"
@@ -88,12 +88,6 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
         f"{summary['nucleus_diameter_um']:.3g} um ({summary['diameter_px']:.3g} px on the planes)"
     )
     return PrepareResult(out, summary)
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Replace only what is missing, empty, or a slice data set."""
-    if out.is_dir() and any(out.iterdir()) and not (out / SUMMARY_FILE).is_file():
-        raise InputError(f"{out} exists and is no slice data set; give another folder or remove it yourself")
 
 
 def _fill_with_planes(folder: Path, params: Params, data: Path, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
-from nuclei3d.errors import InputError
+from nuclei3d.volumes.whole import refuse_foreign_folder
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def train(
     settings = params.train
     device = choose_device(settings.device)
     described = read_slices(slices)
-    _refuse_foreign_folder(out)
+    refuse_foreign_folder(out, "model.json", "model folder")
     training = open_training(params, described)
     network = training.network
     fingerprint = training_fingerprint(settings, params.seed, described.digest, training.start_digest)
@@ -158,12 +158,6 @@ def train(
         + (f" ({outcome.stopped})" if outcome.stopped else "")
     )
     return TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Replace only what is missing, empty, or a model."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "model.json").is_file():
-        raise InputError(f"{out} exists and is no model folder; give another folder or remove it yourself")
 
 
 def _say_plan(training: Training, params: Params, device: torch.device, described: Slices) -> None:

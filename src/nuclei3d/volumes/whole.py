@@ -102,6 +102,12 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
+    """Raise InputError if a folder to replace holds files, but not the one that marks its kind."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise InputError(f"{folder} exists and is no {kind}; give another folder or remove it yourself")
+
+
 def _check_replaceable(path: Path, replace: bool) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"cannot write the folder {path}: a file has that name; remove it or choose another")
