@@ -1,9 +1,11 @@
 """Each entry point of MLproject gives a command line that exists, whatever values its parameters have."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 
 import nuclei3d
 from nuclei3d.cli import app
+from nuclei3d.config import load_params
 
 PROJECT = Path(nuclei3d.__file__).parents[2]
 ENTRIES: dict[str, Any] = yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"]
@@ -77,3 +80,41 @@ def test_the_shell_takes_values_as_they_are(tmp_path: Path) -> None:
     arguments = command_line("main", tmp_path, data="my data; touch x", out="$HOME/*")
     assert arguments[arguments.index("--data") + 1] == "my data; touch x"
     assert arguments[arguments.index("--out") + 1] == "$HOME/*"
+
+
+def documented_runs() -> list[tuple[str, str]]:
+    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    found = [
+        (page.name, line.split(" #")[0].strip())
+        for page in pages
+        for line in re.findall(r"`?(mlflow run \.[^`\n]*)", page.read_text())
+    ]
+    return [(page, line) for page, line in found if "<" not in line]
+
+
+@pytest.mark.parametrize(("page", "line"), documented_runs())
+def test_a_documented_run_gives_a_command_line_that_exists(page: str, line: str, tmp_path: Path) -> None:
+    entry, given = "main", {}
+    words = iter(shlex.split(line)[3:])
+    for word in words:
+        value = next(words)
+        if word == "-e":
+            entry = value
+        elif word == "-P":
+            name, _, given_value = value.partition("=")
+            assert name in ENTRIES[entry]["parameters"], f"{page}: {line}"
+            given[name] = given_value
+        else:
+            assert (word, value) == ("--env-manager", "local"), f"{page}: {line}"
+    arguments = command_line(entry, tmp_path, **given)
+    check(arguments)
+    load_params(None, [after for word, after in pairwise(arguments) if word == "--set"])
+
+
+def test_the_3d_network_for_a_cpu_reaches_the_parameters(tmp_path: Path) -> None:
+    (line,) = [line for page, line in documented_runs() if "profile=small" in line]
+    given = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
+    arguments = command_line("main", tmp_path, **given)
+    params = load_params(None, [after for word, after in pairwise(arguments) if word == "--set"])
+    assert (params.train.network, params.train.full3d.profile) == ("full3d", "small")
+    assert params.train.batch_size == 2
