@@ -1,6 +1,7 @@
 """What each augmentation and each makeup of the training set is worth on real embryos (BBBC050).
 
-    python benchmarks/ablation.py --data DIR --out DIR [--profile cpu|gpu] [--arms A,B] [--folds N] [--json]
+    python benchmarks/ablation.py --data DIR --out DIR [--profile cpu|gpu] [--epochs N] [--arms A,B]
+        [--folds N] [--json]
 
 Every arm trains from scratch on the same training embryos and is measured in 3D on the test embryo of its
 fold, which no choice has seen; folds differ in the test embryo and the seed. All arms have the same network,
@@ -18,7 +19,8 @@ all           dimming, contrast, sparse, and brightness together
 Each training and each measured embryo is kept, so the script can be stopped and started at will. Intervals
 are 95 %, by bootstrap over blocks of time within the test embryos; differences to the recipe are paired by
 volume. On two cores the profile ``cpu`` takes about an hour and a half: few steps, small crops, every other
-frame. That shows which changes help early in a training; the profile ``gpu`` trains to the end.
+frame. That shows which changes help early in a training; more ``--epochs`` show what becomes of it, and the
+profile ``gpu`` trains to the end.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", choices=tuple(PROFILES), default="cpu")
     parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
+    parser.add_argument("--epochs", type=int, help="of each training (default: the profile's)")
     parser.add_argument("--folds", type=int, help="number of folds (default: the profile's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
@@ -278,6 +281,9 @@ def main() -> None:
         parser.error(f"unknown arm {sorted(unknown)[0]}; known: {', '.join(ARMS)}")
     folds = min(options.folds or profile.folds, len(TEST_OF_FOLD))
     out = options.out / options.profile
+    if options.epochs is not None and options.epochs != profile.epochs:
+        profile = replace(profile, epochs=options.epochs)
+        out = options.out / f"{options.profile}_{options.epochs}"
     measured: dict[str, list[Counts]] = {arm: [] for arm in arms}
     # fold by fold, so that a run cut short compares all arms on the same embryos
     for fold in range(folds):

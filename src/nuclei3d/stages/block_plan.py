@@ -91,6 +91,8 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     voxel_size = frame.require_voxel_size()
     voxel_bytes = _voxel_bytes(frame, settings)
     (_, height, width), _, depth = view_grid(frame.shape, voxel_size, settings)
+    # a 3D network pools the image's own planes
+    depth = frame.shape[0] if settings.mode == "full3d" else depth
     pixels = [new / old for new, old in zip((depth, height, width), frame.shape, strict=True)]
     counts = _read_counts(folder / _PLAN_FILE)
     if counts is not None:
