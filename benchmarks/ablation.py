@@ -1,7 +1,7 @@
 """What each augmentation and each makeup of the training set is worth on real embryos (BBBC050).
 
     python benchmarks/ablation.py --data DIR --out DIR [--profile cpu|gpu] [--epochs N] [--arms A,B]
-        [--folds N] [--json]
+        [--folds N] [--only FOLD ...] [--json]
 
 Every arm trains from scratch on the same training embryos and is measured in 3D on the test embryo of its
 fold, which no choice has seen; folds differ in the test embryo and the seed. All arms have the same network,
@@ -20,7 +20,8 @@ Each training and each measured embryo is kept, so the script can be stopped and
 are 95 %, by bootstrap over blocks of time within the test embryos; differences to the recipe are paired by
 volume. On two cores the profile ``cpu`` takes about an hour and a half: few steps, small crops, every other
 frame. That shows which changes help early in a training; more ``--epochs`` show what becomes of it, and the
-profile ``gpu`` trains to the end.
+profile ``gpu`` trains to the end. ``--only`` measures some folds, so that several processes or jobs share the
+work; the call without it then reads what they left and draws the table.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Profile:
 
 PROFILES = {
     "cpu": Profile(10, 160, 8, 96, 2e-3, 3, 2),
-    "gpu": Profile(100, 1600, 32, 128, 2e-3, 5, 1),
+    "gpu": Profile(20, 1600, 32, 128, 2e-3, 5, 1),
 }
 
 
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
     parser.add_argument("--epochs", type=int, help="of each training (default: the profile's)")
     parser.add_argument("--folds", type=int, help="number of folds (default: the profile's)")
+    parser.add_argument("--only", type=int, nargs="+", help="measure these folds (from 0), draw no table")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
     profile = PROFILES[options.profile]
@@ -286,10 +288,12 @@ def main() -> None:
         out = options.out / f"{options.profile}_{options.epochs}"
     measured: dict[str, list[Counts]] = {arm: [] for arm in arms}
     # fold by fold, so that a run cut short compares all arms on the same embryos
-    for fold in range(folds):
+    for fold in options.only or range(folds):
         for arm in arms:
             say(f"--- fold {fold + 1} of {folds}: {arm}")
             measured[arm] += measure(arm, fold, options.data, out, profile)
+    if options.only:
+        return
     table = summarise(measured) | {"profile": options.profile, "settings": vars(profile), "folds": folds}
     text = as_markdown(table)
     with whole_file(out / "ablation.md") as path:

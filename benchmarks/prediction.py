@@ -183,10 +183,10 @@ def main() -> None:
     report["network_share"] = min(report[name]["network_share"] for name in arguments.volumes)
     if device.type == "cuda":
         runner = PlaneNetwork(network, device, precision=choose_precision(arguments.precision, device))
-        planes = np.zeros((runner.planes_per_batch(256, 256), 256, 256), np.float32)
-        runner(planes)
-        timing, _ = measure(lambda: runner(planes), 5)
-        operations = flops_per_pixel(network) * planes.size
+        planes = torch.rand((runner.planes_per_batch(256, 256), 256, 256), device=device)
+        runner.run(planes)
+        timing, _ = measure(lambda: runner.run(planes), 10)
+        operations = flops_per_pixel(network) * planes.numel()
         report["teraflops"] = round(operations / timing.median / 1e12, 1)
     if arguments.memory:
         peaks = compare_memory(arguments.diameter)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from cellpose.resnet_torch import CPnet
 
-from nuclei3d.config import Params, load_params
+from nuclei3d.config import load_params
 from nuclei3d.config.train import TrainParams
 from nuclei3d.console import say
 from nuclei3d.core.networks import choose_device, new_network
@@ -205,10 +205,15 @@ def warm_up(slices: Path, settings: TrainParams) -> None:
 
 def sample_slices(folder: Path) -> Path:
     """Simulate and prepare a sample."""
-    params = load_params(None, ["tracking.enabled=false", "data.split.train=[train]"])
-    tree = params.model_dump()
-    tree["data"]["split"] |= {"train": ("train",), "validation": ("validation",), "test": ("test",)}
-    params = Params.model_validate(tree)
+    params = load_params(
+        None,
+        [
+            "tracking.enabled=false",
+            "data.split.train=[embryo_a]",
+            "data.split.validation=[embryo_b]",
+            "data.split.test=[embryo_c]",
+        ],
+    )
     simulate(params, folder / "data")
     prepare(params, folder / "data", folder / "slices")
     return folder / "slices"

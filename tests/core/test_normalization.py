@@ -61,3 +61,15 @@ def test_big_volumes_are_sampled_and_agree():
     low, high = np.percentile(image, [1, 99.8])
     found = measure_range(image, noise_floor=0)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1.5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_counted_values_have_the_range_that_sorted_ones_have(dtype):
+    image = np.random.default_rng(0).poisson(30, (5, 37, 41)).astype(dtype)
+    counted, sorted_ = (
+        measure_range(image, noise_floor=0),
+        measure_range(image.astype(np.float64), noise_floor=0),
+    )
+    assert (counted.low, counted.high, counted.noise) == pytest.approx(
+        (sorted_.low, sorted_.high, sorted_.noise)
+    )

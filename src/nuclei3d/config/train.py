@@ -167,6 +167,8 @@ class TrainParams(Section):
     precision
         ``auto``: bfloat16 where the processor computes with it (CUDA from Ampere on, CPUs with AVX512-BF16 or
         AMX), else float32. Weights, loss and optimiser are always float32.
+    cuda_graph
+        On a GPU, record a step once and replay it: the same numbers, faster for small batches.
     workers
         Threads that cut crops; None: one on a CPU, up to eight beside a GPU.
     memory_limit_gb
@@ -197,6 +199,7 @@ class TrainParams(Section):
     gradient_clip: NonNegative = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
+    cuda_graph: bool = True
     workers: Annotated[int, Field(ge=1)] | None = None
     memory_limit_gb: PositiveFloat = 2.0
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -59,12 +59,17 @@ def resize_linear(volume: NDArray[np.generic], shape: Sequence[int]) -> NDArray[
         A copy, also where the shape stays the same.
     """
     shape = _checked_shape(volume.shape, shape)
-    result = torch.from_numpy(np.array(volume, dtype=np.float32))
+    result = resize_tensor(torch.from_numpy(np.array(volume, dtype=np.float32)), shape)
+    return np.ascontiguousarray(result.numpy())
+
+
+def resize_tensor(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resample a float32 tensor as `resize_linear` does, on its device; where nothing changes, the same."""
     # Shrinking axes first keeps the intermediate arrays small.
     for axis in sorted(range(volume.ndim), key=lambda axis: shape[axis] / volume.shape[axis]):
-        if result.shape[axis] != shape[axis]:
-            result = _resize_axis(result, axis, shape[axis])
-    return np.ascontiguousarray(result.numpy())
+        if volume.shape[axis] != shape[axis]:
+            volume = _resize_axis(volume, axis, shape[axis])
+    return volume
 
 
 def resize_nearest(labels: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.generic]:
@@ -127,7 +132,8 @@ def _resize_axis(volume: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     for index, weight in zip(indices, weights, strict=True):
         if not weight.any():
             continue
-        part = volume.index_select(axis, torch.from_numpy(index)).mul_(torch.from_numpy(weight).view(along))
+        there = torch.from_numpy(index).to(volume.device)
+        part = volume.index_select(axis, there).mul_(torch.from_numpy(weight).view(along).to(volume.device))
         result = part if result is None else result.add_(part)
     assert result is not None
     return result

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nuclei3d.core.normalization import IntensityRange
@@ -118,6 +118,19 @@ def occupied_space(
     )
 
 
+def _block_means(image: NDArray[np.float32], edges: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
+    """Average over the blocks between the edges, by products with a matrix of shares for each axis."""
+    shares = []
+    for cuts in edges:
+        sizes = np.diff(cuts)
+        share = np.zeros((len(sizes), int(cuts[-1])), np.float32)
+        share[np.repeat(np.arange(len(sizes)), sizes), np.arange(int(cuts[-1]))] = np.repeat(1 / sizes, sizes)
+        shares.append(torch.from_numpy(share))
+    z, y, x = shares
+    planes = (z @ torch.from_numpy(image).flatten(1)).reshape(-1, *image.shape[1:])
+    return np.asarray((y @ planes @ x.T).numpy(), np.float32)
+
+
 def find_occupied(
     image: NDArray[np.float32],
     noise: float,
@@ -150,14 +163,9 @@ def find_occupied(
     for size, diameter in zip(image.shape, diameter_voxels, strict=True):
         count = max(1, min(size, round(4 * size / diameter)))
         edges.append(np.linspace(0, size, count + 1).round().astype(np.intp))
-    means: NDArray[np.floating[Any]] = image
-    counts = np.ones((1, 1, 1))
-    for axis, cuts in enumerate(edges):
-        sizes = np.diff(cuts)
-        along = [1, 1, 1]
-        along[axis] = len(sizes)
-        means = np.add.reduceat(means, cuts[:-1], axis=axis) / sizes.reshape(along).astype(np.float32)
-        counts = counts * sizes.reshape(along)
+    z, y, x = (np.diff(cuts) for cuts in edges)
+    counts = z[:, None, None] * y[:, None] * x
+    means = _block_means(image, edges)
     dark = float(np.percentile(means, _DARK_PERCENTILE))
     if dark > darkest:
         return everywhere(image.shape)

@@ -14,6 +14,7 @@ from torch import nn
 from nuclei3d.core.networks import choose_precision
 from nuclei3d.core.normalization import measure_range
 from nuclei3d.core.resampling import resize_linear
+from nuclei3d.core.segmentation.device_views import fits_on, sum_views
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import occupied_space
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
@@ -79,12 +80,25 @@ def predict_plane_flows(
     }
     # In mode stitch there is one view, whatever weights the settings have for three.
     trust = settings.view_weights if views == settings.views else None
-    field = FlowField.zeros(shape, grid_voxel_size) if settings.fusion == "mean" else None
+    report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
+    on_device = settings.fusion == "mean" and fits_on(device, shape)
+    field = FlowField.zeros(shape, grid_voxel_size) if settings.fusion == "mean" and not on_device else None
     fused = None if field is None else FlowAccumulator(field, views, trust)
     kept: list[ViewPrediction] = []
-    report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
     try:
-        for view in views:
+        if on_device:
+            field = sum_views(
+                volume,
+                grid_voxel_size,
+                views,
+                {view: runners[id(networks[view])] for view in views},
+                occupied,
+                stretched_depth=depth,
+                step=settings.orthogonal_step,
+                trust=trust,
+                progress=report.of,
+            )
+        for view in views if not on_device else ():
             planes = predict_view(
                 volume,
                 view,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from cellpose.resnet_torch import CPnet
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nuclei3d.core.networks import CHANNELS, FLOW_SCALE
 from nuclei3d.core.segmentation.lattice import POOLING
@@ -100,48 +100,53 @@ class PlaneNetwork:
         float32 array (n, 3, height, width)
             Flow along the two axes of the plane, of length about 1, and the logit.
         """
+        return np.asarray(self.run(torch.from_numpy(planes)).cpu().numpy(), np.float32)
+
+    @torch.inference_mode()
+    def run(self, planes: Tensor) -> Tensor:
+        """Do the same with a tensor on any device; the result is on the network's."""
         _, height, width = planes.shape
         rows, columns = (tile_starts(size, MAX_TILE[self.device.type]) for size in (height, width))
+        planes = _mirrored(planes.to(self.device))
         if len(rows.starts) == len(columns.starts) == 1:
-            return self._forward(planes)
-        planes = _mirrored(planes)
-        result = np.zeros((planes.shape[0], 3, *planes.shape[1:]), np.float32)
-        for top in rows.starts:
-            for left in columns.starts:
-                box = (slice(top, top + rows.size), slice(left, left + columns.size))
-                part = self._forward(np.ascontiguousarray(planes[:, box[0], box[1]]))
-                part *= rows.weight(top)[:, None] * columns.weight(left)
-                result[:, :, box[0], box[1]] += part
-        return result[:, :, :height, :width]
-
-    def _forward(self, planes: NDArray[np.float32]) -> NDArray[np.float32]:
-        count, height, width = planes.shape
-        planes = _mirrored(planes)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            stack = torch.zeros((count, 2, *planes.shape[1:]), device=self.device)
-            stack[:, 0] = torch.from_numpy(planes).to(self.device)
-            if self._compiled is None:
-                stack = stack.contiguous(memory_format=torch.channels_last)
-            total: torch.Tensor | None = None
-            for axes, signs in _FLIPS if self.flip_average else _FLIPS[:1]:
-                output = self._run(torch.flip(stack, axes) if axes else stack)
-                if axes:
-                    output = torch.flip(output, axes)
-                    output[:, 0] *= signs[0]
-                    output[:, 1] *= signs[1]
-                total = output if total is None else total + output
-            assert total is not None
-            if self.flip_average:
-                total /= len(_FLIPS)
-            result: NDArray[np.float32] = total.cpu().numpy()
-        self.seconds += time.perf_counter() - started
-        self.pixels += count * planes.shape[1] * planes.shape[2]
+            result = self._forward(planes)
+        else:
+            result = torch.zeros((planes.shape[0], 3, *planes.shape[1:]), device=self.device)
+            for top in rows.starts:
+                for left in columns.starts:
+                    box = (slice(top, top + rows.size), slice(left, left + columns.size))
+                    weight = torch.from_numpy(rows.weight(top)[:, None] * columns.weight(left))
+                    part = self._forward(planes[:, box[0], box[1]].contiguous())
+                    result[:, :, box[0], box[1]] += part.mul_(weight.to(self.device))
         result = result[:, :, :height, :width]
         result[:, :2] /= FLOW_SCALE
         return result
 
-    def _run(self, stack: torch.Tensor) -> torch.Tensor:
+    def _forward(self, planes: Tensor) -> Tensor:
+        """Give what the network says, 5 x flow and logit, of planes of a size that it takes."""
+        started = time.perf_counter()
+        stack = torch.zeros((planes.shape[0], 2, *planes.shape[1:]), device=self.device)
+        stack[:, 0] = planes
+        if self._compiled is None:
+            stack = stack.contiguous(memory_format=torch.channels_last)
+        total: Tensor | None = None
+        for axes, signs in _FLIPS if self.flip_average else _FLIPS[:1]:
+            output = self._run(torch.flip(stack, axes) if axes else stack)
+            if axes:
+                output = torch.flip(output, axes)
+                output[:, 0] *= signs[0]
+                output[:, 1] *= signs[1]
+            total = output if total is None else total + output
+        assert total is not None
+        if self.flip_average:
+            total /= len(_FLIPS)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - started
+        self.pixels += planes.numel()
+        return total
+
+    def _run(self, stack: Tensor) -> Tensor:
         if self._compiled is not None:
             return torch.from_numpy(self._compiled(stack.numpy()))
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
@@ -151,16 +156,17 @@ class PlaneNetwork:
         return torch.as_tensor(output).float()
 
 
-def _mirrored(planes: NDArray[np.float32]) -> NDArray[np.float32]:
+def _mirrored(planes: Tensor) -> Tensor:
     """Pad planes (n, height, width) to what the network takes.
 
     Mirrored, so that a nucleus cut by the border does not end in an edge that is none.
     """
-    _, height, width = planes.shape
-    pad_height, pad_width = padded(height) - height, padded(width) - width
-    if not (pad_height or pad_width):
-        return planes
-    return np.pad(planes, ((0, 0), (0, pad_height), (0, pad_width)), mode="symmetric")
+    for axis in (1, 2):
+        size = planes.shape[axis]
+        if padded(size) != size:
+            mirror = np.pad(np.arange(size), (0, padded(size) - size), mode="symmetric")
+            planes = planes.index_select(axis, torch.from_numpy(mirror).to(planes.device))
+    return planes
 
 
 def _compile(

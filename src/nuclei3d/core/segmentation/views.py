@@ -125,6 +125,53 @@ def count_pixels(
     return total
 
 
+@dataclass(frozen=True)
+class PlaneGroup:
+    """Planes that go through the network together.
+
+    Attributes
+    ----------
+    indices
+        Numbers of the planes.
+    rows, columns
+        The box of them that is computed.
+    stretched
+        Rows of that box at the network's scale.
+    """
+
+    indices: Sequence[int]
+    rows: slice
+    columns: slice
+    stretched: int
+
+
+def plane_groups(
+    shape: Sequence[int],
+    axis: int,
+    network: PlaneNetwork,
+    occupied: OccupiedSpace,
+    depth: int,
+    indices: Sequence[int],
+) -> Iterator[PlaneGroup | int]:
+    """Put planes into groups of equal box; a plane in which nothing can be is given by its number."""
+    height, width = (size for other, size in enumerate(shape) if other != axis)
+    done = 0
+    while done < len(indices):
+        box = occupied.box(axis, indices[done], indices[done])
+        if box is None:
+            yield indices[done]
+            done += 1
+            continue
+        rows, columns = _on_lattice(box, height, width, depth)
+        many = network.planes_per_batch(_stretched_rows(rows, height, depth), columns.stop - columns.start)
+        chosen = indices[done : done + many]
+        common = occupied.box(axis, chosen[0], chosen[-1])
+        assert common is not None
+        rows, columns = _on_lattice(common, height, width, depth)
+        yield PlaneGroup(chosen, rows, columns, _stretched_rows(rows, height, depth))
+        done += len(chosen)
+
+
 def _computed_planes(
     image: NDArray[np.float32],
     axis: int,
@@ -133,35 +180,24 @@ def _computed_planes(
     depth: int,
     indices: Sequence[int],
 ) -> Iterator[PlanePrediction]:
-    """Run the chosen planes in groups of equal box."""
+    """Run the chosen planes."""
     planes = np.moveaxis(image, axis, 0)
     height, width = planes.shape[1:]
-    done = 0
-    while done < len(indices):
-        box = occupied.box(axis, indices[done], indices[done])
-        if box is None:
-            yield PlanePrediction(indices[done], _empty(height, width))
-            done += 1
+    for group in plane_groups(image.shape, axis, network, occupied, depth, indices):
+        if isinstance(group, int):
+            yield PlanePrediction(group, _empty(height, width))
             continue
-        rows, columns = _on_lattice(box, height, width, depth)
-        stretched = _stretched_rows(rows, height, depth)
-        many = network.planes_per_batch(stretched, columns.stop - columns.start)
-        chosen = indices[done : done + many]
-        common = occupied.box(axis, chosen[0], chosen[-1])
-        assert common is not None
-        rows, columns = _on_lattice(common, height, width, depth)
-        stretched = _stretched_rows(rows, height, depth)
-        stack = np.ascontiguousarray(planes[chosen, rows, columns])
-        if stretched != stack.shape[1]:
-            stack = resize_linear(stack, (len(chosen), stretched, stack.shape[2]))
+        stack = np.ascontiguousarray(planes[group.indices, group.rows, group.columns])
+        if group.stretched != stack.shape[1]:
+            stack = resize_linear(stack, (len(stack), group.stretched, stack.shape[2]))
         output = network(stack)
-        if stretched != rows.stop - rows.start:
-            output = resize_linear(output, (*output.shape[:2], rows.stop - rows.start, output.shape[3]))
-        for index, predicted in zip(chosen, output, strict=True):
+        if group.stretched != group.rows.stop - group.rows.start:
+            native = group.rows.stop - group.rows.start
+            output = resize_linear(output, (*output.shape[:2], native, output.shape[3]))
+        for index, predicted in zip(group.indices, output, strict=True):
             whole = _empty(height, width)
-            whole[:, rows, columns] = predicted
+            whole[:, group.rows, group.columns] = predicted
             yield PlanePrediction(index, whole)
-        done += len(chosen)
 
 
 def _on_lattice(box: tuple[slice, slice], height: int, width: int, depth: int) -> tuple[slice, slice]:

@@ -53,13 +53,14 @@ class Batch:
     planes: NDArray[np.int64]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device; to a GPU through pinned memory, without waiting."""
-        if device.type == "cpu":
-            return self
+        """Copy to a device; from pinned memory, to a GPU, without waiting."""
+        return self if device.type == "cpu" else self._moved(lambda each: each.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
+    def pinned(self) -> Batch:
+        """Copy to page-locked memory."""
+        return self._moved(Tensor.pin_memory)
 
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             move(self.images),
             move(self.foreground),
@@ -115,6 +116,8 @@ class BatchStream:
         Crops a batch; the last of an epoch may be smaller.
     workers
         Threads; their number does not change the crops.
+    pinned
+        Whether batches are put in page-locked memory, by the threads.
     """
 
     def __init__(
@@ -124,8 +127,11 @@ class BatchStream:
         epochs: range,
         batch_size: int,
         workers: int,
+        *,
+        pinned: bool = False,
     ) -> None:
         self._maker = maker
+        self._pinned = pinned
         self._jobs = self._list_jobs(order_of, epochs, batch_size)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
         self._waiting: deque[Future[Batch]] = deque()
@@ -145,10 +151,14 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
-            self._waiting.append(self._pool.submit(self._maker.make_batch, *job))
+            self._waiting.append(self._pool.submit(self._make, *job))
         if not self._waiting:
             raise StopIteration
         return self._waiting.popleft().result()
+
+    def _make(self, planes: NDArray[np.int64], epoch: int, first: int) -> Batch:
+        batch = self._maker.make_batch(planes, epoch, first)
+        return batch.pinned() if self._pinned else batch
 
     def close(self) -> None:
         """Stop the threads; batches not taken are lost."""

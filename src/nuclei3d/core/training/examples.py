@@ -33,11 +33,19 @@ class Examples(Protocol):
     def axes(self) -> int:
         """Number of spatial axes of a crop."""
 
-    def batches(self, epochs: range, workers: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Open the stream of the batches of these epochs, cut by threads whose number changes nothing."""
+    def batches(
+        self, epochs: range, workers: int, *, pinned: bool = False
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """Open the stream of the batches of these epochs, cut by threads whose number changes nothing.
+
+        `pinned` ones lie in page-locked memory, from which a GPU fetches them.
+        """
 
     def loss(self, output: Tensor, batch: Batch) -> LossParts:
-        """Compute the loss of the network's output on a batch."""
+        """Compute the loss of the network's output on a batch; on a GPU, without waiting for it."""
+
+    def observe(self, output: Tensor, batch: Batch) -> None:
+        """Take note of the network's output on a batch, for the report of the epoch."""
 
     def validate(self, network: nn.Module, report: EpochReport, arithmetic: Arithmetic) -> EpochReport:
         """Judge a network on the validation data; give the report of the epoch with the figures filled in."""
@@ -91,7 +99,7 @@ class PlaneExamples:
         )
         self._validation = validation
 
-    def batches(self, epochs: range, workers: int) -> BatchStream:
+    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> BatchStream:
         """Open the stream of the batches of these epochs."""
         return BatchStream(
             self._maker,
@@ -99,11 +107,15 @@ class PlaneExamples:
             epochs,
             self._params.batch_size,
             workers,
+            pinned=pinned,
         )
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Compute Cellpose's loss."""
         return cellpose_loss(output, batch.flows, batch.foreground, batch.weights)
+
+    def observe(self, output: Tensor, batch: Batch) -> None:
+        """Note nothing: the loss tells all."""
 
     def validate(self, network: nn.Module, report: EpochReport, arithmetic: Arithmetic) -> EpochReport:
         """Judge a network on fixed crops of the validation planes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from nuclei3d.config.train import TrainParams
 from nuclei3d.core.networks import choose_precision
+from nuclei3d.core.training.batches import Batch
+from nuclei3d.core.training.recorded_gradients import RecordedGradients
 from nuclei3d.core.training.state import TrainingState, WeightAverage, copy_state
 
 
@@ -52,7 +55,8 @@ class Arithmetic:
         """Run a network over a batch on the device; of several outputs the first is given."""
         images = images.contiguous(memory_format=self.layout)
         mixed = self.precision != torch.float32
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=mixed):
+        # no weight is used twice, so there is nothing to keep; and a CUDA graph must hold the casts
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=mixed, cache_enabled=False):
             output = network(images)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
@@ -79,23 +83,35 @@ class Learner:
         Optimiser, clipping, mean of the weights.
     arithmetic
         How it computes.
+    loss_of
+        Gives the loss of the network's output on a batch.
     """
 
-    def __init__(self, network: nn.Module, params: TrainParams, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        params: TrainParams,
+        arithmetic: Arithmetic,
+        loss_of: Callable[[Tensor, Batch], LossParts],
+    ) -> None:
         self.network = network.to(device=arithmetic.device)
         self.network.to(memory_format=arithmetic.layout)  # type: ignore[call-overload]
         self.arithmetic = arithmetic
+        self._loss_of = loss_of
         self._clip = params.gradient_clip
         self._optimizer = _new_optimizer(self.network, params)
         self._average = WeightAverage(self.network, params.ema) if params.ema else None
+        self._gradients: Callable[[Batch], tuple[Tensor, Tensor]] = self._compute_gradients
+        if arithmetic.device.type == "cuda" and params.cuda_graph:
+            self._gradients = RecordedGradients(self._compute_gradients, self.network)
 
-    def step(self, loss: LossParts, rate: float, number: int) -> Tensor:
-        """Do one step down the gradient of a loss.
+    def step(self, batch: Batch, rate: float, number: int) -> tuple[Tensor, Tensor]:
+        """Do one step down the gradient of the loss of a batch.
 
         Parameters
         ----------
-        loss
-            Computed from an output of the network.
+        batch
+            On the device.
         rate
             Learning rate.
         number
@@ -103,20 +119,28 @@ class Learner:
 
         Returns
         -------
-        Tensor
-            The two parts of the loss, on the device.
+        output : Tensor
+            Of the network, before the step; overwritten by the next one.
+        values : Tensor
+            The two parts of the loss, on the device; likewise.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        values = torch.stack([loss.flow.detach(), loss.probability.detach()])
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        output, values = self._gradients(batch)
         if self._clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
         self._optimizer.step()
         if self._average is not None:
-            self._average.update(self.network, number)
-        return values
+            self._average.update(number)
+        return output, values
+
+    def _compute_gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Fill in the gradients; give the output and the two parts of the loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        output = self.arithmetic.run(self.network, batch.images)
+        loss = self._loss_of(output, batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        return output.detach(), torch.stack([loss.flow.detach(), loss.probability.detach()])
 
     def restore(self, state: TrainingState) -> None:
         """Go back to a state, the random numbers of torch included."""

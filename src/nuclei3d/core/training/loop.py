@@ -24,6 +24,7 @@ from nuclei3d.core.training.state import EpochReport, TrainingState, copy_state
 from nuclei3d.errors import InputError
 
 _DIVERGED_FACTOR = 5.0
+_WORKERS_BESIDE_GPU = 8
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error
@@ -112,7 +113,7 @@ def train_network(
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    learner = Learner(network, params, choose_arithmetic(params, device, examples.axes))
+    learner = Learner(network, params, choose_arithmetic(params, device, examples.axes), examples.loss)
     return _Loop(learner, examples, params, callbacks or Callbacks()).run(start)
 
 
@@ -130,8 +131,10 @@ class _Loop:
         state = start or TrainingState({}, {}, None, torch.get_rng_state(), (), 0, -math.inf, {})
         self.learner.restore(state)
         stopped = ""
-        workers = self.params.workers or (1 if self.learner.arithmetic.device.type == "cpu" else 8)
-        with self.examples.batches(range(state.epoch, self.params.epochs), workers) as batches:
+        on_gpu = self.learner.arithmetic.device.type == "cuda"
+        workers = self.params.workers or (_WORKERS_BESIDE_GPU if on_gpu else 1)
+        epochs = range(state.epoch, self.params.epochs)
+        with self.examples.batches(epochs, workers, pinned=on_gpu) as batches:
             while state.epoch < self.params.epochs:
                 stopped = self._why_stop(state)
                 if stopped:
@@ -210,8 +213,8 @@ class _Loop:
             waited += time.perf_counter() - asked
             rate = learning_rate(self.params, step, self.steps_per_epoch)
             batch = batch.to(device)
-            output = learner.arithmetic.run(learner.network, batch.images)
-            losses = learner.step(self.examples.loss(output, batch), rate, step)
+            output, losses = learner.step(batch, rate, step)
+            self.examples.observe(output, batch)
             sums += losses.double() * len(batch.planes)
             unseen += len(batch.planes)
             step += 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 FORMAT = 1
 
@@ -173,18 +174,21 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._mean = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        followed = network.state_dict()
+        self._mean = {name: value.detach().clone() for name, value in followed.items()}
+        floating = [name for name, value in followed.items() if value.is_floating_point()]
+        self._pairs = [(self._mean[name], value) for name, value in followed.items() if name not in floating]
+        self._means = [self._mean[name] for name in floating]
+        self._values = [followed[name] for name in floating]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after a step (counted from 0)."""
+    def update(self, step: int) -> None:
+        """Take in the network's weights after a step (counted from 0)."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, value in network.state_dict().items():
-            mean = self._mean[name]
-            if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
-            else:
-                mean.copy_(value)
+        # all tensors in one call: one by one they would keep a GPU waiting
+        get_ema_multi_avg_fn(decay)(self._means, self._values, None)  # type: ignore[no-untyped-call]
+        for mean, value in self._pairs:
+            mean.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
         """Give the mean weights (not a copy)."""

@@ -72,7 +72,7 @@ class VolumeExamples:
         self._variances = volumes.flow_variances
         self._seen = FlowFigures()
 
-    def batches(self, epochs: range, workers: int) -> BatchStream:
+    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> BatchStream:
         """Open the stream of the batches of these epochs."""
         return BatchStream(
             self._maker,
@@ -80,11 +80,15 @@ class VolumeExamples:
             epochs,
             self._params.batch_size,
             workers,
+            pinned=pinned,
         )
 
-    def loss(self, output: Tensor, batch: Batch) -> VolumeLoss:
-        """Compute the loss; what the epoch's report tells of it is kept until `validate`."""
+    def observe(self, output: Tensor, batch: Batch) -> None:
+        """Sum up each axis' figures; they are kept until `validate`."""
         self._seen.add(output, batch.flows, batch.foreground)
+
+    def loss(self, output: Tensor, batch: Batch) -> VolumeLoss:
+        """Compute the loss."""
         return volume_loss(
             output, batch.flows, batch.foreground, self._params.full3d, self._variances, batch.weights
         )

@@ -67,7 +67,7 @@ def volume_loss(
     squared = (output[:, :3] / FLOW_SCALE - flows).square() * inside[:, None]
     voxels = target.sum().clamp(min=1)
     by_axis = squared.sum(dim=(0, 2, 3, 4)) / voxels
-    flow = (by_axis * torch.tensor(scale, device=output.device)).sum()
+    flow = by_axis[0] * scale[0] + by_axis[1] * scale[1] + by_axis[2] * scale[2]
     entropy = F.binary_cross_entropy_with_logits(output[:, 3], target, weight=weights)
     likely = torch.sigmoid(output[:, 3])
     dice = 1 - (2 * (likely * target).sum() + 1) / (likely.sum() + target.sum() + 1)

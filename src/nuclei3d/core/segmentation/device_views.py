@@ -1,0 +1,180 @@
+"""The network pass on a GPU: the volume is brought there once, the sum of the views fetched once.
+
+It gives the field that `views` sums up on the host, up to the rounding of a unit or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nuclei3d.core.resampling import resize_tensor
+from nuclei3d.core.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
+from nuclei3d.core.segmentation.foreground import OccupiedSpace
+from nuclei3d.core.segmentation.fusion import VIEW_AXES, View
+from nuclei3d.core.segmentation.plane_network import PlaneNetwork
+from nuclei3d.core.segmentation.views import (
+    EMPTY_LOGIT,
+    VIEW_AXIS,
+    PlaneGroup,
+    computed_indices,
+    plane_groups,
+)
+from nuclei3d.volumes.voxel_size import VoxelSize
+
+_BYTES_PER_VOXEL = 40
+"""Volume, sums, and the packed field with what packing takes."""
+
+_SHARE_OF_MEMORY = 0.5
+"""What a volume may take of the memory that is free; the network needs the rest."""
+
+_MOST = 32767
+
+
+def fits_on(device: torch.device, shape: Sequence[int]) -> bool:
+    """Say whether a volume of this shape can lie on the device, which is a GPU."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return _BYTES_PER_VOXEL * float(np.prod(shape)) <= _SHARE_OF_MEMORY * free
+
+
+@torch.inference_mode()
+def sum_views(
+    volume: NDArray[np.float32],
+    grid_voxel_size: VoxelSize,
+    views: Sequence[View],
+    networks: Mapping[View, PlaneNetwork],
+    occupied: OccupiedSpace,
+    *,
+    stretched_depth: int,
+    step: int = 1,
+    trust: Sequence[float] | None = None,
+    progress: Callable[[View], Callable[[float], None] | None] = lambda view: None,
+) -> FlowField:
+    """Run the network over the planes of the views and take the mean.
+
+    Parameters
+    ----------
+    volume
+        Normalised (z, y, x) on the view grid.
+    grid_voxel_size
+        Of that grid.
+    views
+        Which.
+    networks
+        The network of each view.
+    occupied, stretched_depth, step
+        As in `nuclei3d.core.segmentation.views.predict_view`; `step` is for xz and yz.
+    trust
+        Weight of each view; None for equal ones.
+    progress
+        Gives for each view what is called with the number of planes that were dealt with.
+    """
+    weights = dict(zip(views, trust or [1.0] * len(views), strict=True))
+    device = networks[views[0]].device
+    image = torch.from_numpy(volume).to(device)
+    total = torch.zeros((4, *volume.shape), device=device)
+    # what is not computed says that nothing is there
+    total[3] = EMPTY_LOGIT
+    for view in views:
+        shares = [
+            weights[view] / sum(weights[other] for other in views if component in VIEW_AXES[other])
+            for component in VIEW_AXES[view]
+        ] + [weights[view] / sum(weights.values())]
+        _add_view(
+            image,
+            total,
+            view,
+            shares,
+            networks[view],
+            occupied,
+            stretched_depth,
+            1 if view == "xy" else step,
+            progress(view),
+        )
+    return _fetch(total, grid_voxel_size)
+
+
+def _add_view(
+    image: Tensor,
+    total: Tensor,
+    view: View,
+    shares: Sequence[float],
+    network: PlaneNetwork,
+    occupied: OccupiedSpace,
+    stretched_depth: int,
+    step: int,
+    progress: Callable[[float], None] | None,
+) -> None:
+    """Add the shares of a view to the sums (4, z, y, x)."""
+    axis = VIEW_AXIS[view]
+    depth = image.shape[1] if axis == 0 else stretched_depth
+    indices = computed_indices(image.shape[axis], step)
+    reach = _reach_of(indices, image.shape[axis])
+    planes = image.movedim(axis, 0)
+    sums = [total[component].movedim(axis, 0) for component in (*VIEW_AXES[view], 3)]
+    told = 0
+    for group in plane_groups(image.shape, axis, network, occupied, depth, indices):
+        if isinstance(group, PlaneGroup):
+            last = group.indices[-1]
+            output = _predict(planes, group, network)
+            for sum_, values, share in zip(sums, output.unbind(1), shares, strict=True):
+                box = sum_[:, group.rows, group.columns]
+                if step == 1:
+                    box[group.indices[0] : group.indices[-1] + 1].add_(values, alpha=share)
+                    continue
+                for index, plane in zip(group.indices, values, strict=True):
+                    for target, part in reach[index]:
+                        box[target].add_(plane, alpha=share * part)
+        else:
+            last = group
+        if progress is not None:
+            progress(last + 1 - told)
+            told = last + 1
+    if progress is not None and told < image.shape[axis]:
+        progress(image.shape[axis] - told)
+
+
+def _predict(planes: Tensor, group: PlaneGroup, network: PlaneNetwork) -> Tensor:
+    """Run a group; gives flow and logit (n, 3, height, width) of its box, the logit above the empty one."""
+    first, last = group.indices[0], group.indices[-1]
+    step = group.indices[1] - first if len(group.indices) > 1 else 1
+    if list(group.indices) == list(range(first, last + 1, step)):
+        stack = planes[first : last + 1 : step, group.rows, group.columns]
+    else:
+        chosen = torch.tensor(list(group.indices), device=planes.device)
+        stack = planes[:, group.rows, group.columns].index_select(0, chosen)
+    native = group.rows.stop - group.rows.start
+    output = network.run(resize_tensor(stack, (len(stack), group.stretched, stack.shape[2])))
+    output = resize_tensor(output, (*output.shape[:2], native, output.shape[3]))
+    flow, logit = output[:, :2], output[:, 2:]
+    flow.nan_to_num_(0.0).clamp_(-_MOST / FLOW_UNITS, _MOST / FLOW_UNITS)
+    logit.nan_to_num_(-_MOST / LOGIT_UNITS).clamp_(-_MOST / LOGIT_UNITS, _MOST / LOGIT_UNITS)
+    logit -= EMPTY_LOGIT
+    return output
+
+
+def _reach_of(indices: Sequence[int], count: int) -> dict[int, list[tuple[int, float]]]:
+    """Give for each computed plane the planes that it enters, with its share: linear, flat at the ends."""
+    places = np.arange(count)
+    reach = {}
+    for number, index in enumerate(indices):
+        share = np.interp(places, indices, np.eye(len(indices))[number])
+        reach[index] = [(int(place), float(share[place])) for place in np.flatnonzero(share)]
+    return reach
+
+
+def _fetch(total: Tensor, voxel_size: VoxelSize) -> FlowField:
+    """Pack sums and bring them to the host, slab by slab."""
+    units = torch.tensor([FLOW_UNITS] * 3 + [LOGIT_UNITS], device=total.device).view(4, 1, 1, 1)
+    packed = np.empty((*total.shape[1:], 4), np.int16)
+    slab = max(1, 2**24 // max(1, total[0, 0].numel()))
+    for start in range(0, len(packed), slab):
+        part = (total[:, start : start + slab] * units).round_().clamp_(-_MOST, _MOST).to(torch.int16)
+        packed[start : start + slab] = part.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return FlowField(packed, voxel_size)
