@@ -1,6 +1,6 @@
 """Training here against ``cellpose.train.train_seg``: the same slices, network, number and size of crops.
 
-    python benchmarks/training.py [--slices DIR] [--steps N] [--json]
+    python benchmarks/training.py [--slices DIR] [--steps N] [--learning-rate X] [--json]
 
 Without --slices, a small sample is simulated and prepared in a temporary folder. Three ratios are measured:
 
@@ -13,7 +13,8 @@ val_loss_ratio     validation loss here / there after the same number of crops, 
 cpu_time_ratio, processor time per crop there / here, is besides what a busy machine can measure.
 
 Both use the optimiser AdamW, batches of the same size, and stock's augmentation as far as both have it; the
-learning rate and its schedule are each one's own defaults.
+learning rate and its schedule are each one's own defaults. A GPU is so fast that the first steps, in which
+libraries choose their algorithms, weigh heavily: take --steps 600 or more there.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "planes": len(described.infos["train"]),
         "steps": settings.epochs * math.ceil((settings.crops_per_epoch or 0) / settings.batch_size),
+        "learning_rate": settings.learning_rate,
         "crop_px": settings.crop_px,
         "batch_size": settings.batch_size,
     }
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop-px", type=int, default=128)
     parser.add_argument("--diameter-px", type=float, default=17.0)
+    parser.add_argument("--learning-rate", type=float, default=TrainParams().learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
@@ -238,6 +241,7 @@ def main() -> None:
         batch_size=options.batch_size,
         crops_per_epoch=max(1, options.steps // epochs) * options.batch_size,
         crop_px=options.crop_px,
+        learning_rate=options.learning_rate,
         validation_crops=1,
         select="last",
     )
