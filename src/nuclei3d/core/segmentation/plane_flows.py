@@ -21,6 +21,7 @@ from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, predict_view
+from nuclei3d.core.segmentation.volume_look import VolumeLook
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 
@@ -33,6 +34,7 @@ def predict_plane_flows(
     progress: Callable[[float], None] | None = None,
     *,
     orthogonal_network: nn.Module | None = None,
+    volume_field: FlowField | None = None,
     seconds: dict[str, float] | None = None,
 ) -> FlowField:
     """Run a 2D network over the planes of a volume and fuse the views.
@@ -41,6 +43,8 @@ def predict_plane_flows(
 
     Parameters
     ----------
+    volume_field
+        What a 3D network says of the volume, on its own grid: it is fused with the views.
     seconds
         Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
 
@@ -79,8 +83,11 @@ def predict_plane_flows(
     }
     # In mode stitch there is one view, whatever weights the settings have for three.
     trust = settings.view_weights if views == settings.views else None
+    beside: VolumeLook | None = None
+    if volume_field is not None:
+        beside = VolumeLook(volume_field, shape, grid_voxel_size, settings.volume_weight)
     field = FlowField.zeros(shape, grid_voxel_size) if settings.fusion == "mean" else None
-    fused = None if field is None else FlowAccumulator(field, views, trust)
+    fused = None if field is None else FlowAccumulator(field, views, trust, beside)
     kept: list[ViewPrediction] = []
     report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
     try:
@@ -112,7 +119,7 @@ def predict_plane_flows(
             each.train(training)
     if field is None:
         weights: dict[str, float] | None = dict(zip(views, trust, strict=True)) if trust else None
-        field = FlowField.of(*fuse_views(kept, settings.fusion, weights), grid_voxel_size)
+        field = FlowField.of(*fuse_views(kept, settings.fusion, weights, beside), grid_voxel_size)
     if seconds is not None:
         seconds["network"] = sum(runner.seconds for runner in runners.values())
         seconds["views"] = time.perf_counter() - started - seconds["network"]
