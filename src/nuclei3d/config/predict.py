@@ -16,11 +16,11 @@ class PredictParams(Section):
 
     `mode` auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`.
     `views` are the planes that modes ortho and mixed look at, `view_weights` the trust in each (None: equal),
-    and `orthogonal_model` another 2D model for xz and yz (in the command predict; of the same `diameter_px`).
-    `volume_model` is a 3D model beside a 2D one (in the commands predict and calibrate, and in what assess
-    predicts): mode mixed fuses its flows with those of the views. `volume_weight` is the trust in it, where a
-    view has 1 unless `view_weights` says otherwise. `fusion` consensus trusts, place by place, the look whose
-    flow varies least.
+    and `orthogonal_model` another 2D model for xz and yz, of the same `diameter_px`. `volume_model` is a 3D
+    model beside a 2D one: mode mixed fuses its flows with those of the views; `volume_weight` is the trust in
+    it, where a view has 1 unless `view_weights` says otherwise. Both are for predictions on this machine (the
+    commands predict, calibrate and assess); a training or a search looks at its network alone.
+    `fusion` consensus trusts, place by place, the look whose flow varies least; mean trusts all alike.
     `stitch_min_iou` is the least overlap at which mode stitch links masks of neighbouring planes;
     `stitch_max_gap` is the number of planes in which a nucleus may be missing.
     `orthogonal_step` computes every n-th xz and yz plane only and interpolates between. `flip_average`

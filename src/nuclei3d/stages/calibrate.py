@@ -42,8 +42,8 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     Parameters
     ----------
     params
-        The sections calibrate, data (split) and predict are used. With predict.volume_model the thresholds
-        are those of mode mixed, which takes them from the 2D model.
+        The sections calibrate, data (split) and predict are used. Where predict names further models, the
+        thresholds are for this one with those beside it: a prediction takes them from this one.
     model
         Model folder; its model.json is replaced.
     data
@@ -58,13 +58,16 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     from nuclei3d.models.folder import INFO_FILE, load_model
 
     loaded = load_model(model)
-    second = SecondModels(volume=load_second_models(params.predict, loaded).volume)
+    second = load_second_models(params.predict, loaded)
     volumes = read_calibration_volumes(params, data)
     if not volumes:
         raise InputError(
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
             "calibrate.volumes above 0"
         )
+    if second.models:
+        beside = "' and '".join(each.info.name for each in second.models)
+        say(f"the thresholds are for '{loaded.info.name}' with '{beside}' beside it")
     device = choose_device(params.predict.device)
     info, chosen = with_thresholds(loaded.network, loaded.info, params, volumes, device, second)
     with whole_file(loaded.path.parent / INFO_FILE) as path:
@@ -114,7 +117,13 @@ def predict_labelled(
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
             flows = predict_flows(
-                volume.image, volume.voxel_size, network, settings, device, **second.networks
+                volume.image,
+                volume.voxel_size,
+                network,
+                settings,
+                device,
+                orthogonal_network=second.orthogonal_network,
+                volume_network=second.volume_network,
             )
             seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
             bar.advance()

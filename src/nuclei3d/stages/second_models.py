@@ -36,12 +36,14 @@ class SecondModels:
         return [each for each in (self.orthogonal, self.volume) if each is not None]
 
     @property
-    def networks(self) -> dict[str, nn.Module | None]:
-        """Their networks, as `nuclei3d.core.segmentation.prediction` takes them."""
-        return {
-            "orthogonal_network": self.orthogonal.network if self.orthogonal else None,
-            "volume_network": self.volume.network if self.volume else None,
-        }
+    def orthogonal_network(self) -> nn.Module | None:
+        """Network for the xz and yz planes."""
+        return self.orthogonal.network if self.orthogonal else None
+
+    @property
+    def volume_network(self) -> nn.Module | None:
+        """The 3D network."""
+        return self.volume.network if self.volume else None
 
     @property
     def volume_info(self) -> ModelInfo | None:

@@ -116,7 +116,8 @@ class LocalSegmenter:
                 self._settings,
                 self._device,
                 progress,
-                **second.networks,
+                orthogonal_network=second.orthogonal_network,
+                volume_network=second.volume_network,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise MachineError(
