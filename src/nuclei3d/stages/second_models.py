@@ -59,13 +59,15 @@ def load_second_models(predict: PredictParams, model: Model) -> SecondModels:
     InputError
         If one is missing, of the wrong kind, or of another scale where one image serves two networks.
     """
-    from nuclei3d.models.folder import load_model
+    from nuclei3d.models.folder import load_model, require_model
 
     orthogonal = volume = None
     if predict.orthogonal_model is not None:
+        require_model(predict.orthogonal_model, "predict.orthogonal_model")
         orthogonal = load_model(predict.orthogonal_model)
         _check_orthogonal(model, orthogonal)
     if predict.volume_model is not None:
+        require_model(predict.volume_model, "predict.volume_model")
         volume = load_model(predict.volume_model)
         _check_volume(volume)
     return SecondModels(orthogonal, volume)
