@@ -5,12 +5,13 @@
 
 Arms on BBBC050, split by embryo: the first attempt in kind (targets tanh((c - x) / 5) in voxels, all axes
 pooled alike, axes not balanced in the loss), heat targets alone, pooling by the voxel size alone, both, and
-the 2D views. Further arms train on simulated embryos of anisotropy 5.75 and 11.5. Each arm trains for
-`--minutes` and chooses its thresholds on the validation embryo; the table is of the three test embryos. A
-training that was stopped goes on, an arm that is done is not done again. On a CPU minutes and seconds are
-processor time, so that a busy machine changes nothing, and the 3D network is the small one; the profile
-``gpu`` counts the time of the clock and trains the large one on more patches a step. The peak of the memory
-is that of the process that predicts.
+the 2D views. Two arms more train nothing: they predict with the networks of "2D views" and of "heat, pooling
+by spacing" together (mode mixed), by mean and by consensus; their training is that of both. Further arms
+train on simulated embryos of anisotropy 5.75 and 11.5. Each arm trains for `--minutes` and chooses its
+thresholds on the validation embryo; the table is of the three test embryos. A training that was stopped goes
+on, an arm that is done is not done again. On a CPU minutes and seconds are processor time, so that a busy
+machine changes nothing, and the 3D network is the small one; the profile ``gpu`` counts the time of the clock
+and trains the large one on more patches a step. The peak of the memory is that of the process that predicts.
 """
 
 from __future__ import annotations
@@ -109,6 +110,11 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 _GPU_VIEWS = {"batch_size": 32, "crops_per_epoch": 640, "ema": 0.995}
 _GPU_SOLID = {"batch_size": 8, "crops_per_epoch": 160, "validation_crops": 32, "ema": 0.995}
 _GPU_FULL3D = {"profile": "default"}
+# name: (arm of the 2D network, arm of the 3D network, predict.fusion)
+MIXED = {
+    "2D views and 3D network, mixed": ("2D views", "heat, pooling by spacing", "mean"),
+    "2D views and 3D network, mixed by consensus": ("2D views", "heat, pooling by spacing", "consensus"),
+}
 _SIMULATE = {
     "simulated_5.75": {"shape": [24, 128, 128], "voxel_size_um": [2.0, 0.348, 0.348], "frames": [6, 2, 2]},
     "simulated_11.5": {"shape": [24, 224, 224], "voxel_size_um": [2.0, 0.174, 0.174], "frames": [6, 2, 2]},
@@ -206,7 +212,10 @@ def train_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> 
 
 
 def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]:
-    """Choose thresholds on the validation embryo; segment and judge the test embryo."""
+    """Choose thresholds on the validation embryo; segment and judge the test embryo.
+
+    A mixed arm predicts with the models of two others.
+    """
     from nuclei3d.core.networks import choose_device
     from nuclei3d.core.resampling import resize_nearest
     from nuclei3d.core.segmentation.labelling import label_flows
@@ -216,25 +225,38 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
     from nuclei3d.models.settings import segmentation_settings
     from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
     from nuclei3d.stages.evaluate import evaluate
+    from nuclei3d.stages.second_models import SecondModels
     from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
     from nuclei3d.volumes.writing import write_image, write_labels
 
-    params = params_of(arm, profile)
-    source = data_folder(arm, data, out, profile)
+    first, beside, fusion = MIXED.get(arm, (arm, None, "mean"))
+    trained = [first] if beside is None else [first, beside]
+    params = params_of(first, profile)
+    params = params.model_copy(update={"predict": params.predict.model_copy(update={"fusion": fusion})})
+    source = data_folder(first, data, out, profile)
     folder = out / slug(arm)
-    model = load_model(folder / "model")
+    folder.mkdir(exist_ok=True)
+    model, *others = (load_model(out / slug(name) / "model") for name in trained)
+    second = SecondModels(volume=others[0] if others else None)
     device = choose_device("auto")
     wanted = params.calibrate.model_copy(update={"volumes": 4})
     calibrating = params.model_copy(update={"calibrate": wanted})
     volumes = read_calibration_volumes(calibrating, source)
-    info, _ = with_thresholds(model.network, model.info, calibrating, volumes, device)
-    settings = segmentation_settings(info, params.predict)
+    info, _ = with_thresholds(model.network, model.info, calibrating, volumes, device, second)
+    settings = segmentation_settings(info, params.predict, volume=second.volume_info)
     sums = np.zeros((3, 3))
     seconds = voxels = 0.0
     for frame in split_embryos(find_embryos(source), params.data.split).test:
         volume = read_labelled(frame, params.data)
         started = clock(profile)
-        flows = predict_flows(volume.image, volume.voxel_size, model.network, settings, device)
+        flows = predict_flows(
+            volume.image,
+            volume.voxel_size,
+            model.network,
+            settings,
+            device,
+            volume_network=second.volume_network,
+        )
         labels, _ = label_flows(flows, volume.image.shape, settings)
         seconds += clock(profile) - started
         voxels += volume.image.size
@@ -253,7 +275,7 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         write_image(folder / "images" / place, volume.image, volume.voxel_size)
     evaluate(params, folder / "truth", folder / "pred", folder / "evaluation", images=folder / "images")
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    history = (folder / "model" / "history.csv").read_text().splitlines()
+    history = (out / slug(first) / "model" / "history.csv").read_text().splitlines()
     train = params.train
     steps = (len(history) - 1) * -(-int(train.crops_per_epoch or 0) // train.batch_size)
     cosines = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
@@ -271,18 +293,24 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         "seconds_per_mvox": seconds / voxels * 1e6,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-        "steps": steps,
-        "train_seconds": float((folder / "train_seconds").read_text()),
+        # steps of two networks are not of one kind: there is no sum
+        "steps": steps if beside is None else None,
+        "train_seconds": sum(float((out / slug(name) / "train_seconds").read_text()) for name in trained),
         "nuclei": metrics["n_true"],
     }
 
 
 def run_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> dict[str, Any]:
-    """Train and judge an arm, each in a process of its own, unless its record is there."""
+    """Train and judge an arm, each in a process of its own, unless its record is there.
+
+    Before a mixed arm come those whose models it needs.
+    """
     record = out / slug(arm) / f"record_{minutes:g}.json"
+    for needed in MIXED.get(arm, ())[:2]:
+        run_arm(needed, data, out, minutes, profile)
     if not record.is_file():
         say(f"--- {arm}")
-        for step in ("train", "predict"):
+        for step in ("predict",) if arm in MIXED else ("train", "predict"):
             command = [sys.executable, __file__, "--data", str(data), "--out", str(out), "--profile", profile]
             command += ["--minutes", str(minutes), "--arms", arm, "--step", step]
             subprocess.run(command, check=True)
@@ -312,7 +340,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the embryos (BBBC050)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MIXED], default=[*ARMS, *MIXED], metavar="NAME")
     parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--minutes", type=float, default=6.0, help="of each training")
     parser.add_argument("--step", choices=["train", "predict"], help=argparse.SUPPRESS)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from nuclei3d.config.predict import PredictParams
@@ -56,6 +58,53 @@ def test_modes_must_fit_the_kind_of_model(kind, mode):
     )
     with pytest.raises(InputError, match="is not for the model"):
         segmentation_settings(info, PredictParams(mode=mode))
+
+
+SOLID = ModelInfo(
+    name="solid",
+    kind="full3d",
+    full3d=SPEC,
+    diameter_px=20.5,
+    nucleus_diameter_um=14,
+    upper_percentile=99.0,
+    score_threshold=0.9,
+)
+
+
+@pytest.mark.parametrize("mode", ["auto", "mixed"])
+def test_a_3d_model_beside_a_2d_one_is_seen_in_its_own_way(mode):
+    wishes = PredictParams(mode=mode, volume_model=Path("solid"), engine="openvino", volume_weight=2.0)
+    settings = segmentation_settings(INFO, wishes, volume=SOLID)
+    assert (settings.mode, settings.volume_weight, settings.masks.score_threshold) == ("mixed", 2.0, 0.4)
+    assert settings.passes == (settings, settings.volume)
+    solid = settings.volume
+    assert (solid.mode, solid.diameter_px, solid.upper_percentile) == ("full3d", 20.5, 99.0)
+    # the size of the nuclei is the volume's, as the 2D model or the user says it; OpenVINO is for planes
+    assert solid.nucleus_diameter_um == settings.nucleus_diameter_um == 12
+    assert (settings.engine, solid.engine) == ("openvino", "auto")
+
+
+@pytest.mark.parametrize(
+    ("info", "mode", "volume", "message"),
+    [
+        (SOLID, "mixed", SOLID, "takes a 2D model and, beside it, a 3D one .* 'solid' is of kind 'full3d'"),
+        (SOLID, "auto", SOLID, "takes a 2D model"),
+        (INFO, "mixed", None, "give both or neither"),
+        (INFO, "ortho", SOLID, "give both or neither"),
+    ],
+)
+def test_mixed_is_a_2d_model_and_a_3d_one(info, mode, volume, message):
+    wishes = PredictParams().model_copy(update={"mode": mode})
+    with pytest.raises(InputError, match=message) as raised:
+        segmentation_settings(info, wishes, volume=volume)
+    assert "\n" not in str(raised.value)
+
+
+def test_one_network_alone_is_not_mixed():
+    wishes = PredictParams(mode="mixed", volume_model=Path("solid"), fusion="consensus").of_one_network()
+    assert wishes == PredictParams(fusion="consensus")
+    assert segmentation_settings(INFO, wishes).mode == "ortho"
+    assert PredictParams(mode="stitch").of_one_network().mode == "stitch"
 
 
 def test_effective_parameters_say_what_is_used():

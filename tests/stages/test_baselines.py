@@ -75,6 +75,27 @@ def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
     assert [mode for _, mode, _ in calls] == ["full3d", "ortho"]
 
 
+def test_beside_a_mixed_prediction_each_network_stands_by_itself(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crown(monkeypatch, write_model(tmp_path / "a", "old"))
+    model = write_model(tmp_path / "model", "new")
+    mixed = ["predict.mode=mixed", "predict.volume_model=solid"]
+    params = load_params(None, [*mixed, "evaluate.baselines=[champion, stock_fusion]"])
+    seen: list[Path | None] = []
+    from nuclei3d.stages import predict as stage
+
+    note = stage.predict
+    monkeypatch.setattr(
+        stage,
+        "predict",
+        lambda params, *rest: (seen.append(params.predict.volume_model), note(params, *rest)),
+    )
+    predict_baselines(params, FRAMES, str(model), tmp_path / "out")
+    assert [mode for _, mode, _ in calls] == ["cellpose", "ortho"]
+    assert seen == [None, None]
+
+
 def test_cellposes_fusion_is_left_out_beside_a_3d_model(
     calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+import solid_oracle
 from nuclei3d.config import Params, load_params
 from nuclei3d.core.networks import new_network
 from nuclei3d.core.targets.flow_targets import flows_2d
@@ -268,12 +269,14 @@ def test_a_model_for_the_orthogonal_views_is_run_over_them_alone(movie, oracle_m
         for name, size in (("model", 20), ("side", 20), ("large", 30))
     }
     monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: models[path.name])
-    params = load_params(None, ["predict.orthogonal_model=side"])
+    for name in ("side", "large"):
+        (tmp_path / name).mkdir()
+    params = load_params(None, [f"predict.orthogonal_model={tmp_path / 'side'}"])
     assert predict(params, [movie / "t3.ome.tif"], "model", tmp_path / "out").frames[0].nuclei == 3
     # xy planes are 60 x 64; the others 72 voxels deep once the voxels are cubic.
     assert {shape[0] for shape in models["model"].network.shapes} == {64}
     assert {shape[0] for shape in models["side"].network.shapes} == {80}
-    params = load_params(None, ["predict.orthogonal_model=large"])
+    params = load_params(None, [f"predict.orthogonal_model={tmp_path / 'large'}"])
     with pytest.raises(InputError, match="must have the same diameter_px"):
         predict(params, [movie / "t3.ome.tif"], "model", tmp_path / "out")
 
@@ -284,11 +287,69 @@ def test_a_model_for_the_orthogonal_views_is_run_over_them_alone(movie, oracle_m
         (["predict.views=[]"], "at least 1 item"),
         (["predict.views=[xy,xy]"], "names a view twice"),
         (["predict.view_weights=[1,2]"], "2 numbers for 3 views"),
+        (["predict.mode=mixed"], r"needs a 3D model beside the 2D one; give predict\.volume_model=PATH"),
+        (["predict.volume_model=solid", "predict.mode=ortho"], "volume_model is for mode mixed, not ortho"),
+        (["predict.volume_model=solid", "predict.mode=full3d"], "not full3d; use mixed or auto"),
+        (["predict.volume_model=solid", "predict.volume_weight=0"], "volume_weight"),
     ],
 )
-def test_views_that_make_no_sense_are_refused(overrides, message):
+def test_wishes_that_make_no_sense_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         load_params(None, overrides)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Model]:
+    """Models that load by the name of their folder: two in 2D, two in 3D at another scale."""
+    flat = ModelInfo(name="oracle", diameter_px=20, nucleus_diameter_um=10)
+    solid = solid_oracle.INFO.model_copy(update={"diameter_px": 18.0})
+    models = {}
+    for name, network, info in (
+        ("flat", Oracle(), flat),
+        ("solid", solid_oracle.SolidOracle(solid_oracle.SPEC), solid),
+        ("other", solid_oracle.SolidOracle(solid_oracle.SPEC), solid),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "oracle").write_text(name)
+        models[name] = Model(network, info, tmp_path / name / "oracle")
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: models[path.name])
+    return models
+
+
+@pytest.mark.parametrize("wishes", [[], ["predict.mode=mixed", "predict.fusion=consensus"]])
+def test_a_3d_model_beside_the_2d_one_is_fused_with_it(movie, pair, tmp_path, wishes, capsys):
+    params = load_params(None, [f"predict.volume_model={tmp_path / 'solid'}", *wishes])
+    result = predict(params, [movie], "flat", tmp_path / "out")
+    assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+    assert "mode mixed" in capsys.readouterr().err
+    again = predict(params, [movie], "flat", tmp_path / "out")
+    assert all(frame.done_before for frame in again.frames)
+    # other weights beside it are another prediction
+    params = load_params(None, [f"predict.volume_model={tmp_path / 'other'}", *wishes])
+    again = predict(params, [movie], "flat", tmp_path / "out")
+    assert not any(frame.done_before for frame in again.frames)
+
+
+@pytest.mark.parametrize(
+    ("model", "volume", "message"),
+    [
+        ("flat", "flat", r"volume_model takes a 3D model; 'oracle' in .* give one that was trained"),
+        ("solid", "solid", "'mixed' takes a 2D model"),
+        ("flat", "gone", r"no model at .*gone \(predict\.volume_model\)"),
+    ],
+)
+def test_models_that_do_not_mix_are_refused(movie, pair, tmp_path, model, volume, message):
+    with pytest.raises(InputError, match=message) as caught:
+        predict(
+            load_params(None, [f"predict.volume_model={tmp_path / volume}"]), [movie], model, tmp_path / "out"
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_service_has_no_3d_model_beside_its_own(movie, pair, tmp_path):
+    params = load_params(None, ["predict.volume_model=solid"])
+    with pytest.raises(InputError, match=r"predict\.volume_model is for 'nuclei3d predict'"):
+        predict(params, [movie], "http://127.0.0.1:9", tmp_path / "out")
 
 
 @pytest.mark.parametrize("wishes", [["predict.views=[xy,yz]"], ["predict.view_weights=[2.0,1.0,0.5]"]])

@@ -1,6 +1,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cloudpickle
@@ -118,6 +119,51 @@ def test_blocks_of_a_3d_network_give_the_nuclei_of_the_whole(frame, solid_model,
     table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
     assert table.n_true == table.n_pred == cut.nuclei
     assert (table.best_true_iou > 0.95).all()
+
+
+@pytest.mark.parametrize("fusion", ["mean", "consensus"])
+def test_blocks_of_two_networks_give_the_nuclei_of_the_whole(
+    frame, model, tmp_path, monkeypatch, capsys, fusion
+):
+    solid = save_oracle(tmp_path / "solid")
+    flat = block_tasks.load_model
+
+    def load(path: Path) -> Model:
+        return load_oracle(path) if "solid" in path.parts else flat(path)
+
+    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
+    monkeypatch.setattr(block_tasks, "load_model", load)
+    wishes = [f"predict.volume_model={solid}", f"predict.fusion={fusion}"]
+    whole = predict(load_params(None, wishes), [frame], str(model), tmp_path / "whole").frames[0]
+    wishes.append("predict.memory_gb=0.018" if fusion == "consensus" else "predict.memory_gb=0.0105")
+    cut = predict(load_params(None, wishes), [frame], str(model), tmp_path / "cut").frames[0]
+    blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
+    assert blocks is not None
+    assert int(blocks[1]) >= 4
+    table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
+    assert table.n_true == table.n_pred == cut.nuclei
+    assert (table.best_true_iou > 0.95).all()
+
+
+def test_two_networks_need_the_field_of_one_beside_the_other(frame):
+    (found,) = find_frames(frame)
+    flat = SegmentationSettings(diameter_px=12, nucleus_diameter_um=12)
+    solid = SegmentationSettings(mode="full3d", diameter_px=12, nucleus_diameter_um=12)
+    mixed = replace(flat, mode="mixed", volume=solid)
+    field_gb = 8 * np.prod(found.shape) / 1e9
+    more = block_plan.required_gb(found, mixed) - block_plan.required_gb(found, flat)
+    assert more == pytest.approx(field_gb)
+    # a 3D network at a much finer scale decides
+    fine = replace(mixed, volume=replace(solid, diameter_px=36))
+    assert block_plan.required_gb(found, fine) == block_plan.required_gb(found, fine.volume)
+
+
+def test_each_network_gets_the_range_of_the_whole_that_it_was_trained_on(image, frame):
+    (found,) = find_frames(frame)
+    volume = SegmentationSettings(mode="full3d", upper_percentile=90.0)
+    settings = predict_blocks._with_ranges(found, SegmentationSettings(mode="mixed", volume=volume))
+    assert settings.intensity_range == measure_range(image)
+    assert settings.volume.intensity_range == measure_range(image, upper_percentile=90.0)
 
 
 def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):

@@ -50,6 +50,7 @@ def huge_tiff(width: int, height: int) -> bytes:
         ({"diametre_um": 5}, "did you mean 'diameter_um'"),
         ({"brightness": "x"}, "known: "),
         ({"mode": "magic"}, "'mode' is 'magic'"),
+        ({"mode": "mixed"}, "'mode' is 'mixed'"),
         ({"min_volume_um3": -1}, "'min_volume_um3' is -1"),
         ({"voxel_size_um": [1, 2]}, "voxel_size_um"),
         ({"cellprob_threshold": float("nan")}, "cellprob_threshold"),
@@ -69,7 +70,8 @@ def test_what_a_request_does_not_say_comes_from_the_defaults() -> None:
 def test_a_request_may_set_all_of_the_prediction_but_where_it_is_computed() -> None:
     machine = {"device", "engine", "memory_gb", "workers", "scheduler"}
     # one service, one model
-    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine | {"orthogonal_model"}
+    second = {"orthogonal_model", "volume_model", "volume_weight"}
+    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine | second
     own = set(RequestParams.model_fields) - set(PredictParams.model_fields)
     assert own == {"voxel_size_um", "anisotropy", "channel"}
 
@@ -83,10 +85,11 @@ def test_parameters_that_do_not_go_together_are_refused() -> None:
         read_request_params({"views": ["zz"]})
 
 
-def test_a_second_model_is_refused_and_not_ignored() -> None:
+@pytest.mark.parametrize("name", ["orthogonal_model", "volume_model"])
+def test_a_second_model_is_refused_and_not_ignored(name: str) -> None:
     refuse_second_model(PredictParams())
-    with pytest.raises(InputError, match="leave it out"):
-        refuse_second_model(PredictParams(orthogonal_model=Path("other")))
+    with pytest.raises(InputError, match=rf"predict\.{name} is for .* leave it out"):
+        refuse_second_model(PredictParams(**{name: Path("other")}))
 
 
 def test_the_signature_has_all_parameters_of_a_request() -> None:

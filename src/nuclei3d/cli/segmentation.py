@@ -19,7 +19,8 @@ def predict(
     ],
     out: Out,
     mode: Annotated[
-        str | None, typer.Option("--mode", help="auto, ortho, stitch, cellpose or full3d; see params.yaml.")
+        str | None,
+        typer.Option("--mode", help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
     ] = None,
     memory: Annotated[
         float | None,

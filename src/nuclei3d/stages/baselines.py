@@ -53,7 +53,8 @@ def predict_baselines(
     made: dict[str, Path] = {}
     for baseline in _wanted(params, model):
         say(f"baseline: {baseline.name}")
-        predicting = params.predict.model_copy(update={"mode": baseline.mode})
+        # a 3D model beside the 2D one is part of what is evaluated, not of what stands beside it
+        predicting = params.predict.model_copy(update={"mode": baseline.mode, "volume_model": None})
         for embryo, images in frames.items():
             predict(
                 params.model_copy(update={"predict": predicting}),
@@ -122,5 +123,5 @@ def _find_champion(params: Params, model: str) -> Baseline | None:
     if info.kind == "full3d":
         mode = "full3d"
     else:
-        mode = "ortho" if params.predict.mode == "full3d" else params.predict.mode
+        mode = "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
     return Baseline(f"champion (version {version})", f"champion_{version}", uri, mode)

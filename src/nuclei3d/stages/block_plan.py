@@ -21,6 +21,8 @@ _GRID_BYTES = 26.0
 """Per voxel of the view grid (measured: 20): normalised volume, flow, logit, dynamics, labels."""
 _CONSENSUS_BYTES = 34.0
 """Per voxel of the view grid, beside those: three views in half precision, the fused flow in single."""
+_FIELD_BYTES = 8.0
+"""Per voxel of a flow field (`nuclei3d.core.segmentation.flow_field`)."""
 _IMAGE_BYTES = 8.0
 """Per voxel of the image, beside the image itself: a float copy, labels."""
 
@@ -90,10 +92,7 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
     voxel_size = frame.require_voxel_size()
     voxel_bytes = _voxel_bytes(frame, settings)
-    (_, height, width), _, depth = view_grid(frame.shape, voxel_size, settings)
-    # a 3D network pools the image's own planes
-    depth = frame.shape[0] if settings.mode == "full3d" else depth
-    pixels = [new / old for new, old in zip((depth, height, width), frame.shape, strict=True)]
+    pixels = list(zip(*(_pixels(frame, each) for each in settings.passes), strict=True))
     counts = _read_counts(folder / _PLAN_FILE)
     if counts is not None:
         blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts, pixels)
@@ -118,8 +117,22 @@ def _read_counts(file: Path) -> tuple[int, int, int] | None:
     return (z, y, x) if min(z, y, x) > 0 else None
 
 
+def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:
+    """Give the network's pixels per voxel of the frame along (z, y, x)."""
+    (_, height, width), _, depth = view_grid(frame.shape, frame.require_voxel_size(), settings)
+    # a 3D network pools the image's own planes
+    depth = frame.shape[0] if settings.mode == "full3d" else depth
+    return tuple(new / old for new, old in zip((depth, height, width), frame.shape, strict=True))
+
+
 def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
-    grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), settings)
-    share = float(np.prod(grid)) / float(np.prod(frame.shape))
-    grid_bytes = _GRID_BYTES + (_CONSENSUS_BYTES if settings.fusion == "consensus" else 0)
-    return grid_bytes * share + _IMAGE_BYTES + frame.dtype.itemsize
+    bytes_of_pass = []
+    for each in settings.passes:
+        grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), each)
+        share = float(np.prod(grid)) / float(np.prod(frame.shape))
+        consensus = each.fusion == "consensus" and each.mode != "full3d"
+        bytes_of_pass.append((_GRID_BYTES + (_CONSENSUS_BYTES if consensus else 0)) * share)
+    if settings.volume is not None:
+        # share is that of the 3D network, whose field is kept while the views are computed
+        bytes_of_pass[0] += _FIELD_BYTES * share
+    return max(bytes_of_pass) + _IMAGE_BYTES + frame.dtype.itemsize

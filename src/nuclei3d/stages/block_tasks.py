@@ -35,6 +35,8 @@ class BlockTask:
         File of the model.
     orthogonal_weights
         File of another model for the xz and yz planes.
+    volume_weights
+        File of the 3D model of mode ``mixed``.
     settings
         With the range of intensities of the whole frame.
     device
@@ -49,6 +51,7 @@ class BlockTask:
     outer: Box
     weights: Path
     orthogonal_weights: Path | None
+    volume_weights: Path | None
     settings: SegmentationSettings
     device: str
     threads: int | None
@@ -94,6 +97,7 @@ def segment_block(task: BlockTask) -> int:
         task.settings,
         choose_device(task.device),
         orthogonal_network=_network(task.orthogonal_weights) if task.orthogonal_weights else None,
+        volume_network=_network(task.volume_weights) if task.volume_weights else None,
     )
     with whole_file(task.scores_file) as partial, partial.open("wb") as file:
         np.save(file, scores, allow_pickle=False)
@@ -102,6 +106,6 @@ def segment_block(task: BlockTask) -> int:
     return len(scores) - 1
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _network(weights: Path) -> Any:
     return load_model(weights).network

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
+from nuclei3d.stages.second_models import SecondModels, load_second_models
 from nuclei3d.volumes.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
 from nuclei3d.volumes.whole import whole_file
 
@@ -41,7 +42,8 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     Parameters
     ----------
     params
-        The sections calibrate, data (split) and predict are used.
+        The sections calibrate, data (split) and predict are used. Where predict names further models, the
+        thresholds are for this one with those beside it: a prediction takes them from this one.
     model
         Model folder; its model.json is replaced.
     data
@@ -56,14 +58,18 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     from nuclei3d.models.folder import INFO_FILE, load_model
 
     loaded = load_model(model)
+    second = load_second_models(params.predict, loaded)
     volumes = read_calibration_volumes(params, data)
     if not volumes:
         raise InputError(
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
             "calibrate.volumes above 0"
         )
+    if second.models:
+        beside = "' and '".join(each.info.name for each in second.models)
+        say(f"the thresholds are for '{loaded.info.name}' with '{beside}' beside it")
     device = choose_device(params.predict.device)
-    info, chosen = with_thresholds(loaded.network, loaded.info, params, volumes, device)
+    info, chosen = with_thresholds(loaded.network, loaded.info, params, volumes, device, second)
     with whole_file(loaded.path.parent / INFO_FILE) as path:
         path.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return CalibrateResult(model, len(volumes), chosen)
@@ -84,9 +90,13 @@ def with_thresholds(
     params: Params,
     volumes: Sequence[LabelledVolume],
     device: torch.device,
+    second: SecondModels | None = None,
 ) -> tuple[ModelInfo, Thresholds]:
-    """Segment labelled volumes, choose the thresholds, and give the model's description with them."""
-    return choose_for(info, params, predict_labelled(network, info, params, volumes, device))
+    """Segment labelled volumes, choose the thresholds, and give the model's description with them.
+
+    With `second`, the thresholds are those of the model and what stands beside it.
+    """
+    return choose_for(info, params, predict_labelled(network, info, params, volumes, device, second))
 
 
 def predict_labelled(
@@ -95,16 +105,26 @@ def predict_labelled(
     params: Params,
     volumes: Sequence[LabelledVolume],
     device: torch.device,
+    second: SecondModels | None = None,
 ) -> list[LabelledFlow]:
     """Run a network over labelled volumes; give what it says beside the truth."""
     from nuclei3d.core.segmentation.prediction import predict_flows
     from nuclei3d.core.segmentation.thresholds import LabelledFlow
 
-    settings = _without_thresholds(info, params)
+    second = second or SecondModels()
+    settings = _without_thresholds(info, params, second.volume_info)
     seen = []
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
-            flows = predict_flows(volume.image, volume.voxel_size, network, settings, device)
+            flows = predict_flows(
+                volume.image,
+                volume.voxel_size,
+                network,
+                settings,
+                device,
+                orthogonal_network=second.orthogonal_network,
+                volume_network=second.volume_network,
+            )
             seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
             bar.advance()
     return seen
@@ -130,11 +150,13 @@ def choose_for(info: ModelInfo, params: Params, seen: Sequence[LabelledFlow]) ->
     return info.model_copy(update=update), chosen
 
 
-def _without_thresholds(info: ModelInfo, params: Params) -> SegmentationSettings:
+def _without_thresholds(
+    info: ModelInfo, params: Params, volume: ModelInfo | None = None
+) -> SegmentationSettings:
     from nuclei3d.models.settings import segmentation_settings
 
     wishes = params.predict.model_copy(
         update={"mode": "auto", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
     )
     plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
-    return segmentation_settings(plain, wishes)
+    return segmentation_settings(plain, wishes, volume=volume)

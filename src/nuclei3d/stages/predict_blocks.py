@@ -38,9 +38,10 @@ class BlockJob:
     Attributes
     ----------
     settings
-        As for the whole volume; mode ``ortho`` or ``stitch``.
-    weights, orthogonal_weights
-        Files of the model and of the one for the orthogonal views, read by every worker.
+        As for the whole volume; any mode but ``cellpose``.
+    weights, orthogonal_weights, volume_weights
+        Files of the model, of the one for the orthogonal views and of the 3D one of mode ``mixed``, read by
+        every worker.
     device
         ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     identity
@@ -50,6 +51,7 @@ class BlockJob:
     settings: SegmentationSettings
     weights: Path
     orthogonal_weights: Path | None
+    volume_weights: Path | None
     device: str
     identity: Mapping[str, Any]
 
@@ -84,12 +86,12 @@ def predict_in_blocks(
         If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
         kept and the next run goes on with the others.
     """
-    if job.settings.mode not in ("ortho", "stitch", "full3d"):
+    if job.settings.mode == "cellpose":
         raise InputError(
-            f"mode '{job.settings.mode}' cannot cut a volume into blocks; use ortho, stitch or full3d, "
-            "or allow more memory (predict.memory_gb)"
+            "mode 'cellpose' cannot cut a volume into blocks; use another, or allow more memory "
+            "(predict.memory_gb)"
         )
-    settings = replace(job.settings, intensity_range=_measure_range(frame, job.settings))
+    settings = _with_ranges(frame, job.settings)
     folder = _open_folder(masks, frame, fingerprint_of(frame, job.identity)[:16])
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
@@ -101,6 +103,7 @@ def predict_in_blocks(
                 outer=block.outer,
                 weights=job.weights.resolve(),
                 orthogonal_weights=job.orthogonal_weights.resolve() if job.orthogonal_weights else None,
+                volume_weights=job.volume_weights.resolve() if job.volume_weights else None,
                 settings=settings,
                 device=job.device,
                 threads=threads_per_worker(run),
@@ -126,6 +129,14 @@ def _segment(name: str, tasks: Sequence[BlockTask], run: BlockRun, progress: Cal
     progress(0.95 * before / len(tasks))
     for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
         progress(0.95 * done / len(tasks))
+
+
+def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
+    """Add the range of the whole frame, for each network as it was trained."""
+    volume = settings.volume
+    if volume is not None:
+        volume = replace(volume, intensity_range=_measure_range(frame, volume))
+    return replace(settings, intensity_range=_measure_range(frame, settings), volume=volume)
 
 
 def _measure_range(frame: Frame, settings: SegmentationSettings) -> IntensityRange:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
-from nuclei3d.errors import InputError, MachineError
+from nuclei3d.errors import MachineError
 from nuclei3d.stages.prediction_inputs import read_image
 from nuclei3d.stages.prediction_outputs import masks_path
+from nuclei3d.stages.second_models import load_second_models
 from nuclei3d.volumes.frames import Frame
 
 if TYPE_CHECKING:
     from nuclei3d.core.segmentation.nuclei import Nucleus
     from nuclei3d.core.segmentation.prediction import Segmentation
-    from nuclei3d.models.folder import Model
 
 
 class Segmenter(Protocol):
@@ -68,18 +68,16 @@ class LocalSegmenter:
         from nuclei3d.tracking.registry import fetch_model, is_registered
 
         self._model = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
-        self._orthogonal: Model | None = None
-        if params.predict.orthogonal_model is not None:
-            self._orthogonal = load_model(params.predict.orthogonal_model)
-            _check_pair(self._model, self._orthogonal)
-        self._settings = segmentation_settings(self._model.info, params.predict)
+        self._second = load_second_models(params.predict, self._model)
+        self._settings = segmentation_settings(
+            self._model.info, params.predict, volume=self._second.volume_info
+        )
         self._device = choose_device(params.predict.device)
         self._params = params.predict
         self.identity: dict[str, Any] = {
             "weights_sha256": [
                 hashlib.sha256(each.path.read_bytes()).hexdigest()
-                for each in (self._model, self._orthogonal)
-                if each is not None
+                for each in (self._model, *self._second.models)
             ],
             "settings": asdict(self._settings),
         }
@@ -95,6 +93,7 @@ class LocalSegmenter:
         from nuclei3d.stages.block_plan import BlockRun, required_gb
         from nuclei3d.stages.predict_blocks import BlockJob, predict_in_blocks
 
+        second = self._second
         run = BlockRun.wished(self._params)
         needed = required_gb(frame, self._settings)
         if needed > run.worker_gb and self._settings.mode != "cellpose":
@@ -103,7 +102,8 @@ class LocalSegmenter:
             job = BlockJob(
                 settings=self._settings,
                 weights=self._model.path,
-                orthogonal_weights=self._orthogonal.path if self._orthogonal else None,
+                orthogonal_weights=second.orthogonal.path if second.orthogonal else None,
+                volume_weights=second.volume.path if second.volume else None,
                 device=self._params.device,
                 identity=self.identity,
             )
@@ -116,28 +116,14 @@ class LocalSegmenter:
                 self._settings,
                 self._device,
                 progress,
-                orthogonal_network=self._orthogonal.network if self._orthogonal else None,
+                orthogonal_network=second.orthogonal_network,
+                volume_network=second.volume_network,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise MachineError(
                 f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
             ) from None
         return _write_masks(frame, result, out), result.nuclei
-
-
-def _check_pair(model: Model, orthogonal: Model) -> None:
-    """Check that one image scale suits both networks."""
-    for each in (model, orthogonal):
-        if each.info.kind != "views2d":
-            raise InputError(
-                f"predict.orthogonal_model is for 2D models; '{each.info.name}' is of kind '{each.info.kind}'"
-            )
-    sizes = [each.info.diameter_px for each in (model, orthogonal)]
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise InputError(
-            f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
-            f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
-        )
 
 
 def _write_masks(frame: Frame, result: Segmentation, out: Path) -> Path:

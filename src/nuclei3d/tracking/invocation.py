@@ -76,18 +76,19 @@ class RequestParams(BaseModel):
 
 
 def refuse_second_model(predict: PredictParams) -> None:
-    """Refuse `predict.orthogonal_model` where one model answers.
+    """Refuse `predict.orthogonal_model` and `predict.volume_model` where one model answers.
 
     Raises
     ------
     InputError
-        If it is set: the masks would not be those of `predict`.
+        If one is set: the masks would not be those of `predict`.
     """
-    if predict.orthogonal_model is not None:
-        raise InputError(
-            "predict.orthogonal_model is for 'nuclei3d predict' with a model on this machine; registered "
-            "models and services have one network: leave it out"
-        )
+    for name in ("orthogonal_model", "volume_model"):
+        if getattr(predict, name) is not None:
+            raise InputError(
+                f"predict.{name} is for 'nuclei3d predict' with a model on this machine; registered "
+                "models and services have one network: leave it out"
+            )
 
 
 @dataclass(frozen=True)

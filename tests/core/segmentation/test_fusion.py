@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.fusion import VIEW_AXES, View, ViewPrediction, fuse_views
+from nuclei3d.core.segmentation.volume_look import VolumeLook
 from nuclei3d.errors import InputError
+from nuclei3d.volumes.voxel_size import VoxelSize
 
 
 def view_of(name: View, flow: np.ndarray, logit: float) -> ViewPrediction:
@@ -90,3 +93,63 @@ def test_bad_views_and_weights_are_refused(field) -> None:
         fuse_views([good, view_of("xz", field[:, :5], 0)])
     with pytest.raises(InputError, match="positive"):
         fuse_views([good], weights={"xy": 0.0})
+
+
+def volume_of(flow: np.ndarray, logit: float, weight: float = 1.0) -> VolumeLook:
+    """A 3D network's look that lies on the grid of the views already."""
+    size = VoxelSize(2, 1, 1)
+    field = FlowField.of(flow, np.full(flow.shape[1:], logit, np.float32), size)
+    return VolumeLook(field, field.shape, size, weight)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_a_3d_network_is_one_look_more_at_flows_and_logit(weight) -> None:
+    ones = np.ones((3, 20, 6, 7), np.float32)
+    views = [view_of("xy", 0.1 * ones, 1), view_of("xz", 0.3 * ones, 2), view_of("yz", 0.8 * ones, 6)]
+    flow, logit = fuse_views(views, volume=volume_of(0.5 * ones, 10, weight))
+    seen = {0: 0.3 + 0.8, 1: 0.1 + 0.8, 2: 0.1 + 0.3}
+    for component, total in seen.items():
+        assert np.allclose(flow[component], (total + weight * 0.5) / (2 + weight), atol=1e-4)
+    assert np.allclose(logit, (9 + weight * 10) / (3 + weight), atol=1e-3)
+
+
+def test_what_no_view_shows_is_what_the_3d_network_says() -> None:
+    ones = np.ones((3, 4, 5, 6), np.float32)
+    flow, _ = fuse_views([view_of("xy", 0.2 * ones, 0)], volume=volume_of(0.6 * ones, 0))
+    assert np.allclose(flow[0], 0.6, atol=1e-4)
+    assert np.allclose(flow[1:], 0.4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["volume", "views"])
+def test_consensus_is_nearer_the_truth_where_one_look_is_noise(wrong) -> None:
+    rng = np.random.default_rng(3)
+    truth = 0.5 * np.ones((3, 40, 12, 12), np.float32)
+    noise = rng.normal(0, 0.6, truth.shape).astype(np.float32)
+    solid, flat = (noise, truth) if wrong == "volume" else (truth, noise)
+    views = [view_of(name, flat, 0) for name in ("xy", "xz", "yz")]
+    mean, consensus = (
+        np.abs(fuse_views(views, method, volume=volume_of(solid, 0))[0] - 0.5).mean()
+        for method in ("mean", "consensus")
+    )
+    assert consensus < (0.5 if wrong == "volume" else 0.75) * mean
+
+
+def test_consensus_of_three_looks_is_the_formula() -> None:
+    from scipy.ndimage import generic_filter
+
+    rng = np.random.default_rng(4)
+    looks = rng.uniform(-0.8, 0.8, size=(3, 3, 19, 5, 4)).astype(np.float32)
+    looks[1] *= 0.2
+    volume = volume_of(looks[2], 0, 1.5)
+    fused, _ = fuse_views(
+        [view_of("xy", looks[0], 0), view_of("yz", looks[1], 0)], "consensus", volume=volume
+    )
+    variances = [generic_filter(each[1], np.var, size=5, mode="nearest") for each in looks]
+    weights = [trust / (variance + 0.1) for trust, variance in zip((1.0, 1.0, 1.5), variances, strict=True)]
+    expected = sum(w * each[1] for w, each in zip(weights, looks, strict=True)) / sum(weights)
+    assert np.allclose(fused[1], expected, atol=5e-4)
+
+
+def test_a_3d_look_on_another_grid_is_refused(field) -> None:
+    with pytest.raises(InputError, match="bring it to their grid"):
+        fuse_views([view_of("xy", field[:, :5], 0)], volume=volume_of(field, 0))

@@ -22,6 +22,15 @@ def test_parts_start_on_the_lattice_and_hold_what_they_held(pixels: float) -> No
     assert grow_to_lattice(slice(24, 61), 200) == slice(24, 61)
 
 
+def test_a_part_for_two_networks_starts_as_near_to_both_lattices_as_it_can() -> None:
+    grown = grow_to_lattice(slice(47, 90), 200, (1.0, 0.5))
+    assert grown == slice(32, 90)
+    both = grow_to_lattice(slice(61, 120), 200, (17 / 20.7, 1.0))
+    worst = [max(abs(s * p / 8 - round(s * p / 8)) for p in (17 / 20.7, 1.0)) for s in range(61, 41, -1)]
+    assert worst[61 - both.start] == min(worst)
+    assert both.start <= 61 < 120 <= both.stop
+
+
 def test_a_part_on_the_lattice_is_predicted_as_in_the_whole() -> None:
     network = new_network(17.0, seed=0)
     network.style_on = False

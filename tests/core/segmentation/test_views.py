@@ -22,6 +22,7 @@ from nuclei3d.core.segmentation.plane_network import (
 from nuclei3d.core.segmentation.prediction import predict_flows, segment_volume
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.core.segmentation.views import VIEW_AXIS, VIEWS, FlowAccumulator, computed_indices, predict_view
+from nuclei3d.core.segmentation.volume_look import VolumeLook
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 CPU = torch.device("cpu")
@@ -149,11 +150,16 @@ def test_planes_between_computed_ones_are_interpolated_linearly():
 
 
 @pytest.mark.parametrize("trust", [None, (3.0, 1.0, 0.5)])
-def test_the_accumulator_is_the_mean_fusion_of_whole_views(trust):
+@pytest.mark.parametrize("weight", [None, 1.5])
+def test_the_accumulator_is_the_mean_fusion_of_whole_views(trust, weight):
     rng = np.random.default_rng(0)
     image = rng.random((5, 18, 20)).astype(np.float32)
     field = FlowField.zeros(image.shape, VoxelSize(1, 1, 1))
-    accumulator = FlowAccumulator(field, VIEWS, trust)
+    volume = None
+    if weight:
+        solid = FlowField.of(rng.random((3, 10, 9, 10)), rng.random((10, 9, 10)), VoxelSize(0.5, 2, 2))
+        volume = VolumeLook(solid, field.shape, field.voxel_size, weight)
+    accumulator = FlowAccumulator(field, VIEWS, trust, volume)
     whole = []
     for view in VIEWS:
         planes = list(
@@ -163,7 +169,7 @@ def test_the_accumulator_is_the_mean_fusion_of_whole_views(trust):
             accumulator.add(view, plane)
         output = np.stack([plane.output for plane in planes], axis=1 + VIEW_AXIS[view])
         whole.append(ViewPrediction(view, output[:2], output[2]))
-    flow, logit = fuse_views(whole, "mean", dict(zip(VIEWS, trust, strict=True)) if trust else None)
+    flow, logit = fuse_views(whole, "mean", dict(zip(VIEWS, trust, strict=True)) if trust else None, volume)
     np.testing.assert_allclose(field.flow, flow, atol=2e-4)
     np.testing.assert_allclose(field.logit, logit, atol=2e-3)
 

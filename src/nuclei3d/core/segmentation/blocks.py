@@ -26,6 +26,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 Box = tuple[slice, slice, slice]
+Pixels = float | Sequence[float]
 
 MARGIN_DIAMETERS = 1.5
 _SAME_IOU = 0.5
@@ -105,7 +106,7 @@ def plan_blocks(
     voxel_size: VoxelSize,
     margin_um: float,
     max_voxels: float,
-    pixels: Sequence[float] | None = None,
+    pixels: Sequence[Pixels] | None = None,
 ) -> list[Block]:
     """Cut a volume into as few blocks as fit into memory.
 
@@ -120,8 +121,9 @@ def plan_blocks(
     max_voxels
         Most voxels that an outer box may have.
     pixels
-        Pixels of the network per voxel along (z, y, x): outer boxes then start on its lattice
-        (`nuclei3d.core.segmentation.lattice`), and are wider than the margin by up to two squares of it.
+        Pixels of the network (or of each of several) per voxel along (z, y, x): outer boxes then start on
+        its lattice (`nuclei3d.core.segmentation.lattice`), and are wider than the margin by up to two squares
+        of it.
 
     Raises
     ------
@@ -155,7 +157,7 @@ def lay_blocks(
     voxel_size: VoxelSize,
     margin_um: float,
     counts: tuple[int, int, int],
-    pixels: Sequence[float] | None = None,
+    pixels: Sequence[Pixels] | None = None,
 ) -> list[Block]:
     """Cut a volume into so many blocks along (z, y, x), as equal as can be; parameters as `plan_blocks`."""
     axes = _cut_axes(shape, voxel_size, margin_um, counts, pixels)
@@ -170,7 +172,7 @@ def _cut_axes(
     voxel_size: VoxelSize,
     margin_um: float,
     counts: Sequence[int],
-    pixels: Sequence[float] | None,
+    pixels: Sequence[Pixels] | None,
 ) -> list[list[tuple[slice, slice]]]:
     """Give, for each axis, core and outer part of each of so many blocks."""
     axes = []

@@ -4,21 +4,23 @@ A view shows two of the three components: xy planes y and x, xz planes z and x, 
 component is therefore seen twice (or less, if views are left out) and is the *mean* of what was seen, not
 the sum as in Cellpose's do_3D, whose steps overshoot. The logit is the mean over the views, so that a
 threshold means the same for any number of views. Directions are physical:
-the dynamics divide by the voxel's edges.
+the dynamics divide by the voxel's edges. A 3D network may look as well (`VolumeLook`): it shows all three
+components, and counts as one look more at each of them and at the logit.
 
-Two ways to weight the mean: fixed weights of the views, and *consensus*, which trusts a view where its flow
+Two ways to weight the mean: fixed weights of the looks, and *consensus*, which trusts a look where its flow
 is smooth (inverse local variance, as u-Segment3D, Zhou et al., Nature Methods 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.core.segmentation.volume_look import LOGIT, VolumeLook
 from nuclei3d.errors import InputError
 
 View = Literal["xy", "xz", "yz"]
@@ -28,6 +30,8 @@ VIEW_AXES: dict[str, tuple[int, int]] = {"xy": (1, 2), "xz": (0, 2), "yz": (0, 1
 
 _VARIANCE_WINDOW = 5
 _VARIANCE_FLOOR = 0.1
+_SLAB = 16
+"""Planes that are fused at once: no temporary of the size of the volume."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,23 @@ def fuse_views(
     views: Sequence[ViewPrediction],
     method: Literal["mean", "consensus"] = "mean",
     weights: Mapping[str, float] | None = None,
+    volume: VolumeLook | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Fuse one, two or three views into a 3D flow and a logit.
+    """Fuse one, two or three views, and what a 3D network says, into a 3D flow and a logit.
 
-    A component that no view shows (z, if there are only xy planes) is 0. Two views show all three.
+    A component that nobody shows (z, if there are only xy planes) is 0. Two views show all three.
 
     Parameters
     ----------
     views : sequence of ViewPrediction
         Any subset of the three, each at most once, all of the same shape.
     method : "mean" or "consensus"
-        Consensus divides the weight of a view by (v + 0.1), v the variance of the component in the 5 x 5 x 5
-        voxels around.
+        Consensus divides the weight of a look at a flow by (v + 0.1), v the variance of the component in the
+        5 x 5 x 5 voxels around. The logit is the mean in either case.
     weights : mapping from view to weight, optional
         Relative trust in each view; 1 where not given. Applies to flows and logits.
+    volume : VolumeLook, optional
+        What a 3D network says, on the grid of the views, with its own weight.
 
     Returns
     -------
@@ -79,20 +86,40 @@ def fuse_views(
     """
     trust = _checked_weights(views, weights)
     shape = views[0].logit.shape
+    if volume is not None and volume.shape != shape:
+        raise InputError(
+            f"view fusion: the 3D network's look has shape {volume.shape}, the views have {shape}; "
+            "bring it to their grid"
+        )
     flow = np.zeros((3, *shape), np.float32)
     for component in range(3):
-        seen = [
-            (view.flow[VIEW_AXES[view.view].index(component)], trust[view.view])
+        looks = [
+            _Look(_planes_of(view.flow[VIEW_AXES[view.view].index(component)]), trust[view.view])
             for view in views
             if component in VIEW_AXES[view.view]
         ]
-        if len(seen) == 2 and method == "consensus":
-            _consensus(seen[0], seen[1], flow[component])
-        elif seen:
-            _mean(seen, flow[component])
+        _fuse([*looks, *_look_of(volume, component)], method, flow[component])
     logit = np.zeros(shape, np.float32)
-    _mean([(view.logit, trust[view.view]) for view in views], logit)
+    looks = [_Look(_planes_of(view.logit), trust[view.view]) for view in views]
+    _fuse([*looks, *_look_of(volume, LOGIT)], "mean", logit)
     return flow, logit
+
+
+class _Look(NamedTuple):
+    """What one view, or the 3D network, says of one component: its planes z, and the trust in it."""
+
+    planes: Callable[[slice], NDArray[np.float32]]
+    weight: float
+
+
+def _planes_of(values: NDArray[np.floating[Any]]) -> Callable[[slice], NDArray[np.float32]]:
+    return lambda planes: values[planes].astype(np.float32)
+
+
+def _look_of(volume: VolumeLook | None, component: int) -> list[_Look]:
+    if volume is None:
+        return []
+    return [_Look(lambda planes: volume.planes(component, planes), volume.weight)]
 
 
 def _checked_weights(
@@ -116,33 +143,27 @@ def _checked_weights(
     return trust
 
 
-def _mean(seen: Sequence[tuple[NDArray[np.floating[Any]], float]], out: NDArray[np.float32]) -> None:
-    """Write the weighted mean plane by plane: no temporary of the size of the volume."""
-    total = sum(weight for _, weight in seen)
-    for z in range(out.shape[0]):
-        for values, weight in seen:
-            out[z] += values[z] * np.float32(weight / total)
-
-
-def _consensus(
-    first: tuple[NDArray[np.floating[Any]], float],
-    second: tuple[NDArray[np.floating[Any]], float],
-    out: NDArray[np.float32],
-) -> None:
-    """Write the mean of two views of one component, weighted by inverse local variance, slab by slab."""
+def _fuse(looks: Sequence[_Look], method: Literal["mean", "consensus"], out: NDArray[np.float32]) -> None:
+    """Write the weighted mean of the looks slab by slab; one that nobody takes stays as it is."""
+    if not looks:
+        return
+    by_variance = method == "consensus" and len(looks) > 1
     depth = out.shape[0]
-    margin = _VARIANCE_WINDOW // 2
-    slab = 16
-    for start in range(0, depth, slab):
-        stop = min(start + slab, depth)
+    margin = _VARIANCE_WINDOW // 2 if by_variance else 0
+    for start in range(0, depth, _SLAB):
+        stop = min(start + _SLAB, depth)
         low, high = max(start - margin, 0), min(stop + margin, depth)
-        inner = slice(start - low, stop - low)
-        values_a = first[0][low:high].astype(np.float32)
-        values_b = second[0][low:high].astype(np.float32)
-        weight_a = np.float32(first[1]) / (_local_variance(values_a) + _VARIANCE_FLOOR)
-        weight_b = np.float32(second[1]) / (_local_variance(values_b) + _VARIANCE_FLOOR)
-        fused = (weight_a * values_a + weight_b * values_b) / (weight_a + weight_b)
-        out[start:stop] = fused[inner]
+        fused = np.zeros((high - low, *out.shape[1:]), np.float32)
+        total = np.zeros_like(fused)
+        for look in looks:
+            values = look.planes(slice(low, high))
+            weight: NDArray[np.float32] | np.float32 = np.float32(look.weight)
+            if by_variance:
+                weight = weight / (_local_variance(values) + np.float32(_VARIANCE_FLOOR))
+            fused += weight * values
+            total += weight
+        fused /= total
+        out[start:stop] = fused[start - low : stop - low]
 
 
 def _local_variance(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,6 +8,8 @@ margin, against .003 to .03 for a part on the lattice, where the rest is Cellpos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +23,9 @@ _LEAST_REACH = 4
 """Voxels before a part among which the nearest to the lattice is chosen, however large they are."""
 
 
-def grow_to_lattice(part: slice, size: int, pixels: float = 1.0, pooling: int = POOLING) -> slice:
+def grow_to_lattice(
+    part: slice, size: int, pixels: float | Sequence[float] = 1.0, pooling: int = POOLING
+) -> slice:
     """Grow a part of an axis to one that starts on the network's lattice, and is sampled as the whole.
 
     Parameters
@@ -31,7 +35,7 @@ def grow_to_lattice(part: slice, size: int, pixels: float = 1.0, pooling: int = 
     size
         Of the whole axis.
     pixels
-        Pixels of the network per voxel, along this axis.
+        Pixels of the network per voxel, along this axis; of several networks, if several are to see it.
     pooling
         Pixels that the network pools into one.
 
@@ -39,21 +43,23 @@ def grow_to_lattice(part: slice, size: int, pixels: float = 1.0, pooling: int = 
     -------
     slice
         Holds `part`. Its start lies within 0.15 pixels of the lattice, or as near as two squares allow; if
-        its stop is not that of the axis, it is nearly a whole number of pixels long.
+        its stop is not that of the axis, it is nearly a whole number of pixels long. For several networks
+        the one that is worst off counts.
     """
     start, stop = int(part.start), int(part.stop)
+    scales = np.atleast_1d(np.asarray(pixels, np.float64))
     if start > 0:
-        reach = max(int(np.ceil(2 * pooling / pixels)), _LEAST_REACH)
+        reach = max(int(np.ceil(2 * pooling / scales.min())), _LEAST_REACH)
         starts = np.arange(start, max(start - reach, 0) - 1, -1)
-        start = _first_near(starts, starts * pixels / pooling, _NEAR / pooling)
+        start = _first_near(starts, np.outer(scales, starts) / pooling, _NEAR / pooling)
     if stop < size:
         stops = np.arange(stop, min(stop + POOLING, size) + 1)
-        stop = _first_near(stops, (stops - start) * pixels, _NEAR)
+        stop = _first_near(stops, np.outer(scales, stops - start), _NEAR)
     return slice(start, stop)
 
 
 def _first_near(candidates: NDArray[np.int_], values: NDArray[np.float64], tolerance: float) -> int:
-    """Give the first candidate whose value is nearly a whole number, or else the nearest."""
-    off = np.abs(values - np.rint(values))
+    """Give the first candidate whose values (a row per network) are nearly whole, or else the nearest."""
+    off = np.abs(values - np.rint(values)).max(axis=0)
     near = np.flatnonzero(off <= tolerance)
     return int(candidates[near[0] if len(near) else int(np.argmin(off))])

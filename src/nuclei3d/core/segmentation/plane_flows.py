@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, predict_view
+from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, PlanePrediction, predict_view
+from nuclei3d.core.segmentation.volume_look import VolumeLook
 from nuclei3d.volumes.voxel_size import VoxelSize
 
 
@@ -34,6 +35,7 @@ def predict_plane_flows(
     progress: Callable[[float], None] | None = None,
     *,
     orthogonal_network: nn.Module | None = None,
+    volume_field: FlowField | None = None,
     seconds: dict[str, float] | None = None,
 ) -> FlowField:
     """Run a 2D network over the planes of a volume and fuse the views.
@@ -42,6 +44,8 @@ def predict_plane_flows(
 
     Parameters
     ----------
+    volume_field
+        What a 3D network says of the volume, on its own grid: it is fused with the views.
     seconds
         Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
 
@@ -80,13 +84,28 @@ def predict_plane_flows(
     }
     # In mode stitch there is one view, whatever weights the settings have for three.
     trust = settings.view_weights if views == settings.views else None
+    beside: VolumeLook | None = None
+    if volume_field is not None:
+        beside = VolumeLook(volume_field, shape, grid_voxel_size, settings.volume_weight)
     report = _ProgressByView(shape, depth, views, settings.orthogonal_step, progress)
-    on_device = settings.fusion == "mean" and fits_on(device, shape)
-    field = FlowField.zeros(shape, grid_voxel_size) if settings.fusion == "mean" and not on_device else None
-    fused = None if field is None else FlowAccumulator(field, views, trust)
-    kept: list[ViewPrediction] = []
+
+    def planes_of(view: View) -> Iterator[PlanePrediction]:
+        return predict_view(
+            volume,
+            view,
+            runners[id(networks[view])],
+            occupied,
+            stretched_depth=depth,
+            step=1 if view == "xy" else settings.orthogonal_step,
+            progress=report.of(view),
+        )
+
     try:
-        if on_device:
+        if settings.fusion != "mean":
+            field = _fuse_whole_views(
+                planes_of, settings.fusion, views, trust, shape, grid_voxel_size, beside
+            )
+        elif beside is None and fits_on(device, shape):
             field = sum_views(
                 volume,
                 grid_voxel_size,
@@ -98,39 +117,42 @@ def predict_plane_flows(
                 trust=trust,
                 progress=report.of,
             )
-        for view in views if not on_device else ():
-            planes = predict_view(
-                volume,
-                view,
-                runners[id(networks[view])],
-                occupied,
-                stretched_depth=depth,
-                step=1 if view == "xy" else settings.orthogonal_step,
-                progress=report.of(view),
-            )
-            if fused is not None:
-                for plane in planes:
-                    fused.add(view, plane)
-            else:
-                prediction = ViewPrediction(
-                    view, np.empty((2, *shape), np.float16), np.empty(shape, np.float16)
-                )
-                for plane in planes:
-                    place: list[Any] = [slice(None)] * 3
-                    place[VIEW_AXIS[view]] = plane.index
-                    prediction.flow[(slice(None), *place)] = plane.output[:2]
-                    prediction.logit[tuple(place)] = plane.output[2]
-                kept.append(prediction)
+        else:
+            field = FlowField.zeros(shape, grid_voxel_size)
+            total = FlowAccumulator(field, views, trust, beside)
+            for view in views:
+                for plane in planes_of(view):
+                    total.add(view, plane)
     finally:
         for each, training in modes:
             each.train(training)
-    if field is None:
-        weights: dict[str, float] | None = dict(zip(views, trust, strict=True)) if trust else None
-        field = FlowField.of(*fuse_views(kept, settings.fusion, weights), grid_voxel_size)
     if seconds is not None:
         seconds["network"] = sum(runner.seconds for runner in runners.values())
         seconds["views"] = time.perf_counter() - started - seconds["network"]
     return field
+
+
+def _fuse_whole_views(
+    planes_of: Callable[[View], Iterator[PlanePrediction]],
+    method: Literal["mean", "consensus"],
+    views: tuple[View, ...],
+    trust: tuple[float, ...] | None,
+    shape: tuple[int, int, int],
+    grid_voxel_size: VoxelSize,
+    beside: VolumeLook | None,
+) -> FlowField:
+    """Keep all views, and fuse them by a method that has to see a neighbourhood of all."""
+    kept = []
+    for view in views:
+        prediction = ViewPrediction(view, np.empty((2, *shape), np.float16), np.empty(shape, np.float16))
+        for plane in planes_of(view):
+            place: list[Any] = [slice(None)] * 3
+            place[VIEW_AXIS[view]] = plane.index
+            prediction.flow[(slice(None), *place)] = plane.output[:2]
+            prediction.logit[tuple(place)] = plane.output[2]
+        kept.append(prediction)
+    weights = dict(zip(map(str, views), trust, strict=True)) if trust else None
+    return FlowField.of(*fuse_views(kept, method, weights, beside), grid_voxel_size)
 
 
 class _ProgressByView:

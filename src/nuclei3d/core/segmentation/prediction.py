@@ -19,6 +19,7 @@ from torch import nn
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.grids import check_scale
 from nuclei3d.core.segmentation.labelling import label_flows, stitch_flows
+from nuclei3d.core.segmentation.mixed_flows import predict_mixed_flows
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
 from nuclei3d.core.segmentation.patch_flows import predict_patch_flows
 from nuclei3d.core.segmentation.plane_flows import predict_plane_flows
@@ -58,6 +59,7 @@ def segment_volume(
     progress: Callable[[float], None] | None = None,
     *,
     orthogonal_network: nn.Module | None = None,
+    volume_network: nn.Module | None = None,
 ) -> Segmentation:
     """Segment the nuclei of a volume.
 
@@ -78,15 +80,24 @@ def segment_volume(
         Called with the share done, 0 to 1.
     orthogonal_network
         Another network for the xz and yz planes.
+    volume_network
+        The `VolumeNetwork` of mode ``mixed``.
 
     Raises
     ------
     InputError
-        If image, voxel size and diameter do not fit together, or the mode is not one for this network.
+        If image, voxel size and diameter do not fit together, or the mode is not one for these networks.
     """
     started = time.perf_counter()
     labels, scores, seconds = label_volume(
-        image, voxel_size, network, settings, device, progress, orthogonal_network=orthogonal_network
+        image,
+        voxel_size,
+        network,
+        settings,
+        device,
+        progress,
+        orthogonal_network=orthogonal_network,
+        volume_network=volume_network,
     )
     nuclei = measure_nuclei(labels, image, voxel_size, scores)
     if progress is not None:
@@ -103,6 +114,7 @@ def label_volume(
     progress: Callable[[float], None] | None = None,
     *,
     orthogonal_network: nn.Module | None = None,
+    volume_network: nn.Module | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32], dict[str, float]]:
     """Segment the nuclei of a volume without measuring them; parameters and errors as `segment_volume`.
 
@@ -128,6 +140,7 @@ def label_volume(
         device,
         progress,
         orthogonal_network=orthogonal_network,
+        volume_network=volume_network,
         seconds=seconds,
     )
     started = time.perf_counter()
@@ -146,6 +159,7 @@ def predict_flows(
     progress: Callable[[float], None] | None = None,
     *,
     orthogonal_network: nn.Module | None = None,
+    volume_network: nn.Module | None = None,
     seconds: dict[str, float] | None = None,
 ) -> FlowField:
     """Run the network over a volume; parameters and errors as `segment_volume`.
@@ -155,7 +169,8 @@ def predict_flows(
     seconds
         Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
     """
-    check_scale(image.shape, voxel_size, settings)
+    for each in settings.passes:
+        check_scale(image.shape, voxel_size, each)
     if settings.mode == "full3d":
         if not isinstance(network, VolumeNetwork):
             raise InputError(
@@ -165,6 +180,20 @@ def predict_flows(
     if isinstance(network, VolumeNetwork):
         raise InputError(
             f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
+        )
+    if settings.mode == "mixed":
+        if settings.volume is None or not isinstance(volume_network, VolumeNetwork):
+            raise InputError("mode 'mixed' needs a 3D network beside the 2D one: give it, or use ortho")
+        return predict_mixed_flows(
+            image,
+            voxel_size,
+            network,
+            volume_network,
+            settings,
+            device,
+            progress,
+            orthogonal_network=orthogonal_network,
+            seconds=seconds,
         )
     return predict_plane_flows(
         image,

@@ -11,6 +11,8 @@ from nuclei3d.core.segmentation.fusion import View
 from nuclei3d.core.segmentation.plane_network import Engine
 from nuclei3d.core.segmentation.views import VIEWS
 
+ResolvedMode = Literal["ortho", "stitch", "cellpose", "full3d", "mixed"]
+
 
 @dataclass(frozen=True)
 class SegmentationSettings:
@@ -20,6 +22,7 @@ class SegmentationSettings:
     ----------
     mode
         ``ortho``: the planes of `views`, fused in 3D; ``stitch``: xy planes, segmented one by one and linked;
+        ``full3d``: a 3D network; ``mixed``: as ``ortho``, and a 3D network is fused with the views;
         ``cellpose``: stock Cellpose's do_3D with the same weights, for comparison.
     diameter_px
         Diameter of a nucleus in pixels at the network's scale.
@@ -28,9 +31,15 @@ class SegmentationSettings:
     fusion
         How views are fused (`nuclei3d.core.segmentation.fusion`).
     views
-        Which views are used in mode ``ortho``.
+        Which views are used in modes ``ortho`` and ``mixed``.
     view_weights
         Relative trust in the views, in the order of `views`; None for equal trust.
+    volume
+        How the 3D network of mode ``mixed`` sees the volume: settings of mode ``full3d`` with its own scale
+        and normalisation, for a network knows images only as it was trained on them; None in other modes.
+        The diameter in um is the same: it is the volume's.
+    volume_weight
+        Relative trust in that network, where a view has 1 or what `view_weights` gives it.
     orthogonal_step
         Every how many planes of the orthogonal views one is computed.
     masks
@@ -53,12 +62,14 @@ class SegmentationSettings:
         Stock Cellpose's option of that name, in mode ``cellpose`` only.
     """
 
-    mode: Literal["ortho", "stitch", "cellpose", "full3d"] = "ortho"
+    mode: ResolvedMode = "ortho"
     diameter_px: float = 30.0
     nucleus_diameter_um: float = 12.0
     fusion: Literal["mean", "consensus"] = "mean"
     views: tuple[View, ...] = VIEWS
     view_weights: tuple[float, ...] | None = None
+    volume: SegmentationSettings | None = None
+    volume_weight: float = 1.0
     orthogonal_step: int = 1
     masks: MaskSettings = field(default_factory=MaskSettings)
     flip_average: bool = False
@@ -82,3 +93,8 @@ class SegmentationSettings:
     def network_voxel_um(self) -> float:
         """Edge of a voxel at the network's scale."""
         return self.nucleus_diameter_um / self.diameter_px
+
+    @property
+    def passes(self) -> tuple[SegmentationSettings, ...]:
+        """Settings of each pass of a network over the volume: these, and those of the 3D network beside."""
+        return (self,) if self.volume is None else (self, self.volume)

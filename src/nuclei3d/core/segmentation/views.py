@@ -20,6 +20,7 @@ from nuclei3d.core.segmentation.foreground import OccupiedSpace
 from nuclei3d.core.segmentation.fusion import VIEW_AXES, View
 from nuclei3d.core.segmentation.lattice import grow_to_lattice
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork, padded
+from nuclei3d.core.segmentation.volume_look import LOGIT, VolumeLook
 
 VIEWS: tuple[View, ...] = ("xy", "xz", "yz")
 VIEW_AXIS: dict[str, int] = {"xy": 0, "xz": 1, "yz": 2}
@@ -225,7 +226,7 @@ def _interpolate(before: PlanePrediction | None, after: PlanePrediction, index: 
 
 
 class FlowAccumulator:
-    """Sums up the mean of the views plane by plane in one field, without holding any view.
+    """Sums up the mean of all looks at a volume in one field: views plane by plane, without holding any.
 
     Equal to `nuclei3d.core.segmentation.fusion.fuse_views` with method ``mean`` (a test holds that).
 
@@ -237,14 +238,31 @@ class FlowAccumulator:
         The views that will be added.
     trust
         Weight of each; None for equal ones.
+    volume
+        What a 3D network says, which is added at once.
     """
 
-    def __init__(self, field: FlowField, views: Sequence[View], trust: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        field: FlowField,
+        views: Sequence[View],
+        trust: Sequence[float] | None = None,
+        volume: VolumeLook | None = None,
+    ) -> None:
         self._field = field
         self._trust = dict(zip(views, trust or [1.0] * len(views), strict=True))
+        beside = 0.0 if volume is None else volume.weight
         self._seen = [
-            sum(self._trust[view] for view in views if component in VIEW_AXES[view]) for component in range(3)
+            beside + sum(self._trust[view] for view in views if component in VIEW_AXES[view])
+            for component in range(3)
         ]
+        self._seen.append(beside + sum(self._trust.values()))
+        if volume is not None:
+            whole = slice(0, field.shape[1]), slice(0, field.shape[2])
+            for planes in volume.slabs():
+                for component, seen in enumerate(self._seen):
+                    values = volume.planes(component, planes)
+                    field.add((planes, *whole), component, values, beside / seen)
 
     def add(self, view: View, plane: PlanePrediction) -> None:
         """Add one plane of a view."""
@@ -257,4 +275,4 @@ class FlowAccumulator:
             values = np.expand_dims(plane.output[channel], axis)
             self._field.add(where, component, values, trust / self._seen[component])
         values = np.expand_dims(plane.output[2], axis)
-        self._field.add(where, 3, values, trust / sum(self._trust.values()))
+        self._field.add(where, LOGIT, values, trust / self._seen[LOGIT])

@@ -102,7 +102,7 @@ def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> 
     loaded = load_model(model)
     device = choose_device(params.predict.device)
     network = loaded.network.to(device)
-    settings = segmentation_settings(loaded.info, params.predict)
+    settings = segmentation_settings(loaded.info, params.predict.of_one_network())
     if params.search.objective == "faint_recall":
         # the precision is reached by cutting at a score, so nothing is cut before
         settings = replace(settings, masks=replace(settings.masks, score_threshold=0.0))
