@@ -145,7 +145,8 @@ class TrainParams(Section):
         Length of the training, in crops of crop_px x crop_px pixels (full3d: in patches); crops_per_epoch
         None: one per plane drawn (full3d: one per nucleus).
     optimizer, learning_rate, weight_decay, momentum
-        momentum is SGD's.
+        momentum is SGD's. The default rate is that of Cellpose's own trainer; of 1e-3, 2e-3 and 5e-3 it gave
+        the lowest validation loss after 240 steps of 8 and 120 steps of 32 crops.
     schedule, warmup_steps
         ``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at
         the end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number
@@ -184,7 +185,7 @@ class TrainParams(Section):
     crops_per_epoch: Annotated[int, Field(ge=1)] | None = None
     crop_px: Annotated[int, Field(ge=32, multiple_of=16)] = 224
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 5e-3
     weight_decay: NonNegative = 1e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     schedule: Literal["constant", "warmup_cosine", "cellpose"] = "warmup_cosine"

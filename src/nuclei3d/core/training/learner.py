@@ -14,7 +14,7 @@ from nuclei3d.config.train import TrainParams
 from nuclei3d.core.networks import choose_precision
 from nuclei3d.core.training.batches import Batch
 from nuclei3d.core.training.recorded_gradients import RecordedGradients
-from nuclei3d.core.training.state import TrainingState, WeightAverage, copy_state
+from nuclei3d.core.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
 
 
 class LossParts(Protocol):
@@ -189,7 +189,7 @@ def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optim
 def _on_cpu(value: Any) -> Any:
     """Copy nested state to the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        return copy_to_cpu(value)
     if isinstance(value, dict):
         return {key: _on_cpu(entry) for key, entry in value.items()}
     if isinstance(value, list):

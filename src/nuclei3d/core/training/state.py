@@ -162,7 +162,12 @@ class TrainingState:
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
     """Copy a module's state to the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    return {name: copy_to_cpu(value) for name, value in module.state_dict().items()}
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """Copy a tensor, once, wherever it is."""
+    return value.detach().to("cpu", copy=True)
 
 
 class WeightAverage:
