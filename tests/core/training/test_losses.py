@@ -3,7 +3,7 @@ import pytest
 import torch
 from cellpose.train import _loss_fn_seg
 
-from nuclei3d.core.training.losses import cellpose_loss
+from nuclei3d.core.training.losses import cellpose_loss, losses_of_crops
 
 
 @pytest.fixture
@@ -38,3 +38,14 @@ def test_a_pixel_of_weight_three_counts_three_times(example):
     pixel = cellpose_loss(output[one], flows[one], foreground[0:1, 3:4, 4:5])
     difference = cellpose_loss(output, flows, foreground, weights).total - cellpose_loss(*example).total
     assert float(difference) == pytest.approx(2 * float(pixel.total) / (2 * 16 * 16), rel=1e-3)
+
+
+def test_losses_of_crops_are_those_of_each_crop_alone():
+    generator = torch.Generator().manual_seed(0)
+    output = torch.randn(3, 3, 16, 16, generator=generator)
+    flows = torch.randn(3, 2, 16, 16, generator=generator)
+    foreground = torch.rand(3, 16, 16, generator=generator) > 0.4
+    found = losses_of_crops(output, flows, foreground)
+    for i in range(3):
+        alone = cellpose_loss(output[i : i + 1], flows[i : i + 1], foreground[i : i + 1])
+        torch.testing.assert_close(found[i], torch.stack([alone.flow, alone.probability]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,3 +49,17 @@ def cellpose_loss(output: Tensor, flows: Tensor, foreground: Tensor, weights: Te
     squared = (output[:, :2] - FLOW_SCALE * flows).square() * weights[:, None]
     entropy = F.binary_cross_entropy_with_logits(output[:, 2], target, reduction="none") * weights
     return Loss(flow=squared.mean() / 2, probability=entropy.mean())
+
+
+def losses_of_crops(output: Tensor, flows: Tensor, foreground: Tensor) -> Tensor:
+    """Compute the unweighted loss of each crop by itself; parameters as `cellpose_loss`.
+
+    Returns
+    -------
+    Tensor
+        float32 (B, 2): the parts flow and probability.
+    """
+    output = output.float()
+    squared = (output[:, :2] - FLOW_SCALE * flows).square().mean(dim=(1, 2, 3)) / 2
+    entropy = F.binary_cross_entropy_with_logits(output[:, 2], foreground.float(), reduction="none")
+    return torch.stack([squared, entropy.mean(dim=(1, 2))], dim=1)

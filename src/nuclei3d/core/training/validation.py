@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.core.training.batches import Batch
-from nuclei3d.core.training.losses import cellpose_loss
+from nuclei3d.core.training.losses import losses_of_crops
 from nuclei3d.core.training.sampling import plane_contrasts
 from nuclei3d.core.training.state import EpochReport
 
@@ -72,10 +72,8 @@ def validate(
         images = moved.images.contiguous(memory_format=layout)
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
             output = network(images)[0].float()
-        for i, plane in enumerate(batch.planes):
-            one = slice(i, i + 1)
-            loss = cellpose_loss(output[one], moved.flows[one], moved.foreground[one])
-            losses.append((views[plane], float(loss.flow), float(loss.probability)))
+        parts = losses_of_crops(output, moved.flows, moved.foreground).cpu().tolist()
+        losses.extend((views[plane], *part) for plane, part in zip(batch.planes, parts, strict=True))
         inside = (output[:, 2] > 0).cpu().numpy()
         for crop, values in enumerate(batch_contrasts):
             found.extend(found_shares(inside[crop], batch.labels[crop], values))
