@@ -28,7 +28,8 @@ from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
-from nuclei3d.volumes.frames import read_labels
+from nuclei3d.stages.block_plan import required_gb
+from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.writing import write_image
 from timing import measure
 
@@ -112,9 +113,11 @@ def blocks_against_whole(
 ) -> dict[str, Any]:
     """Cut a volume into blocks, run them with one and two workers, compare with the whole."""
     image, truth = draw_volume(shape, diameter, 1.0, np.random.default_rng(2))
-    # The stage reckons with 1 GB for the process and 50 bytes a voxel; blocks get room for half of them.
-    memory_gb = 1.0 + 0.5 * 50e-9 * image.size
     write_image(folder / "embryo.ome.tif", image, CUBIC)
+    (frame,) = find_frames(folder / "embryo.ome.tif")
+    settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
+    # The stage reckons with 1 GB for the process; blocks get room for half of the voxels, margins included.
+    memory_gb = 1.0 + 0.5 * (required_gb(frame, settings) - 1.0)
     common = [str(folder / "embryo.ome.tif"), "--model", str(model)]
     seconds, _ = run_predict([*common, "--out", str(folder / "whole")], threads=1)
     whole = read_labels(folder / "whole" / "embryo_masks.ome.tif")
