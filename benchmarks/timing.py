@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from nuclei3d.console import say
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -94,6 +96,8 @@ def measure_in_turns(works: Mapping[str, tuple[Callable[[], Any], int]]) -> dict
             seconds[name].append(time.perf_counter() - start)
             cpu_seconds[name].append(time.process_time() - cpu_start)
         peaks[name] = max(peaks[name], memory.megabytes)
+        if name:
+            say(f"  {name}: {seconds[name][-1]:.1f} s ({cpu_seconds[name][-1]:.1f} s of processor time)")
     return {
         name: (Timing(tuple(seconds[name]), tuple(cpu_seconds[name]), peaks[name]), results[name])
         for name in works
