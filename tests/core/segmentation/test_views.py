@@ -200,6 +200,19 @@ def test_every_nucleus_lies_in_occupied_space_with_a_margin_and_most_space_is_le
                 assert plane[box].sum() == plane.sum()
 
 
+def test_occupied_space_reaches_a_diameter_in_all_directions_and_no_further_at_corners():
+    image = np.zeros((60, 60, 60), np.float32)
+    image[30, 30, 30] = 100
+    occupied = find_occupied(image, 0.0, (12, 12, 12))
+    blocks = occupied.blocks
+    where = [np.searchsorted(cuts, np.arange(60), side="right") - 1 for cuts in occupied.edges]
+    kept = blocks[np.ix_(*where)]
+    distance = np.sqrt(((np.indices(image.shape) - 30) ** 2).sum(0))
+    assert kept[distance <= 12].all()
+    # A block is 3 voxels wide; a box around the margin would reach to 1.7 times 18.
+    assert not kept[distance > 12 + 3 * 3].any()
+
+
 def test_a_block_from_the_midst_of_an_embryo_is_occupied_throughout():
     """Where one bright nucleus stands out from tissue that fills the block, the tissue is not empty space."""
     rng = np.random.default_rng(0)
@@ -233,6 +246,25 @@ def test_nothing_is_lost_by_leaving_empty_space_out():
     np.testing.assert_array_equal(results[0] > 0, results[1] > 0)
     assert results[0].max() == results[1].max() == 12
     assert pixels[0] < 0.75 * pixels[1]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_small_planes_are_not_computed_in_the_box_of_large_ones(view, monkeypatch):
+    """A ball in a large volume: as many pixels as planes in boxes of their own need, or a tenth more."""
+    # As on a GPU, where all planes would fit at once.
+    monkeypatch.setattr("nuclei3d.core.segmentation.plane_network._PIXELS_PER_BATCH", {"cpu": 2**22})
+    image = (((np.indices((96, 96, 96)) - 47.5) ** 2).sum(0) < 40**2).astype(np.float32)
+    occupied = find_occupied(image, 0.0, (8, 8, 8))
+    own = 0
+    for index in range(96):
+        box = occupied.box(VIEW_AXIS[view], index, index)
+        # From the lattice of eight pixels, padded to sixteen.
+        sides = [-(-(part.stop - part.start // 8 * 8) // 16) * 16 for part in box or ()]
+        own += int(np.prod(sides)) if sides else 0
+    network = PlaneNetwork(Positions(), CPU)
+    planes = list(predict_view(image, view, network, occupied, stretched_depth=96))
+    assert [plane.index for plane in planes] == list(range(96))
+    assert network.pixels <= 1.1 * own
 
 
 def test_bfloat16_changes_flows_by_a_percent_at_most():

@@ -28,6 +28,9 @@ VIEW_AXIS: dict[str, int] = {"xy": 0, "xz": 1, "yz": 2}
 EMPTY_LOGIT = -10.0
 """Logit where the network was not run because nothing can be there."""
 
+_MOST_WASTE = 1.1
+"""Pixels of planes in the box of their group, relative to those of each in its own."""
+
 
 @dataclass(frozen=True)
 class PlanePrediction:
@@ -108,23 +111,6 @@ def computed_indices(count: int, step: int) -> list[int]:
     return chosen
 
 
-def count_pixels(
-    shape: Sequence[int], occupied: OccupiedSpace, stretched_depth: int, views: Sequence[View], step: int
-) -> int:
-    """Count the pixels, padding included, that `predict_view` would pass for these views (without tiles)."""
-    total = 0
-    for view in views:
-        axis = VIEW_AXIS[view]
-        height, width = (size for other, size in enumerate(shape) if other != axis)
-        depth = height if axis == 0 else stretched_depth
-        for index in computed_indices(shape[axis], 1 if axis == 0 else step):
-            box = occupied.box(axis, index, index)
-            if box is not None:
-                rows, columns = _on_lattice(box, height, width, depth)
-                total += padded(_stretched_rows(rows, height, depth)) * padded(columns.stop - columns.start)
-    return total
-
-
 def _computed_planes(
     image: NDArray[np.float32],
     axis: int,
@@ -133,46 +119,85 @@ def _computed_planes(
     depth: int,
     indices: Sequence[int],
 ) -> Iterator[PlanePrediction]:
-    """Run the chosen planes in groups of equal box."""
+    """Run the chosen planes in groups that share a box."""
     planes = np.moveaxis(image, axis, 0)
     height, width = planes.shape[1:]
+
+    def box_of(first: int, last: int) -> _PlaneBox | None:
+        box = occupied.box(axis, first, last)
+        return None if box is None else _PlaneBox.around(box, height, width, depth)
+
     done = 0
     while done < len(indices):
-        box = occupied.box(axis, indices[done], indices[done])
+        box = box_of(indices[done], indices[done])
         if box is None:
             yield PlanePrediction(indices[done], _empty(height, width))
             done += 1
             continue
-        rows, columns = _on_lattice(box, height, width, depth)
-        stretched = _stretched_rows(rows, height, depth)
-        many = network.planes_per_batch(stretched, columns.stop - columns.start)
-        chosen = indices[done : done + many]
-        common = occupied.box(axis, chosen[0], chosen[-1])
-        assert common is not None
-        rows, columns = _on_lattice(common, height, width, depth)
-        stretched = _stretched_rows(rows, height, depth)
-        stack = np.ascontiguousarray(planes[chosen, rows, columns])
-        if stretched != stack.shape[1]:
-            stack = resize_linear(stack, (len(chosen), stretched, stack.shape[2]))
+        count, box = _group_planes(indices[done:], box, box_of, network)
+        chosen = indices[done : done + count]
+        stack = np.ascontiguousarray(planes[chosen, box.rows, box.columns])
+        if box.height != stack.shape[1]:
+            stack = resize_linear(stack, (count, box.height, stack.shape[2]))
         output = network(stack)
-        if stretched != rows.stop - rows.start:
-            output = resize_linear(output, (*output.shape[:2], rows.stop - rows.start, output.shape[3]))
+        native = box.rows.stop - box.rows.start
+        if box.height != native:
+            output = resize_linear(output, (*output.shape[:2], native, output.shape[3]))
         for index, predicted in zip(chosen, output, strict=True):
             whole = _empty(height, width)
-            whole[:, rows, columns] = predicted
+            whole[:, box.rows, box.columns] = predicted
             yield PlanePrediction(index, whole)
-        done += len(chosen)
+        done += count
 
 
-def _on_lattice(box: tuple[slice, slice], height: int, width: int, depth: int) -> tuple[slice, slice]:
-    """Grow a box of a plane so that the network sees in it what it sees in the whole plane."""
-    rows, columns = box
-    return grow_to_lattice(rows, height, depth / height), grow_to_lattice(columns, width)
+@dataclass(frozen=True)
+class _PlaneBox:
+    """The part of a plane that goes through the network: rows and columns, and rows once stretched."""
+
+    rows: slice
+    columns: slice
+    height: int
+
+    @classmethod
+    def around(cls, box: tuple[slice, slice], height: int, width: int, depth: int) -> _PlaneBox:
+        """Grow a box of a plane (height, width) so that the network sees in it what it sees in the plane."""
+        rows = grow_to_lattice(box[0], height, depth / height)
+        columns = grow_to_lattice(box[1], width)
+        return cls(rows, columns, max(1, round((rows.stop - rows.start) * depth / height)))
+
+    @property
+    def width(self) -> int:
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the network, padding included."""
+        return padded(self.height) * padded(self.width)
 
 
-def _stretched_rows(rows: slice, height: int, depth: int) -> int:
-    length = int(rows.stop - rows.start)
-    return max(1, round(length * depth / height))
+def _group_planes(
+    indices: Sequence[int],
+    first: _PlaneBox,
+    box_of: Callable[[int, int], _PlaneBox | None],
+    network: PlaneNetwork,
+) -> tuple[int, _PlaneBox]:
+    """Count the planes from the first on that go through the network together, and give their common box.
+
+    All of a group are computed in the box that holds what any of them holds. A group ends where that would
+    cost much more than each plane in its own box, as at the pole of an embryo, where planes begin small.
+    """
+    count, common, own_pixels = 1, first, first.pixels
+    for index in indices[1:]:
+        own, grown = box_of(index, index), box_of(indices[0], index)
+        if own is None or grown is None:
+            break
+        own_pixels += own.pixels
+        if count + 1 > network.planes_per_batch(grown.height, grown.width):
+            break
+        if (count + 1) * grown.pixels > _MOST_WASTE * own_pixels:
+            break
+        count, common = count + 1, grown
+    return count, common
 
 
 def _empty(height: int, width: int) -> NDArray[np.float32]:
