@@ -12,9 +12,9 @@ from nuclei3d.core.normalization import IntensityRange
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import everywhere, find_occupied, occupied_space
 from nuclei3d.core.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.core.segmentation.lattice import POOLING
 from nuclei3d.core.segmentation.plane_network import (
     MAX_TILE,
-    MULTIPLE,
     TILE_OVERLAP,
     PlaneNetwork,
     tile_starts,
@@ -75,18 +75,18 @@ def test_orthogonal_planes_are_stretched_to_cubic_voxels_and_xy_planes_are_not()
     assert sum(shape[0] for shape in oracle.shapes) == 5 + 32 + 48
 
 
-def test_thin_planes_are_padded_to_sixteen_not_to_a_tile_and_go_in_together():
+def test_thin_planes_are_padded_to_eight_not_to_a_tile_and_go_in_together():
     image = np.zeros((10, 64, 100), np.float32)
     oracle = OracleNetwork(separate=True)
     list(predict_view(image, "xz", PlaneNetwork(oracle, CPU), everywhere(image.shape), stretched_depth=10))
-    assert {shape[2:] for shape in oracle.shapes} == {(16, 112)}
+    assert {shape[2:] for shape in oracle.shapes} == {(16, 104)}
     assert len(oracle.shapes) == 1
 
 
 @pytest.mark.parametrize("length", [513, 700, 960, 1025, 3000])
 def test_tiles_cover_every_pixel_with_weights_that_add_up_to_one(length):
     tiling = tile_starts(length, MAX_TILE["cpu"])
-    assert length <= tiling.length < length + MULTIPLE
+    assert length <= tiling.length < length + POOLING
     total = np.zeros(tiling.length)
     for start in tiling.starts:
         assert start % 8 == 0
@@ -109,8 +109,7 @@ def test_padding_is_cut_off_again():
     plane = np.random.default_rng(0).random((2, 21, 35)).astype(np.float32)
     runner = PlaneNetwork(Local(), CPU)
     assert runner(plane).shape == (2, 3, 21, 35)
-    assert runner.pixels == 2 * 32 * 48
-    assert runner.pixels % MULTIPLE**2 == 0
+    assert runner.pixels == 2 * 24 * 40
 
 
 def test_flip_average_is_the_mean_over_the_four_flips_of_the_plane():
@@ -258,8 +257,8 @@ def test_small_planes_are_not_computed_in_the_box_of_large_ones(view, monkeypatc
     own = 0
     for index in range(96):
         box = occupied.box(VIEW_AXIS[view], index, index)
-        # From the lattice of eight pixels, padded to sixteen.
-        sides = [-(-(part.stop - part.start // 8 * 8) // 16) * 16 for part in box or ()]
+        # From the lattice of eight pixels, padded to a multiple of eight.
+        sides = [-(-(part.stop - part.start // 8 * 8) // 8) * 8 for part in box or ()]
         own += int(np.prod(sides)) if sides else 0
     network = PlaneNetwork(Positions(), CPU)
     planes = list(predict_view(image, view, network, occupied, stretched_depth=96))
