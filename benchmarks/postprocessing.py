@@ -24,7 +24,7 @@ from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_from_flows
 from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
 from nuclei3d.volumes.voxel_size import VoxelSize
 from shapes import touching_nuclei
-from timing import measure
+from timing import measure_in_turns, ratio_of
 
 DIAMETER = 35.0
 CUBIC = VoxelSize(1, 1, 1)
@@ -90,18 +90,18 @@ def main() -> None:
     }
 
     def compare(name: str, ours: Callable[[], Any], stock: Callable[[], Any]) -> tuple[Any, Any]:
-        """Time both, note and tell the result; give what both computed last."""
-        own, own_result = measure(ours, arguments.repeats)
-        say(f"{name}: ours {own.median:.2f} s ({own.cpu_median:.2f} s of processor time)")
-        peer, peer_result = measure(stock, arguments.peer_repeats)
-        speedup = peer.median / own.median
-        report[f"{name}_speedup"] = round(speedup, 1)
-        report[f"{name}_speedup_least"] = round(min(peer.seconds) / max(own.seconds), 1)
-        report[f"{name}_speedup_cpu"] = round(peer.cpu_median / own.cpu_median, 1)
+        """Time both by turns, note and tell the result; give what both computed last."""
+        both = measure_in_turns({"ours": (ours, arguments.repeats), "stock": (stock, arguments.peer_repeats)})
+        (own, own_result), (peer, peer_result) = both["ours"], both["stock"]
+        wall, processor = ratio_of(peer.seconds, own.seconds), ratio_of(peer.cpu_seconds, own.cpu_seconds)
+        report[f"{name}_speedup"] = wall["median"]
+        report[f"{name}_speedup_least"] = wall["least"]
+        report[f"{name}_speedup_cpu"] = processor["median"]
         report[name] = {"ours": own.as_json(), "stock": peer.as_json()}
         say(
-            f"{name}: stock {peer.median:.1f} s ({peer.cpu_median:.1f} s of processor time): "
-            f"{speedup:.0f} x as fast; bar {BARS[f'{name}_speedup']:.0f} x"
+            f"{name}: ours {own.median:.2f} s ({own.cpu_median:.2f} s of processor time), stock "
+            f"{peer.median:.1f} s ({peer.cpu_median:.1f} s): {wall['median']:.0f} x as fast; bar "
+            f"{BARS[f'{name}_speedup']:.0f} x"
         )
         return own_result, peer_result
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,8 @@ from nuclei3d.core.segmentation.prediction import segment_volume
 from nuclei3d.core.segmentation.settings import SegmentationSettings
 from nuclei3d.models.folder import load_model, save_model
 from nuclei3d.models.info import ModelInfo
-from nuclei3d.volumes.frames import read_labels
+from nuclei3d.stages.block_plan import required_gb
+from nuclei3d.volumes.frames import find_frames, read_labels
 from nuclei3d.volumes.writing import write_image
 from timing import measure
 
@@ -67,27 +72,47 @@ def time_per_voxel(
     return result
 
 
-def run_predict(arguments: list[str], threads: int | None = None) -> tuple[float, float]:
-    """Run the command ``predict`` in a process; give seconds and the peak of its memory in MB."""
-    import time
+@dataclass(frozen=True)
+class CommandRun:
+    """Seconds of a command, processor seconds of it and its workers, peak of its own memory, what it said."""
 
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+    messages: str
+
+
+def run_predict(arguments: list[str], threads: int | None = None) -> CommandRun:
+    """Run the command ``predict`` in a process."""
     environment = dict(os.environ)
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), _cpu_of_children()
     command = [sys.executable, "-m", "nuclei3d", "predict", *arguments]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    watched = psutil.Process(process.pid)
-    peak = 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.02)
-    if process.wait() != 0:
-        raise RuntimeError(process.stderr.read() if process.stderr else "predict failed")
-    return time.perf_counter() - started, peak / 1e6
+    # A pipe that nobody reads until the end would fill up.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, env=environment, stderr=said)
+        watched = psutil.Process(process.pid)
+        peak = 0
+        while process.poll() is None:
+            try:
+                peak = max(peak, watched.memory_info().rss)
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(0.02)
+        failed = process.wait() != 0
+        said.seek(0)
+        messages = said.read()
+    if failed:
+        raise RuntimeError(messages)
+    seconds, cpu_seconds = time.perf_counter() - started, _cpu_of_children() - cpu_started
+    return CommandRun(seconds, cpu_seconds, peak / 1e6, messages)
+
+
+def _cpu_of_children() -> float:
+    """Processor seconds of all processes that this one, or one of those, has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory_by_frames(
@@ -100,9 +125,9 @@ def memory_by_frames(
         movie = folder / f"movie_{count}"
         for t in range(count):
             write_image(movie / f"t{t:03d}.ome.tif", np.roll(image, 3 * t, axis=2), CUBIC)
-        _, peak = run_predict([str(movie), "--model", str(model), "--out", str(folder / f"out_{count}")])
-        rows[str(count)] = round(peak, 1)
-        say(f"{count} frames: peak {peak:.0f} MB")
+        run = run_predict([str(movie), "--model", str(model), "--out", str(folder / f"out_{count}")])
+        rows[str(count)] = round(run.peak_mb, 1)
+        say(f"{count} frames: peak {run.peak_mb:.0f} MB, {run.cpu_seconds:.0f} s of processor time")
     values = np.array(list(rows.values()))
     return {"peak_mb": rows, "spread": round(float(np.abs(values / values.mean() - 1).max()), 4)}
 
@@ -112,29 +137,41 @@ def blocks_against_whole(
 ) -> dict[str, Any]:
     """Cut a volume into blocks, run them with one and two workers, compare with the whole."""
     image, truth = draw_volume(shape, diameter, 1.0, np.random.default_rng(2))
-    # The stage reckons with 1 GB for the process and 50 bytes a voxel; blocks get room for half of them.
-    memory_gb = 1.0 + 0.5 * 50e-9 * image.size
     write_image(folder / "embryo.ome.tif", image, CUBIC)
+    (frame,) = find_frames(folder / "embryo.ome.tif")
+    settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
+    # The stage reckons with 1 GB for the process; blocks get room for half of the voxels, margins included.
+    memory_gb = 1.0 + 0.5 * (required_gb(frame, settings) - 1.0)
     common = [str(folder / "embryo.ome.tif"), "--model", str(model)]
-    seconds, _ = run_predict([*common, "--out", str(folder / "whole")], threads=1)
+    run = run_predict([*common, "--out", str(folder / "whole")], threads=1)
     whole = read_labels(folder / "whole" / "embryo_masks.ome.tif")
-    result: dict[str, Any] = {"whole_s": round(seconds, 1), "nuclei": int(whole.max())}
+    result: dict[str, Any] = {
+        "whole_s": round(run.seconds, 1),
+        "whole_cpu_s": round(run.cpu_seconds, 1),
+        "nuclei": int(whole.max()),
+    }
     result["ap_truth"] = {"whole": _ap(truth, whole, 0.5)}
     for workers in (1, 2):
         out = folder / f"blocks_{workers}"
         wishes = [f"predict.memory_gb={memory_gb * workers}", f"predict.workers={workers}"]
         options = [text for wish in wishes for text in ("--set", wish)]
-        seconds, _ = run_predict([*common, "--out", str(out), *options], threads=1)
-        masks = out / "embryo_masks.ome.zarr"
-        if not masks.exists():
+        run = run_predict([*common, "--out", str(out), *options], threads=1)
+        blocks = re.search(r"(\d+) blocks", run.messages)
+        if blocks is None:
             raise RuntimeError(f"{memory_gb} GB were enough for the volume as a whole")
-        labels = read_labels(masks)
+        labels = read_labels(out / "embryo_masks.ome.zarr")
+        against_whole = _ap(whole, labels, 0.9)
         result[f"workers_{workers}"] = {
-            "seconds": round(seconds, 1),
-            "ap_90_against_whole": round(_ap(whole, labels, 0.9), 4),
+            "blocks": int(blocks[1]),
+            "seconds": round(run.seconds, 1),
+            "cpu_seconds": round(run.cpu_seconds, 1),
+            "ap_90_against_whole": round(against_whole, 4),
         }
         result["ap_truth"][f"workers_{workers}"] = _ap(truth, labels, 0.5)
-        say(f"{workers} workers: {seconds:.0f} s, AP .9 against the whole {_ap(whole, labels, 0.9):.4f}")
+        say(
+            f"{workers} workers, {blocks[0]}: {run.seconds:.0f} s ({run.cpu_seconds:.0f} s by processor), "
+            f"AP .9 against the whole {against_whole:.4f}"
+        )
     return result
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
+
+from nuclei3d.console import say
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Timing:
             "median_s": round(self.median, 4),
             "spread_s": [round(min(self.seconds), 4), round(max(self.seconds), 4)],
             "cpu_median_s": round(self.cpu_median, 4),
+            "cpu_spread_s": [round(min(self.cpu_seconds), 4), round(max(self.cpu_seconds), 4)],
             "repeats": len(self.seconds),
             "peak_mb": round(self.peak_mb, 1),
         }
@@ -72,16 +75,45 @@ class _PeakMemory:
 
 def measure(work: Callable[[], Any], repeats: int) -> tuple[Timing, Any]:
     """Run `work` so many times; give its timing and its last result."""
-    seconds: list[float] = []
-    cpu_seconds: list[float] = []
-    peak = 0.0
-    result = None
-    for _ in range(repeats):
-        result = None
+    return measure_in_turns({"": (work, repeats)})[""]
+
+
+def measure_in_turns(works: Mapping[str, tuple[Callable[[], Any], int]]) -> dict[str, tuple[Timing, Any]]:
+    """Run each work as often as is said beside it, by turns; give timing and last result of each.
+
+    The load of a shared machine changes over the minutes that a comparison takes. By turns, it changes for
+    all sides alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in works}
+    peaks = dict.fromkeys(works, 0.0)
+    results: dict[str, Any] = dict.fromkeys(works)
+    for name in order_of_turns({name: repeats for name, (_, repeats) in works.items()}):
+        results[name] = None
         with _PeakMemory() as memory:
             start, cpu_start = time.perf_counter(), time.process_time()
-            result = work()
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-        peak = max(peak, memory.megabytes)
-    return Timing(tuple(seconds), tuple(cpu_seconds), peak), result
+            results[name] = works[name][0]()
+            seconds[name].append(time.perf_counter() - start)
+            cpu_seconds[name].append(time.process_time() - cpu_start)
+        peaks[name] = max(peaks[name], memory.megabytes)
+        if name:
+            say(f"  {name}: {seconds[name][-1]:.1f} s ({cpu_seconds[name][-1]:.1f} s of processor time)")
+    return {
+        name: (Timing(tuple(seconds[name]), tuple(cpu_seconds[name]), peaks[name]), results[name])
+        for name in works
+    }
+
+
+def order_of_turns(repeats: Mapping[str, int]) -> list[str]:
+    """Spread the runs of each side evenly over the whole: of 3 and 1, the one comes second or third."""
+    turns = [((i + 0.5) / count, name) for name, count in repeats.items() for i in range(count)]
+    return [name for _, name in sorted(turns, key=lambda turn: turn[0])]
+
+
+def ratio_of(peer: Sequence[float], own: Sequence[float]) -> dict[str, float]:
+    """Tell how many times the peer's duration ours is: of the medians, and the least and most of all runs."""
+    return {
+        "median": round(statistics.median(peer) / statistics.median(own), 2),
+        "least": round(min(peer) / max(own), 2),
+        "most": round(max(peer) / min(own), 2),
+    }

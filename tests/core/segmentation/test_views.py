@@ -12,9 +12,9 @@ from nuclei3d.core.normalization import IntensityRange
 from nuclei3d.core.segmentation.flow_field import FlowField
 from nuclei3d.core.segmentation.foreground import everywhere, find_occupied, occupied_space
 from nuclei3d.core.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.core.segmentation.lattice import POOLING
 from nuclei3d.core.segmentation.plane_network import (
     MAX_TILE,
-    MULTIPLE,
     TILE_OVERLAP,
     PlaneNetwork,
     tile_starts,
@@ -76,18 +76,18 @@ def test_orthogonal_planes_are_stretched_to_cubic_voxels_and_xy_planes_are_not()
     assert sum(shape[0] for shape in oracle.shapes) == 5 + 32 + 48
 
 
-def test_thin_planes_are_padded_to_sixteen_not_to_a_tile_and_go_in_together():
+def test_thin_planes_are_padded_to_eight_not_to_a_tile_and_go_in_together():
     image = np.zeros((10, 64, 100), np.float32)
     oracle = OracleNetwork(separate=True)
     list(predict_view(image, "xz", PlaneNetwork(oracle, CPU), everywhere(image.shape), stretched_depth=10))
-    assert {shape[2:] for shape in oracle.shapes} == {(16, 112)}
+    assert {shape[2:] for shape in oracle.shapes} == {(16, 104)}
     assert len(oracle.shapes) == 1
 
 
 @pytest.mark.parametrize("length", [513, 700, 960, 1025, 3000])
 def test_tiles_cover_every_pixel_with_weights_that_add_up_to_one(length):
     tiling = tile_starts(length, MAX_TILE["cpu"])
-    assert length <= tiling.length < length + MULTIPLE
+    assert length <= tiling.length < length + POOLING
     total = np.zeros(tiling.length)
     for start in tiling.starts:
         assert start % 8 == 0
@@ -110,8 +110,7 @@ def test_padding_is_cut_off_again():
     plane = np.random.default_rng(0).random((2, 21, 35)).astype(np.float32)
     runner = PlaneNetwork(Local(), CPU)
     assert runner(plane).shape == (2, 3, 21, 35)
-    assert runner.pixels == 2 * 32 * 48
-    assert runner.pixels % MULTIPLE**2 == 0
+    assert runner.pixels == 2 * 24 * 40
 
 
 def test_flip_average_is_the_mean_over_the_four_flips_of_the_plane():
@@ -206,6 +205,19 @@ def test_every_nucleus_lies_in_occupied_space_with_a_margin_and_most_space_is_le
                 assert plane[box].sum() == plane.sum()
 
 
+def test_occupied_space_reaches_a_diameter_in_all_directions_and_no_further_at_corners():
+    image = np.zeros((60, 60, 60), np.float32)
+    image[30, 30, 30] = 100
+    occupied = find_occupied(image, 0.0, (12, 12, 12))
+    blocks = occupied.blocks
+    where = [np.searchsorted(cuts, np.arange(60), side="right") - 1 for cuts in occupied.edges]
+    kept = blocks[np.ix_(*where)]
+    distance = np.sqrt(((np.indices(image.shape) - 30) ** 2).sum(0))
+    assert kept[distance <= 12].all()
+    # A block is 3 voxels wide; a box around the margin would reach to 1.7 times 18.
+    assert not kept[distance > 12 + 3 * 3].any()
+
+
 def test_a_block_from_the_midst_of_an_embryo_is_occupied_throughout():
     """Where one bright nucleus stands out from tissue that fills the block, the tissue is not empty space."""
     rng = np.random.default_rng(0)
@@ -239,6 +251,25 @@ def test_nothing_is_lost_by_leaving_empty_space_out():
     np.testing.assert_array_equal(results[0] > 0, results[1] > 0)
     assert results[0].max() == results[1].max() == 12
     assert pixels[0] < 0.75 * pixels[1]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_small_planes_are_not_computed_in_the_box_of_large_ones(view, monkeypatch):
+    """A ball in a large volume: as many pixels as planes in boxes of their own need, or a tenth more."""
+    # As on a GPU, where all planes would fit at once.
+    monkeypatch.setattr("nuclei3d.core.segmentation.plane_network._PIXELS_PER_BATCH", {"cpu": 2**22})
+    image = (((np.indices((96, 96, 96)) - 47.5) ** 2).sum(0) < 40**2).astype(np.float32)
+    occupied = find_occupied(image, 0.0, (8, 8, 8))
+    own = 0
+    for index in range(96):
+        box = occupied.box(VIEW_AXIS[view], index, index)
+        # From the lattice of eight pixels, padded to a multiple of eight.
+        sides = [-(-(part.stop - part.start // 8 * 8) // 8) * 8 for part in box or ()]
+        own += int(np.prod(sides)) if sides else 0
+    network = PlaneNetwork(Positions(), CPU)
+    planes = list(predict_view(image, view, network, occupied, stretched_depth=96))
+    assert [plane.index for plane in planes] == list(range(96))
+    assert network.pixels <= 1.1 * own
 
 
 def test_bfloat16_changes_flows_by_a_percent_at_most():

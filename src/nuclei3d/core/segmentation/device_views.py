@@ -124,7 +124,7 @@ def _add_view(
             last = group.indices[-1]
             output = _predict(planes, group, network)
             for sum_, values, share in zip(sums, output.unbind(1), shares, strict=True):
-                box = sum_[:, group.rows, group.columns]
+                box = sum_[:, group.box.rows, group.box.columns]
                 if step == 1:
                     box[group.indices[0] : group.indices[-1] + 1].add_(values, alpha=share)
                     continue
@@ -142,15 +142,15 @@ def _add_view(
 
 def _predict(planes: Tensor, group: PlaneGroup, network: PlaneNetwork) -> Tensor:
     """Run a group; gives flow and logit (n, 3, height, width) of its box, the logit above the empty one."""
-    first, last = group.indices[0], group.indices[-1]
+    box, first, last = group.box, group.indices[0], group.indices[-1]
     step = group.indices[1] - first if len(group.indices) > 1 else 1
     if list(group.indices) == list(range(first, last + 1, step)):
-        stack = planes[first : last + 1 : step, group.rows, group.columns]
+        stack = planes[first : last + 1 : step, box.rows, box.columns]
     else:
         chosen = torch.tensor(list(group.indices), device=planes.device)
-        stack = planes[:, group.rows, group.columns].index_select(0, chosen)
-    native = group.rows.stop - group.rows.start
-    output = network.run(resize_tensor(stack, (len(stack), group.stretched, stack.shape[2])))
+        stack = planes[:, box.rows, box.columns].index_select(0, chosen)
+    native = box.rows.stop - box.rows.start
+    output = network.run(resize_tensor(stack, (len(stack), box.height, stack.shape[2])))
     output = resize_tensor(output, (*output.shape[:2], native, output.shape[3]))
     flow, logit = output[:, :2], output[:, 2:]
     flow.nan_to_num_(0.0).clamp_(-_MOST / FLOW_UNITS, _MOST / FLOW_UNITS)

@@ -1,8 +1,8 @@
 """Running the 2D network over stacks of planes of any size.
 
-Planes are padded to a multiple of 16 only (the network halves them three times, and blocks of 16 suit the
-hardware), not to a tile of 224; only planes beyond `MAX_TILE` are cut into tiles, equal in size, that
-overlap and are blended smoothly.
+Planes are padded to a multiple of 8 only (the network halves them three times), not to a tile of 224; only
+planes beyond `MAX_TILE` are cut into tiles, equal in size, that overlap and are blended smoothly. A multiple
+of 16 would make no pixel cheaper (measured on AVX2) and small volumes a sixth dearer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from nuclei3d.errors import InputError
 
 Engine = Literal["auto", "torch", "openvino"]
 
-MULTIPLE = 16
 MAX_TILE = {"cpu": 512, "cuda": 1024}
 TILE_OVERLAP = 64
 _TILE_RIM = 16
@@ -243,4 +242,4 @@ def tile_starts(length: int, largest: int) -> Tiling:
 
 def padded(size: int) -> int:
     """Round up to the next multiple that the network takes."""
-    return -(-size // MULTIPLE) * MULTIPLE
+    return -(-size // POOLING) * POOLING

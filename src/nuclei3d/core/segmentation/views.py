@@ -29,6 +29,9 @@ VIEW_AXIS: dict[str, int] = {"xy": 0, "xz": 1, "yz": 2}
 EMPTY_LOGIT = -10.0
 """Logit where the network was not run because nothing can be there."""
 
+_MOST_WASTE = 1.1
+"""Pixels of planes in the box of their group, relative to those of each in its own."""
+
 
 @dataclass(frozen=True)
 class PlanePrediction:
@@ -109,21 +112,38 @@ def computed_indices(count: int, step: int) -> list[int]:
     return chosen
 
 
-def count_pixels(
-    shape: Sequence[int], occupied: OccupiedSpace, stretched_depth: int, views: Sequence[View], step: int
-) -> int:
-    """Count the pixels, padding included, that `predict_view` would pass for these views (without tiles)."""
-    total = 0
-    for view in views:
-        axis = VIEW_AXIS[view]
-        height, width = (size for other, size in enumerate(shape) if other != axis)
-        depth = height if axis == 0 else stretched_depth
-        for index in computed_indices(shape[axis], 1 if axis == 0 else step):
-            box = occupied.box(axis, index, index)
-            if box is not None:
-                rows, columns = _on_lattice(box, height, width, depth)
-                total += padded(_stretched_rows(rows, height, depth)) * padded(columns.stop - columns.start)
-    return total
+@dataclass(frozen=True)
+class PlaneBox:
+    """The part of a plane that goes through the network.
+
+    Attributes
+    ----------
+    rows, columns
+        Of the plane.
+    height
+        Rows at the network's scale, once stretched.
+    """
+
+    rows: slice
+    columns: slice
+    height: int
+
+    @classmethod
+    def around(cls, box: tuple[slice, slice], height: int, width: int, depth: int) -> PlaneBox:
+        """Grow a box of a plane (height, width) so that the network sees in it what it sees in the plane."""
+        rows = grow_to_lattice(box[0], height, depth / height)
+        columns = grow_to_lattice(box[1], width)
+        return cls(rows, columns, max(1, round((rows.stop - rows.start) * depth / height)))
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the network, padding included."""
+        return padded(self.height) * padded(self.width)
 
 
 @dataclass(frozen=True)
@@ -134,16 +154,12 @@ class PlaneGroup:
     ----------
     indices
         Numbers of the planes.
-    rows, columns
-        The box of them that is computed.
-    stretched
-        Rows of that box at the network's scale.
+    box
+        The part of each that is computed.
     """
 
     indices: Sequence[int]
-    rows: slice
-    columns: slice
-    stretched: int
+    box: PlaneBox
 
 
 def plane_groups(
@@ -154,23 +170,48 @@ def plane_groups(
     depth: int,
     indices: Sequence[int],
 ) -> Iterator[PlaneGroup | int]:
-    """Put planes into groups of equal box; a plane in which nothing can be is given by its number."""
+    """Put planes into groups that share a box; a plane in which nothing can be is given by its number."""
     height, width = (size for other, size in enumerate(shape) if other != axis)
+
+    def box_of(first: int, last: int) -> PlaneBox | None:
+        box = occupied.box(axis, first, last)
+        return None if box is None else PlaneBox.around(box, height, width, depth)
+
     done = 0
     while done < len(indices):
-        box = occupied.box(axis, indices[done], indices[done])
+        box = box_of(indices[done], indices[done])
         if box is None:
             yield indices[done]
             done += 1
             continue
-        rows, columns = _on_lattice(box, height, width, depth)
-        many = network.planes_per_batch(_stretched_rows(rows, height, depth), columns.stop - columns.start)
-        chosen = indices[done : done + many]
-        common = occupied.box(axis, chosen[0], chosen[-1])
-        assert common is not None
-        rows, columns = _on_lattice(common, height, width, depth)
-        yield PlaneGroup(chosen, rows, columns, _stretched_rows(rows, height, depth))
-        done += len(chosen)
+        count, box = _group_planes(indices[done:], box, box_of, network)
+        yield PlaneGroup(indices[done : done + count], box)
+        done += count
+
+
+def _group_planes(
+    indices: Sequence[int],
+    first: PlaneBox,
+    box_of: Callable[[int, int], PlaneBox | None],
+    network: PlaneNetwork,
+) -> tuple[int, PlaneBox]:
+    """Count the planes from the first on that go through the network together, and give their common box.
+
+    All of a group are computed in the box that holds what any of them holds. A group ends where that would
+    cost much more than each plane in its own box, as at the pole of an embryo, where planes begin small.
+    """
+    count, common, own_pixels = 1, first, first.pixels
+    for index in indices[1:]:
+        own, grown = box_of(index, index), box_of(indices[0], index)
+        if own is None or grown is None:
+            break
+        own_pixels += own.pixels
+        if count + 1 > network.planes_per_batch(grown.height, grown.width):
+            break
+        if (count + 1) * grown.pixels > _MOST_WASTE * own_pixels:
+            break
+        count, common = count + 1, grown
+    return count, common
 
 
 def _computed_planes(
@@ -188,28 +229,18 @@ def _computed_planes(
         if isinstance(group, int):
             yield PlanePrediction(group, _empty(height, width))
             continue
-        stack = np.ascontiguousarray(planes[group.indices, group.rows, group.columns])
-        if group.stretched != stack.shape[1]:
-            stack = resize_linear(stack, (len(stack), group.stretched, stack.shape[2]))
+        box = group.box
+        stack = np.ascontiguousarray(planes[group.indices, box.rows, box.columns])
+        if box.height != stack.shape[1]:
+            stack = resize_linear(stack, (len(stack), box.height, stack.shape[2]))
         output = network(stack)
-        if group.stretched != group.rows.stop - group.rows.start:
-            native = group.rows.stop - group.rows.start
+        native = box.rows.stop - box.rows.start
+        if box.height != native:
             output = resize_linear(output, (*output.shape[:2], native, output.shape[3]))
         for index, predicted in zip(group.indices, output, strict=True):
             whole = _empty(height, width)
-            whole[:, group.rows, group.columns] = predicted
+            whole[:, box.rows, box.columns] = predicted
             yield PlanePrediction(index, whole)
-
-
-def _on_lattice(box: tuple[slice, slice], height: int, width: int, depth: int) -> tuple[slice, slice]:
-    """Grow a box of a plane so that the network sees in it what it sees in the whole plane."""
-    rows, columns = box
-    return grow_to_lattice(rows, height, depth / height), grow_to_lattice(columns, width)
-
-
-def _stretched_rows(rows: slice, height: int, depth: int) -> int:
-    length = int(rows.stop - rows.start)
-    return max(1, round(length * depth / height))
 
 
 def _empty(height: int, width: int) -> NDArray[np.float32]:
