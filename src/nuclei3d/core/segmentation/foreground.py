@@ -181,7 +181,7 @@ def find_occupied(
     return OccupiedSpace(occupied, (edges[0], edges[1], edges[2]))
 
 
-def _within(occupied: NDArray[np.bool_], reach: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _within(occupied: NDArray[np.bool_], reach: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Give the blocks that lie within an ellipsoid, of semi-axes in blocks, around an occupied one.
 
     An ellipsoid, not a box: the corners of a box lie 1.7 diameters away, and every plane would pay for them.
