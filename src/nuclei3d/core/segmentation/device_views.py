@@ -40,6 +40,8 @@ def fits_on(device: torch.device, shape: Sequence[int]) -> bool:
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
+    # what torch keeps for itself from the frame before is free as well
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return _BYTES_PER_VOXEL * float(np.prod(shape)) <= _SHARE_OF_MEMORY * free
 
 
