@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nuclei3d.core.networks import FLOW_SCALE, choose_precision
-from nuclei3d.core.normalization import measure_range
-from nuclei3d.core.resampling import resize_linear
 from nuclei3d.core.segmentation.flow_field import FlowField
-from nuclei3d.core.segmentation.foreground import OccupiedSpace, occupied_space
+from nuclei3d.core.segmentation.foreground import OccupiedSpace
 from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.lattice import grow_to_lattice
 from nuclei3d.core.segmentation.patch_tiling import Box, PatchTiling, padded
 from nuclei3d.core.segmentation.settings import SegmentationSettings
+from nuclei3d.core.segmentation.shown_volume import show_volume
 from nuclei3d.core.segmentation.views import EMPTY_LOGIT
 from nuclei3d.core.volume_network import OUTPUTS, Triple, VolumeNetwork
 from nuclei3d.errors import InputError
@@ -62,17 +61,7 @@ def predict_patch_flows(
         raise InputError("engine 'openvino' runs Cellpose's 2D CNN only; use engine auto or torch")
     started = time.perf_counter()
     shape, grid_voxel_size = volume_grid(image.shape, voxel_size, settings, network.spec.anisotropy)
-    intensity = settings.intensity_range or measure_range(
-        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
-    )
-    volume = intensity.apply(resize_linear(image, shape))
-    occupied = occupied_space(
-        volume,
-        intensity,
-        voxel_size,
-        grid_voxel_size,
-        settings.nucleus_diameter_um if settings.skip_empty else None,
-    )
+    volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings)
     training = network.training
     runner = _PatchRunner(network, device, settings)
     field = FlowField.zeros(shape, grid_voxel_size)

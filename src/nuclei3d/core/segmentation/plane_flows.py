@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.core.networks import choose_precision
-from nuclei3d.core.normalization import measure_range
-from nuclei3d.core.resampling import resize_linear
 from nuclei3d.core.segmentation.device_views import fits_on, sum_views
 from nuclei3d.core.segmentation.flow_field import FlowField
-from nuclei3d.core.segmentation.foreground import occupied_space
 from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
 from nuclei3d.core.segmentation.grids import view_grid
 from nuclei3d.core.segmentation.plane_network import PlaneNetwork
 from nuclei3d.core.segmentation.settings import SegmentationSettings
+from nuclei3d.core.segmentation.shown_volume import show_volume
 from nuclei3d.core.segmentation.views import VIEW_AXIS, FlowAccumulator, PlanePrediction, predict_view
 from nuclei3d.core.segmentation.volume_look import VolumeLook
 from nuclei3d.volumes.voxel_size import VoxelSize
@@ -57,17 +55,7 @@ def predict_plane_flows(
     started = time.perf_counter()
     views = settings.seen_views
     shape, grid_voxel_size, depth = view_grid(image.shape, voxel_size, settings)
-    intensity = settings.intensity_range or measure_range(
-        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
-    )
-    volume = intensity.apply(resize_linear(image, shape))
-    occupied = occupied_space(
-        volume,
-        intensity,
-        voxel_size,
-        grid_voxel_size,
-        settings.nucleus_diameter_um if settings.skip_empty else None,
-    )
+    volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings)
     networks = {view: network for view in views}
     if orthogonal_network is not None:
         networks.update({view: orthogonal_network for view in views if view != "xy"})
