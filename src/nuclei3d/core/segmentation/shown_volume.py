@@ -1,4 +1,4 @@
-"""The volume as a network is shown it: on a grid at its scale, normalised, with the space where nuclei can be."""
+"""The volume as a network is shown it: at its scale, normalised, with the space where nuclei can be."""
 
 from __future__ import annotations
 
