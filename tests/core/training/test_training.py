@@ -264,7 +264,7 @@ def test_the_constant_schedule_does_not_know_the_number_of_epochs():
         for epochs in (9, 90)
     )
     assert short == long
-    assert short[0] < short[20] < short[-1] == 1e-3
+    assert short[0] < short[20] < short[-1] == TrainParams().learning_rate
 
 
 def test_the_cosine_rises_and_falls_to_a_hundredth():

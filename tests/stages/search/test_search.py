@@ -222,6 +222,7 @@ def test_only_apply_changes_the_parameter_file(tmp_path: Path) -> None:
 
 def test_other_seeds_tell_luck_from_merit(tmp_path: Path) -> None:
     overrides = [
+        "train.learning_rate=0.001",
         "search.learning_rate={choices: [0.001, 0.01]}",
         "search.confirm_seeds=2",
         "search.prune=false",
