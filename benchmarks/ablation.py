@@ -20,8 +20,8 @@ Each training and each measured embryo is kept, so the script can be stopped and
 are 95 %, by bootstrap over blocks of time within the test embryos; differences to the recipe are paired by
 volume. On two cores the profile ``cpu`` takes about an hour and a half: few steps, small crops, every other
 frame. That shows which changes help early in a training; more ``--epochs`` show what becomes of it, and the
-profile ``gpu`` trains to the end. ``--only`` measures some folds, so that several processes or jobs share the
-work; the call without it then reads what they left and draws the table.
+profile ``gpu`` trains much longer, in larger batches. ``--only`` measures some folds, so that several
+processes or jobs share the work; the call without it then reads what they left and draws the table.
 """
 
 from __future__ import annotations

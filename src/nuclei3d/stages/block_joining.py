@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.segmentation.blocks import (
-    Block,
+from nuclei3d.core.segmentation.block_nuclei import (
     BlockNuclei,
-    Box,
     assemble_core,
     choose_owners,
     locate_nuclei,
     match_shared,
     merge_nuclei,
 )
+from nuclei3d.core.segmentation.blocks import Block, Box
 from nuclei3d.core.segmentation.nuclei import Nucleus, measure_nuclei
 from nuclei3d.stages.block_tasks import BlockTask
 from nuclei3d.volumes.frames import Frame

@@ -6,15 +6,14 @@ import pytest
 from oracle_network import ball_labels
 
 from nuclei3d.core.scoring.matching import overlap_table
-from nuclei3d.core.segmentation.blocks import (
-    Block,
+from nuclei3d.core.segmentation.block_nuclei import (
     assemble_core,
     choose_owners,
     locate_nuclei,
     match_shared,
     merge_nuclei,
-    plan_blocks,
 )
+from nuclei3d.core.segmentation.blocks import Block, plan_blocks
 from nuclei3d.core.segmentation.nuclei import measure_nuclei
 from nuclei3d.errors import InputError
 from nuclei3d.volumes.voxel_size import VoxelSize
