@@ -40,17 +40,17 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
-from nuclei3d.core.networks import choose_device
-from nuclei3d.core.scoring.assessment import assess_volume
-from nuclei3d.core.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.core.scoring.contrast import contrast_bin
-from nuclei3d.core.segmentation.prediction import segment_volume
-from nuclei3d.models.folder import load_model
-from nuclei3d.models.settings import segmentation_settings
+from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
+from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.networks.folder import load_model
+from nuclei3d.outputs import whole_file
+from nuclei3d.scoring.assessment import assess_volume
+from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
+from nuclei3d.scoring.contrast import contrast_bin
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
-from nuclei3d.volumes.whole import whole_file
 
 EMBRYOS = tuple(f"Emb{number:02d}" for number in range(1, 12))
 TEST_OF_FOLD = ("Emb11", "Emb09", "Emb04", "Emb02", "Emb06")

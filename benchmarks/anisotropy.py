@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.config import load_params
-from nuclei3d.config.predict import PredictParams
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.networks import choose_device
-from nuclei3d.core.resampling import resize_linear, resize_nearest
-from nuclei3d.core.scoring.matching import match, overlap_table
-from nuclei3d.core.segmentation.prediction import segment_volume
-from nuclei3d.models.folder import Model, load_model
-from nuclei3d.models.settings import segmentation_settings
+from nuclei3d.grid import resize_linear, resize_nearest
+from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.networks.folder import Model, load_model
+from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.predict import predict
-from nuclei3d.volumes.frames import find_frames, read_labels
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.zarr_store import create_zarr
 
 ANISOTROPIES = (5.75, 11.5)
 BAR = 0.02
@@ -96,7 +96,7 @@ def compare_movies(model: Path, movie: Path) -> dict[str, bool]:
         del group["0"]
         array = group.create_array("0", shape=(len(images), *shape), dtype=images[0].dtype)
         array[:] = np.stack(images)
-        from nuclei3d.volumes.writing import write_image
+        from nuclei3d.images.writing import write_image
 
         for t, image in enumerate(images):
             write_image(folder / "movie" / f"t{t:03d}.ome.tif", image, voxel_size)

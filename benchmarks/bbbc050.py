@@ -24,13 +24,13 @@ import tifffile
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.console import say
-from nuclei3d.models.folder import load_model
+from nuclei3d.images.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
+from nuclei3d.images.writing import write_labels
+from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.volumes.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
-from nuclei3d.volumes.writing import write_labels
 
 OURS = "nuclei3d"
 STOCK = "stock Cellpose 3.1.1.3, do_3D"

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import nn
 
-from nuclei3d.core.networks import new_network
-from nuclei3d.core.targets.flow_targets import flows_2d
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.flows import flows_2d
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.networks.cpnet import new_network
 from shapes import Ellipsoid, draw_labels
 
 CUBIC = VoxelSize(1, 1, 1)

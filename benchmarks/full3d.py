@@ -181,9 +181,9 @@ def clock(profile: str) -> float:
 
 def train_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> None:
     """Prepare what the arm needs and train it until its time is used up."""
-    from nuclei3d.core.training.loop import StopTraining
     from nuclei3d.stages.prepare import prepare
     from nuclei3d.stages.train import train
+    from nuclei3d.training.loop import StopTraining
 
     params = params_of(arm, profile)
     name, targets, settings = ARMS[arm]
@@ -216,18 +216,17 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
 
     A mixed arm predicts with the models of two others.
     """
-    from nuclei3d.core.networks import choose_device
-    from nuclei3d.core.resampling import resize_nearest
-    from nuclei3d.core.segmentation.labelling import label_flows
-    from nuclei3d.core.segmentation.prediction import predict_flows
-    from nuclei3d.core.targets.flow_targets import flows_3d
-    from nuclei3d.models.folder import load_model
-    from nuclei3d.models.settings import segmentation_settings
+    from nuclei3d.flows import flows_3d
+    from nuclei3d.grid import resize_nearest
+    from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
+    from nuclei3d.images.writing import write_image, write_labels
+    from nuclei3d.networks.cpnet import choose_device
+    from nuclei3d.networks.folder import load_model
+    from nuclei3d.segmentation.segmenter import label_flows, predict_flows
+    from nuclei3d.segmentation.settings import segmentation_settings
     from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
     from nuclei3d.stages.evaluate import evaluate
-    from nuclei3d.stages.second_models import SecondModels
-    from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
-    from nuclei3d.volumes.writing import write_image, write_labels
+    from nuclei3d.stages.segmenters import SecondModels
 
     first, beside, fusion = MIXED.get(arm, (arm, None, "mean"))
     trained = [first] if beside is None else [first, beside]

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.resampling import isotropic_shape, resize_linear, resize_nearest
-from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.core.segmentation.fusion import View, ViewPrediction, fuse_views
-from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.flows import flows_2d, flows_3d
+from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
+from nuclei3d.segmentation.fusion import View, ViewPrediction, fuse_views
 from shapes import touching_nuclei
 
 Labels = NDArray[np.uint32]

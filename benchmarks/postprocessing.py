@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.label_boxes import available_threads
-from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.core.targets.flow_targets import flows_2d, flows_3d
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.flows import flows_2d, flows_3d
+from nuclei3d.grid import available_threads
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
 from shapes import touching_nuclei
 from timing import measure_in_turns, ratio_of
 

@@ -27,14 +27,14 @@ from torch import nn
 
 from embryo_like import CUBIC, Filters, Volume, draw_volume, train_briefly
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.networks import choose_device, choose_precision
-from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.openvino_network import has_openvino
-from nuclei3d.core.segmentation.plane_network import PlaneNetwork
-from nuclei3d.core.segmentation.prediction import segment_volume
-from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.core.segmentation.stock import segment_with_cellpose
-from nuclei3d.models.folder import load_model
+from nuclei3d.networks.cpnet import choose_device, choose_precision
+from nuclei3d.networks.folder import load_model
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.openvino_network import has_openvino
+from nuclei3d.segmentation.plane_network import PlaneNetwork
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import SegmentationSettings
+from nuclei3d.segmentation.stock import segment_with_cellpose
 from timing import Timing, measure, measure_in_turns, ratio_of
 
 SHAPE = (96, 256, 256)

@@ -31,20 +31,19 @@ from typing import Any
 from bbbc050 import COLUMNS, as_markdown, describe, gather_truth, once
 from nuclei3d.config import Params, load_params, params_as_dict
 from nuclei3d.console import say
-from nuclei3d.core.networks import choose_device
-from nuclei3d.core.scoring.matching import match, overlap_table
-from nuclei3d.core.segmentation.prediction import segment_volume
-from nuclei3d.core.segmentation.thresholds import LabelledFlow, Thresholds
-from nuclei3d.models.folder import load_model, save_model
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.models.settings import segmentation_settings
+from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
+from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.outputs import whole_file
+from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import segmentation_settings
+from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds
 from nuclei3d.stages.calibrate import choose_for, predict_labelled, read_calibration_volumes
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.volumes.embryos import find_embryos, read_labelled, split_embryos
-from nuclei3d.volumes.whole import whole_file
 
 METHOD = "nuclei3d, embryos left out"
 PARAMETERS = "parameters.json"

@@ -27,14 +27,13 @@ import torch
 
 from embryo_like import CUBIC, Filters, draw_volume, train_briefly
 from nuclei3d.console import emit_json, say
-from nuclei3d.core.scoring.matching import average_precision, overlap_table
-from nuclei3d.core.segmentation.prediction import segment_volume
-from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.models.folder import load_model, save_model
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.stages.block_plan import required_gb
-from nuclei3d.volumes.frames import find_frames, read_labels
-from nuclei3d.volumes.writing import write_image
+from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.writing import write_image
+from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import SegmentationSettings
+from nuclei3d.stages.predict_blocks import required_gb
 from timing import measure
 
 TIME_BAR = 0.15

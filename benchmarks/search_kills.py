@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from nuclei3d.config import load_params
+from nuclei3d.stages.search.objective import TrialJob
 from nuclei3d.stages.search.study import search
-from nuclei3d.stages.search.task import TrialJob
 
 _STATUS_OF = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 

@@ -145,9 +145,9 @@ class InProcess:
 
     def __init__(self, model: Path) -> None:
         from nuclei3d.config import Params
-        from nuclei3d.core.networks import choose_device
-        from nuclei3d.models.folder import load_model
-        from nuclei3d.models.settings import segmentation_settings
+        from nuclei3d.networks.cpnet import choose_device
+        from nuclei3d.networks.folder import load_model
+        from nuclei3d.segmentation.settings import segmentation_settings
 
         loaded = load_model(model)
         self._network = loaded.network
@@ -157,8 +157,8 @@ class InProcess:
 
     def segment(self, image: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
         """Segment an array; the time counts neither reading nor writing."""
-        from nuclei3d.core.segmentation.prediction import segment_volume
-        from nuclei3d.volumes.voxel_size import VoxelSize
+        from nuclei3d.images.voxel_size import VoxelSize
+        from nuclei3d.segmentation.segmenter import segment_volume
 
         start = time.perf_counter()
         size = VoxelSize.of(VOXEL_SIZE_UM)
@@ -217,7 +217,7 @@ def affordable(model: Path, shape: tuple[int, int, int], longest_s: float, folde
     What surrounds a prediction (sending, reading, compressing) depends on the volume alone, so that a coarser
     network asks the same question. The duration is foretold from that of a small volume.
     """
-    from nuclei3d.models.folder import load_model, save_model
+    from nuclei3d.networks.folder import load_model, save_model
 
     local = InProcess(model)
     probe = volume_of((16, 96, 96), seed=0)
@@ -313,9 +313,8 @@ def stand_a_crowd(model: Path, clients: int, seconds: float) -> dict[str, Any]:
 
 
 def untrained_model(folder: Path) -> Path:
-    from nuclei3d.core.networks import new_network
-    from nuclei3d.models.folder import save_model
-    from nuclei3d.models.info import ModelInfo
+    from nuclei3d.networks.cpnet import new_network
+    from nuclei3d.networks.folder import ModelInfo, save_model
 
     info = ModelInfo(name="untrained", diameter_px=17.0, nucleus_diameter_um=DIAMETER_UM)
     save_model(folder / "untrained", new_network(17.0, seed=0), info, "An untrained network.")

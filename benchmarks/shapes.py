@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.segmentation.masks import clean_labels
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.segmentation.masks import clean_labels
 
 
 @dataclass(frozen=True)

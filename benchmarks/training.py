@@ -33,18 +33,17 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.config import load_params
-from nuclei3d.config.train import TrainParams
+from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
-from nuclei3d.core.networks import choose_device, new_network
-from nuclei3d.core.training.crop_batches import validation_crops
-from nuclei3d.core.training.examples import PlaneExamples
-from nuclei3d.core.training.loop import train_network
-from nuclei3d.core.training.planes import PlaneSet
-from nuclei3d.core.training.state import EpochReport
-from nuclei3d.core.training.validation import measure_contrasts, validate
+from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
-from nuclei3d.stages.training_planes import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
+from nuclei3d.stages.training_data import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
+from nuclei3d.training.batches import validation_crops
+from nuclei3d.training.examples import PlaneExamples, measure_contrasts, validate
+from nuclei3d.training.loop import train_network
+from nuclei3d.training.samples import PlaneSet
+from nuclei3d.training.state import EpochReport
 
 
 @dataclass(frozen=True)

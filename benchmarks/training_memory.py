@@ -30,9 +30,9 @@ import tifffile
 
 from nuclei3d.config import load_params
 from nuclei3d.console import say
-from nuclei3d.core.targets.flow_targets import flows_2d
+from nuclei3d.flows import flows_2d
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_planes import PACK_FOLDER, pack_planes
+from nuclei3d.stages.training_data import PACK_FOLDER, pack_planes
 
 _DRAWN = 48
 _VIEWS = ("xy", "xz", "yz")

@@ -9,8 +9,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.core.targets.flow_targets import flows_2d
-from nuclei3d.core.training.planes import PlaneInfo, PlaneSet, stack_planes
+from nuclei3d.flows import flows_2d
+from nuclei3d.training.samples import PlaneInfo, PlaneSet, stack_planes
 
 VIEWS = ("xy", "xz", "yz")
 

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from nuclei3d.core.targets.flow_targets import flows_3d
-from nuclei3d.core.volume_network import VolumeNetwork, VolumeSpec, new_volume_network
-from nuclei3d.core.volume_planning import plan_architecture
-from nuclei3d.models.folder import Model, save_model
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.flows import flows_3d
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.networks.planning import plan_architecture
+from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 
 SPEC = VolumeSpec(plan_architecture(2.0, "small"), 2.0, (16, 24, 24))
 INFO = ModelInfo(name="oracle", kind="full3d", full3d=SPEC, diameter_px=12, nucleus_diameter_um=12)

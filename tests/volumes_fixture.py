@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.core.targets.flow_targets import flows_3d
-from nuclei3d.core.training.volume_set import NucleusTable, VolumeInfo, VolumeSet, stack_volumes
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.flows import flows_3d
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.training.samples import NucleusTable, VolumeInfo, VolumeSet, stack_volumes
 
 
 def draw_volume(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nuclei3d.config.editing import write_values
+from nuclei3d.config.loading import write_values
 from nuclei3d.errors import InputError
 
 TEXT = """\

@@ -5,8 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from nuclei3d.report.charts import Axes, Series, draw_chart, nice_ticks
-from nuclei3d.report.palette import METHOD_STYLES, OUTLINES, style_of
+from nuclei3d.report.charts import METHOD_STYLES, OUTLINES, Axes, Series, draw_chart, nice_ticks, style_of
 
 
 def test_the_chart_is_well_formed_and_names_are_escaped() -> None:

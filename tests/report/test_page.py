@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from nuclei3d.config import Params
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.evaluate import evaluate
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

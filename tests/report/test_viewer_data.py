@@ -9,9 +9,9 @@ import pytest
 from imagecodecs import jpeg_decode
 from numpy.typing import NDArray
 
-from nuclei3d.core.scoring.assessment import assess_volume
-from nuclei3d.report.viewer_data import ViewedVolume, pack_volume, pack_volumes
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.report.viewer import ViewedVolume, pack_volume, pack_volumes
+from nuclei3d.scoring.assessment import assess_volume
 
 SIZE = VoxelSize(2, 0.5, 0.5)
 
@@ -59,7 +59,7 @@ def test_planes_come_back_from_the_sprite_as_square_roots() -> None:
 
 
 def test_large_volumes_are_thinned_across_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nuclei3d.report.viewer_data._FRAME_VOXELS", 3000)
+    monkeypatch.setattr("nuclei3d.report.viewer._FRAME_VOXELS", 3000)
     volume = viewed("a", shape=(5, 41, 50))
     packed = pack_volume(volume)
     _, truth, _ = volume.read()

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from nuclei3d.core.scoring.assessment import assess_volume
-from nuclei3d.core.scoring.summary import summarise
-from nuclei3d.report.words import notes, summary_sentences
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.report.tables import notes, summary_sentences
+from nuclei3d.scoring.assessment import assess_volume
+from nuclei3d.scoring.summary import summarise
 
 
 def metrics_of(found: int, missed: int, false: int, **more: Any) -> dict[str, Any]:

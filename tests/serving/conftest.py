@@ -17,11 +17,11 @@ import pytest
 import requests
 import uvicorn
 
-from nuclei3d.config.serve import ServeParams
-from nuclei3d.serving.app import Service, make_app
-from nuclei3d.tracking.invocation import RequestParams, VolumeLimits, open_frame
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.config.sections import ServeParams
+from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, open_frame
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.serve import Service, make_app
 
 
 class ThresholdModel:

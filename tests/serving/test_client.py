@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nuclei3d.config.predict import PredictParams
+from nuclei3d.client import RemoteModel, is_service
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.errors import InputError
-from nuclei3d.serving.client import RemoteModel, is_service
-from nuclei3d.volumes.voxel_size import VoxelSize
+from nuclei3d.images.voxel_size import VoxelSize
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from nuclei3d.serving.turns import AbandonedError, ClosedError, LineFullError, Turns
+from nuclei3d.serve import AbandonedError, ClosedError, LineFullError, Turns
 
 
 class Job:

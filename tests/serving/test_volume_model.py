@@ -10,11 +10,11 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.experiment import serving_model
+from nuclei3d.experiment.registry import load_served_model
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image
 from nuclei3d.stages.predict import predict
-from nuclei3d.tracking import serving_model
-from nuclei3d.tracking.served import load_served_model
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image
 from solid_oracle import load_oracle, save_oracle
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -23,7 +23,7 @@ PARAMS = load_params(None, ["predict.device=cpu"])
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load_oracle)
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load_oracle)
     monkeypatch.setattr(serving_model, "load_model", load_oracle)
     return save_oracle(tmp_path / "solid")
 

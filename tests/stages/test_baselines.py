@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.volume_network import VolumeSpec
-from nuclei3d.core.volume_planning import plan_architecture
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.stages.baselines import predict_baselines
+from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.networks.planning import plan_architecture
+from nuclei3d.networks.unet3d import VolumeSpec
+from nuclei3d.stages.assess import predict_baselines
 
 FRAMES = {"c": [Path("data/c/images/t0.tif")]}
 
@@ -40,8 +40,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Path]]:
 
 def crown(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     version = None if folder is None else "4"
-    monkeypatch.setattr("nuclei3d.tracking.registry.champion_version", lambda params: version)
-    monkeypatch.setattr("nuclei3d.tracking.registry.fetch_model", lambda uri, params: folder)
+    monkeypatch.setattr("nuclei3d.experiment.registry.champion_version", lambda params: version)
+    monkeypatch.setattr("nuclei3d.experiment.registry.fetch_model", lambda uri, params: folder)
 
 
 def test_another_model_that_is_champion_is_a_baseline(

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from nuclei3d.config import load_params
-from nuclei3d.core.networks import new_network
-from nuclei3d.models.folder import Model, load_model, save_model
-from nuclei3d.models.info import ModelInfo
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import Model, ModelInfo, load_model, save_model
 from nuclei3d.stages.calibrate import calibrate
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
 from solid_oracle import load_oracle, save_oracle
 from volumes_fixture import draw_volume
 
@@ -52,7 +51,7 @@ def test_thresholds_with_a_3d_model_beside_are_those_of_both(embryos, tmp_path, 
     def load(path: Path) -> Model:
         return load_oracle(path) if path.name == "solid" else Model(Silent(), INFO, path / "silent")
 
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load)
     split = ["data.split.train=[a]", "data.split.validation=[b]", "calibrate.volumes=1"]
     alone = calibrate(load_params(None, split), tmp_path / "flat", embryos)
     both = calibrate(

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_labels
 from nuclei3d.stages.compare import compare
 from nuclei3d.stages.evaluate import evaluate
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_labels
 
 SIZE = VoxelSize(1, 1, 1)
 PARAMS = Params.model_validate({"evaluate": {"bootstrap": 400, "report": False}})

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.evaluate import OTSU, evaluate, read_baselines
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 QUICK = Params.model_validate({"evaluate": {"bootstrap": 50}})
@@ -129,7 +129,7 @@ def test_an_evaluation_repeated_is_the_same_and_replaces_the_older(folders: Path
 def test_several_processes_find_the_same(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = Params.model_validate({"evaluate": {"bootstrap": 50, "report": False}})
     alone = evaluate(params, folders / "data", folders / "pred", folders / "alone").metrics
-    monkeypatch.setattr("nuclei3d.stages.assessing._WORTH_PROCESSES", 0)
+    monkeypatch.setattr("nuclei3d.stages.evaluate._WORTH_PROCESSES", 0)
     assert evaluate(params, folders / "data", folders / "pred", folders / "shared").metrics == alone
 
 

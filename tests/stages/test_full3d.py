@@ -11,21 +11,20 @@ from typer.testing import CliRunner
 
 from nuclei3d.cli import app
 from nuclei3d.config.loading import validate_params
-from nuclei3d.core.targets.flow_targets import flows_3d, tanh_flows_3d
-from nuclei3d.core.training.loop import StopTraining
-from nuclei3d.core.training.stored_images import FLOW_STEPS
-from nuclei3d.core.volume_network import VolumeNetwork
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import load_model
-from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
+from nuclei3d.flows import flows_3d, tanh_flows_3d
+from nuclei3d.images.frames import read_labels
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.networks.folder import load_model
+from nuclei3d.networks.unet3d import VolumeNetwork
+from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_planes import read_slices
-from nuclei3d.stages.training_volumes import load_volumes
-from nuclei3d.volumes.frames import read_labels
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.stages.training_data import load_volumes, read_slices
+from nuclei3d.training.loop import StopTraining
+from nuclei3d.training.samples import FLOW_STEPS
 from volumes_fixture import draw_volume
 
 SIZE = VoxelSize(2.5, 1.0, 1.0)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import nuclei3d
-from nuclei3d.stages import ledger
-from nuclei3d.stages.ledger import Ledger, fingerprint
+from nuclei3d.stages import run as ledger
+from nuclei3d.stages.run import Ledger, fingerprint
 
 
 class Copy:
@@ -59,7 +59,7 @@ def test_another_version_of_the_code_does_it_again(copy: Copy, monkeypatch: pyte
     assert copy.do()
     copy.ledger = Ledger(copy.ledger._folder)
     assert not copy.do()
-    monkeypatch.setattr("nuclei3d.stages.ledger.code_fingerprint", lambda: "newer")
+    monkeypatch.setattr("nuclei3d.stages.run.code_fingerprint", lambda: "newer")
     copy.ledger = Ledger(copy.ledger._folder)
     assert copy.do()
 

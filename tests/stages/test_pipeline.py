@@ -10,12 +10,12 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.store import open_store
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.assess import headline
-from nuclei3d.stages.pipeline import PipelineResult, run_pipeline
-from nuclei3d.tracking.runs import stage_run
-from nuclei3d.tracking.store import open_store
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.stages.run import PipelineResult, run_pipeline
 
 
 @dataclass

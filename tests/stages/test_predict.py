@@ -12,18 +12,17 @@ from torch import nn
 
 import solid_oracle
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.networks import new_network
-from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import Model, save_model
-from nuclei3d.models.info import ModelInfo
+from nuclei3d.flows import flows_2d
+from nuclei3d.images import writing
+from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.stages.predict import predict
-from nuclei3d.stages.prediction_outputs import COLUMNS
-from nuclei3d.volumes import writing
-from nuclei3d.volumes.frames import find_frames, read_labels
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image
-from nuclei3d.volumes.zarr_store import create_zarr
+from nuclei3d.stages.segmenters import COLUMNS
 
 VOXELS = VoxelSize(2.0, 0.5, 0.5)
 CENTRES_UM = ((16.0, 8.0, 9.0), (15.0, 20.0, 22.0), (20.0, 9.0, 24.0))
@@ -60,7 +59,7 @@ def oracle_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = ModelInfo(name="oracle", diameter_px=20, nucleus_diameter_um=10)
     save_model(folder, new_network(20, 0), info, "oracle")
     monkeypatch.setattr(
-        "nuclei3d.models.folder.load_model", lambda path: Model(Oracle(), info, path / "oracle")
+        "nuclei3d.networks.folder.load_model", lambda path: Model(Oracle(), info, path / "oracle")
     )
     Oracle.runs = 0
     return folder
@@ -268,7 +267,7 @@ def test_a_model_for_the_orthogonal_views_is_run_over_them_alone(movie, oracle_m
         name: Model(Sees(), info.model_copy(update={"diameter_px": size}), oracle_model / "oracle")
         for name, size in (("model", 20), ("side", 20), ("large", 30))
     }
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: models[path.name])
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", lambda path: models[path.name])
     for name in ("side", "large"):
         (tmp_path / name).mkdir()
     params = load_params(None, [f"predict.orthogonal_model={tmp_path / 'side'}"])
@@ -312,7 +311,7 @@ def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Model]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "oracle").write_text(name)
         models[name] = Model(network, info, tmp_path / name / "oracle")
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", lambda path: models[path.name])
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", lambda path: models[path.name])
     return models
 
 

@@ -13,20 +13,19 @@ from scipy import ndimage
 from torch import nn
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.networks import new_network
-from nuclei3d.core.normalization import measure_range, sampled_planes
-from nuclei3d.core.scoring.matching import overlap_table
-from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.core.targets.flow_targets import flows_2d
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.models.folder import Model, save_model
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.stages import block_plan, block_tasks, block_workers, predict_blocks
+from nuclei3d.flows import flows_2d
+from nuclei3d.grid import measure_range, sampled_planes
+from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.scoring.matching import overlap_table
+from nuclei3d.segmentation.settings import SegmentationSettings
+from nuclei3d.stages import predict_blocks
 from nuclei3d.stages.predict import predict
-from nuclei3d.volumes.frames import find_frames, read_labels
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image
-from nuclei3d.volumes.zarr_store import create_zarr
 from solid_oracle import load_oracle, save_oracle
 
 VOXELS = VoxelSize(2.0, 1.0, 1.0)
@@ -51,10 +50,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(path: Path) -> Model:
         return Model(Oracle(), INFO, path if path.is_file() else path / "oracle")
 
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
-    monkeypatch.setattr(block_tasks, "load_model", load)
-    monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
-    block_tasks._network.cache_clear()
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load)
+    monkeypatch.setattr(predict_blocks, "load_model", load)
+    monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
+    predict_blocks._network.cache_clear()
     return tmp_path / "model"
 
 
@@ -81,10 +80,10 @@ def frame(image: np.ndarray, tmp_path: Path) -> Path:
 @pytest.fixture
 def solid_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder that loads as the oracle in 3D."""
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load_oracle)
-    monkeypatch.setattr(block_tasks, "load_model", load_oracle)
-    monkeypatch.setattr(block_plan, "_PROCESS_BYTES", 0.0)
-    block_tasks._network.cache_clear()
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load_oracle)
+    monkeypatch.setattr(predict_blocks, "load_model", load_oracle)
+    monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
+    predict_blocks._network.cache_clear()
     return save_oracle(tmp_path / "solid")
 
 
@@ -126,13 +125,13 @@ def test_blocks_of_two_networks_give_the_nuclei_of_the_whole(
     frame, model, tmp_path, monkeypatch, capsys, fusion
 ):
     solid = save_oracle(tmp_path / "solid")
-    flat = block_tasks.load_model
+    flat = predict_blocks.load_model
 
     def load(path: Path) -> Model:
         return load_oracle(path) if "solid" in path.parts else flat(path)
 
-    monkeypatch.setattr("nuclei3d.models.folder.load_model", load)
-    monkeypatch.setattr(block_tasks, "load_model", load)
+    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load)
+    monkeypatch.setattr(predict_blocks, "load_model", load)
     wishes = [f"predict.volume_model={solid}", f"predict.fusion={fusion}"]
     whole = predict(load_params(None, wishes), [frame], str(model), tmp_path / "whole").frames[0]
     wishes.append("predict.memory_gb=0.018" if fusion == "consensus" else "predict.memory_gb=0.0105")
@@ -151,11 +150,11 @@ def test_two_networks_need_the_field_of_one_beside_the_other(frame):
     solid = SegmentationSettings(mode="full3d", diameter_px=12, nucleus_diameter_um=12)
     mixed = replace(flat, mode="mixed", volume=solid)
     field_gb = 8 * np.prod(found.shape) / 1e9
-    more = block_plan.required_gb(found, mixed) - block_plan.required_gb(found, flat)
+    more = predict_blocks.required_gb(found, mixed) - predict_blocks.required_gb(found, flat)
     assert more == pytest.approx(field_gb)
     # a 3D network at a much finer scale decides
     fine = replace(mixed, volume=replace(solid, diameter_px=36))
-    assert block_plan.required_gb(found, fine) == block_plan.required_gb(found, fine.volume)
+    assert predict_blocks.required_gb(found, fine) == predict_blocks.required_gb(found, fine.volume)
 
 
 def test_each_network_gets_the_range_of_the_whole_that_it_was_trained_on(image, frame):
@@ -183,20 +182,20 @@ def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
 
 def test_a_killed_run_goes_on_with_the_missing_blocks(frame, model, tmp_path, monkeypatch):
     done: list[str] = []
-    original = block_tasks.segment_block
+    original = predict_blocks.segment_block
 
-    def counts(task: block_tasks.BlockTask) -> int:
+    def counts(task: predict_blocks.BlockTask) -> int:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(task.labels_file.name)
         return original(task)
 
-    monkeypatch.setattr(block_workers, "segment_block", counts)
+    monkeypatch.setattr(predict_blocks, "segment_block", counts)
     with pytest.raises(KeyboardInterrupt):
         predict(in_blocks(), [frame], str(model), tmp_path / "out")
     again: list[str] = []
     monkeypatch.setattr(
-        block_workers, "segment_block", lambda task: (again.append(task.labels_file.name), original(task))[1]
+        predict_blocks, "segment_block", lambda task: (again.append(task.labels_file.name), original(task))[1]
     )
     resumed = predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0]
     assert not set(again) & set(done)
@@ -219,7 +218,7 @@ def test_a_cluster_gives_the_same_as_this_process(frame, kind, request, tmp_path
 
 
 def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(block_workers, "_ANSWER_S", 1)
+    monkeypatch.setattr(predict_blocks, "_ANSWER_S", 1)
     params = in_blocks("predict.scheduler=tcp://127.0.0.1:9")
     with pytest.raises(InputError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9"):
         predict(params, [frame], str(model), tmp_path / "out")
@@ -227,11 +226,11 @@ def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob(".*"))
 
 
-SEGMENT = block_tasks.segment_block
+SEGMENT = predict_blocks.segment_block
 CLUSTERS: list[object] = []
 
 
-def stops_the_scheduler(task: block_tasks.BlockTask) -> int:
+def stops_the_scheduler(task: predict_blocks.BlockTask) -> int:
     if task.labels_file.stem == "00002":
         CLUSTERS[-1].sync(CLUSTERS[-1].scheduler.close)
     return SEGMENT(task)
@@ -245,27 +244,27 @@ def test_a_scheduler_that_goes_away_is_reported_and_what_is_done_is_kept(
 
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
         CLUSTERS.append(cluster)
-        monkeypatch.setattr(block_workers, "segment_block", stops_the_scheduler)
+        monkeypatch.setattr(predict_blocks, "segment_block", stops_the_scheduler)
         params = in_blocks(f"predict.scheduler={cluster.scheduler_address}")
         with (
             dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
             pytest.raises(MachineError, match="the Dask scheduler is gone"),
         ):
             predict(params, [frame], str(model), tmp_path / "out")
-    monkeypatch.setattr(block_workers, "segment_block", SEGMENT)
+    monkeypatch.setattr(predict_blocks, "segment_block", SEGMENT)
     capsys.readouterr()
     assert predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0].nuclei > 50
     assert re.search(r"[23] of them done before", capsys.readouterr().err)
 
 
 def test_workers_elsewhere_get_whole_paths(frame, model, tmp_path, monkeypatch):
-    tasks: list[block_tasks.BlockTask] = []
+    tasks: list[predict_blocks.BlockTask] = []
 
-    def keeps(task: block_tasks.BlockTask) -> int:
+    def keeps(task: predict_blocks.BlockTask) -> int:
         tasks.append(task)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(block_workers, "segment_block", keeps)
+    monkeypatch.setattr(predict_blocks, "segment_block", keeps)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         predict(in_blocks(), [Path("embryo.tif")], "model", Path("out"))
@@ -282,19 +281,19 @@ def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
 
 
 def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = block_tasks.segment_block
+    original = predict_blocks.segment_block
     done: list[int] = []
 
-    def stops(task: block_tasks.BlockTask) -> int:
+    def stops(task: predict_blocks.BlockTask) -> int:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(1)
         return original(task)
 
-    monkeypatch.setattr(block_workers, "segment_block", stops)
+    monkeypatch.setattr(predict_blocks, "segment_block", stops)
     with pytest.raises(KeyboardInterrupt):
         predict(in_blocks(), [frame], str(model), out)
-    monkeypatch.setattr(block_workers, "segment_block", original)
+    monkeypatch.setattr(predict_blocks, "segment_block", original)
 
 
 @pytest.mark.parametrize(("memory", "kept"), [("0.0085", True), ("0.014", True), ("0.006", False)])
@@ -310,12 +309,12 @@ def test_blocks_are_kept_where_they_fit_the_memory_of_the_next_run(
 def test_where_no_limit_is_given_a_little_less_free_memory_changes_no_blocks(frame, tmp_path):
     (found,) = find_frames(frame)
     settings = SegmentationSettings(diameter_px=12, nucleus_diameter_um=12)
-    run = block_plan.BlockRun(1.012, slack=1.25)
-    blocks = block_plan.cut_frame(found, settings, run, tmp_path)
-    less = block_plan.BlockRun(1.011, slack=1.25)
-    assert block_plan.cut_frame(found, settings, less, tmp_path) == blocks
-    asked_for = block_plan.BlockRun(1.007)
-    assert len(block_plan.cut_frame(found, settings, asked_for, tmp_path)) > len(blocks)
+    run = predict_blocks.BlockRun(1.012, slack=1.25)
+    blocks = predict_blocks.cut_frame(found, settings, run, tmp_path)
+    less = predict_blocks.BlockRun(1.011, slack=1.25)
+    assert predict_blocks.cut_frame(found, settings, less, tmp_path) == blocks
+    asked_for = predict_blocks.BlockRun(1.007)
+    assert len(predict_blocks.cut_frame(found, settings, asked_for, tmp_path)) > len(blocks)
 
 
 def test_too_little_memory_is_explained(frame, model, tmp_path):
@@ -332,7 +331,7 @@ def test_what_another_model_left_behind_is_not_used(frame, model, tmp_path):
     assert not stale.exists()
 
 
-def dies(task: block_tasks.BlockTask) -> int:
+def dies(task: predict_blocks.BlockTask) -> int:
     if task.labels_file.name.startswith("00001"):
         os._exit(1)
     return 0
@@ -341,7 +340,7 @@ def dies(task: block_tasks.BlockTask) -> int:
 @pytest.mark.slow(reason="starts worker processes again and again")
 def test_a_worker_that_dies_again_and_again_is_reported(frame, model, tmp_path, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(block_workers, "segment_block", dies)
+    monkeypatch.setattr(predict_blocks, "segment_block", dies)
     params = in_blocks("predict.workers=2", "predict.memory_gb=0.02")
     with pytest.raises(MachineError, match="a worker died several times"):
         predict(params, [frame], str(model), tmp_path / "out")

@@ -13,10 +13,10 @@ from scipy.ndimage import gaussian_filter
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.prepare import prepare
-from nuclei3d.stages.training_planes import load_planes, read_slices
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.stages.training_data import load_planes, read_slices
 
 VOXEL_SIZE = VoxelSize(2.0, 0.5, 0.5)
 

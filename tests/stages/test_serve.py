@@ -17,19 +17,18 @@ import pytest
 import requests
 import tifffile
 
+from nuclei3d.client import RemoteModel
 from nuclei3d.config import Params, load_params
-from nuclei3d.core.networks import new_network
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import save_model
-from nuclei3d.models.info import ModelInfo
-from nuclei3d.serving.client import RemoteModel
+from nuclei3d.experiment.pyfunc import log_served_model, request_example
+from nuclei3d.experiment.registry import load_served_model
+from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.store import open_store
+from nuclei3d.images.frames import find_frames
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.serve import serve
-from nuclei3d.tracking.packaging import log_served_model, request_example
-from nuclei3d.tracking.runs import stage_run
-from nuclei3d.tracking.served import load_served_model
-from nuclei3d.tracking.store import open_store
-from nuclei3d.volumes.frames import find_frames
 
 INFO = ModelInfo(name="nuclei_3d", diameter_px=17.0, nucleus_diameter_um=10.0)
 

@@ -9,9 +9,9 @@ import yaml
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.embryos import find_embryos
+from nuclei3d.images.frames import find_frames
 from nuclei3d.stages.simulate import RECORD, simulate
-from nuclei3d.volumes.embryos import find_embryos
-from nuclei3d.volumes.frames import find_frames
 
 
 def small(**simulate: object) -> Params:

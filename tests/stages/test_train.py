@@ -13,14 +13,14 @@ import tifffile
 import torch
 
 from nuclei3d.config.loading import validate_params
-from nuclei3d.core.training.loop import StopTraining
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import load_model
-from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.networks.folder import load_model
+from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_planes import load_planes, pack_planes, read_slices
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
+from nuclei3d.stages.training_data import load_planes, pack_planes, read_slices
+from nuclei3d.training.loop import StopTraining
 from slices_fixture import write_slices
 
 
@@ -78,7 +78,7 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from nuclei3d.config.loading import validate_params
-from nuclei3d.stages.augmentation_sheet import write_augmentation_sheet
+from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.train import train
 import json
 train(validate_params(json.loads(sys.argv[1]), "test"), Path(sys.argv[2]), Path(sys.argv[3]))

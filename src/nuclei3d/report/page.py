@@ -12,11 +12,24 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from nuclei3d.report.nuclei_table import NucleusRow
-from nuclei3d.report.palette import OUTLINES
-from nuclei3d.report.score_charts import ap_chart, contrast_chart, counts_charts, depth_chart, training_charts
-from nuclei3d.report.score_tables import group_table, look_up, number, score_table, volume_table
-from nuclei3d.report.words import notes, summary_sentences
+from nuclei3d.report.charts import (
+    OUTLINES,
+    ap_chart,
+    contrast_chart,
+    counts_charts,
+    depth_chart,
+    training_charts,
+)
+from nuclei3d.report.tables import (
+    NucleusRow,
+    group_table,
+    look_up,
+    notes,
+    number,
+    score_table,
+    summary_sentences,
+    volume_table,
+)
 
 _LISTED = (
     "volume",

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
-from nuclei3d.core.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.core.scoring.metrics import COUNTS, Tally, number_or_none, score, stack_tallies
 from nuclei3d.errors import InputError
-from nuclei3d.volumes.whole import whole_file
+from nuclei3d.outputs import whole_file
+from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
+from nuclei3d.scoring.metrics import COUNTS, Tally, number_or_none, score, stack_tallies
 
 # Fewer units than this make an interval that should not be taken literally.
 _FEW_UNITS = 6
@@ -70,7 +70,7 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     """Compare two evaluations volume by volume.
 
     Both are pooled over the volumes that they share; whole embryos (or blocks of time, see
-    `nuclei3d.core.scoring.bootstrap`) are drawn with replacement, the same for both, so what varies between
+    `nuclei3d.scoring.bootstrap`) are drawn with replacement, the same for both, so what varies between
     embryos cancels out and small differences become visible.
 
     Parameters

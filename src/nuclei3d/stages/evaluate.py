@@ -1,29 +1,266 @@
-"""The stage that compares predicted with true labels: metrics.json, nuclei.csv, figures and the report."""
+"""The stage that compares predicted with true labels: metrics.json, nuclei.csv, figures and the report.
+
+The heavy part of the evaluation: every method on every volume, several volumes at a time.
+
+What the evaluation writes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.config import Params
-from nuclei3d.console import say
+from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
-from nuclei3d.stages.evaluation_inputs import (
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.report.charts import write_plot_data
+from nuclei3d.report.figures import ShownVolume, draw_nuclei, draw_overlay, draw_scores, worst_nuclei
+from nuclei3d.report.page import build_page
+from nuclei3d.report.tables import NucleusRow, nucleus_rows, write_nuclei
+from nuclei3d.report.viewer import ViewedVolume, pack_volumes
+from nuclei3d.scoring.assessment import Assessment, assess_volume
+from nuclei3d.scoring.watershed import otsu_watershed
+from nuclei3d.stages.pairing import (
     OTSU,
     TrainingFacts,
     VolumePair,
+    digest_of,
     pair_volumes,
+    read_scores,
     read_training_facts,
 )
-from nuclei3d.volumes.whole import refuse_foreign_folder, whole_folder
 
 if TYPE_CHECKING:
-    from nuclei3d.core.scoring.assessment import Assessment
-    from nuclei3d.core.scoring.summary import Summary
+    from nuclei3d.scoring.summary import Summary
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Below so many voxels in all, starting processes takes longer than they save.
+_WORTH_PROCESSES = 200_000_000
+
+
+def assess_pairs(
+    params: Params, pairs: Sequence[VolumePair], facts: TrainingFacts, method: str
+) -> tuple[dict[str, list[Assessment]], list[str]]:
+    """Assess the model, the given baselines and, where there are images, Otsu's watershed.
+
+    Each process holds one volume at a time.
+
+    Parameters
+    ----------
+    facts
+        The diameter of nuclei for the watershed; None there: the median of the true nuclei.
+    method
+        Name of the model.
+
+    Returns
+    -------
+    assessed
+        Per method its assessments, in the order of `pairs`; the model first.
+    digests
+        Fingerprints of the true labels.
+    """
+    results = _map("evaluate", partial(_assess_methods, params=params, method=method), pairs)
+    digests = [digest for digest, _ in results]
+    assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
+    diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
+    possible = all(pair.physical and pair.image is not None for pair in pairs)
+    if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
+        tasks = [(pair, own.true.contrast) for pair, own in zip(pairs, assessed[method], strict=True)]
+        work = partial(_assess_otsu, params=params, diameter_um=diameter_um)
+        assessed[OTSU] = _map("Otsu baseline", work, tasks)
+    return assessed, digests
+
+
+def _map(words: str, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    voxels = sum(int(np.prod(_pair_of(task).truth.frame.shape)) for task in tasks)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(usable, len(tasks)) if voxels >= _WORTH_PROCESSES else 1
+    results: list[Result] = []
+    with progress_bar(words, total=len(tasks)) as bar:
+        if workers == 1:
+            for task in tasks:
+                results.append(work(task))
+                bar.advance()
+        else:
+            # spawned, not forked: threads of numerical libraries do not survive a fork
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                for result in pool.map(work, tasks):
+                    results.append(result)
+                    bar.advance()
+    return results
+
+
+def _pair_of(task: object) -> VolumePair:
+    pair = task[0] if isinstance(task, tuple) else task
+    assert isinstance(pair, VolumePair)
+    return pair
+
+
+def _assess_methods(pair: VolumePair, params: Params, method: str) -> tuple[str, dict[str, Assessment]]:
+    true = pair.read_truth()
+    image = pair.read_image() if pair.physical else None
+    found: dict[str, Assessment] = {}
+    for name, entry in {method: pair.pred, **pair.baselines}.items():
+        found[name] = assess_volume(
+            true,
+            pair.read_prediction(entry, true.shape),
+            pair.voxel_size,
+            image=image,
+            scores=read_scores(entry),
+            thresholds=params.evaluate.thresholds,
+            surfaces=params.evaluate.surface_distances,
+            true_contrast=found[method].true.contrast if found else None,
+        )
+    return digest_of(true), found
+
+
+def _assess_otsu(
+    task: tuple[VolumePair, NDArray[np.float64]], params: Params, diameter_um: float
+) -> Assessment:
+    pair, true_contrast = task
+    image = pair.read_image()
+    assert image is not None
+    return assess_volume(
+        pair.read_truth(),
+        otsu_watershed(image, pair.voxel_size, diameter_um),
+        pair.voxel_size,
+        image=image,
+        thresholds=params.evaluate.thresholds,
+        surfaces=params.evaluate.surface_distances,
+        true_contrast=true_contrast,
+    )
+
+
+def _median_diameter_um(assessments: Sequence[Assessment]) -> float | None:
+    volumes = np.concatenate([assessment.true.volume_um3 for assessment in assessments])
+    return float((6 / np.pi * np.median(volumes)) ** (1 / 3)) if len(volumes) else None
+
+
+_WORST_SHOWN = 8
+
+
+def write_evaluation(
+    params: Params,
+    folder: Path,
+    metrics: dict[str, Any],
+    pairs: Sequence[VolumePair],
+    assessments: Sequence[Assessment],
+    edges: Sequence[float] | None,
+    method: str,
+    history: Path | None,
+) -> None:
+    """Write metrics.json, nuclei.csv, plots, figures and report.html into an empty folder.
+
+    Parameters
+    ----------
+    metrics
+        The content of metrics.json.
+    assessments
+        Of the model, in the order of `pairs`.
+    edges
+        Inner edges of the contrast bins; None where contrast was not measured.
+    method
+        Name of the model.
+    history
+        history.csv of its training.
+    """
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    rows = [
+        row
+        for pair, assessment in zip(pairs, assessments, strict=True)
+        for row in nucleus_rows(pair.name, pair.embryo, pair.frame, assessment, edges)
+    ]
+    write_nuclei(folder / "nuclei.csv", rows)
+    write_plot_data(folder / "plots", metrics)
+    _draw_figures(folder / "figures", metrics, pairs, assessments, rows, method)
+    if params.evaluate.report:
+        viewed = [
+            ViewedVolume(pair.name, pair.voxel_size, assessment, partial(_read_all, pair))
+            for pair, assessment in zip(pairs, assessments, strict=True)
+        ]
+        page = build_page(
+            metrics,
+            rows,
+            pack_volumes(viewed, params.evaluate.viewer_megabytes),
+            method=method,
+            title=f"How good is {method}?",
+            unit="um" if all(pair.physical for pair in pairs) else "voxels",
+            history=history,
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _draw_figures(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    pairs: Sequence[VolumePair],
+    assessments: Sequence[Assessment],
+    rows: Sequence[NucleusRow],
+    method: str,
+) -> None:
+    """Draw the scores, the volume with the most errors in three views, and the worst nuclei."""
+    folder.mkdir()
+    draw_scores({method: metrics, **metrics["baselines"]}, folder / "scores.png")
+
+    def shown(name: str) -> ShownVolume:
+        place = [pair.name for pair in pairs].index(name)
+        pair, assessment = pairs[place], assessments[place]
+        image, truth, pred = _read_all(pair)
+        true, predicted = assessment.true, assessment.pred
+        return ShownVolume(
+            name=pair.name,
+            voxel_size=pair.voxel_size,
+            image=image,
+            truth=truth,
+            pred=pred,
+            found=frozenset(true.label[true.matched].tolist()),
+            right=frozenset(predicted.label[predicted.matched].tolist()),
+        )
+
+    errors = Counter(row.volume for row in rows if row.outcome != "found")
+    busiest = max((pair.name for pair in pairs), key=lambda name: errors[name])
+    volume = shown(busiest)
+    of_volume = [row for row in rows if row.volume == busiest]
+    wrong = [row for row in of_volume if row.outcome != "found"] or of_volume
+    middle = (
+        [n // 2 for n in volume.truth.shape]
+        if not wrong
+        else [
+            round(place / edge)
+            for place, edge in zip(
+                (wrong[0].z_um, wrong[0].y_um, wrong[0].x_um), volume.voxel_size.zyx, strict=True
+            )
+        ]
+    )
+    draw_overlay(volume, middle, folder / "overlay.png")
+    worst = worst_nuclei(rows, _WORST_SHOWN)
+    if worst:
+        volumes = {name: shown(name) for name in dict.fromkeys(row.volume for row in worst)}
+        radius_um = float(np.median([(6 / np.pi * row.volume_um3) ** (1 / 3) for row in worst]))
+        draw_nuclei([(volumes[row.volume], row) for row in worst], folder / "worst_nuclei.png", radius_um)
+
+
+def _read_all(
+    pair: VolumePair,
+) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
+    """Read the image (if there is one), the truth and the prediction of a pair."""
+    truth = pair.read_truth()
+    return pair.read_image(), truth, pair.read_prediction(pair.pred, truth.shape)
 
 
 @dataclass(frozen=True)
@@ -103,9 +340,8 @@ def evaluate(
         If nothing pairs, it is in doubt what pairs, shapes differ, a file is damaged or `out` is no place
         for an evaluation.
     """
-    from nuclei3d.core.scoring.summary import summarise
-    from nuclei3d.stages.assessing import assess_pairs
-    from nuclei3d.stages.evaluation_outputs import write_evaluation
+    from nuclei3d.scoring.summary import summarise
+    from nuclei3d.stages.evaluate import assess_pairs, write_evaluation
 
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -181,7 +417,7 @@ def headline_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _contrast_edges(
     params: Params, assessments: Sequence[Assessment], facts: TrainingFacts
 ) -> tuple[tuple[float, ...] | None, str | None]:
-    from nuclei3d.core.scoring.contrast import contrast_edges
+    from nuclei3d.scoring.contrast import contrast_edges
 
     contrast = np.concatenate([assessment.true.contrast for assessment in assessments])
     if not np.isfinite(contrast).any():
@@ -201,8 +437,8 @@ def _metrics(
 ) -> dict[str, Any]:
     """Put metrics.json together; the layout is the contract of the project."""
     from nuclei3d import __version__
-    from nuclei3d.core.scoring.metrics import score
-    from nuclei3d.core.scoring.summary import by_embryo, by_stage
+    from nuclei3d.scoring.metrics import score
+    from nuclei3d.scoring.summary import by_embryo, by_stage
 
     thresholds = params.evaluate.thresholds
     assessments = assessed[method]
@@ -243,7 +479,7 @@ def _lead(
     params: Params, model: Sequence[Assessment], rival: Sequence[Assessment], embryos: Sequence[str]
 ) -> dict[str, Any] | None:
     """Give the lead of the model in AP at .5 over a baseline as plain data."""
-    from nuclei3d.core.scoring.summary import lead_of
+    from nuclei3d.scoring.summary import lead_of
 
     lead = lead_of(
         model,

@@ -13,18 +13,19 @@ from typing import Any
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
-from nuclei3d.core.segmentation.nuclei import Nucleus
 from nuclei3d.errors import InputError
-from nuclei3d.stages.prediction_inputs import find_all
-from nuclei3d.stages.prediction_outputs import (
+from nuclei3d.images.frames import Frame
+from nuclei3d.segmentation.nuclei import Nucleus
+from nuclei3d.stages.segmenters import (
     PredictedFrame,
     PredictionRecord,
+    Segmenter,
+    choose_segmenter,
+    find_all,
     fingerprint_of,
     table_path,
     write_table,
 )
-from nuclei3d.stages.segmenters import Segmenter, choose_segmenter
-from nuclei3d.volumes.frames import Frame
 
 
 @dataclass(frozen=True)

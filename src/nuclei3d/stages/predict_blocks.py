@@ -5,30 +5,448 @@ results (`block_tasks`); Dask spreads this over processes or machines (`block_wo
 that several blocks saw are joined, and the masks are written core by core (`block_joining`). A run that was
 stopped goes on with the blocks that are missing. Workers on other machines must see the same files and have
 this package installed.
+
+How a frame is cut: what a worker may use, how many bytes a voxel takes, how large blocks may be.
+
+The work of one block: read, segment, and leave labels and scores in the folder of intermediate results.
+
+From the labels of all blocks to one volume of masks, written core by core as OME-Zarr.
+
+Where blocks run: in this process, in processes of this machine, or on a Dask cluster.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
-from nuclei3d.core.normalization import IntensityRange, measure_range, sampled_planes
-from nuclei3d.core.segmentation.nuclei import Nucleus
-from nuclei3d.core.segmentation.settings import SegmentationSettings
-from nuclei3d.errors import InputError
-from nuclei3d.stages.block_joining import join_blocks
-from nuclei3d.stages.block_plan import BlockRun, cut_frame
-from nuclei3d.stages.block_tasks import BlockTask
-from nuclei3d.stages.block_workers import run_tasks, threads_per_worker
-from nuclei3d.stages.prediction_outputs import fingerprint_of
-from nuclei3d.volumes.frames import Frame
+from nuclei3d.errors import InputError, MachineError
+from nuclei3d.grid import IntensityRange, available_threads, measure_range, sampled_planes
+from nuclei3d.images.frames import Frame, check_image
+from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.networks.folder import load_model
+from nuclei3d.outputs import whole_file, whole_folder
+from nuclei3d.segmentation.blocks import (
+    MARGIN_DIAMETERS,
+    Block,
+    BlockNuclei,
+    Box,
+    assemble_core,
+    choose_owners,
+    count_blocks,
+    lay_blocks,
+    locate_nuclei,
+    match_shared,
+    merge_nuclei,
+    plan_blocks,
+)
+from nuclei3d.segmentation.nuclei import Nucleus, measure_nuclei
+from nuclei3d.segmentation.segmenter import label_volume
+from nuclei3d.segmentation.settings import SegmentationSettings, view_grid
+from nuclei3d.stages.segmenters import fingerprint_of
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_PROCESS_BYTES = 1.0e9
+"""Of a worker before it sees a volume: Python, torch, the network and one batch of planes."""
+_GRID_BYTES = 26.0
+"""Per voxel of the view grid (measured: 20): normalised volume, flow, logit, dynamics, labels."""
+_CONSENSUS_BYTES = 34.0
+"""Per voxel of the view grid, beside those: three views in half precision, the fused flow in single."""
+_FIELD_BYTES = 8.0
+"""Per voxel of a flow field (`nuclei3d.segmentation.flow_field`)."""
+_IMAGE_BYTES = 8.0
+"""Per voxel of the image, beside the image itself: a float copy, labels."""
+
+
+_SHARE = 0.8
+"""Of the memory that is free, where the user names no limit: the rest is left to the machine."""
+_PLAN_FILE = "blocks.json"
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """How blocks are run.
+
+    Attributes
+    ----------
+    memory_gb
+        What all workers on this machine together may use (on a cluster: each worker).
+    workers
+        Processes on this machine; 1 means this process.
+    scheduler
+        Address of a Dask scheduler that is already there; None for none.
+    slack
+        By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
+    """
+
+    memory_gb: float
+    workers: int = 1
+    scheduler: str | None = None
+    slack: float = 1.0
+
+    @classmethod
+    def wished(cls, predict: PredictParams) -> BlockRun:
+        """Take what the user asks for; without a limit of the memory, a share of what is free now."""
+        if predict.memory_gb is not None:
+            return cls(predict.memory_gb, predict.workers, predict.scheduler)
+        import psutil
+
+        free_gb = psutil.virtual_memory().available / 1e9
+        return cls(_SHARE * free_gb, predict.workers, predict.scheduler, 1 / _SHARE)
+
+    @property
+    def worker_gb(self) -> float:
+        """What one worker may use."""
+        return self.memory_gb / (1 if self.scheduler else self.workers)
+
+
+def required_gb(frame: Frame, settings: SegmentationSettings) -> float:
+    """Estimate the memory that a frame takes when it is segmented as a whole."""
+    return (_PROCESS_BYTES + _voxel_bytes(frame, settings) * float(np.prod(frame.shape))) / 1e9
+
+
+def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folder: Path) -> list[Block]:
+    """Cut a frame into as few blocks as each fit into what a worker may use.
+
+    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies.
+
+    Parameters
+    ----------
+    folder
+        Of intermediate results. It remembers the blocks; the results of others are removed.
+
+    Raises
+    ------
+    InputError
+        If blocks cannot be small enough.
+    """
+    margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
+    voxel_size = frame.require_voxel_size()
+    voxel_bytes = _voxel_bytes(frame, settings)
+    pixels = list(zip(*(_pixels(frame, each) for each in settings.passes), strict=True))
+    counts = _read_counts(folder / _PLAN_FILE)
+    if counts is not None:
+        blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts, pixels)
+        room = run.slack * run.worker_gb * 1e9 - _PROCESS_BYTES
+        if max(block.voxels for block in blocks) * voxel_bytes <= room:
+            return blocks
+    room = max(0.0, run.worker_gb * 1e9 - _PROCESS_BYTES)
+    blocks = plan_blocks(frame.shape, voxel_size, margin_um, room / voxel_bytes, pixels)
+    if count_blocks(blocks) != counts:
+        for result in folder.glob("*.npy"):
+            result.unlink()
+        with whole_file(folder / _PLAN_FILE) as partial:
+            partial.write_text(json.dumps(count_blocks(blocks)), encoding="utf-8")
+    return blocks
+
+
+def _read_counts(file: Path) -> tuple[int, int, int] | None:
+    try:
+        z, y, x = (int(count) for count in json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return (z, y, x) if min(z, y, x) > 0 else None
+
+
+def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:
+    """Give the network's pixels per voxel of the frame along (z, y, x)."""
+    (_, height, width), _, depth = view_grid(frame.shape, frame.require_voxel_size(), settings)
+    # a 3D network pools the image's own planes
+    depth = frame.shape[0] if settings.mode == "full3d" else depth
+    return tuple(new / old for new, old in zip((depth, height, width), frame.shape, strict=True))
+
+
+def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
+    bytes_of_pass = []
+    for each in settings.passes:
+        grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), each)
+        share = float(np.prod(grid)) / float(np.prod(frame.shape))
+        consensus = each.fusion == "consensus" and each.mode != "full3d"
+        bytes_of_pass.append((_GRID_BYTES + (_CONSENSUS_BYTES if consensus else 0)) * share)
+    if settings.volume is not None:
+        # share is that of the 3D network, whose field is kept while the views are computed
+        bytes_of_pass[0] += _FIELD_BYTES * share
+    return max(bytes_of_pass) + _IMAGE_BYTES + frame.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """All that a worker needs for one block, and where its results are.
+
+    Attributes
+    ----------
+    frame
+        The whole volume.
+    outer
+        The box of it that is read and segmented.
+    weights
+        File of the model.
+    orthogonal_weights
+        File of another model for the xz and yz planes.
+    volume_weights
+        File of the 3D model of mode ``mixed``.
+    settings
+        With the range of intensities of the whole frame.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    threads
+        For torch; None for all.
+    labels_file
+        Appears when the block is done.
+    """
+
+    frame: Frame
+    outer: Box
+    weights: Path
+    orthogonal_weights: Path | None
+    volume_weights: Path | None
+    settings: SegmentationSettings
+    device: str
+    threads: int | None
+    labels_file: Path
+
+    @property
+    def scores_file(self) -> Path:
+        """Where the scores go."""
+        return self.labels_file.with_name(f"{self.labels_file.stem}_scores.npy")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the block was segmented, now or by a run before."""
+        return self.labels_file.is_file() and self.scores_file.is_file()
+
+    def open_labels(self) -> NDArray[np.uint32]:
+        """Open the labels (z, y, x) of the outer box; they stay on disk."""
+        labels: NDArray[np.uint32] = np.load(self.labels_file, mmap_mode="r", allow_pickle=False)
+        return labels
+
+    def read_scores(self) -> NDArray[np.float32]:
+        """Read the score of each label; entry 0 is unused."""
+        scores: NDArray[np.float32] = np.load(self.scores_file, allow_pickle=False)
+        return scores
+
+
+def segment_block(task: BlockTask) -> int:
+    """Segment one block and write its labels and scores; runs in a worker.
+
+    Returns
+    -------
+    int
+        Number of nuclei.
+    """
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    image = task.frame.read_block(task.outer)
+    check_image(image, str(task.frame.path))
+    labels, scores, _ = label_volume(
+        image,
+        task.frame.require_voxel_size(),
+        _network(task.weights),
+        task.settings,
+        choose_device(task.device),
+        orthogonal_network=_network(task.orthogonal_weights) if task.orthogonal_weights else None,
+        volume_network=_network(task.volume_weights) if task.volume_weights else None,
+    )
+    with whole_file(task.scores_file) as partial, partial.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
+    with whole_file(task.labels_file) as partial, partial.open("wb") as file:
+        np.save(file, labels, allow_pickle=False)
+    return len(scores) - 1
+
+
+@lru_cache(maxsize=3)
+def _network(weights: Path) -> Any:
+    return load_model(weights).network
+
+
+CHUNK = (64, 256, 256)
+
+
+def join_blocks(
+    frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
+) -> list[Nucleus]:
+    """Join the nuclei of all blocks and write the masks core by core.
+
+    Parameters
+    ----------
+    frame
+        The volume; read again, core by core, to measure the nuclei.
+    blocks, tasks
+        How it was cut, and the results; one task per block.
+    masks
+        OME-Zarr folder to write, whole or not at all.
+
+    Returns
+    -------
+    list of Nucleus
+        By label, 1..n.
+    """
+    voxel_size = frame.require_voxel_size()
+    located = [
+        locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
+        for block, task in zip(blocks, tasks, strict=True)
+    ]
+    matches: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for a, b in itertools.combinations(range(len(blocks)), 2):
+        shared = blocks[a].shared(blocks[b])
+        if shared is not None:
+            matches[a, b] = _match(blocks, located, tasks, a, b, shared)
+    final = choose_owners(located, matches)
+    scores: dict[int, float] = {}
+    for table, task in zip(final, tasks, strict=True):
+        own = task.read_scores()
+        scores.update({int(label): float(own[i]) for i, label in enumerate(table) if label})
+    count = max(scores, default=0)
+    parts: list[list[Nucleus]] = []
+    with whole_folder(masks) as partial:
+        dtype = np.uint16 if count < 2**16 else np.uint32
+        array = create_zarr(partial, frame.shape, dtype, voxel_size, CHUNK, labels=True)
+        for block in blocks:
+            labels = _core_labels(block, blocks, tasks, final)
+            array[block.core] = labels.astype(dtype)
+            parts.append(_measure_core(frame, block, labels, voxel_size, count))
+    return merge_nuclei(parts, scores)
+
+
+def _match(
+    blocks: Sequence[Block],
+    located: Sequence[BlockNuclei],
+    tasks: Sequence[BlockTask],
+    a: int,
+    b: int,
+    shared: Box,
+) -> list[tuple[int, int]]:
+    first = np.asarray(tasks[a].open_labels()[blocks[a].within(shared)])
+    second = np.asarray(tasks[b].open_labels()[blocks[b].within(shared)])
+    return match_shared(located[a], located[b], first, second, shared)
+
+
+def _core_labels(
+    block: Block, blocks: Sequence[Block], tasks: Sequence[BlockTask], final: Sequence[NDArray[np.uint32]]
+) -> NDArray[np.uint32]:
+    others = [b for b in blocks if b.index != block.index and b.shared(block) is not None]
+    return assemble_core(block, [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]])
+
+
+def _measure_core(
+    frame: Frame, block: Block, labels: NDArray[np.uint32], voxel_size: VoxelSize, count: int
+) -> list[Nucleus]:
+    """Measure what lies in one core, with positions from the volume's origin."""
+    image = frame.read_block(block.core)
+    z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
+    return [
+        replace(nucleus, z_um=nucleus.z_um + z, y_um=nucleus.y_um + y, x_um=nucleus.x_um + x)
+        for nucleus in measure_nuclei(labels, image, voxel_size, np.zeros(count + 1, np.float32))
+    ]
+
+
+_ANSWER_S = 10
+"""How long a scheduler may take to answer at first."""
+
+
+def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
+    """Run the tasks, giving the number of nuclei of each as it is done."""
+    if not tasks:
+        return
+    if run.workers == 1 and run.scheduler is None:
+        for task in tasks:
+            yield segment_block(task)
+        return
+    from distributed import CancelledError, as_completed
+    from distributed.comm.core import CommClosedError
+    from distributed.scheduler import KilledWorker
+
+    with _client(run) as client:
+        futures = client.map(segment_block, tasks, pure=False)
+        try:
+            for future in as_completed(futures):  # type: ignore[no-untyped-call]
+                yield future.result()
+        except KilledWorker:
+            raise MachineError(
+                "a worker died several times over the same block, most likely for want of memory; run again "
+                "with fewer workers (finished blocks are kept), or with less memory (predict.memory_gb) so "
+                "that blocks are smaller"
+            ) from None
+        except (CancelledError, CommClosedError):
+            raise MachineError(
+                "the Dask scheduler is gone; start it and run the same command again: finished blocks are "
+                "kept"
+            ) from None
+        finally:
+            client.cancel(futures)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _client(run: BlockRun) -> Iterator[Client]:
+    import logging
+
+    import dask
+    from distributed import Client, LocalCluster
+
+    # A worker that is told to end is no news.
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    if run.scheduler is not None:
+        try:
+            client = Client(  # type: ignore[no-untyped-call]
+                run.scheduler, timeout=f"{_ANSWER_S}s"
+            )
+        except (OSError, ValueError, TimeoutError) as error:
+            reason = " ".join(str(error).split()) or f"no answer within {_ANSWER_S} s"
+            raise InputError(
+                f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
+            ) from None
+        with client:
+            _look_at_workers(run.scheduler, client)
+            yield client
+        return
+    with (
+        dask.config.set({"distributed.worker.daemon": True, "distributed.scheduler.allowed-failures": 2}),
+        LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=run.workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+        ) as cluster,
+        Client(cluster) as client,  # type: ignore[no-untyped-call]
+    ):
+        yield client
+
+
+def _look_at_workers(scheduler: str, client: Client) -> None:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not workers:
+        say(f"{scheduler} has no workers yet; waiting for the first")
+    threads = max((worker["nthreads"] for worker in workers), default=1)
+    if threads > 1:
+        say(
+            f"workers of {scheduler} run up to {threads} blocks at once, each of which may take "
+            "predict.memory_gb; start them with --nthreads 1"
+        )
+
+
+def threads_per_worker(run: BlockRun) -> int | None:
+    """How many threads a worker may use; None for all."""
+    if run.scheduler is not None or run.workers == 1:
+        return None
+    return max(1, available_threads() // run.workers)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def register(params: Params, model: Path, metrics: Path, *, force: bool = False)
     InputError
         If the model or the metrics cannot be read, or the tracking store does not answer.
     """
-    from nuclei3d.tracking.registry import check_registrable, register_model
-    from nuclei3d.tracking.runs import stage_run
+    from nuclei3d.experiment.registry import check_registrable, register_model
+    from nuclei3d.experiment.runs import stage_run
 
     metrics = metrics / "metrics.json" if metrics.is_dir() else metrics
     check_registrable(params, model, metrics)
@@ -85,7 +85,7 @@ def roll_back(params: Params, version: str | None = None) -> RegisterResult:
     InputError
         If there is no such version.
     """
-    from nuclei3d.tracking.registry import roll_back as give_back
+    from nuclei3d.experiment.registry import roll_back as give_back
 
     made = give_back(params, version)
     say(f"champion of {made.name} is version {made.version} again ({made.verdict.reason})")

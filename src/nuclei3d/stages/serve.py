@@ -25,9 +25,8 @@ def serve(params: Params, model: str) -> None:
     InputError
         If there is no such model, or the address is taken.
     """
-    from nuclei3d.serving.app import Service
-    from nuclei3d.serving.server import listen, run_service
-    from nuclei3d.tracking.served import load_served_model
+    from nuclei3d.experiment.registry import load_served_model
+    from nuclei3d.serve import Service, listen, run_service
 
     token = os.environ.get(params.serve.token_variable) or None
     if params.serve.root is not None and not os.path.isdir(params.serve.root):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def simulate_tracked(params: Params, out: Path) -> SimulateResult:
     """Simulate embryos; see `nuclei3d.stages.simulate.simulate`."""
+    from nuclei3d.experiment.provenance import md5_of_input
+    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.simulate import simulate
-    from nuclei3d.tracking.lineage import md5_of_input
-    from nuclei3d.tracking.runs import stage_run
 
     with stage_run("simulate", params, inputs={}) as run:
         result = simulate(params, out)
@@ -29,8 +29,8 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
 
 def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
+    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.prepare import PARTS, prepare
-    from nuclei3d.tracking.runs import stage_run
 
     with stage_run("prepare", params, inputs={"data": data}) as run:
         result = prepare(params, data, out)
@@ -61,8 +61,8 @@ def predict_tracked(
     params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
 ) -> PredictResult:
     """Segment volumes; see `nuclei3d.stages.predict.predict`. The masks stay where they are."""
+    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.predict import predict
-    from nuclei3d.tracking.runs import stage_run
 
     known = {"model": Path(model)} if Path(model).exists() else {}
     with stage_run("predict", params, inputs=known) as run:
@@ -88,8 +88,8 @@ def evaluate_tracked(
 
     `origin` names what the predictions were made from (data, slices, model), for the lineage.
     """
+    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.evaluate import evaluate
-    from nuclei3d.tracking.runs import stage_run
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
         result = evaluate(

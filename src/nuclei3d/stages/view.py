@@ -9,9 +9,9 @@ from typing import Any
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.frames import check_image
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.pairing import Entry, find_image_entries, find_label_entries, pair_entries
-from nuclei3d.volumes.checks import check_image
-from nuclei3d.volumes.voxel_size import VoxelSize
 
 
 def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool = True) -> Any:

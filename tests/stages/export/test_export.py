@@ -18,15 +18,14 @@ import torch
 import yaml
 
 from nuclei3d.config import load_params
-from nuclei3d.core.networks import new_network
-from nuclei3d.core.volume_network import VolumeSpec, new_volume_network
-from nuclei3d.core.volume_planning import plan_architecture, plan_patch
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import save_model
-from nuclei3d.models.info import ModelInfo
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, save_model
+from nuclei3d.networks.planning import plan_architecture, plan_patch
+from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
 from nuclei3d.stages.export.export import ExportResult, export
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image, write_labels
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 

@@ -10,7 +10,7 @@ from math import log10, nan
 from typing import Any
 
 from nuclei3d.errors import InputError
-from nuclei3d.stages.search.task import TrialJob
+from nuclei3d.stages.search.objective import TrialJob
 
 Report = Callable[[Any], None]
 

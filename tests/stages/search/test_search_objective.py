@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from nuclei3d.config import load_params
-from nuclei3d.config.search import SearchParams
-from nuclei3d.core.scoring.assessment import Assessment, assess_volume
+from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.assessment import Assessment, assess_volume
 from nuclei3d.stages.search.objective import validation_frames, value_of, without_idle_work
 from nuclei3d.stages.search.study import search
-from nuclei3d.volumes.voxel_size import VoxelSize
 
 FAINT = SearchParams(objective="faint_recall", precision=0.75)
 
@@ -75,7 +75,7 @@ def test_missing_embryos_are_told_before_any_training(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_search_from_embryos_to_a_model(tmp_path: Path) -> None:
     """Slow: it prepares embryos and trains twice, if only for an epoch or two."""
-    from nuclei3d.models.folder import load_model
+    from nuclei3d.networks.folder import load_model
     from nuclei3d.stages.prepare import prepare
     from nuclei3d.stages.simulate import simulate
 

@@ -21,7 +21,7 @@ import search_toys
 from optuna.trial import TrialState
 
 from nuclei3d.config import load_params
-from nuclei3d.config.search import SearchParams
+from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.storage import WORKER, open_storage
 from nuclei3d.stages.search.study import SearchResult, search
@@ -165,7 +165,7 @@ def test_a_trial_of_a_machine_that_died_is_run_again_after_the_grace(tmp_path: P
 
 DIES_WITH_A_TRIAL = """
 import os, pathlib, sys, optuna
-from nuclei3d.config.search import SearchParams
+from nuclei3d.config.sections import SearchParams
 from nuclei3d.stages.search.storage import open_storage
 with open_storage(sys.argv[2], pathlib.Path(sys.argv[1]), SearchParams(grace_s=1000)) as store:
     study = optuna.create_study(storage=store.backend, study_name="shared")

@@ -7,8 +7,8 @@ import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from nuclei3d.config.search import SearchParams
-from nuclei3d.stages.search.pruning import new_pruner
+from nuclei3d.config.sections import SearchParams
+from nuclei3d.stages.search.objective import new_pruner
 
 SEARCH = SearchParams(first_rung=0.5, reduction=2)
 

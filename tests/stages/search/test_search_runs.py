@@ -11,8 +11,8 @@ import search_toys
 from mlflow.entities import Run
 
 from nuclei3d.config import Params, load_params
+from nuclei3d.experiment.trials import TrialRecord, search_runs
 from nuclei3d.stages.search.study import SearchResult, search
-from nuclei3d.tracking.trials import TrialRecord, search_runs
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,257 @@
-"""The network as a package of bioimage.io, which `bioimageio test` accepts."""
+"""The network as a package of bioimage.io, which `bioimageio test` accepts.
+
+What a bioimage.io package says of a network, whatever its kind.
+
+The 2D network in a bioimage.io package: planes in, flows in the plane out.
+
+The 3D network in a bioimage.io package: volumes in, flows in space out.
+"""
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.errors import InputError
-from nuclei3d.models.folder import CARD_FILE, INFO_FILE, Model
-from nuclei3d.stages.export.bioimageio_contents import Contents, SpaceAxis
-from nuclei3d.stages.export.bioimageio_plane import plane_contents
-from nuclei3d.stages.export.bioimageio_volume import volume_contents
+from nuclei3d.networks import unet3d as volume_network
+from nuclei3d.networks.cpnet import CHANNELS
+from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, Model, ModelInfo
+from nuclei3d.networks.planning import plan_patch
+from nuclei3d.networks.unet3d import VolumeSpec
+from nuclei3d.stages.export import plane_network
 
-_DOCUMENTATION = """# {name}
+
+@dataclass(frozen=True)
+class SpaceAxis:
+    """An axis in space of a network's input; its outputs have the same.
+
+    Attributes
+    ----------
+    name
+        ``z``, ``y`` or ``x``.
+    least, step
+        Sizes are ``least`` and any number of ``step`` more.
+    voxel_um
+        Edge of a voxel; None if the training's is unknown.
+    """
+
+    name: str
+    least: int
+    step: int
+    voxel_um: float | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A network as a package describes it.
+
+    Attributes
+    ----------
+    description
+        One sentence.
+    citations
+        Text and DOI of each.
+    documentation
+        Markdown, without the model's card.
+    input_name, input_description, input_channels
+        Of the one input.
+    output_description, output_channels
+        Of the one output.
+    axes
+        In the order of the arrays.
+    example
+        Input (1, channel, *axes), float32, on which the package is tested.
+    source, make, arguments
+        Python file with the architecture, its function or class, and plain values that it is called with.
+    packages
+        What that file needs beside torch, as pip names it.
+    """
+
+    description: str
+    citations: Sequence[tuple[str, str]]
+    documentation: str
+    input_name: str
+    input_description: str
+    input_channels: Sequence[str]
+    output_description: str
+    output_channels: Sequence[str]
+    axes: Sequence[SpaceAxis]
+    example: NDArray[np.float32]
+    source: Path
+    make: str
+    arguments: Mapping[str, Any]
+    packages: Sequence[str] = ()
+
+
+CELLPOSE = (
+    "Stringer, Wang, Michaelos, Pachitariu: Cellpose: a generalist algorithm for cellular segmentation. "
+    "Nature Methods 18 (2021)",
+    "10.1038/s41592-020-01018-x",
+)
+
+
+_EDGE_PX = 64
+_DOCUMENTATION = """Cellpose's CNN, retrained on planes of 3D embryos. The package holds the network of
+one plane: it gives flows and logits, not masks. nuclei3d runs it over the planes of three views of a volume,
+fuses the flows in 3D and follows them to nuclei.
+
+## Input
+
+Channel 0: a plane in which nuclei are {diameter_px:.3g} px across{diameter_um}. The volume's percentile
+{lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume, never per plane; their
+distance is at least {noise:g} standard deviations of the noise. Channel 1: zeros.
+
+## Output
+
+5 x the flow in y, 5 x the flow in x (unit vectors to the centre of the nucleus), and the logit of being
+inside one. Logits above {logit:g} count as inside.
+"""
+
+
+def plane_contents(info: ModelInfo) -> Contents:
+    """Describe the package of a 2D network."""
+    known = info.nucleus_diameter_um
+    pixel_um = None if known is None else known / info.diameter_px
+    return Contents(
+        description="Flows and logits of nuclei in planes of embryos: Cellpose's CNN retrained by nuclei3d.",
+        citations=[CELLPOSE],
+        documentation=_DOCUMENTATION.format(
+            diameter_px=info.diameter_px,
+            diameter_um=f" ({known:.3g} um in the training)" if known is not None else "",
+            lower=info.lower_percentile,
+            upper=info.upper_percentile,
+            noise=info.noise_floor,
+            logit=info.cellprob_threshold,
+        ),
+        input_name="plane",
+        input_description="a plane, normalised as the documentation says, and an empty channel",
+        input_channels=["nuclei", "empty"],
+        output_description="5 x flow in y, 5 x flow in x, logit",
+        output_channels=["flow_y", "flow_x", "logit"],
+        # three poolings by two
+        axes=[SpaceAxis("y", 16, 8, pixel_um), SpaceAxis("x", 16, 8, pixel_um)],
+        example=_example(),
+        source=Path(plane_network.__file__),
+        make=plane_network.PlaneNetwork.__name__,
+        arguments={
+            "nbase": list(CHANNELS),
+            "nout": 3,
+            "sz": 3,
+            "max_pool": True,
+            "diam_mean": info.diameter_px,
+        },
+        packages=[f"cellpose=={metadata.version('cellpose')}"],
+    )
+
+
+def _example() -> NDArray[np.float32]:
+    """Give a plane (1, 2, y, x) with four bright discs in noise."""
+    y, x = np.mgrid[:_EDGE_PX, :_EDGE_PX]
+    image = np.random.default_rng(0).normal(0.1, 0.03, y.shape)
+    for centre in ((16, 16), (18, 46), (44, 20), (46, 48)):
+        image += 0.8 * (np.hypot(y - centre[0], x - centre[1]) < 7)
+    plane: NDArray[np.float32] = np.stack([image, 0 * image])[None].astype(np.float32)
+    return plane
+
+
+_EXAMPLE_DIAMETERS = 3.0
+_NNUNET = (
+    "Isensee, Jaeger, Kohl, Petersen, Maier-Hein: nnU-Net: a self-configuring method for deep learning-based "
+    "biomedical image segmentation. Nature Methods 18 (2021)",
+    "10.1038/s41592-020-01008-z",
+)
+_DOCUMENTATION_volume = """A residual 3D U-Net in the manner of Cellpose's CNN, trained on 3D embryos; pooling
+and kernels follow the voxel size. The package gives flows and logits, not masks: nuclei3d runs it over
+overlapping patches of a volume, blends them, and follows the flows to nuclei.
+
+## Input
+
+A volume on a grid on which nuclei are {diameter_px:.3g} voxels across in y and x, and voxels lie
+{anisotropy:.4g} times as far apart in z as in x{voxels}. Resample to that.
+The volume's percentile {lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume,
+never per patch; their distance is at least {noise:g} standard deviations of the noise.
+
+Sizes are multiples of {multiple} (z, y, x); fill up with zeros. It was trained on patches of {patch}; smaller
+ones are worse at nuclei, which are then cut. Blend patches that overlap by a nucleus.
+
+## Output
+
+5 x the flow in z, y and x ({flows}), and the logit of being inside a nucleus. Logits above {logit:g} count as
+inside.
+"""
+_FLOWS = {
+    "heat": "unit vectors in um, not in voxels, to the centre of the nucleus",
+    "tanh": "along each axis tanh of the distance to the centre of the nucleus over 5 voxels",
+}
+
+
+def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
+    """Describe the package of a 3D network."""
+    known = info.nucleus_diameter_um
+    edge_um = None if known is None else known / info.diameter_px
+    deep_um = None if edge_um is None else spec.anisotropy * edge_um
+    voxels = ""
+    if edge_um is not None and deep_um is not None:
+        voxels = f" (in the training {deep_um:.3g} x {edge_um:.3g} x {edge_um:.3g} um, nuclei {known:.3g} um)"
+    multiple = spec.architecture.multiple
+    return Contents(
+        description="Flows and logits of nuclei in volumes of embryos: a 3D network trained by nuclei3d.",
+        citations=[CELLPOSE, _NNUNET],
+        documentation=_DOCUMENTATION_volume.format(
+            diameter_px=info.diameter_px,
+            anisotropy=spec.anisotropy,
+            voxels=voxels,
+            lower=info.lower_percentile,
+            upper=info.upper_percentile,
+            noise=info.noise_floor,
+            multiple=" x ".join(map(str, multiple)),
+            patch=" x ".join(map(str, spec.patch)),
+            flows=_FLOWS[spec.targets],
+            logit=info.cellprob_threshold,
+        ),
+        input_name="volume",
+        input_description="a volume, resampled and normalised as the documentation says",
+        input_channels=["nuclei"],
+        output_description="5 x flow in z, 5 x flow in y, 5 x flow in x, logit",
+        output_channels=["flow_z", "flow_y", "flow_x", "logit"],
+        axes=[
+            SpaceAxis(name, step, step, edge)
+            for name, step, edge in zip("zyx", multiple, (deep_um, edge_um, edge_um), strict=True)
+        ],
+        example=_example_volume(info, spec),
+        source=Path(volume_network.__file__),
+        make=volume_network.described_network.__name__,
+        arguments=json.loads(json.dumps(asdict(spec))),
+    )
+
+
+def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
+    """Give a volume (1, 1, z, y, x) with four bright balls in noise, of the size that the network expects."""
+    shape = plan_patch(spec.architecture, info.diameter_px, spec.anisotropy, _EXAMPLE_DIAMETERS)
+    z, y, x = np.mgrid[: shape[0], : shape[1], : shape[2]]
+    image = np.random.default_rng(0).normal(0.1, 0.03, shape)
+    for place in ((0.3, 0.25, 0.3), (0.4, 0.3, 0.75), (0.6, 0.72, 0.25), (0.7, 0.7, 0.7)):
+        away = [
+            edge * (grid - share * size)
+            for edge, grid, share, size in zip((spec.anisotropy, 1, 1), (z, y, x), place, shape, strict=True)
+        ]
+        image += 0.8 * (np.sqrt(sum(np.square(axis) for axis in away)) < 0.45 * info.diameter_px)
+    return image[None, None].astype(np.float32)
+
+
+_DOCUMENTATION_bioimageio = """# {name}
 
 Trained by nuclei3d {version}. {text}
 ## Validation
@@ -188,7 +421,7 @@ def _weights(contents: Contents, folder: Path) -> Any:
 
 def _documentation(model: Model, contents: Contents) -> str:
     card = model.path.parent / CARD_FILE
-    return _DOCUMENTATION.format(
+    return _DOCUMENTATION_bioimageio.format(
         name=model.info.name,
         version=__version__,
         text=contents.documentation,

@@ -1,4 +1,7 @@
-"""A model and masks as Cellpose 3 reads them."""
+"""A model and masks as Cellpose 3 reads them.
+
+Masks as regions of interest of ImageJ.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,33 @@ import torch
 from numpy.typing import NDArray
 
 from nuclei3d.console import say
-from nuclei3d.core.label_boxes import compact_labels
-from nuclei3d.models.folder import Model
-from nuclei3d.volumes.checks import check_image
-from nuclei3d.volumes.voxel_size import VoxelSize
-from nuclei3d.volumes.writing import write_image
+from nuclei3d.grid import compact_labels, trace_outlines
+from nuclei3d.images.frames import check_image
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.images.writing import write_image
+from nuclei3d.networks.folder import Model
+
+
+def write_rois(path: Path, labels: NDArray[np.integer[Any]]) -> Path:
+    """Write labels (Z, Y, X) as a zip for ImageJ's ROI manager: one polygon per nucleus, plane and piece.
+
+    A region is called ``<label>-<plane>``, planes counted from 1 as ImageJ does, and lies in its plane of the
+    stack. Holes are filled: a polygon has none.
+    """
+    from roifile import ImagejRoi, roiwrite
+
+    rois = []
+    for z, plane in enumerate(labels):
+        pieces: dict[int, int] = {}
+        for label, polygon in trace_outlines(plane):
+            pieces[label] = pieces.get(label, 0) + 1
+            piece = f"-{pieces[label]}" if pieces[label] > 1 else ""
+            name = f"{label:04d}-{z + 1:04d}{piece}"
+            # counted from 0 here, from 1 in the file
+            rois.append(ImagejRoi.frompoints(polygon, name=name, position=z))
+    roiwrite(path, rois)
+    return path
+
 
 _HOW_TO = """# {name} in Cellpose 3
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
-from nuclei3d.volumes.whole import whole_folder
+from nuclei3d.outputs import whole_folder
 
 if TYPE_CHECKING:
-    from nuclei3d.models.folder import Model
+    from nuclei3d.networks.folder import Model
     from nuclei3d.stages.pairing import Entry
 
 Format = Literal["cellpose", "bioimageio", "seg", "rois"]
@@ -138,8 +138,8 @@ def _formats(
 
 
 def _load(model: str, params: Params) -> Model:
-    from nuclei3d.models.folder import load_model
-    from nuclei3d.tracking.registry import fetch_model, is_registered
+    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.networks.folder import load_model
 
     return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
 
@@ -201,8 +201,8 @@ def _write_model(model: Model, name: Format, folder: Path) -> list[Path]:
 
 
 def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Path) -> list[Path]:
+    from nuclei3d.images.voxel_size import VoxelSize
     from nuclei3d.stages.export.cellpose import write_seg
-    from nuclei3d.volumes.voxel_size import VoxelSize
 
     given = params.data.voxel_size_um
     written = []
@@ -213,7 +213,7 @@ def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Pat
 
 
 def _write_rois(entries: Sequence[Entry], folder: Path) -> list[Path]:
-    from nuclei3d.stages.export.rois import write_rois
+    from nuclei3d.stages.export.cellpose import write_rois
 
     return [write_rois(folder / f"{entry.key}_rois.zip", entry.read_labels()) for entry in _shown(entries)]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import validate_params
-from nuclei3d.config.search import Range
+from nuclei3d.config.sections import Range
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 

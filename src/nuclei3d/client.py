@@ -1,0 +1,193 @@
+"""The client: volumes to a service, masks back, with retries."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from nuclei3d.config.sections import PredictParams
+from nuclei3d.console import say
+from nuclei3d.errors import InputError
+from nuclei3d.experiment.invocation import RequestParams, refuse_second_model
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.segmentation.nuclei import Nucleus
+from nuclei3d.segmentation.segmenter import Segmentation
+
+_AGAIN = (502, 503)
+_CONNECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model behind the address of a service: `nuclei3d serve` or `mlflow models serve`.
+
+    Attributes
+    ----------
+    url
+        Such as ``http://host:5050``.
+    token
+        Bearer token; None takes it from the environment variable NUCLEI3D_TOKEN, if there is one.
+    patience_s
+        How long a service that is busy or not there is tried again.
+    timeout_s
+        Longest time for one answer.
+    """
+
+    url: str
+    token: str | None = None
+    patience_s: float = 300.0
+    timeout_s: float = 3600.0
+
+    def segment(
+        self, image: NDArray[Any], voxel_size: VoxelSize, predict: PredictParams
+    ) -> tuple[Segmentation, dict[str, Any]]:
+        """Have a volume segmented.
+
+        Parameters
+        ----------
+        image
+            (Z, Y, X), any integer or float type.
+        voxel_size
+            Its voxel size; sent along, so that the service need not read it from the file.
+        predict
+            What it says (None: the service's default) is sent; the device is the service's own business.
+
+        Returns
+        -------
+        segmentation, told
+            As `nuclei3d.segmentation.segmenter.segment_volume` gives it; and what the service says of
+            itself: ``parameters`` (the effective ones) and ``model``.
+
+        Raises
+        ------
+        InputError
+            If the wishes name a second model, the service refuses the request, or it stays busy or away for
+            `patience_s`.
+        """
+        refuse_second_model(predict)
+        answer = self._post(_request_body(image, voxel_size, predict))
+        try:
+            prediction = answer["predictions"][0]
+            labels = tifffile.imread(io.BytesIO(base64.b64decode(prediction["labels"])))
+            labels = np.asarray(labels).reshape(image.shape).astype(np.uint32)
+            nuclei = [_nucleus(record) for record in prediction["nuclei"]]
+        except (KeyError, IndexError, TypeError, ValueError, binascii.Error) as error:
+            raise InputError(
+                f"{self.url} answered no nuclei ({type(error).__name__}); does it serve nuclei3d?"
+            ) from None
+        told = {"parameters": prediction.get("parameters", {}), "model": prediction.get("model", {})}
+        return Segmentation(labels=labels, nuclei=nuclei, seconds=prediction.get("seconds", {})), told
+
+    def _post(self, body: bytes) -> Mapping[str, Any]:
+        import requests
+
+        headers = {"Content-Type": "application/json"}
+        token = self.token or os.environ.get("NUCLEI3D_TOKEN")
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        address = f"{self.url.rstrip('/')}/invocations"
+        end = time.monotonic() + self.patience_s
+        pause = 1.0
+        told = False
+        while True:
+            try:
+                response = requests.post(
+                    address, data=body, headers=headers, timeout=(_CONNECT_S, self.timeout_s)
+                )
+            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
+                raise InputError(
+                    f"{self.url} is no address of a service; expected http://host:port"
+                ) from None
+            except requests.exceptions.ReadTimeout:
+                raise InputError(f"{self.url} gave no answer within {self.timeout_s:g} s") from None
+            except requests.exceptions.RequestException as error:
+                reason, wait = f"does not answer ({type(error).__name__})", pause
+            else:
+                if response.status_code == 200:
+                    return _json_of(response.content, self.url)
+                if response.status_code not in _AGAIN:
+                    raise InputError(
+                        f"{self.url} refused the request ({response.status_code}): {_message(response.text)}"
+                    )
+                reason = f"is busy ({response.status_code})"
+                wait = _retry_after(response.headers.get("Retry-After"), pause)
+            if time.monotonic() + wait > end:
+                raise InputError(f"{self.url} {reason}; start the service or try again later")
+            if not told:
+                say(f"{self.url} {reason}; trying again for up to {self.patience_s:g} s")
+                told = True
+            time.sleep(wait)
+            pause = min(2 * pause, 30.0)
+
+
+def _nucleus(record: Mapping[str, Any]) -> Nucleus:
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
+    return Nucleus(**known)
+
+
+def is_service(model: str) -> bool:
+    """Tell whether ``--model`` names a service rather than a file or a registered model."""
+    return model.startswith(("http://", "https://"))
+
+
+def _request_body(image: NDArray[Any], voxel_size: VoxelSize, predict: PredictParams) -> bytes:
+    file = io.BytesIO()
+    if image.dtype == np.bool_:
+        image = image.astype(np.uint8)
+    elif image.dtype == np.float16:
+        image = image.astype(np.float32)
+    # An axis of length 3 or 4 could be taken for colours: the type of the pixels is said.
+    tifffile.imwrite(
+        file,
+        image,
+        photometric="minisblack",
+        ome=True,
+        metadata={"axes": "ZYX"},
+        bigtiff=image.nbytes > 2**31,
+    )
+    params = {
+        name: value
+        for name, value in predict.model_dump(mode="json").items()
+        if value is not None and name in RequestParams.model_fields
+    }
+    params["voxel_size_um"] = list(voxel_size.zyx)
+    head = b'{"params":' + json.dumps(params).encode() + b',"dataframe_records":[{"volume":"'
+    return head + base64.b64encode(file.getbuffer()) + b'"}]}'
+
+
+def _retry_after(header: str | None, pause: float) -> float:
+    try:
+        return max(0.1, min(60.0, float(header))) if header is not None else pause
+    except ValueError:
+        return pause
+
+
+def _message(text: str) -> str:
+    """Take the sentence out of an answer in the form of MLflow's errors."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["message"])
+    # MLflow's own server puts the whole data frame before the sentence.
+    return " ".join(text.rpartition("Error: ")[2].split())[:300]
+
+
+def _json_of(content: bytes, url: str) -> Mapping[str, Any]:
+    try:
+        tree = json.loads(content)
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise InputError(f"{url} answered no JSON object; does it serve nuclei3d?")
+    return tree

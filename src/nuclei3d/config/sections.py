@@ -1,0 +1,814 @@
+"""All parameters of the project as one validated object.
+
+What all sections of the parameters share.
+
+Parameters of the raw embryos: voxel size, channel and split.
+
+Parameters of the synthetic embryos.
+
+Parameters of the intensity normalisation, the same in training and prediction.
+
+Parameters of the slice data set.
+
+Parameters of the fully 3D network and its training.
+
+Parameters of the network, its training and the augmentation.
+
+Parameters of the choice of thresholds on the validation embryos.
+
+Parameters of prediction in 3D.
+
+Parameters of the evaluation.
+
+Parameters of the search for training parameters.
+
+Parameters of MLflow tracking and registry.
+
+Parameters of the HTTP service.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown names are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class SplitParams(Section):
+    """Which embryos train, validate and test.
+
+    With ``by: embryo`` the three lists name embryos (folders of the data set). `train` left empty takes the
+    embryos that the others do not name. With all lists empty and at least three labelled embryos, the last
+    in natural order tests, the second last validates and the others train. `test` may stay empty where the
+    others are named; where `train` alone is named, every embryo of it trains and nothing is held out: for a
+    last training after epochs and thresholds were chosen on held-out embryos.
+
+    With ``by: time``, meant for a single embryo, the labelled frames of every embryo are cut into contiguous
+    blocks of time, first training, then validation, then test, with `gap` frames left out between them; the
+    fractions say how long the blocks are. The lists stay empty.
+    """
+
+    by: Literal["embryo", "time"] = "embryo"
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    gap: Annotated[int, Field(ge=1)] = 2
+
+
+class DataParams(Section):
+    """Where voxel sizes and channels come from, and how embryos are split.
+
+    `voxel_size_um` (z, y, x) wins over what the files say; None reads it from them. `channel` is the name or
+    the number, from 0, of the nuclear channel; None where the files hold one.
+    """
+
+    voxel_size_um: Triple | None = None
+    channel: str | int | None = None
+    split: SplitParams = SplitParams()
+
+
+FrameCount = Annotated[int, Field(ge=1, le=10_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(ge=0, le=1.5)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Extent = Annotated[int, Field(ge=4, le=4096)]
+
+
+class SimulateParams(Section):
+    """Synthetic time-lapses with exact labels; one embryo per entry of `embryos`.
+
+    The defaults make embryos in the likeness of light-sheet data after twofold downsampling in xy:
+    voxels 2 x 0.348 x 0.348 um, anisotropy 5.75. Lengths are in um, light in photons per voxel.
+
+    embryos
+        Names, each a folder of the data set.
+    frames
+        Frames of each embryo: one number for all, or one per embryo.
+    shape, voxel_size_um
+        Planes, rows and columns of a frame; edges of a voxel (z, y, x). Anisotropy follows from these.
+    nuclei, nucleus_diameter_um, size_variation, shape_variation
+        Mean number of nuclei in the first frame; their mean diameter; its spread (of the logarithm);
+        strength of the smooth deformation of the ellipsoids.
+    minutes_per_frame, cell_cycle_minutes
+        Time between frames and between divisions; the quotient says how fast the number grows.
+    closeness
+        1: every nucleus may touch its neighbours; 0: each keeps a coat of cytoplasm around it.
+    photons, brightness_variation, faint_share, faintest_contrast
+        Light of the typical nucleus; spread of the logarithm from nucleus to nucleus; share of nuclei
+        in the faint tail; no labelled nucleus is dimmer than this many sigmas of the background's noise.
+    texture
+        Contrast of the chromatin inside a nucleus, as a share of its mean.
+    attenuation_um
+        Depth in which the light falls to 1/e.
+    background_photons, unevenness, haze
+        Light outside nuclei; how much it differs across the field (share); light of the cytoplasm as
+        a share of `photons`.
+    psf_um
+        Standard deviations of the point spread function (z, y, x).
+    camera_gain, camera_offset, camera_noise, camera_bits
+        Counts per photon; counts without light; read noise in counts; bit depth.
+    debris
+        Mean number of polar bodies and fragments in an embryo: seen, not labelled.
+    """
+
+    embryos: Annotated[tuple[str, ...], Field(min_length=1)] = ("embryo_a", "embryo_b", "embryo_c")
+    frames: tuple[FrameCount, ...] = (6, 3, 3)
+    shape: tuple[Extent, Extent, Extent] = (24, 128, 128)
+    voxel_size_um: Triple = (2.0, 0.348, 0.348)
+    nuclei: Annotated[int, Field(ge=1, le=2000)] = 22
+    nucleus_diameter_um: PositiveFloat = 9.5
+    size_variation: Spread = 0.08
+    shape_variation: Spread = 0.09
+    minutes_per_frame: PositiveFloat = 40.0
+    cell_cycle_minutes: PositiveFloat = 300.0
+    closeness: Share = 0.95
+    photons: PositiveFloat = 30.0
+    brightness_variation: Spread = 0.4
+    faint_share: Share = 0.15
+    faintest_contrast: NonNegativeFloat = 2.5
+    texture: Spread = 0.4
+    attenuation_um: PositiveFloat = 60.0
+    background_photons: NonNegativeFloat = 2.5
+    unevenness: Share = 0.4
+    haze: Share = 0.1
+    psf_um: Triple = (1.0, 0.3, 0.3)
+    camera_gain: PositiveFloat = 4.0
+    camera_offset: NonNegativeFloat = 100.0
+    camera_noise: NonNegativeFloat = 3.0
+    camera_bits: Annotated[int, Field(ge=8, le=16)] = 12
+    debris: NonNegativeFloat = 2.0
+
+    @field_validator("frames", mode="before")
+    @classmethod
+    def _one_number_is_a_list_of_one(cls, frames: object) -> object:
+        return (frames,) if isinstance(frames, int) else frames
+
+    @field_validator("embryos")
+    @classmethod
+    def _names_are_folders(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"'{name}' is no folder name of letters, digits, '_', '-' and '.'")
+        if len(set(names)) != len(names):
+            raise ValueError("an embryo is named twice")
+        return names
+
+    @model_validator(mode="after")
+    def _frames_fit_embryos(self) -> SimulateParams:
+        if len(self.frames) not in (1, len(self.embryos)):
+            raise ValueError(
+                f"frames names {len(self.frames)} numbers for {len(self.embryos)} embryos; "
+                "give one number for all, or one per embryo"
+            )
+        return self
+
+    def frames_of(self, index: int) -> int:
+        """Number of frames of the embryo at this position in `embryos`."""
+        return self.frames[index] if len(self.frames) > 1 else self.frames[0]
+
+
+Percentile = Annotated[float, Field(ge=0, le=100)]
+
+
+class NormalizationParams(Section):
+    """Percentiles of the whole volume that become 0 and 1.
+
+    Their distance is never taken below `noise_floor` times the noise's standard deviation, so that the
+    noise of a frame with hardly a nucleus is not blown up into objects.
+    """
+
+    lower_percentile: Percentile = 1.0
+    upper_percentile: Percentile = 99.8
+    noise_floor: Annotated[float, Field(ge=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> NormalizationParams:
+        if self.lower_percentile >= self.upper_percentile:
+            raise ValueError("lower_percentile must be below upper_percentile")
+        return self
+
+
+class PrepareParams(Section):
+    """How embryos become training data; the defaults are the recipe's.
+
+    Volumes are downsampled `downsample_xy` times in x and y, then upsampled in z to cubic voxels
+    (linear; labels by nearest neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is
+    kept if it shows at least `min_nuclei` nuclei, counted after dropping slivers below `min_area_px`.
+    Labels below `min_volume_um3` in 3D, the debris of hand labelling, become background before (0: none).
+    `sparse_share` is the share of the planes with fewer nuclei that is kept all the same (0: the recipe).
+    For a 3D network (train.network: full3d) each frame is kept as a volume instead: downsampled in x and y,
+    with its own planes, and `targets` says which flows it gets: ``heat`` (unit vectors in um from heat
+    diffusion) or ``tanh`` (of the distance to the centre over 5 voxels, as in Cellpose3D, for comparison).
+    `workers` None takes every core.
+    """
+
+    downsample_xy: PositiveFloat = 2.0
+    step_xy: Annotated[int, Field(ge=0)] = 1
+    step_xz: Annotated[int, Field(ge=0)] = 12
+    step_yz: Annotated[int, Field(ge=0)] = 12
+    min_nuclei: Annotated[int, Field(ge=0)] = 3
+    min_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_area_px: Annotated[int, Field(ge=0)] = 15
+    sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["heat", "tanh"] = "heat"
+    workers: Annotated[int, Field(ge=1)] | None = None
+
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=4)]
+
+
+class Full3dParams(Section):
+    """The 3D network (train.network: full3d): its shape, its patches, its loss.
+
+    Attributes
+    ----------
+    profile
+        ``default``: about 6 M parameters; ``small``: about 0.5 M, for two processor cores.
+    pooling
+        ``spacing``: an axis is pooled and convolved along once its spacing is at most twice the finest;
+        ``isotropic``: all axes alike, whatever the voxel size.
+    style
+        Feed the mean of the deepest features to the way up, as Cellpose does.
+    patch
+        Shape (z, y, x) of the patches in voxels of the network's grid; None: `patch_diameters` of a nucleus.
+    patch_diameters
+        Edge of the patches in diameters of a nucleus.
+    nucleus_centred, faint_centred
+        Shares of the patches that are drawn around a nucleus, and around one of the faintest fifth; the
+        others lie anywhere.
+    flow_weight, probability_weight, dice_weight
+        Weights in the loss: of the mean squared error of the flows inside nuclei, of the foreground's
+        cross-entropy, and of its Dice loss.
+    balance_axes
+        Divide each axis' error by the variance of its target, so that z, which has less, is learned as well.
+    """
+
+    profile: Literal["default", "small"] = "default"
+    pooling: Literal["spacing", "isotropic"] = "spacing"
+    style: bool = False
+    patch: tuple[Size, Size, Size] | None = None
+    patch_diameters: PositiveFloat = 4.0
+    nucleus_centred: Share = 0.6
+    faint_centred: Share = 0.2
+    flow_weight: Weight = 5.0
+    probability_weight: Weight = 1.0
+    dice_weight: Weight = 1.0
+    balance_axes: bool = True
+
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rotation = Literal["none", "quarter", "free"]
+
+
+class AugmentParams(Section):
+    """Random changes of a crop; 0 (or false, or none) switches one off.
+
+    Each has random numbers of its own, so switching one on or off leaves the draws of the others as they
+    were. Intensities are those after normalisation: 0 is background, about 1 the brightest nuclei.
+
+    Attributes
+    ----------
+    flips
+        Mirror both axes of a plane, each with probability 1/2.
+    flip_z
+        Whether z is mirrored too. False lets the network learn what differs between up and down (light that
+        fades with depth, labels that lag behind the image); xz and yz planes then cannot be rotated.
+    rotation, side_rotation
+        Rotation of xy planes, and of xz and yz planes: ``none``, ``quarter`` (multiples of 90 degrees) or
+        ``free`` (any angle, as stock Cellpose does in all views).
+    rescale_range
+        Width of the range of random scales around 1, as in Cellpose: 0.5 is 0.75 to 1.25.
+    brightness_linear
+        Half-width b of the gain (1 - b to 1 + b) and a tenth of b for the offset.
+    brightness_gamma
+        Exponents are exp(-g) to exp(g).
+    dim_share, dim_min, dim_noise, psf_px
+        Share of nuclei that are dimmed, the least factor (log-uniform up to 1), how much of the shot noise
+        that dimming removes is put back (1: all), and the width (Gaussian sigma, pixels at the network's
+        scale) of the blur of a nucleus' edge.
+    depth_attenuation
+        Greatest optical depth of a plane: light falls by exp(-a), along z in xz and yz, as a whole in xy.
+    blur_px, blur_anisotropy
+        Greatest sigma of a Gaussian blur in xy, and how many times wider it is along z.
+    noise
+        Greatest standard deviation of added noise at intensity 1: half of it as read noise, all as shot
+        noise.
+    low_resolution
+        Share of crops that are averaged over up to `low_resolution_factor` pixels (along z in xz and yz,
+        along both axes in xy) and interpolated back.
+    """
+
+    flips: bool = True
+    flip_z: bool = True
+    rotation: Rotation = "quarter"
+    side_rotation: Rotation = "quarter"
+    rescale_range: Annotated[float, Field(ge=0, lt=2)] = 0.5
+    brightness_linear: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    brightness_gamma: NonNegative = 0.0
+    dim_share: Share = 0.0
+    dim_min: Annotated[float, Field(gt=0, le=1)] = 0.1
+    dim_noise: NonNegative = 1.0
+    psf_px: NonNegative = 1.0
+    depth_attenuation: NonNegative = 0.0
+    blur_px: Annotated[float, Field(ge=0, le=10)] = 0.0
+    blur_anisotropy: PositiveFloat = 2.0
+    noise: NonNegative = 0.0
+    low_resolution: Share = 0.0
+    low_resolution_factor: Annotated[float, Field(ge=1, le=16)] = 4.0
+
+    @model_validator(mode="after")
+    def _keep_z_upright(self) -> Self:
+        if self.flips and not self.flip_z and self.side_rotation != "none":
+            raise ValueError("flip_z: false needs side_rotation: none, for a rotation turns z over as well")
+        return self
+
+
+class SamplingParams(Section):
+    """How often planes are drawn; the defaults draw all alike, as the recipe does.
+
+    The weights multiply. A weight of 0 leaves planes out.
+
+    Attributes
+    ----------
+    xy, xz, yz
+        Weight of the planes of a view.
+    nuclei_power
+        Weight (number of nuclei)**power; planes without nuclei count as one.
+    sparse
+        Weight of planes with fewer than `train.min_train_masks` nuclei. prepare writes such planes only where
+        prepare.sparse_share asks for them; 0 is stock Cellpose's rule, which never draws them.
+    contrast_power
+        Weight (contrast of the faintest nucleus / median over planes)**-power, held within 1/4 to 4.
+    balance
+        ``embryos``: every embryo, or ``frames``: every frame (stage), is drawn alike often whatever its
+        number of planes.
+    nucleus_centred
+        Share of the crops that are placed around a pixel of a nucleus instead of anywhere.
+    """
+
+    xy: NonNegative = 1.0
+    xz: NonNegative = 1.0
+    yz: NonNegative = 1.0
+    nuclei_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    sparse: NonNegative = 1.0
+    contrast_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    balance: Literal["none", "embryos", "frames"] = "none"
+    nucleus_centred: Share = 0.0
+
+
+class LossParams(Section):
+    """Weights of nuclei in the loss; the background always has weight 1.
+
+    Attributes
+    ----------
+    weight_by
+        ``contrast``: (contrast / median)**-power; ``size``: (area / median)**-power; ``none``: 1.
+    power
+        See above.
+    max_weight
+        Weights are held within 1/max_weight and max_weight.
+    """
+
+    weight_by: Literal["none", "contrast", "size"] = "none"
+    power: Annotated[float, Field(ge=0, le=2)] = 0.5
+    max_weight: Annotated[float, Field(ge=1)] = 4.0
+
+
+class TrainParams(Section):
+    """Training of the network; the defaults are the recipe's.
+
+    Attributes
+    ----------
+    network
+        ``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
+        makes what it needs, so a change asks for a new data set.
+    name
+        Of the model: the weights file, and what Cellpose shows.
+    start_from
+        A model folder or weights file to start from; None: from scratch.
+    diameter_px
+        Diameter of a typical nucleus at the network's scale.
+    epochs, batch_size, crops_per_epoch, crop_px
+        Length of the training, in crops of crop_px x crop_px pixels (full3d: in patches); crops_per_epoch
+        None: one per plane drawn (full3d: one per nucleus).
+    optimizer, learning_rate, weight_decay, momentum
+        momentum is SGD's. The default rate is that of Cellpose's own trainer; of 1e-3, 2e-3 and 5e-3 it gave
+        the lowest validation loss after 240 steps of 8 and 120 steps of 32 crops.
+    schedule, warmup_steps
+        ``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at
+        the end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number
+        of epochs, so that a training can be prolonged.
+    min_train_masks
+        Planes with fewer nuclei count as sparse and are drawn with the weight sampling.sparse (0: never).
+    validation_crops
+        Number of fixed crops on which the validation loss is computed.
+    validate_volumes_every, validation_volumes
+        Every how many epochs the average precision is computed in 3D (0: never), and on how many volumes.
+    patience
+        Stop after so many epochs without a better validation loss.
+    select
+        Whether the ``best`` or the ``last`` epoch becomes the model.
+    ema
+        Decay of an exponential mean of the weights, which is then what is validated and kept (0: off).
+    gradient_clip
+        Greatest norm of the gradient (0: off).
+    precision
+        ``auto``: bfloat16 where the processor computes with it (CUDA from Ampere on, CPUs with AVX512-BF16 or
+        AMX), else float32. Weights, loss and optimiser are always float32.
+    cuda_graph
+        On a GPU, record a step once and replay it: the same numbers, faster for small batches.
+    workers
+        Threads that cut crops; None: one on a CPU, up to eight beside a GPU.
+    memory_limit_gb
+        Planes that take more than this are read from disk as they are needed.
+    """
+
+    network: Literal["views2d", "full3d"] = "views2d"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
+    start_from: str | None = None
+    diameter_px: PositiveFloat = 30.0
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    crops_per_epoch: Annotated[int, Field(ge=1)] | None = None
+    crop_px: Annotated[int, Field(ge=32, multiple_of=16)] = 224
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 5e-3
+    weight_decay: NonNegative = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["constant", "warmup_cosine", "cellpose"] = "warmup_cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    min_train_masks: Annotated[int, Field(ge=0)] = 3
+    validation_crops: Annotated[int, Field(ge=0)] = 64
+    validate_volumes_every: Annotated[int, Field(ge=0)] = 0
+    validation_volumes: Annotated[int, Field(ge=1)] = 3
+    patience: Annotated[int, Field(ge=1)] | None = None
+    select: Literal["best", "last"] = "best"
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gradient_clip: NonNegative = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    channels_last: bool = True
+    cuda_graph: bool = True
+    workers: Annotated[int, Field(ge=1)] | None = None
+    memory_limit_gb: PositiveFloat = 2.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sampling: SamplingParams = SamplingParams()
+    loss: LossParams = LossParams()
+    augment: AugmentParams = AugmentParams()
+    full3d: Full3dParams = Full3dParams()
+
+
+Iou = Annotated[float, Field(ge=0.5, lt=1)]
+
+
+class CalibrateParams(Section):
+    """How thresholds are chosen on validation embryos after a training.
+
+    Attributes
+    ----------
+    volumes
+        Validation frames that are segmented, spread evenly; 0 leaves the thresholds at their defaults, null
+        takes all.
+    cellprob
+        Thresholds of the logit that are tried.
+    iou
+        The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
+        alone counts nuclei.
+    volume_fractions
+        Least volumes that are tried, as fractions of a typical nucleus.
+    """
+
+    volumes: Annotated[int, Field(ge=0)] | None = 6
+    cellprob: Annotated[tuple[float, ...], Field(min_length=1)] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
+    iou: Annotated[tuple[Iou, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8)
+    volume_fractions: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0, 0.02, 0.05, 0.1)
+
+
+Mode = Literal["auto", "ortho", "stitch", "cellpose", "full3d", "mixed"]
+
+
+class PredictParams(Section):
+    """How a volume is segmented; None means: the value stored with the model.
+
+    `mode` auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`.
+    `views` are the planes that modes ortho and mixed look at, `view_weights` the trust in each (None: equal),
+    and `orthogonal_model` another 2D model for xz and yz, of the same `diameter_px`. `volume_model` is a 3D
+    model beside a 2D one: mode mixed fuses its flows with those of the views; `volume_weight` is the trust in
+    it, where a view has 1 unless `view_weights` says otherwise. Both are for predictions on this machine (the
+    commands predict, calibrate and assess); a training or a search looks at its network alone.
+    `fusion` consensus trusts, place by place, the look whose flow varies least; mean trusts all alike.
+    `stitch_min_iou` is the least overlap at which mode stitch links masks of neighbouring planes;
+    `stitch_max_gap` is the number of planes in which a nucleus may be missing.
+    `orthogonal_step` computes every n-th xz and yz plane only and interpolates between. `flip_average`
+    averages over the four flips of each plane (four times the work). `precision` auto takes bfloat16 where
+    the hardware computes it; `engine` auto takes OpenVINO where it is installed (CPU only). `flow3d_smooth`
+    is stock Cellpose's option, for mode cellpose only. A volume that would need more than `memory_gb` is cut
+    into blocks, which Dask runs: on `workers` processes of this machine, or on the cluster whose `scheduler`
+    is named (tcp://host:port).
+    """
+
+    mode: Mode = "auto"
+    diameter_um: PositiveFloat | None = None
+    views: Annotated[tuple[Literal["xy", "xz", "yz"], ...], Field(min_length=1)] = ("xy", "xz", "yz")
+    view_weights: tuple[PositiveFloat, ...] | None = None
+    orthogonal_model: Path | None = None
+    volume_model: Path | None = None
+    volume_weight: PositiveFloat = 1.0
+    fusion: Literal["mean", "consensus"] = "mean"
+    orthogonal_step: Annotated[int, Field(ge=1)] = 1
+    cellprob_threshold: float | None = None
+    score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_volume_um3: Annotated[float, Field(ge=0)] | None = None
+    max_volume_um3: PositiveFloat | None = None
+    flip_average: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
+    stitch_max_gap: Annotated[int, Field(ge=0)] = 1
+    flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
+    memory_gb: PositiveFloat | None = None
+    workers: Annotated[int, Field(ge=1)] = 1
+    scheduler: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check_views(self) -> Self:
+        if len(set(self.views)) != len(self.views):
+            raise ValueError(f"views names a view twice: {', '.join(self.views)}")
+        if self.view_weights is not None and len(self.view_weights) != len(self.views):
+            raise ValueError(
+                f"view_weights has {len(self.view_weights)} numbers for {len(self.views)} views; "
+                "give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_volume_model(self) -> Self:
+        if self.mode == "mixed" and self.volume_model is None:
+            raise ValueError(
+                "mode mixed needs a 3D model beside the 2D one; give predict.volume_model=PATH, or use ortho"
+            )
+        if self.volume_model is not None and self.mode not in ("auto", "mixed"):
+            raise ValueError(
+                f"volume_model is for mode mixed, not {self.mode}; use mixed or auto, or leave it out"
+            )
+        return self
+
+    def of_one_network(self) -> Self:
+        """Give these wishes for a network by itself, without models beside it."""
+        mode = "auto" if self.mode == "mixed" else self.mode
+        return self.model_copy(update={"mode": mode, "orthogonal_model": None, "volume_model": None})
+
+
+class EvaluateParams(Section):
+    """Thresholds, contrast bins, bootstrap and report of the evaluation.
+
+    `resample` says what the bootstrap draws: whole embryos, blocks of time within embryos, or (auto)
+    embryos where there are at least four. `viewer_megabytes` bounds the volumes shown in the report; larger
+    data are shown in part and at a lower resolution. True labels below `min_true_volume_um3`, the debris of
+    hand labelling, become background; predictions are all counted.
+
+    `baselines` are put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a
+    distance-transform watershed, where there are images) and, where held-out frames are predicted (assess,
+    run), ``stock_fusion`` (the same network with Cellpose's own do_3D; on a CPU it takes several times as
+    long as the model, and many times the memory of a volume) and ``champion`` (the registered one, if there
+    is one and it is another model).
+    """
+
+    thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+    contrast_bins: Annotated[int, Field(ge=2)] = 5
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    resample: Literal["auto", "embryo", "time"] = "auto"
+    baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = (
+        "otsu",
+        "stock_fusion",
+        "champion",
+    )
+    min_true_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    surface_distances: bool = True
+    report: bool = True
+    viewer_megabytes: PositiveFloat = 8.0
+
+    @field_validator("thresholds")
+    @classmethod
+    def _usable_thresholds(cls, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        if not thresholds or any(not 0 < threshold <= 1 for threshold in thresholds):
+            raise ValueError("IoU thresholds must lie above 0 and at most at 1, and there must be one")
+        if list(thresholds) != sorted(set(thresholds)):
+            raise ValueError("IoU thresholds must ascend without repeats, such as [0.5, 0.75, 0.9]")
+        if len({f"{threshold:.2f}" for threshold in thresholds}) < len(thresholds):
+            raise ValueError("IoU thresholds must differ in their first two decimals")
+        return thresholds
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Range(Section):
+    """The values that are tried for one parameter: a few `choices`, or all from `low` to `high`.
+
+    With `log` each factor of ten is as likely as the next. For a parameter that is a whole number only
+    whole numbers are tried.
+    """
+
+    low: Finite | None = None
+    high: Finite | None = None
+    log: bool = False
+    choices: Annotated[tuple[bool | int | float | str | None, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Range:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("give choices, or low and high, not both")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give both low and high, or choices")
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range starts above 0, low is {self.low:g}")
+        return self
+
+
+_RECIPE_RANGES = {
+    "epochs": Range(low=5, high=60, log=True),
+    "batch_size": Range(choices=(8, 16, 32, 64)),
+    "learning_rate": Range(low=1e-4, high=1e-2, log=True),
+    "weight_decay": Range(low=1e-6, high=1e-1, log=True),
+}
+
+
+class SearchParams(Section):
+    """What is searched, for what, and when a trial is given up.
+
+    Attributes
+    ----------
+    study
+        Name of the search in its storage; null: that of the folder it writes.
+    objective
+        What is maximised on the validation volumes in 3D: ``ap``, the average precision at IoU 0.5, or
+        ``faint_recall``, the recall of the faintest fifth of the nuclei where the precision is `precision`.
+    precision
+        The precision at which ``faint_recall`` is read off; a model that reaches it nowhere scores below 0.
+    volumes
+        Number of validation volumes that are segmented, spread evenly over them; null: all.
+    epochs, batch_size, learning_rate, weight_decay
+        Ranges of these parameters of the section train; null leaves one as it is.
+    more
+        Ranges of further parameters by their dotted name, such as ``train.augment.dim_share``.
+    prune
+        Give unpromising trials up on the way, by asynchronous successive halving (ASHA).
+    prune_on
+        What is compared on the way, after every epoch that has it: the validation ``loss``, or the ``ap`` in
+        3D (then `train.validate_volumes_every` says after which epochs it is computed).
+    first_rung, reduction
+        Trials are compared when `first_rung` of their own epochs are done, and again each time that share
+        has grown `reduction` times; about one in `reduction` goes on.
+    startup_trials
+        Trials drawn at random before the sampler (TPE) starts to learn; null: a third of all, at most ten.
+    confirm_top, confirm_seeds
+        After the search, train the best `confirm_top` trials and the starting values again with
+        `confirm_seeds` other seeds; the best mean wins. 0 seeds: no confirmation.
+    keep_models
+        Model folders of so many best trials stay on disk.
+    max_retries
+        How often a trial whose process died is run again.
+    max_failures
+        After so many trials that failed with an error the search stops.
+    heartbeat_s, grace_s
+        With PostgreSQL: seconds between two signs of life of a worker, and the silence after which it
+        counts as dead.
+    """
+
+    study: Annotated[str, Field(min_length=1)] | None = None
+    objective: Literal["ap", "faint_recall"] = "ap"
+    precision: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    volumes: Annotated[int, Field(ge=1)] | None = None
+    epochs: Range | None = _RECIPE_RANGES["epochs"]
+    batch_size: Range | None = _RECIPE_RANGES["batch_size"]
+    learning_rate: Range | None = _RECIPE_RANGES["learning_rate"]
+    weight_decay: Range | None = _RECIPE_RANGES["weight_decay"]
+    more: Mapping[str, Range] = Field(default_factory=dict)
+    prune: bool = True
+    prune_on: Literal["loss", "ap"] = "loss"
+    first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    reduction: Annotated[int, Field(ge=2)] = 2
+    startup_trials: Annotated[int, Field(ge=1)] | None = None
+    confirm_top: Annotated[int, Field(ge=1)] = 3
+    confirm_seeds: Annotated[int, Field(ge=0)] = 0
+    keep_models: Annotated[int, Field(ge=1)] = 3
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    max_failures: Annotated[int, Field(ge=1)] = 3
+    heartbeat_s: Annotated[int, Field(ge=1)] = 30
+    grace_s: Annotated[int, Field(ge=2)] = 120
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_ranges(cls, given: Any) -> Any:
+        """Take what a range leaves out, as in ``epochs: {high: 30}``, from the default."""
+        if not isinstance(given, Mapping):
+            return given
+        completed = dict(given)
+        for name, default in _RECIPE_RANGES.items():
+            value = given.get(name)
+            if isinstance(value, Mapping) and default.choices is None and "choices" not in value:
+                completed[name] = default.model_dump(exclude={"choices"}) | dict(value)
+        return completed
+
+    @model_validator(mode="after")
+    def _grace_outlasts_heartbeat(self) -> SearchParams:
+        if self.grace_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"grace_s ({self.grace_s}) must be at least twice heartbeat_s ({self.heartbeat_s})"
+            )
+        return self
+
+    def ranges(self) -> dict[str, Range]:
+        """Give every searched parameter's range by its dotted name."""
+        recipe = {f"train.{name}": getattr(self, name) for name in _RECIPE_RANGES}
+        return {name: found for name, found in recipe.items() if found is not None} | dict(self.more)
+
+
+class TrackingParams(Section):
+    """Where runs and models go.
+
+    `uri` None means the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the project directory.
+    Runs are grouped in `experiment`; models are registered as `registered_name`. With `enabled` false
+    nothing is recorded.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "nuclei3d"
+    registered_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] = "nuclei_3d"
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ServeParams(Section):
+    """Limits of the service around a model.
+
+    Attributes
+    ----------
+    root
+        Folder below which requests may name files by path; None refuses paths.
+    queue
+        Requests that may wait while one is computed; the next is answered 503.
+    max_body_mb
+        Largest body of a request.
+    max_voxels
+        Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
+        of one such volume fits the memory.
+    timeout_s
+        Longest time from a request's arrival to its answer.
+    shutdown_s
+        How long a stopping service lets the request that is being computed finish.
+    token_variable
+        Environment variable with the bearer token that requests must carry; no token is asked for where
+        it is unset. The token itself is never written into a file.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 5050
+    root: str | None = None
+    queue: Annotated[int, Field(ge=0)] = 16
+    max_body_mb: PositiveInt = 512
+    max_voxels: PositiveInt = 100_000_000
+    timeout_s: Seconds = 1800.0
+    shutdown_s: Seconds = 60.0
+    token_variable: str = "NUCLEI3D_TOKEN"
+
+
+class Params(Section):
+    """Everything in params.yaml; each field is one section."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataParams = DataParams()
+    simulate: SimulateParams = SimulateParams()
+    normalization: NormalizationParams = NormalizationParams()
+    prepare: PrepareParams = PrepareParams()
+    train: TrainParams = TrainParams()
+    calibrate: CalibrateParams = CalibrateParams()
+    predict: PredictParams = PredictParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    search: SearchParams = SearchParams()
+    tracking: TrackingParams = TrackingParams()
+    serve: ServeParams = ServeParams()

@@ -1,1 +1,0 @@
-"""Overlaps, metrics, contrast, intervals and the baseline without a network."""

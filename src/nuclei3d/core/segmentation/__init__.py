@@ -1,1 +1,0 @@
-"""From a volume to nuclei: the network pass, fusion, dynamics, stitching, blocks."""

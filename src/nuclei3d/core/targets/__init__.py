@@ -1,1 +1,0 @@
-"""Flow targets by heat diffusion: what the network learns."""

@@ -1,1 +1,0 @@
-"""Planes, crops, augmentation, losses and the training loop."""

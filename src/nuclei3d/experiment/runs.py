@@ -1,0 +1,343 @@
+"""One MLflow run per stage, with its lineage, that works under `mlflow run`, under DVC and bare."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nuclei3d.config import Params, params_as_dict
+from nuclei3d.console import say
+from nuclei3d.errors import InputError
+from nuclei3d.experiment.provenance import environment_listing, trace_lineage
+from nuclei3d.experiment.store import (
+    experiment_id,
+    open_store,
+    show_as_training,
+    store_uri,
+    without_passwords,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# The sections of params.yaml whose values are logged as parameters of a stage's run; the whole file is
+# always kept as an artifact.
+_SECTIONS = {
+    "simulate": ("simulate",),
+    "prepare": ("data", "normalization", "prepare"),
+    "train": ("train",),
+    "predict": ("predict",),
+    "evaluate": ("predict", "evaluate"),
+    "register": ("tracking",),
+    "serve": ("serve",),
+}
+_MAX_METRICS_IN_BATCH = 900
+_MAX_VALUE_LENGTH = 5000
+_PROCESS_TAG = "nuclei3d.process"
+PARENT_RUN_VARIABLE = "NUCLEI3D_PARENT_RUN_ID"
+
+
+class StageRun:
+    """A thin handle on one MLflow run; a silent one (`run_id` None) when tracking is switched off.
+
+    A server that stops answering in the middle does not take hours of computing with it: what could not be
+    sent is kept and sent with the next values, and the user is told once.
+    """
+
+    def __init__(self, client: MlflowClient | None, run_id: str | None, stage: str = "") -> None:
+        self._client = client
+        self.stage = stage
+        self._unsent: list[Callable[[], None]] = []
+        self._told = False
+        self.run_id = run_id
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers under their names, as points of curves if `step` is given."""
+        if self._client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(name, float(value), now, step or 0) for name, value in values.items()]
+        for first in range(0, len(points), _MAX_METRICS_IN_BATCH):
+            self._send("log_batch", metrics=points[first : first + _MAX_METRICS_IN_BATCH])
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log settings; a name with a dot cannot collide with the parameters that `mlflow run` logs."""
+        if self._client is None:
+            return
+        from mlflow.entities import Param
+
+        entries = [Param(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
+        for first in range(0, len(entries), 100):
+            self._send("log_batch", params=entries[first : first + 100])
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Set tags."""
+        if self._client is None:
+            return
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
+        for first in range(0, len(entries), 100):
+            self._send("log_batch", tags=entries[first : first + 100])
+
+    def note(self, text: str) -> None:
+        """Set the description that the MLflow UI shows on top of the run (Markdown)."""
+        self.tags({"mlflow.note.content": text})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keep a copy of a file, or of a folder with all it holds, under `folder` of the run's artifacts."""
+        if path.is_dir():
+            self._send("log_artifacts", str(path), "/".join(part for part in (folder, path.name) if part))
+        else:
+            self._send("log_artifact", str(path), folder or None)
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text as the artifact `name`."""
+        self._send("log_text", text, name)
+
+    def figure(self, figure: object, name: str) -> None:
+        """Keep a matplotlib or plotly figure as the artifact `name`, such as ``curves.png``."""
+        self._send("log_figure", figure, name)
+
+    def finish(self) -> None:
+        """Send what is still waiting; say so where that fails."""
+        if self._flush():
+            return
+        say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
+
+    def _send(self, method: str, *values: Any, **named: Any) -> None:
+        if self._client is None:
+            return
+        client = self._client
+        self._unsent.append(lambda: getattr(client, method)(self.run_id, *values, **named))
+        if not self._flush() and not self._told:
+            self._told = True
+            say("warning: the tracking server stopped answering; going on, trying again with the next values")
+
+    def _flush(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        while self._unsent:
+            try:
+                self._unsent[0]()
+            except (MlflowException, OSError) as error:
+                if _is_refusal(error):
+                    self._unsent.pop(0)
+                    raise
+                return False
+            self._unsent.pop(0)
+        return True
+
+
+# The runs of this process that are open, innermost last.
+_open_runs: list[StageRun] = []
+
+
+@contextmanager
+def stage_run(
+    stage: str,
+    params: Params,
+    *,
+    inputs: Mapping[str, Path],
+    name: str | None = None,
+    resume: str | None = None,
+) -> Iterator[StageRun]:
+    """Open the MLflow run of a stage, log where its result comes from, and close it with its outcome.
+
+    Under `mlflow run` the first stage of the process adopts the run that MLflow made. Inside another
+    `stage_run` (the pipeline), or with the environment variable NUCLEI3D_PARENT_RUN_ID, the new run is a
+    child; inside one of the same stage it is that very run. Otherwise it is a run of its own in the
+    experiment `tracking.experiment`.
+
+    Parameters
+    ----------
+    stage
+        ``prepare``, ``train``, ... ; also the run's name unless `name` says more.
+    params
+        All parameters; those of the stage's own sections are logged, the rest is an artifact.
+    inputs
+        Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
+        tags.
+    resume
+        Id of a run that a killed process left open, to go on with; a new one is made if it is not there.
+
+    Raises
+    ------
+    InputError
+        If the tracking server does not answer.
+    """
+    if not params.tracking.enabled:
+        yield StageRun(None, None)
+        return
+    if _open_runs and _open_runs[-1].stage == stage:
+        yield _open_runs[-1]
+        return
+    client = open_store(params.tracking)
+    lineage = trace_lineage(params, inputs, device=_device_wish(stage, params))
+    close_abandoned(client)
+    run_id = _begin(client, params, name or stage, resume)
+    run = StageRun(client, run_id, stage)
+    _open_runs.append(run)
+    try:
+        run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
+        run.tags(lineage.as_tags())
+        run.params(_stage_params(stage, params))
+        listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
+        run.text(without_passwords(listing), "lineage/params.yaml")
+        run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
+        run.text(environment_listing(), "lineage/environment.txt")
+        yield run
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+        run.tags({"nuclei3d.failure": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        run.finish()
+        _end("KILLED" if stopped else "FAILED")
+        raise
+    finally:
+        _open_runs.remove(run)
+    run.finish()
+    _end("FINISHED")
+    _write_record(stage, run_id)
+
+
+def close_abandoned(client: MlflowClient) -> None:
+    """Mark the runs that killed processes of this machine left open as KILLED."""
+    import psutil
+
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    prefix = f"{socket.gethostname()}:"
+    found = client.search_runs(
+        experiments, f"attributes.status = 'RUNNING' AND tags.`{_PROCESS_TAG}` LIKE '{prefix}%'"
+    )
+    for run in found:
+        pid, _, started = run.data.tags[_PROCESS_TAG].removeprefix(prefix).partition("@")
+        try:
+            alive = f"{psutil.Process(int(pid)).create_time():.0f}" == started
+        except (psutil.Error, ValueError):
+            alive = False
+        if not alive:
+            client.set_tag(run.info.run_id, "nuclei3d.failure", "its process was killed")
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _process() -> str:
+    """Name this process so that another one can tell whether it still lives (process ids are used again)."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}@{psutil.Process().create_time():.0f}"
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
+
+
+def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) -> str:
+    """Start, adopt or go on with the run and give its id."""
+    import mlflow
+
+    around = mlflow.active_run()
+    adopted = os.environ.get("MLFLOW_RUN_ID")
+    parent = os.environ.get(PARENT_RUN_VARIABLE)
+    if around is not None:
+        # parent_run_id is given although MLflow could find it: nested runs under `mlflow run` have been
+        # seen to overwrite their parent (mlflow#15713).
+        run = mlflow.start_run(
+            experiment_id=around.info.experiment_id,
+            run_name=name,
+            nested=True,
+            parent_run_id=around.info.run_id,
+        )
+    elif adopted:
+        # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
+        if not _exists(client, adopted):
+            raise InputError(
+                f"the run {adopted} that `mlflow run` made is not in the store "
+                f"{without_passwords(store_uri(params.tracking))}; "
+                "name one store for both: export MLFLOW_TRACKING_URI=sqlite:////absolute/path/mlflow.db"
+            )
+        run = mlflow.start_run()
+        client.set_tag(run.info.run_id, "mlflow.runName", name)
+        show_as_training(client, run.info.experiment_id)
+    elif resume is not None and _exists(client, resume):
+        run = mlflow.start_run(run_id=resume)
+    elif parent:
+        experiment = client.get_run(parent).info.experiment_id
+        run = mlflow.start_run(experiment_id=experiment, run_name=name, parent_run_id=parent)
+    else:
+        run = mlflow.start_run(experiment_id=experiment_id(client, params.tracking), run_name=name)
+    return str(run.info.run_id)
+
+
+def _end(status: str) -> None:
+    """Close the run; a server that no longer answers leaves it open there, but not here."""
+    import mlflow
+
+    try:
+        mlflow.end_run(status)
+    except (mlflow.exceptions.MlflowException, OSError):
+        say("warning: the tracking server does not answer; the run stays marked as running there")
+
+
+def _stage_params(stage: str, params: Params) -> dict[str, object]:
+    """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
+    tree = params_as_dict(params)
+    names = _SECTIONS.get(stage, tuple(key for key, value in tree.items() if isinstance(value, dict)))
+    flat: dict[str, object] = {"run.seed": params.seed}
+
+    def walk(prefix: str, node: Mapping[str, object]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = without_passwords(value) if isinstance(value, str) else value
+
+    for section in names:
+        if isinstance(tree.get(section), dict):
+            walk(f"{section}.", tree[section])
+    return flat
+
+
+def _device_wish(stage: str, params: Params) -> str | None:
+    if stage == "train":
+        return params.train.device
+    if stage in ("predict", "search", "pipeline", "serve"):
+        return params.predict.device
+    return None
+
+
+def _write_record(stage: str, run_id: str) -> None:
+    """Under DVC, leave the run's id in runs/dvc/<stage>.json.
+
+    dvc.yaml declares that file as an output that is not cached. So DVC leads to the MLflow run, and DVC
+    does not fill a stage from its run cache, which would leave MLflow without a run.
+    """
+    dvc_stage = os.environ.get("DVC_STAGE")
+    root = os.environ.get("DVC_ROOT")
+    if not dvc_stage or not root:
+        return
+    folder = Path(root) / "runs" / "dvc"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell a request that the server refused (our mistake) from a server that does not answer."""
+    code = getattr(error, "error_code", "")
+    return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")

@@ -1,0 +1,148 @@
+"""The model as MLflow serves it: this file is logged as code and run where the model is loaded.
+
+MLflow finds the package beside it (``code_paths``), so neither the project nor a pickle is needed there.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from nuclei3d.config.sections import PredictParams
+from nuclei3d.errors import InputError
+from nuclei3d.experiment.invocation import (
+    MAX_VOXELS,
+    RequestParams,
+    VolumeLimits,
+    open_frame,
+    read_request_params,
+    volume_on_disk,
+)
+from nuclei3d.images.frames import check_image
+from nuclei3d.images.writing import write_labels
+from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.networks.folder import load_model
+from nuclei3d.segmentation.nuclei import Nucleus
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import effective_parameters, segmentation_settings
+
+
+class NucleiModel(PythonModel):
+    """Segments the volumes of a data frame, one row each.
+
+    Its ``model_config`` (MLflow's, also by the environment variable SERVING_MODEL_CONFIG) has ``root``, the
+    folder below which rows may name files, ``max_voxels``, ``device`` and ``predict``, the defaults.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load what MLflow fetched."""
+        self.open(Path(context.artifacts["model"]), context.model_config or {})
+
+    def open(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Load the network of a model folder and find out which version of which registered model it is."""
+        root = config.get("root")
+        self.limits = VolumeLimits(Path(root) if root else None, int(config.get("max_voxels") or MAX_VOXELS))
+        self.defaults = PredictParams.model_validate(config.get("predict") or {})
+        self.model = load_model(folder)
+        self.device = choose_device(str(config.get("device") or self.defaults.device))
+        self.model.network.to(self.device)
+        self.version = {"name": self.model.info.name} | _registered_version(folder)
+        # Requests come in threads; the network's work is done for one of them at a time.
+        self._turn = threading.Lock()
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer a request of MLflow's own server; see `answer`."""
+        if not isinstance(model_input, pd.DataFrame):
+            model_input = pd.DataFrame(model_input)
+        try:
+            return [self.answer(row, params) for row in model_input.to_dict(orient="records")]
+        except InputError as error:
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
+
+    def answer(self, row: Mapping[Any, Any], params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Segment the volume of one row: ``volume`` (bytes of a TIFF, or their base64) or ``path``."""
+        wishes = read_request_params(params)
+        with volume_on_disk(row, self.limits) as file:
+            return self.segment_file(file, wishes)
+
+    def segment_file(
+        self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
+    ) -> dict[str, Any]:
+        """Segment the volume in a file.
+
+        Parameters
+        ----------
+        file
+            TIFF or OME-Zarr with one volume.
+        wishes
+            What the request sets.
+        progress
+            Called with the share done; what it raises stops the computation.
+
+        Returns
+        -------
+        dict
+            ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
+            of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``.
+
+        Raises
+        ------
+        InputError
+            If the request is at fault.
+        """
+        chosen = wishes.over(self.defaults)
+        frame, voxel_size = open_frame(file, wishes, self.limits.max_voxels)
+        image = frame.read()
+        check_image(image, "the volume")
+        settings = segmentation_settings(self.model.info, chosen, voxel_size)
+        with self._turn:
+            result = segment_volume(image, voxel_size, self.model.network, settings, self.device, progress)
+        with tempfile.TemporaryDirectory(prefix="nuclei3d-") as folder:
+            masks = Path(folder) / "masks.ome.tif"
+            write_labels(masks, result.labels, voxel_size)
+            labels = base64.b64encode(masks.read_bytes()).decode("ascii")
+        return {
+            "labels": labels,
+            "nuclei": [_record(nucleus) for nucleus in result.nuclei],
+            "parameters": effective_parameters(self.model.info, chosen, voxel_size),
+            "model": self.version,
+            "seconds": dict(result.seconds),
+        }
+
+
+def _record(nucleus: Nucleus) -> dict[str, float | None]:
+    """Give a nucleus as JSON can hold it: what is undefined (the score of stock Cellpose) is None."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in vars(nucleus).items()
+    }
+
+
+def _registered_version(folder: Path) -> dict[str, str]:
+    """Read the name and version that MLflow leaves beside a model that it fetched from the registry."""
+    for parent in list(folder.parents)[:3]:
+        note = parent / "registered_model_meta"
+        if note.is_file():
+            found = yaml.safe_load(note.read_text(encoding="utf-8"))
+            return {"registered_name": str(found["model_name"]), "version": str(found["model_version"])}
+    return {}
+
+
+set_model(NucleiModel())

@@ -1,0 +1,218 @@
+"""Where runs and models are kept: finding, checking and opening the MLflow store.
+
+Making MLflow's SQLite database whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from nuclei3d.config.sections import TrackingParams
+from nuclei3d.errors import InputError
+from nuclei3d.outputs import whole_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def make_sqlite_store(path: Path) -> None:
+    """Make the database of a new store; one that is there is left alone.
+
+    MLflow makes its tables in dozens of steps that are not one transaction. A process that is killed among
+    them leaves a database that MLflow refuses for ever after, and two that begin together trip over each
+    other. So it is made aside, under a lock, and renamed.
+    """
+    if path.exists() and path.stat().st_size > 0:
+        return
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_size > 0:
+            return
+        with whole_file(path) as new:
+            _make_tables(f"sqlite:///{new.absolute()}")
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+
+
+def _make_tables(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+
+
+SQLITE = "sqlite:///"
+_DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_ANSWER_TIMEOUT_S = 5.0
+_KIND = ("mlflow.experimentKind", "custom_model_development")
+
+
+def project_folder(start: Path | None = None) -> Path:
+    """Give the project directory: the nearest one upwards with an MLproject or params.yaml, else `start`."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "MLproject").is_file() or (folder / "params.yaml").is_file():
+            return folder
+    return here
+
+
+def store_uri(params: TrackingParams) -> str:
+    """Give the URI of the store, with SQLite paths made absolute.
+
+    Order: `tracking.uri`, then the environment variable MLFLOW_TRACKING_URI, then mlflow.db in the
+    project directory.
+    """
+    uri = params.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    if not uri:
+        return f"{SQLITE}{project_folder() / 'mlflow.db'}"
+    if uri.startswith(SQLITE):
+        path = Path(uri.removeprefix(SQLITE)).expanduser()
+        return f"{SQLITE}{path.resolve()}"
+    if "://" not in uri and not uri.startswith("databricks"):
+        raise InputError(
+            f"tracking.uri '{uri}' is no store that MLflow can write; give an http(s) address or a database, "
+            "for example sqlite:////home/me/mlflow.db"
+        )
+    return uri
+
+
+def open_store(params: TrackingParams) -> MlflowClient:
+    """Connect MLflow to the store and give a client.
+
+    Raises
+    ------
+    InputError
+        If the server or database does not answer within seconds, or the SQLite file cannot be written.
+    """
+    uri = store_uri(params)
+    _check_reachable(uri)
+    _quieten()
+    import mlflow
+
+    if uri.startswith(SQLITE):
+        make_sqlite_store(Path(uri.removeprefix(SQLITE)))
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tracking store {without_passwords(uri)} cannot be used: {reason}") from None
+    return client
+
+
+def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
+    """Give the id of the experiment, made if it is new (or was deleted).
+
+    Its artifacts lie at an absolute path, in mlartifacts/<experiment> beside a SQLite database, or in the
+    project directory with a database server: MLflow's own default, mlruns in the working directory, would
+    depend on where the first run was started. A tracking server has a place of its own.
+    """
+    from mlflow.entities import LifecycleStage
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage == LifecycleStage.DELETED:
+            client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+    location = None
+    uri = store_uri(params)
+    if urlsplit(uri).scheme.partition("+")[0] in _DATABASES:
+        beside = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else project_folder()
+        location = (beside / "mlartifacts" / name).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location, tags=dict([_KIND])))
+    except MlflowException:
+        # Another process made it between our look and our creation.
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switch off MLflow's progress bars for a few files."""
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def show_as_training(client: MlflowClient, experiment: str) -> None:
+    """Have MLflow's UI open an experiment that we did not make with its runs, not as one of chat models."""
+    if _KIND[0] not in client.get_experiment(experiment).tags:
+        client.set_experiment_tag(experiment, *_KIND)
+
+
+def _check_reachable(uri: str) -> None:
+    """Fail within seconds where MLflow itself would go on trying for minutes."""
+    if uri.startswith(SQLITE):
+        _check_sqlite(Path(uri.removeprefix(SQLITE)))
+        return
+    parts = urlsplit(uri)
+    port = parts.port or _DEFAULT_PORTS.get(parts.scheme.partition("+")[0])
+    if parts.hostname is None or port is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_ANSWER_TIMEOUT_S).close()
+        if parts.scheme in ("http", "https"):
+            import requests
+
+            # Any answer will do, also "401": the question is only whether somebody is there.
+            requests.get(uri, timeout=_ANSWER_TIMEOUT_S, stream=True).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(
+            f"the tracking server {without_passwords(uri)} does not answer ({reason}); start it, correct "
+            "tracking.uri or MLFLOW_TRACKING_URI, or run with --set tracking.enabled=false"
+        ) from None
+
+
+def _check_sqlite(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {path.parent} for the tracking store: {error.strerror}"
+        ) from None
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK):
+        raise InputError(f"cannot write the tracking store {path}; give another place with tracking.uri")
+    if path.is_dir():
+        raise InputError(
+            f"the tracking store {path} is a folder; tracking.uri must name a file such as mlflow.db"
+        )
+    if path.exists() and path.stat().st_size > 0:
+        with path.open("rb") as file:
+            if not file.read(16).startswith(b"SQLite format 3"):
+                raise InputError(f"{path} is no SQLite database; give another place with tracking.uri")
+
+
+def without_passwords(text: str) -> str:
+    """Blot out the passwords of addresses such as ``postgresql://me:secret@host/runs``."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
+
+
+def _quieten() -> None:
+    """Keep MLflow's and Alembic's accounts of their database migrations off the user's screen."""
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking", "mlflow.models", "mlflow.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)

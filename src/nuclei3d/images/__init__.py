@@ -1,0 +1,1 @@
+"""Volumes with axes and voxel size: reading, writing, data sets of embryos."""

@@ -1,0 +1,348 @@
+"""Frames: single volumes (Z, Y, X) in TIFF and OME-Zarr files and in folders of them.
+
+Checks that an array is an image or label volume as the rest of the program expects.
+
+Which volumes lie in a folder, in which order, and what their outputs are called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d import console
+from nuclei3d.errors import InputError
+from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames, missing
+from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
+from nuclei3d.images.tiff import TiffArray
+from nuclei3d.images.voxel_size import VoxelSize
+
+
+def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
+    """Check labels (Z, Y, X) and turn them into uint32.
+
+    Raises
+    ------
+    InputError
+        If they are no integers, or some are negative or above 2**32 - 1.
+    """
+    if labels.dtype.kind not in "bui":
+        raise InputError(
+            f"{where} holds {labels.dtype} values where labels are wanted, expected integers; save it as "
+            "16-bit (Fiji: Image > Type > 16-bit, without scaling)"
+        )
+    if labels.size:
+        if labels.dtype.kind == "i" and labels.min() < 0:
+            raise InputError(
+                f"{where} holds the negative label {labels.min()}; labels count from 1, 0 is background"
+            )
+        if labels.dtype.itemsize > 4 and labels.max() > np.iinfo(np.uint32).max:
+            raise InputError(
+                f"{where} holds the label {labels.max()}, expected at most 2**32 - 1; renumber the labels"
+            )
+    return labels.astype(np.uint32, copy=False)
+
+
+def check_image(image: NDArray[Any], where: str) -> None:
+    """Check that an array is a volume of finite numbers.
+
+    Parameters
+    ----------
+    image
+        Expected (Z, Y, X), each axis longer than 1, integers or floats.
+    where
+        Name of the file for messages.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if image.ndim != 3 or min(image.shape) < 2:
+        shape = " x ".join(map(str, image.shape))
+        raise InputError(f"{where} is no volume (shape {shape}); expected three axes (z, y, x) longer than 1")
+    if image.dtype.kind not in "buif":
+        raise InputError(f"{where} holds {image.dtype} values; expected integers or floats")
+    if image.dtype.kind != "f":
+        return
+    for z, plane in enumerate(image):
+        bad = image[z].size - int(np.count_nonzero(np.isfinite(plane)))
+        if bad:
+            raise InputError(
+                f"{where} holds NaN or infinite values ({bad} in plane {z}); replace them, for example by 0"
+            )
+
+
+_SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr")
+_TIFF_SUFFIXES = (".tif", ".tiff")
+
+
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Sort key under which t2 comes before t10."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in parts] + [(-1, text)]
+
+
+def frame_stem(path: Path) -> str:
+    """Give the file name without .tif, .ome.tif, .zarr and the like."""
+    lower = path.name.lower()
+    for suffix in _SUFFIXES:
+        if lower.endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def list_volumes(folder: Path) -> list[Path]:
+    """List the TIFF files and zarr folders directly in a folder, in natural order, without hidden ones."""
+    paths = [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+        and (is_zarr(path) or (path.suffix.lower() in _TIFF_SUFFIXES and path.is_file()))
+    ]
+    return sorted(paths, key=lambda path: natural_key(path.name))
+
+
+def volume_paths(source: Path) -> list[Path]:
+    """List the volumes that a path stands for: itself, or those in the folder.
+
+    Raises
+    ------
+    InputError
+        If the path does not exist or the folder holds none.
+    """
+    if not source.exists():
+        raise missing(source, f"{source} does not exist")
+    if not source.is_dir() or is_zarr(source):
+        return [source]
+    paths = list_volumes(source)
+    if not paths:
+        hint = f"; did you mean {source / 'images'}?" if (source / "images").is_dir() else ""
+        raise InputError(f"{source} holds no .tif, .tiff or .zarr{hint or '; give a folder that does'}")
+    return paths
+
+
+__all__ = ["Frame", "check_image", "find_frames", "read_labels", "single_frame", "single_label_frame"]
+
+# Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
+_told: set[tuple[Path, VoxelSize, VoxelSize]] = set()
+
+_WHOLE = (slice(None), slice(None), slice(None))
+
+
+@dataclass(frozen=True, repr=False)
+class Frame:
+    """One volume on disk, read when asked.
+
+    A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
+
+    Attributes
+    ----------
+    path
+        The TIFF file or OME-Zarr folder.
+    name
+        Stem for the names of outputs, unique within a listing.
+    shape
+        Number of voxels (z, y, x).
+    dtype
+        Type of a voxel.
+    voxel_size
+        Given by the user or read from the file; None where neither says it.
+    time
+        Index on the time axis of the file; None where the file holds one time point.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[np.generic]
+    voxel_size: VoxelSize | None
+    time: int | None
+    axes: FrameAxes
+    store: Literal["tiff", "zarr"]
+    scale_note: str = ""
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"Frame({self.name!r}, {shape} {self.dtype}, {self.voxel_size or 'no voxel size'})"
+
+    def read(self) -> NDArray[Any]:
+        """Read the volume (Z, Y, X) in its own type; other frames of the file are not read.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged.
+        """
+        return self.read_block(_WHOLE)
+
+    def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
+        """Read a part of the volume, touching only the planes or chunks that hold it.
+
+        Parameters
+        ----------
+        box
+            One slice with step 1 per axis (z, y, x).
+        """
+        index = self.axes.stored_index(box)
+        with _open(self.path, self.store) as array:
+            block = array.read(index)
+        return np.ascontiguousarray(self.axes.to_zyx(block))
+
+    def require_voxel_size(self) -> VoxelSize:
+        """Give the voxel size.
+
+        Raises
+        ------
+        InputError
+            If neither the file nor the user says it; the message says how to give it.
+        """
+        if self.voxel_size is not None:
+            return self.voxel_size
+        note = f" ({self.scale_note})" if self.scale_note else ""
+        raise InputError(
+            f"{self.path} does not state its voxel size{note}; give it in um in the order z, y, x: "
+            "--set data.voxel_size_um=[2.0,0.35,0.35], or save the file with its scale (Fiji: Image > "
+            "Properties)"
+        )
+
+
+def find_frames(
+    source: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
+) -> list[Frame]:
+    """List the frames of a file or folder.
+
+    Parameters
+    ----------
+    source
+        A TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder of
+        such, taken in natural order (t2 before t10). Hidden files are passed over.
+    channel
+        Name or number (from 0) of the channel to read where there are several.
+    voxel_size
+        Wins over what the files say; where they say something else, the user is told once.
+
+    Returns
+    -------
+    list of Frame
+        One per file and time point; never empty.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to read, or a file is damaged, not 3D, or leaves the channel open.
+    """
+    listing = volume_paths(Path(source))
+    frames: list[Frame] = []
+    shared: set[Path] = set()
+    for path in listing:
+        if path in shared:
+            continue
+        store: Literal["tiff", "zarr"] = "zarr" if is_zarr(path) else "tiff"
+        with _open(path, store) as array:
+            layout = array.layout
+        # Each file of a multi-file OME-TIFF gives the whole set.
+        shared.update(path.with_name(name) for name in layout.companions)
+        frames.extend(_frames_of(path, store, layout, channel))
+    _check_names(frames)
+    return frames if voxel_size is None else _rescale(frames, voxel_size)
+
+
+def read_labels(path: Path) -> NDArray[np.uint32]:
+    """Read a label volume.
+
+    Parameters
+    ----------
+    path
+        A TIFF file, or an OME-Zarr label image or image with one entry in its ``labels`` group.
+
+    Returns
+    -------
+    labels
+        uint32 (Z, Y, X); 0 is background.
+
+    Raises
+    ------
+    InputError
+        If the file holds no single volume of integers from 0 to 2**32 - 1.
+    """
+    return to_labels(single_label_frame(path).read(), str(path))
+
+
+def single_frame(path: Path, *, channel: str | int | None = None) -> Frame:
+    """Find the one frame of a file.
+
+    Raises
+    ------
+    InputError
+        If it holds several time points.
+    """
+    frames = find_frames(path, channel=channel)
+    if len(frames) > 1:
+        raise InputError(
+            f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
+        )
+    return frames[0]
+
+
+def single_label_frame(path: Path) -> Frame:
+    """Find the one label volume of a file or OME-Zarr folder."""
+    return single_frame(find_label_array(path) if is_zarr(path) else path)
+
+
+def _open(path: Path, store: Literal["tiff", "zarr"]) -> TiffArray | ZarrArray:
+    return TiffArray(path) if store == "tiff" else ZarrArray(path)
+
+
+def _frames_of(
+    path: Path, store: Literal["tiff", "zarr"], layout: Layout, channel: str | int | None
+) -> Iterable[Frame]:
+    stem = frame_stem(path)
+    found = lay_out_frames(layout, str(path), channel)
+    digits = max(3, len(str(len(found) - 1)))
+    for axes in found:
+        z, y, x = (layout.shape[place] for place in axes.spatial)
+        yield Frame(
+            path=path,
+            name=stem if axes.time is None else f"{stem}_t{axes.time:0{digits}d}",
+            shape=(z, y, x),
+            dtype=layout.dtype,
+            voxel_size=layout.voxel_size,
+            time=axes.time,
+            axes=axes,
+            store=store,
+            scale_note=layout.scale_note,
+        )
+
+
+def _check_names(frames: list[Frame]) -> None:
+    seen: dict[str, Path] = {}
+    for frame in frames:
+        other = seen.setdefault(frame.name, frame.path)
+        if other is not frame.path:
+            raise InputError(
+                f"{other} and {frame.path} would give outputs of the same name; rename one of them"
+            )
+
+
+def _rescale(frames: list[Frame], voxel_size: VoxelSize) -> list[Frame]:
+    """Put the given voxel size in the place of the files', and say so where they differ."""
+    for frame in frames:
+        if frame.voxel_size is not None and frame.voxel_size.differs_from(voxel_size):
+            _tell_contradiction(frame.path, frame.voxel_size, voxel_size)
+    return [replace(frame, voxel_size=voxel_size, scale_note="") for frame in frames]
+
+
+def _tell_contradiction(path: Path, stated: VoxelSize, given: VoxelSize) -> None:
+    """Tell of the first such file of a folder only: stages read a folder file by file."""
+    if (path.parent, stated, given) not in _told:
+        _told.add((path.parent, stated, given))
+        console.say(
+            f"{path} says voxels of {stated}; the given {given} is used instead, here and in its folder"
+        )

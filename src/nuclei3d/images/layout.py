@@ -1,0 +1,203 @@
+"""What a stored array holds, and which parts of it are frames (Z, Y, X).
+
+What is said where nothing lies at a path: how to fetch it, where DVC knows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+
+
+def missing(path: Path, message: str) -> InputError:
+    """Make the error for a path at which there is nothing.
+
+    Parameters
+    ----------
+    path
+        What was asked for.
+    message
+        What to say where DVC does not know it. Where the path, or a folder above it that is not there
+        either, has its ``.dvc`` file beside it, the command that fetches it is told instead.
+    """
+    for tracked in (path, *path.parents):
+        pointer = Path(f"{tracked}.dvc")
+        if pointer.is_file() and not tracked.exists():
+            return InputError(f"{path} is tracked by DVC but not here yet; get it with: dvc pull {pointer}")
+    return InputError(message)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes, type and scale of an array in a file.
+
+    Attributes
+    ----------
+    axes
+        One letter per axis in stored order: Z, Y, X, T (time), C (channel), S (colour sample); any other
+        letter is an axis of unknown meaning.
+    shape
+        Length of each axis.
+    dtype
+        Type of a voxel in native byte order.
+    voxel_size
+        From the file's metadata; None where the metadata do not give all three edges.
+    scale_note
+        Why there is no voxel size, where something can be said; else empty.
+    channels
+        Names of the channels, or empty where the file does not name them.
+    companions
+        Names of the files that share this array (a multi-file OME-TIFF), this file included; else empty.
+    """
+
+    axes: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    voxel_size: VoxelSize | None = None
+    scale_note: str = ""
+    channels: tuple[str, ...] = ()
+    companions: frozenset[str] = field(default_factory=frozenset)
+
+    def describe(self) -> str:
+        """Give axes and lengths as text, such as ``T=5, Z=51, Y=124, X=127``."""
+        return ", ".join(f"{axis}={length}" for axis, length in zip(self.axes, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class FrameAxes:
+    """How one frame lies in a stored array.
+
+    Attributes
+    ----------
+    fixed
+        Per stored axis the index at which it is held, or None for the three spatial axes.
+    spatial
+        Positions of z, y and x among the stored axes.
+    time
+        Index on the time axis; None where there is none longer than 1.
+    """
+
+    fixed: tuple[int | None, ...]
+    spatial: tuple[int, int, int]
+    time: int | None
+
+    def stored_index(self, box: tuple[slice, slice, slice]) -> tuple[int | slice, ...]:
+        """Translate a box (z, y, x) into an index of the stored array."""
+        index: list[int | slice] = [0 if at is None else at for at in self.fixed]
+        for position, part in zip(self.spatial, box, strict=True):
+            index[position] = part
+        return tuple(index)
+
+    def to_zyx(self, block: NDArray[Any]) -> NDArray[Any]:
+        """Turn what `stored_index` cut out into the order (z, y, x)."""
+        order = np.argsort(np.argsort(self.spatial))
+        return block.transpose(order)
+
+
+def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> list[FrameAxes]:
+    """Find the frames in a stored array: one per time point, of one channel.
+
+    Parameters
+    ----------
+    layout
+        The stored array.
+    where
+        Name of the file for messages.
+    channel
+        Name or number (from 0) of the channel; None where there is one only.
+
+    Raises
+    ------
+    InputError
+        If the array is not 3D, an axis has no meaning, or the channel is missing, unknown or ambiguous.
+    """
+    axes = _name_unknown_axis(layout, where)
+    length = dict(zip(axes, layout.shape, strict=True))
+    flat = [axis for axis in "ZYX" if length.get(axis, 1) == 1]
+    if flat:
+        raise InputError(_say_flat(layout, where, length))
+    if length.get("S", 1) > 1 and length.get("C", 1) > 1:
+        raise InputError(
+            f"{where} has colours and channels ({layout.describe()}); save one channel as grey values"
+        )
+    chosen = _choose_channel(layout, length, where, channel)
+    fixed: list[int | None] = []
+    for axis in axes:
+        if axis in "ZYX":
+            fixed.append(None)
+        elif axis in "CS" and length[axis] > 1:
+            fixed.append(chosen)
+        else:
+            fixed.append(0)
+    spatial = (axes.index("Z"), axes.index("Y"), axes.index("X"))
+    times = length.get("T", 1)
+    if times == 1:
+        return [FrameAxes(tuple(fixed), spatial, None)]
+    frames = []
+    for time in range(times):
+        at = list(fixed)
+        at[axes.index("T")] = time
+        frames.append(FrameAxes(tuple(at), spatial, time))
+    return frames
+
+
+def _name_unknown_axis(layout: Layout, where: str) -> str:
+    """Take the one axis without a meaning for z where no other is; singletons do not matter."""
+    axes = layout.axes.upper()
+    unknown = [place for place, axis in enumerate(axes) if axis not in "TCZYXS" and layout.shape[place] > 1]
+    has_depth = any(axis == "Z" and n > 1 for axis, n in zip(axes, layout.shape, strict=True))
+    if len(unknown) == 1 and not has_depth:
+        place = unknown[0]
+        named = axes.replace("Z", "_")
+        return named[:place] + "Z" + named[place + 1 :]
+    if unknown:
+        raise InputError(
+            f"{where} has axes of unknown meaning ({layout.describe()}); expected z, y, x and at most time "
+            "and channel; save it as OME-TIFF or from Fiji with its axes named"
+        )
+    return axes
+
+
+def _say_flat(layout: Layout, where: str, length: dict[str, int]) -> str:
+    text = f"{where} is no volume ({layout.describe()}); expected three axes (z, y, x) longer than 1"
+    if length.get("T", 1) > 1:
+        return text + "; if its time axis is really z, swap them in Fiji (Image > Properties) and save again"
+    if length.get("C", 1) > 1:
+        return (
+            text
+            + "; if its channels are really z planes, set them so in Fiji (Image > Properties) and save again"
+        )
+    return text + "; give a 3D stack"
+
+
+def _choose_channel(layout: Layout, length: dict[str, int], where: str, channel: str | int | None) -> int:
+    count = max(length.get("C", 1), length.get("S", 1))
+    names = layout.channels
+    if not names and length.get("S", 1) > 1:
+        names = ("red", "green", "blue", "alpha")[:count]
+    listing = ", ".join(
+        f"{number} ({names[number]})" if number < len(names) and names[number] else str(number)
+        for number in range(count)
+    )
+    if channel is None:
+        if count == 1:
+            return 0
+        raise InputError(
+            f"{where} has {count} channels: {listing}; choose one with --set data.channel=NUMBER"
+        )
+    matching = [number for number, name in enumerate(names[:count]) if name.lower() == str(channel).lower()]
+    if len(matching) == 1:
+        return matching[0]
+    if str(channel).lstrip("-").isdigit() and 0 <= int(channel) < count and not matching:
+        return int(channel)
+    what = "names several channels" if matching else "is none of its channels"
+    raise InputError(
+        f"{where}: channel '{channel}' {what}: {listing}; choose one with --set data.channel=NUMBER"
+    )

@@ -1,0 +1,341 @@
+"""Reading TIFF files: plain, ImageJ, OME and BigTIFF, memory-mapped or plane by plane.
+
+Voxel size and channel names from the metadata of a TIFF file (OME, ImageJ, resolution tags).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from nuclei3d.errors import InputError
+from nuclei3d.images.layout import Layout, missing
+from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
+
+_RESOLUTION_UNITS = {2: "inch", 3: "cm"}
+
+
+def read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
+    """Read the voxel size that a TIFF file states.
+
+    OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
+    without a unit of length (pixels) counts as none: anisotropy is derived, never guessed.
+
+    Returns
+    -------
+    voxel_size, note
+        The voxel size, or None and what is wrong or missing ("" where the file says nothing).
+    """
+    if file.is_ome and file.ome_metadata:
+        return _ome_scale(file.ome_metadata)
+    if file.is_imagej and file.imagej_metadata:
+        return _described_scale(file, file.imagej_metadata)
+    if file.is_shaped and file.shaped_metadata:
+        return _described_scale(file, file.shaped_metadata[0])
+    return _described_scale(file, {})
+
+
+def read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
+    """Read the channel names of an OME-TIFF; empty where the file has none."""
+    if not (file.is_ome and file.ome_metadata):
+        return ()
+    pixels = _ome_pixels(file.ome_metadata)
+    if pixels is None:
+        return ()
+    names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+    return names if any(names) else ()
+
+
+def _ome_pixels(xml: str) -> ElementTree.Element | None:
+    try:
+        # tifffile has parsed the same text already; this is the microscope's own file, no web input.
+        return ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
+    except ElementTree.ParseError:
+        return None
+
+
+def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:
+    pixels = _ome_pixels(xml)
+    if pixels is None:
+        return None, "its OME metadata cannot be read"
+    edges: list[float | None] = []
+    for axis in "ZYX":
+        text = pixels.get(f"PhysicalSize{axis}")
+        scale = micrometres_per(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        edges.append(None if text is None or scale is None else _number(text, scale))
+    return voxel_size_or_reason(*edges)
+
+
+def _described_scale(file: tifffile.TiffFile, description: Mapping[str, Any]) -> tuple[VoxelSize | None, str]:
+    tags = file.pages.first.tags
+    unit = str(description.get("unit", "")).strip()
+    if not unit:
+        unit = _RESOLUTION_UNITS.get(int(tags.valueof("ResolutionUnit", default=1)), "")
+    scale_x = micrometres_per(unit)
+    # ImageJ writes yunit and zunit where an axis has a unit of its own.
+    scale_y = micrometres_per(str(description.get("yunit", unit)))
+    scale_z = micrometres_per(str(description.get("zunit", unit)))
+    if scale_x is None and unit and "spacing" in description:
+        return None, f"its unit is '{unit}', which is no length"
+    spacing = description.get("spacing")
+    voxel_size, reason = voxel_size_or_reason(
+        None if spacing is None or scale_z is None else _number(spacing, scale_z),
+        _pixel_edge(tags.valueof("YResolution"), scale_y),
+        _pixel_edge(tags.valueof("XResolution"), scale_x),
+    )
+    if reason and spacing is None and file.is_imagej:
+        # Other programs that write this format leave the spacing out for want of knowing it.
+        reason += " (ImageJ itself leaves out a spacing of exactly 1)"
+    return voxel_size, reason
+
+
+def _pixel_edge(resolution: tuple[int, int] | None, scale: float | None) -> float | None:
+    """Turn pixels per unit, a ratio of two integers, into um per pixel."""
+    if resolution is None or scale is None:
+        return None
+    pixels, units = resolution
+    return units / pixels * scale if pixels and units else None
+
+
+def _number(text: object, scale: float) -> float:
+    try:
+        return float(str(text)) * scale
+    except ValueError:
+        return float("nan")
+
+
+# tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
+_LOGGER = logging.getLogger("tifffile")
+_LOGGER.addHandler(logging.NullHandler())
+
+# No compression shrinks even an empty volume further; a header that claims more is damaged.
+_STRONGEST_COMPRESSION = 100_000
+_SIGNS_OF_A_CUT = ("invalid value offset", "invalid page offset")
+
+
+class TiffArray:
+    """An open TIFF file whose first image is read in parts.
+
+    Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
+    one plane is held besides what is asked for.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, empty, no TIFF, damaged, or holds several images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _complaints() as complaints:
+            self._file = _open_tiff(path)
+        try:
+            with _damage_explained(path), _complaints() as more:
+                self._series = _main_series(self._file, path)
+                self.layout = self._read_layout()
+                self._check_complete()
+            if complaints or more:
+                raise InputError(_say_truncated(path, "its metadata point behind the end of the file"))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TiffArray:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
+        """Read a part of the array.
+
+        Parameters
+        ----------
+        index
+            One integer or slice (step 1) per stored axis.
+
+        Returns
+        -------
+        array
+            A copy in native byte order; axes given as integers are gone.
+        """
+        with _damage_explained(self.path):
+            offset = None if self.layout.companions else self._series.dataoffset
+            block = self._read_planes(index) if offset is None else self._read_mapped(offset, index)
+        return np.ascontiguousarray(block, dtype=self.layout.dtype)
+
+    def _read_layout(self) -> Layout:
+        series = self._series
+        voxel_size, note = read_scale(self._file)
+        companions: frozenset[str] = frozenset()
+        if series.is_multifile:
+            pages = (page for page in series.pages if page is not None)
+            companions = frozenset(page.parent.filehandle.name for page in pages)
+        return Layout(
+            axes=str(series.axes),
+            shape=tuple(int(length) for length in series.shape),
+            dtype=np.dtype(series.dtype).newbyteorder("="),
+            voxel_size=voxel_size,
+            scale_note=note,
+            channels=read_channel_names(self._file),
+            companions=companions,
+        )
+
+    def _check_complete(self) -> None:
+        """Find a file that was cut off before anything is computed from it."""
+        series = self._series
+        size = self.path.stat().st_size
+        claimed = series.size * self.layout.dtype.itemsize
+        if claimed > _STRONGEST_COMPRESSION * size and not self.layout.companions:
+            raise InputError(_say_truncated(self.path, f"its header claims {claimed} bytes of voxels"))
+        if self._file.is_imagej and series.kind not in ("imagej", "ome"):
+            raise InputError(
+                _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
+            )
+        if series.dataoffset is not None:
+            expected = series.dataoffset + claimed
+            if expected > size:
+                raise InputError(_say_truncated(self.path, f"{size} of at least {expected} bytes"))
+            return
+        if self._file.is_imagej and series.kind not in ("imagej", "ome"):
+            raise InputError(
+                _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
+            )
+        for number, page in enumerate(series.pages):
+            if page is None:
+                raise InputError(
+                    f"{self.path}: plane {number} is not in this file; put the other files of this "
+                    "multi-file OME-TIFF beside it, or save it as one file"
+                )
+            if page.parent is not self._file:
+                continue
+            ends = (at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True))
+            if max(ends, default=0) > size:
+                raise InputError(_say_truncated(self.path, f"the data of plane {number} end after the file"))
+
+    def _read_mapped(self, offset: int, index: tuple[int | slice, ...]) -> NDArray[Any]:
+        stored = self.layout.dtype.newbyteorder(self._file.byteorder)
+        mapped: NDArray[Any] = np.memmap(
+            self.path, dtype=stored, mode="r", offset=offset, shape=self.layout.shape
+        )
+        return np.array(mapped[index])
+
+    def _read_planes(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
+        page_shape = tuple(self._series.keyframe.shape)
+        leading = len(self.layout.shape) - len(page_shape)
+        if leading < 0 or self.layout.shape[leading:] != page_shape:
+            # A page with axes of length 1 that the series dropped: rare, and one page only.
+            whole = np.asarray(self._series.asarray())
+            return np.asarray(whole[index])
+        outer = [_positions(part, n) for part, n in zip(index[:leading], self.layout.shape, strict=False)]
+        inner = index[leading:]
+        planes = []
+        for position in itertools.product(*outer):
+            number = int(np.ravel_multi_index(position, self.layout.shape[:leading])) if leading else 0
+            page = self._series.pages[number]
+            assert page is not None  # _check_complete has looked
+            planes.append(np.array(_decode(page)[inner]))
+        kept = [len(at) for at, part in zip(outer, index[:leading], strict=True) if isinstance(part, slice)]
+        if not planes:
+            empty = np.empty(page_shape, self.layout.dtype)[inner]
+            return np.empty((*kept, *empty.shape), self.layout.dtype)
+        return np.asarray(np.stack(planes).reshape(*kept, *planes[0].shape))
+
+
+def _open_tiff(path: Path) -> tifffile.TiffFile:
+    if not path.exists():
+        raise missing(path, f"{path} does not exist")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty (0 bytes); copy or export it again")
+        return tifffile.TiffFile(path)
+    except tifffile.TiffFileError:
+        raise InputError(f"{path} is not a TIFF file; give .tif, .tiff or .zarr") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(_say_truncated(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _main_series(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
+    if not file.series:
+        raise InputError(_say_truncated(path, "it holds no image"))
+    volumes = [series for series in file.series if len(series.shape) > 2]
+    if len(volumes) > 1:
+        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in volumes[:5])
+        raise InputError(f"{path} holds {len(volumes)} images ({shapes}); save each in a file of its own")
+    if file.series[0].ndim <= 2 and volumes:
+        return volumes[0]
+    return file.series[0]
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Collect what tifffile logs in this thread about offsets that lie behind the end of the file."""
+    found: list[str] = []
+    thread = threading.get_ident()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.thread == thread and any(sign in text for sign in _SIGNS_OF_A_CUT):
+                found.append(text)
+
+    listener = Listener()
+    _LOGGER.addHandler(listener)
+    try:
+        yield found
+    finally:
+        _LOGGER.removeHandler(listener)
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder says of a damaged file into one clear line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        # A damaged header may claim any size, so this is not the system's fault alone.
+        raise InputError(f"{path} needs more memory than there is, or its header is damaged") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(_say_truncated(path, reason)) from error
+
+
+def _decode(page: tifffile.TiffPage | tifffile.TiffFrame) -> NDArray[Any]:
+    handle = page.parent.filehandle
+    if not handle.closed:
+        return np.asarray(page.asarray())
+    # tifffile closes the other files of a multi-file set.
+    handle.open()
+    try:
+        return np.asarray(page.asarray())
+    finally:
+        handle.close()
+
+
+def _say_truncated(path: Path, reason: str) -> str:
+    return f"{path} is damaged or truncated ({reason}); copy or export it again"
+
+
+def _positions(part: int | slice, length: int) -> range:
+    if isinstance(part, slice):
+        return range(*part.indices(length))
+    return range(part, part + 1)

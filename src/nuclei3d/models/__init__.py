@@ -1,1 +1,0 @@
-"""A model as a folder: weights, model.json and a card."""

@@ -1,0 +1,1 @@
+"""The two networks, their weights, and the model as a folder."""

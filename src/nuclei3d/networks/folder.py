@@ -1,0 +1,240 @@
+"""Saving and loading models: a folder with the weights, model.json and README.md (the card).
+
+What model.json holds: everything that is needed to use the weights as they were trained.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from nuclei3d.console import say
+from nuclei3d.errors import InputError
+from nuclei3d.images.layout import missing
+from nuclei3d.networks.cpnet import network_from_state
+from nuclei3d.networks.planning import volume_network_from_state
+from nuclei3d.networks.unet3d import VolumeSpec
+from nuclei3d.outputs import whole_folder
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class ModelInfo(BaseModel):
+    """A model's kind, scale, normalisation, thresholds and origin.
+
+    Attributes
+    ----------
+    kind
+        ``views2d``: Cellpose's 2D CNN run over planes; ``full3d``: a 3D network.
+    name
+        Name of the weights file in the folder, the name that Cellpose shows.
+    diameter_px
+        Diameter of a typical nucleus in pixels at the network's scale.
+    nucleus_diameter_um
+        Diameter of a typical nucleus of the training embryos; None if unknown (bare Cellpose weights).
+    voxel_size_um
+        Voxel size (z, y, x) of the training embryos.
+    lower_percentile, upper_percentile, noise_floor
+        Normalisation (`nuclei3d.grid`).
+    full3d
+        Shape of the 3D network and of what it sees; None for kind ``views2d``.
+    cellprob_threshold, score_threshold, min_volume_um3
+        Thresholds chosen on the validation embryos.
+    versions
+        Package names and versions of the training.
+    lineage
+        Git commit, md5 of data and slices, run id and the like.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: Literal["views2d", "full3d"] = "views2d"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
+    diameter_px: PositiveFloat
+    nucleus_diameter_um: PositiveFloat | None = None
+    voxel_size_um: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    lower_percentile: Percentile = 1.0
+    upper_percentile: Percentile = 99.8
+    noise_floor: Annotated[float, Field(ge=0)] = 10.0
+    full3d: VolumeSpec | None = None
+    cellprob_threshold: float = 0.0
+    score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_volume_um3: Annotated[float, Field(ge=0)] = 0.0
+    versions: dict[str, str] = Field(default_factory=dict)
+    lineage: dict[str, str] = Field(default_factory=dict)
+    created: str = Field(default_factory=_now)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> ModelInfo:
+        if (self.kind == "full3d") != (self.full3d is not None):
+            raise ValueError("'full3d' (the network's shape) belongs to kind 'full3d', and only to it")
+        return self
+
+
+def read_info(path: Path) -> ModelInfo:
+    """Read a model.json.
+
+    Raises
+    ------
+    InputError
+        If it is missing, unreadable or not valid; the message names file and field.
+    """
+    try:
+        return ModelInfo.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; a model folder holds a model.json") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise InputError(f"{path} is not a valid model.json: {field}: {problem['msg']}") from None
+
+
+INFO_FILE = "model.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes
+    ----------
+    network
+        In evaluation mode, on the CPU.
+    info
+        Scale, normalisation, thresholds, origin.
+    path
+        The weights file.
+    """
+
+    network: nn.Module
+    info: ModelInfo
+    path: Path
+
+
+def save_model(
+    folder: Path, network: nn.Module, info: ModelInfo, card: str, *, compact: bool = False
+) -> None:
+    """Write a model folder, whole or not at all; an existing one is replaced.
+
+    Parameters
+    ----------
+    folder
+        The model's folder, such as ``models/nuclei_3d``.
+    network
+        A 3D network, or one whose state is that of a Cellpose 3 CNN; it is saved from the CPU, the latter as
+        ``cellpose.models.CellposeModel`` loads it.
+    info
+        Becomes model.json; ``info.name`` is the name of the weights file.
+    card
+        Text of README.md.
+    compact
+        Whether the kernels of the convolutions are stored in float16, which halves the file. They are loaded
+        into float32 again, here as in Cellpose; biases, batch statistics and diameters stay as they are.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written, or the name is that of another file of the folder.
+    """
+    if info.name in (INFO_FILE, CARD_FILE):
+        raise InputError(f"a model cannot be called '{info.name}'; choose another name (train.name)")
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if compact:
+        state = {name: _half(value) if value.ndim > 1 else value for name, value in state.items()}
+    with whole_folder(folder) as partial:
+        torch.save(state, partial / info.name)
+        (partial / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / CARD_FILE).write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def require_model(path: Path, given_as: str = "--model") -> None:
+    """Raise InputError if there is nothing at a path."""
+    if not path.exists():
+        raise missing(
+            path, f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
+        )
+
+
+def load_model(path: Path) -> Model:
+    """Load a model from its folder or its weights file.
+
+    A bare weights file of Cellpose 3, with no model.json beside it, loads with its own ``diam_mean`` and this
+    package's defaults; the reader is told.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it holds no weights of a Cellpose 3 CNN, or model.json is not valid.
+    """
+    path = Path(path)
+    require_model(path)
+    folder = path if path.is_dir() else path.parent
+    info: ModelInfo | None
+    if path.is_dir():
+        info = read_info(path / INFO_FILE)
+        weights = folder / info.name
+    elif path.name in (INFO_FILE, CARD_FILE):
+        raise InputError(
+            f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
+        )
+    else:
+        weights = path
+        beside = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
+        info = beside if beside is not None and beside.name == path.name else None
+    if info is not None and info.full3d is not None:
+        solid = volume_network_from_state(info.full3d, read_state(weights), where=str(weights))
+        return Model(network=solid, info=info, path=weights)
+    network = network_from_state(read_state(weights), where=str(weights))
+    if info is None:
+        diameter = float(network.diam_mean.item())
+        info = ModelInfo(name=_valid_name(weights.name), diameter_px=diameter)
+        say(
+            f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
+            "and default normalisation and thresholds"
+        )
+    return Model(network=network, info=info, path=weights)
+
+
+def read_state(weights: Path) -> Mapping[str, Tensor]:
+    """Read a weights file without running any code from it.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is no file of torch weights.
+    """
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read the weights {weights}: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError):
+        raise InputError(
+            f"{weights} is not a weights file: expected a state dict saved by torch (a Cellpose 3 CNN)"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise InputError(f"{weights} holds a {type(state).__name__}; expected names and tensors of a network")
+    return state
+
+
+def _half(kernel: Tensor) -> Tensor:
+    """Round to float16; a value beyond its range, which no trained kernel has, keeps the tensor as it is."""
+    rounded = kernel.half()
+    return rounded if bool(torch.isfinite(rounded).all()) else kernel
+
+
+def _valid_name(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "weights"

@@ -1,0 +1,114 @@
+"""Saved weights of a 3D network, checked against the shape that they should have.
+
+The shape of a 3D network and of its patches, chosen from the voxel size.
+
+An axis whose spacing is more than twice the finest is neither pooled nor convolved along (nnU-Net's rule,
+Isensee et al., Nature Methods 2021): at anisotropy 11.5 the first levels look at planes, and depth comes in
+where the pooled voxels have become about cubic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nuclei3d.errors import InputError
+from nuclei3d.networks.unet3d import Architecture, Triple, VolumeNetwork, VolumeSpec, new_volume_network
+
+Pooling = Literal["spacing", "isotropic"]
+
+PROFILES: Mapping[str, tuple[tuple[int, ...], int]] = {
+    "default": ((24, 48, 96, 192), 4),
+    "small": ((16, 24, 48, 64), 2),
+}
+"""Channels of the levels, and convolutions of each level on the way down and again on the way up."""
+
+_MAX_RATIO = 2.0
+_MAX_ANISOTROPY = 100.0
+
+
+def plan_architecture(
+    anisotropy: float, profile: str = "default", pooling: Pooling = "spacing", style: bool = False
+) -> Architecture:
+    """Choose pooling and kernels from the voxel size.
+
+    Parameters
+    ----------
+    anisotropy
+        Edge of a voxel in z over that in x and y.
+    profile
+        ``default`` (about 6 M parameters) or ``small`` (about 0.4 M, for two processor cores).
+    pooling
+        ``spacing``: nnU-Net's rule; ``isotropic``: every axis alike, whatever the voxel size.
+    style
+        See `Architecture`.
+
+    Raises
+    ------
+    InputError
+        If the anisotropy is no sensible number, or the profile unknown.
+    """
+    if not 0 < anisotropy <= _MAX_ANISOTROPY:
+        raise InputError(
+            f"voxels {anisotropy:g} times as long in z as in x: no 3D network is made for that; check the "
+            "voxel size (data.voxel_size_um)"
+        )
+    if profile not in PROFILES:
+        raise InputError(f"train.full3d.profile '{profile}' is unknown; choose {' or '.join(PROFILES)}")
+    channels, convolutions = PROFILES[profile]
+    spacing = [anisotropy, 1.0, 1.0]
+    kernels: list[Triple] = []
+    steps: list[Triple] = []
+    for _ in channels:
+        near = [pooling == "isotropic" or edge <= _MAX_RATIO * min(spacing) for edge in spacing]
+        kernels.append((3 if near[0] else 1, 3 if near[1] else 1, 3 if near[2] else 1))
+        step = (2 if near[0] else 1, 2 if near[1] else 1, 2 if near[2] else 1)
+        steps.append(step)
+        spacing = [edge * factor for edge, factor in zip(spacing, step, strict=True)]
+    return Architecture(channels, tuple(steps[:-1]), tuple(kernels), convolutions, style)
+
+
+def plan_patch(architecture: Architecture, diameter_px: float, anisotropy: float, diameters: float) -> Triple:
+    """Choose the shape of patches: so many diameters of a nucleus along each axis, multiples of pooling."""
+    sizes = (diameters * diameter_px / anisotropy, diameters * diameter_px, diameters * diameter_px)
+    z, y, x = (
+        max(1, round(size / multiple), -(-4 // multiple)) * multiple
+        for size, multiple in zip(sizes, architecture.multiple, strict=True)
+    )
+    return z, y, x
+
+
+def volume_network_from_state(
+    spec: VolumeSpec, state: Mapping[str, Tensor], where: str = "the weights"
+) -> VolumeNetwork:
+    """Make a network from saved weights, in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        If a name or a shape is not that of the architecture, or a value is not finite.
+    """
+    network = new_volume_network(spec, seed=0)
+    wanted = network.state_dict()
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{where}: no weights of a network (a mapping of names to tensors was expected)")
+    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    if unknown or missing:
+        found = f"unknown '{unknown[0]}'" if unknown else f"missing '{missing[0]}'"
+        raise InputError(
+            f"{where}: not the 3D network that model.json describes: {found} ({len(unknown)} unknown, "
+            f"{len(missing)} missing)"
+        )
+    for name, value in state.items():
+        if value.shape != wanted[name].shape:
+            raise InputError(
+                f"{where}: '{name}' has shape {tuple(value.shape)}, model.json describes "
+                f"{tuple(wanted[name].shape)}"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{where}: '{name}' holds NaN or infinite values")
+    network.load_state_dict(dict(state))
+    return network.eval()

@@ -1,0 +1,1 @@
+"""How well predicted nuclei match true ones."""

@@ -1,0 +1,265 @@
+"""Every metric of the evaluation, from additive counts.
+
+A volume is reduced to a `Tally`: sums that add up over volumes. Pooled metrics are the scores of a summed
+tally, bootstrap replicates the scores of a weighted sum, so there is one formula for each metric.
+
+Definitions
+-----------
+ap, f1, precision, recall, pq
+    Optimal one-to-one matching at an IoU threshold: AP = TP/(TP+FP+FN), F1 = 2TP/(2TP+FP+FN),
+    PQ = sum of matched IoUs / (TP + FP/2 + FN/2) (Kirillov et al. 2019). pq, precision and recall are at .5.
+seg, det
+    Cell Tracking Challenge (Ulman et al. 2017; Matula et al. 2015): a prediction finds a true nucleus if it
+    covers more than half of it. SEG is the mean over true nuclei of the IoU with that prediction (0 if there
+    is none); DET = 1 - min(10 misses + 1 false + 5 splits, 10 n)/(10 n), a split being each further nucleus
+    that one prediction finds.
+mucov, true_cover
+    Mean over predicted nuclei, and mean over true nuclei, of the best IoU (MUCov of Tokuoka et al. 2020).
+foreground_iou
+    IoU of the two foregrounds, voxel by voxel.
+splits, merges
+    Splits: true nuclei inside which two or more predictions lie with more than half of their own voxels.
+    Merges: predictions inside which two or more true nuclei lie with more than half of theirs.
+
+Undefined values (nothing to find and nothing found) are nan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d.scoring.matching import OverlapTable, match_all, overlap_table
+
+Array = NDArray[np.float64]
+
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+
+#: IoU at which a nucleus counts as found, for precision, recall, PQ and the lists of missed and false nuclei.
+MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Additive counts of one volume, of a sum of volumes, or (with leading axes) of many of either.
+
+    `tp` and `matched_iou` have the thresholds as last axis; all others have only the leading axes.
+    `tp_half` and `matched_iou_half` are those at `MATCH_IOU`, whatever the thresholds.
+    """
+
+    n_true: Array
+    n_pred: Array
+    tp: Array
+    matched_iou: Array
+    tp_half: Array
+    matched_iou_half: Array
+    majority_iou: Array
+    missed: Array
+    false: Array
+    double: Array
+    best_true_iou: Array
+    best_pred_iou: Array
+    foreground_intersection: Array
+    foreground_union: Array
+    splits: Array
+    merges: Array
+
+    def total(self, weights: Array | None = None) -> Tally:
+        """Sum over the first axis.
+
+        Parameters
+        ----------
+        weights
+            Shape (replicates, volumes): how often each volume enters each replicate. The result then has the
+            replicates as leading axis. None: every volume once.
+        """
+        if weights is None:
+            return Tally(*(getattr(self, field.name).sum(axis=0) for field in fields(self)))
+        return Tally(*(np.tensordot(weights, getattr(self, field.name), axes=1) for field in fields(self)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the counts as plain numbers and lists."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Tally:
+        """Read what `as_json` wrote."""
+        return cls(*(np.asarray(values[field.name], dtype=np.float64) for field in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of one tally; with leading axes, of many. See the module for the definitions.
+
+    `ap` and `f1` have the thresholds as last axis.
+    """
+
+    thresholds: tuple[float, ...]
+    ap: Array
+    f1: Array
+    pq: Array
+    seg: Array
+    det: Array
+    mucov: Array
+    true_cover: Array
+    foreground_iou: Array
+    precision: Array
+    recall: Array
+    splits: Array
+    merges: Array
+    n_true: Array
+    n_pred: Array
+
+    def ap_at(self, threshold: float) -> float:
+        """AP at one of the thresholds, as a plain number."""
+        return float(self.ap[..., self._position(threshold)])
+
+    def f1_at(self, threshold: float) -> float:
+        """F1 at one of the thresholds, as a plain number."""
+        return float(self.f1[..., self._position(threshold)])
+
+    def by_name(self) -> dict[str, Array]:
+        """Give each scalar metric under its name; AP and F1 as ``ap_0.50``, ``f1_0.50`` and so on."""
+        named: dict[str, Array] = {}
+        for position, threshold in enumerate(self.thresholds):
+            named[f"ap_{threshold:.2f}"] = self.ap[..., position]
+        for position, threshold in enumerate(self.thresholds):
+            named[f"f1_{threshold:.2f}"] = self.f1[..., position]
+        for name in _SCALARS:
+            named[name] = getattr(self, name)
+        return named
+
+    def as_json(self) -> dict[str, Any]:
+        """Give a single set of scores as metrics.json wants it: counts as integers, undefined as None."""
+        tree: dict[str, Any] = {
+            "ap": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.ap, strict=True)},
+            "f1": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.f1, strict=True)},
+        }
+        for name in _SCALARS:
+            value = number_or_none(getattr(self, name))
+            tree[name] = int(value) if name in COUNTS and value is not None else value
+        return tree
+
+    def _position(self, threshold: float) -> int:
+        for position, known in enumerate(self.thresholds):
+            if math.isclose(known, threshold, abs_tol=1e-9):
+                return position
+        raise KeyError(f"threshold {threshold} is not among {self.thresholds}")
+
+
+COUNTS = ("splits", "merges", "n_true", "n_pred")
+_SCALARS = (
+    "pq",
+    "seg",
+    "det",
+    "mucov",
+    "true_cover",
+    "foreground_iou",
+    "precision",
+    "recall",
+    *COUNTS,
+)
+
+
+def tally_of(table: OverlapTable, thresholds: Sequence[float] = THRESHOLDS) -> Tally:
+    """Reduce the table of overlaps of one volume to additive counts."""
+    matchings = match_all(table, [*thresholds, MATCH_IOU])
+    tp = np.array([matching.tp for matching in matchings], dtype=np.float64)
+    matched_iou = np.array([matching.ious.sum() for matching in matchings], dtype=np.float64)
+    majority = table.true_cover > 0.5
+    found_by = np.bincount(table.columns[majority], minlength=table.n_pred)
+    parts_of = np.bincount(table.rows[table.pred_cover > 0.5], minlength=table.n_true)
+    return Tally(
+        n_true=_number(table.n_true),
+        n_pred=_number(table.n_pred),
+        tp=tp[:-1],
+        matched_iou=matched_iou[:-1],
+        tp_half=tp[-1],
+        matched_iou_half=matched_iou[-1],
+        majority_iou=_number(table.ious[majority].sum()),
+        missed=_number(table.n_true - np.count_nonzero(majority)),
+        false=_number(np.count_nonzero(found_by == 0)),
+        double=_number(np.maximum(found_by - 1, 0).sum()),
+        best_true_iou=_number(table.best_true_iou.sum()),
+        best_pred_iou=_number(table.best_pred_iou.sum()),
+        foreground_intersection=_number(table.foreground_intersection),
+        foreground_union=_number(table.foreground_union),
+        splits=_number(np.count_nonzero(parts_of > 1)),
+        merges=_number(np.count_nonzero(found_by > 1)),
+    )
+
+
+def stack_tallies(tallies: Sequence[Tally]) -> Tally:
+    """Put the tallies of volumes along a first axis, ready for `Tally.total`."""
+    return Tally(*(np.stack([getattr(tally, field.name) for tally in tallies]) for field in fields(Tally)))
+
+
+def score(tally: Tally, thresholds: Sequence[float] = THRESHOLDS) -> Metrics:
+    """Turn counts into metrics; leading axes are kept."""
+    n_true, n_pred = tally.n_true, tally.n_pred
+    both = n_true + n_pred
+    penalty = 10 * tally.missed + tally.false + 5 * tally.double
+    return Metrics(
+        thresholds=tuple(thresholds),
+        ap=_ratio(tally.tp, both[..., None] - tally.tp),
+        f1=_ratio(2 * tally.tp, np.broadcast_to(both[..., None], tally.tp.shape)),
+        pq=_ratio(2 * tally.matched_iou_half, both),
+        seg=_ratio(tally.majority_iou, n_true),
+        det=1 - _ratio(np.minimum(penalty, 10 * n_true), 10 * n_true),
+        # Nuclei there are and none predicted: the mean over no predictions is 0, not undefined.
+        mucov=np.where((n_pred == 0) & (n_true > 0), 0.0, _ratio(tally.best_pred_iou, n_pred)),
+        true_cover=_ratio(tally.best_true_iou, n_true),
+        foreground_iou=_ratio(tally.foreground_intersection, tally.foreground_union),
+        precision=_ratio(tally.tp_half, n_pred),
+        recall=_ratio(tally.tp_half, n_true),
+        splits=tally.splits,
+        merges=tally.merges,
+        n_true=n_true,
+        n_pred=n_pred,
+    )
+
+
+def score_volumes(
+    truths: Sequence[NDArray[np.integer[Any]]],
+    predictions: Sequence[NDArray[np.integer[Any]]],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> Metrics:
+    """Score predictions against truth without files, pooled over volumes.
+
+    Parameters
+    ----------
+    truths, predictions
+        Labelled volumes (Z, Y, X) in the same order; 0 is background.
+
+    Raises
+    ------
+    InputError
+        If a pair differs in shape or is not of integers.
+    """
+    tallies = [
+        tally_of(overlap_table(truth, prediction), thresholds)
+        for truth, prediction in zip(truths, predictions, strict=True)
+    ]
+    if not tallies:
+        raise ValueError("score_volumes wants at least one volume")
+    return score(stack_tallies(tallies).total(), thresholds)
+
+
+def number_or_none(value: Any) -> float | None:
+    """Turn a numpy scalar into a float, and nan, which JSON does not have, into None."""
+    number = float(value)
+    return None if math.isnan(number) else number
+
+
+def _number(value: Any) -> Array:
+    return np.asarray(value, dtype=np.float64)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)

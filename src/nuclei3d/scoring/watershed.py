@@ -1,0 +1,71 @@
+"""The baseline without learning: Otsu's threshold and a watershed on the distance transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt, gaussian_filter, label, maximum_filter
+
+from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+
+
+def otsu_watershed(
+    image: NDArray[np.number[Any]], voxel_size: VoxelSize, nucleus_diameter_um: float
+) -> NDArray[np.uint32]:
+    """Segment nuclei by a global threshold, then cut touching ones where the foreground narrows.
+
+    The image is clipped to its 1st and 99.8th percentile and its square root taken, which evens out shot
+    noise and keeps single mitoses from setting the threshold; this makes the baseline a strong one. Every
+    length scales with the nucleus: smoothing with a sigma of 1/20 of the diameter, of the distance map 1/10,
+    seeds at least 0.3 of the diameter apart, objects below 1/10 of the volume of a nucleus dropped.
+
+    Parameters
+    ----------
+    image
+        Volume (Z, Y, X) of any numeric type.
+    nucleus_diameter_um
+        Typical diameter of a nucleus.
+
+    Returns
+    -------
+    labels
+        Same shape, 1..n without gaps.
+    """
+    from skimage.filters import threshold_otsu
+    from skimage.segmentation import watershed
+
+    if image.ndim != 3:
+        raise InputError(f"the watershed wants a volume (Z, Y, X), got shape {image.shape}")
+    if image.size == 0:
+        return np.zeros(image.shape, dtype=np.uint32)
+    low, high = np.percentile(image.astype(np.float32), (1, 99.8))
+    steady = np.sqrt(np.clip(image.astype(np.float32), low, high) - np.float32(low))
+    smooth = gaussian_filter(steady, _voxels(nucleus_diameter_um / 20, voxel_size))
+    if smooth.min() == smooth.max():
+        return np.zeros(image.shape, dtype=np.uint32)
+    foreground = smooth > threshold_otsu(smooth)  # type: ignore[no-untyped-call]
+    distance = distance_transform_edt(foreground, sampling=voxel_size.zyx).astype(np.float32)
+    distance = gaussian_filter(distance, _voxels(nucleus_diameter_um / 10, voxel_size))
+    window = [2 * round(0.3 * nucleus_diameter_um / edge) + 1 for edge in voxel_size.zyx]
+    peaks = foreground & (distance == maximum_filter(distance, window))
+    # Plateaus (neighbouring voxels of equal distance) are one seed.
+    seeds, _ = label(peaks, structure=np.ones((3, 3, 3)))
+    pieces = watershed(-distance, seeds, mask=foreground)  # type: ignore[no-untyped-call]
+    smallest = np.pi / 6 * nucleus_diameter_um**3 / 10 / voxel_size.volume_um3
+    return _without_small(pieces, smallest)
+
+
+def _voxels(length_um: float, voxel_size: VoxelSize) -> tuple[float, ...]:
+    return tuple(length_um / edge for edge in voxel_size.zyx)
+
+
+def _without_small(labels: NDArray[np.integer[Any]], smallest: float) -> NDArray[np.uint32]:
+    sizes = np.bincount(labels.reshape(-1))
+    kept = sizes >= smallest
+    kept[0] = False
+    lookup = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
+    result: NDArray[np.uint32] = lookup[labels]
+    return result

@@ -1,0 +1,494 @@
+"""Dynamics: from a flow and a logit to labelled nuclei.
+
+Every foreground voxel follows the flow in physical space to its sink (`trajectories`), sinks are grouped
+by physical distance (`sinks`), and what flows to one sink is a nucleus, made whole and scored (`masks`).
+
+All lengths are fractions of the nucleus' diameter, in um, so the same settings serve any grid: pass the voxel
+size of the grid that the flow lies on.
+
+Following the flow from every foreground voxel to where it ends, in physical space.
+
+A voxel becomes a particle that moves along the direction of the interpolated flow, in
+steps of fixed physical length. Interpolation is trilinear with voxel centres at whole coordinates and holds
+up to the border of the volume. Flows of background voxels are used too: a nucleus may have holes in its
+foreground, and a particle must not be caught in them. Whenever the direction turns back by more
+than a right angle the particle has passed its sink, and its step is halved: it cannot overshoot for good, and
+it stops as soon as its steps have become small (early stopping particle by particle).
+
+Grouping of end points into sinks, by physical distance.
+
+End points are counted in bins of equal physical size. Every bin that holds some looks for the densest bin
+within a given distance and becomes its child (quick shift, Vedaldi and Soatto, ECCV 2008); a bin that is the
+densest around is a sink, and all its descendants belong to it. No end point is left over, none is
+handled one by one, and two sinks are two only if they lie further apart than that distance.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from nuclei3d.errors import InputError
+from nuclei3d.grid import available_threads
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
+from nuclei3d.segmentation.masks import clean_labels, keep_labels, score_labels
+
+_SLOW = 0.25
+"""Flows shorter than this move a particle by proportionally shorter steps; others by whole steps."""
+
+
+@dataclass(frozen=True)
+class BinGrid:
+    """Bins of equal physical size over a volume, in which end points are counted.
+
+    Attributes
+    ----------
+    edges_um : (float, float, float)
+        Edges of a bin on (z, y, x).
+    shape : (int, int, int)
+        Number of bins on (z, y, x).
+    """
+
+    edges_um: tuple[float, float, float]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def over(cls, shape: tuple[int, ...], voxel_size: VoxelSize, edge_um: float) -> BinGrid:
+        """Make bins of about `edge_um` over a volume; on an axis of one voxel there is one bin."""
+        counts = [
+            max(1, int(np.ceil((length - 1) * size / edge_um))) if length > 1 else 1
+            for length, size in zip(shape, voxel_size.zyx, strict=True)
+        ]
+        return cls((edge_um, edge_um, edge_um), (counts[0], counts[1], counts[2]))
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def follow(
+    packed: NDArray[np.int16],
+    threshold_units: float,
+    edges: NDArray[np.float32],
+    step_um: float,
+    smallest_step_um: float,
+    rounds: int,
+    bin_edges: NDArray[np.float32],
+    bin_shape: tuple[int, int, int],
+    ends: NDArray[np.uint32],
+    start: int,
+    stop: int,
+) -> int:
+    """Follow all foreground voxels of the planes start..stop; write 1 + the bin of their end into `ends`.
+
+    `packed` is a `FlowField`'s; voxels whose logit, in its units, is above the threshold are foreground.
+    `edges` are the voxel's edges in um, (z, y, x). Returns the number of foreground voxels.
+    """
+    depth, height, width, _ = packed.shape
+    last_z = np.float32(depth - 1)
+    last_y = np.float32(height - 1)
+    last_x = np.float32(width - 1)
+    per_z = np.float32(1.0) / edges[0]
+    per_y = np.float32(1.0) / edges[1]
+    per_x = np.float32(1.0) / edges[2]
+    slow = np.float32(_SLOW * FLOW_UNITS)
+    one = np.float32(1.0)
+    zero = np.float32(0.0)
+    smallest = np.float32(smallest_step_um)
+    threshold = np.float32(threshold_units)
+    foreground = 0
+    for z in range(start, stop):
+        for y in range(height):
+            for x in range(width):
+                if not np.float32(packed[z, y, x, 3]) > threshold:
+                    ends[z, y, x] = 0
+                    continue
+                foreground += 1
+                pz = np.float32(z)
+                py = np.float32(y)
+                px = np.float32(x)
+                step = np.float32(step_um)
+                oz = zero
+                oy = zero
+                ox = zero
+                for _ in range(rounds):
+                    iz = min(int(pz), depth - 2) if depth > 1 else 0
+                    iy = min(int(py), height - 2) if height > 1 else 0
+                    ix = min(int(px), width - 2) if width > 1 else 0
+                    jz = iz + 1 if depth > 1 else 0
+                    jy = iy + 1 if height > 1 else 0
+                    jx = ix + 1 if width > 1 else 0
+                    tz = pz - np.float32(iz)
+                    ty = py - np.float32(iy)
+                    tx = px - np.float32(ix)
+                    fz = zero
+                    fy = zero
+                    fx = zero
+                    for corner in range(4):
+                        cz = iz if corner < 2 else jz
+                        cy = iy if corner % 2 == 0 else jy
+                        weight = ((one - tz) if corner < 2 else tz) * ((one - ty) if corner % 2 == 0 else ty)
+                        left = packed[cz, cy, ix]
+                        right = packed[cz, cy, jx]
+                        wl = weight * (one - tx)
+                        wr = weight * tx
+                        fz += wl * np.float32(left[0]) + wr * np.float32(right[0])
+                        fy += wl * np.float32(left[1]) + wr * np.float32(right[1])
+                        fx += wl * np.float32(left[2]) + wr * np.float32(right[2])
+                    if fz * oz + fy * oy + fx * ox < zero:
+                        step *= np.float32(0.5)
+                        if step < smallest:
+                            break
+                    oz = fz
+                    oy = fy
+                    ox = fx
+                    length = np.sqrt(fz * fz + fy * fy + fx * fx)
+                    if length * step < smallest * slow:
+                        break
+                    stride = step / max(length, slow)
+                    pz = min(max(pz + fz * stride * per_z, zero), last_z)
+                    py = min(max(py + fy * stride * per_y, zero), last_y)
+                    px = min(max(px + fx * stride * per_x, zero), last_x)
+                bz = min(int(pz * edges[0] / bin_edges[0]), bin_shape[0] - 1)
+                by = min(int(py * edges[1] / bin_edges[1]), bin_shape[1] - 1)
+                bx = min(int(px * edges[2] / bin_edges[2]), bin_shape[2] - 1)
+                ends[z, y, x] = np.uint32(1 + (bz * bin_shape[1] + by) * bin_shape[2] + bx)
+    return foreground
+
+
+@njit(cache=True, nogil=True)
+def _count(ends: NDArray[np.uint32], counts: NDArray[np.uint32]) -> None:
+    flat = ends.reshape(-1)
+    for i in range(len(flat)):
+        if flat[i] > 0:
+            counts[flat[i] - 1] += np.uint32(1)
+
+
+@njit(cache=True, nogil=True)
+def _densities(
+    counts: NDArray[np.uint32], shape: tuple[int, int, int], bins: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Count end points around each of the given bins, with weights 1 2 1 on each axis."""
+    densities = np.zeros(len(bins), np.int64)
+    for i in range(len(bins)):
+        z, rest = divmod(bins[i], shape[1] * shape[2])
+        y, x = divmod(rest, shape[2])
+        total = 0
+        for nz in range(max(z - 1, 0), min(z + 2, shape[0])):
+            for ny in range(max(y - 1, 0), min(y + 2, shape[1])):
+                for nx in range(max(x - 1, 0), min(x + 2, shape[2])):
+                    weight = (2 - abs(nz - z)) * (2 - abs(ny - y)) * (2 - abs(nx - x))
+                    total += weight * np.int64(counts[(nz * shape[1] + ny) * shape[2] + nx])
+        densities[i] = total
+    return densities
+
+
+@njit(cache=True, nogil=True)
+def _parents(
+    rank: NDArray[np.uint32],
+    densities: NDArray[np.int64],
+    shape: tuple[int, int, int],
+    bins: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Find the densest bin around each bin; `rank` holds 1 + a bin's place in `bins`, 0 for empty bins.
+
+    Of equally dense bins the one that comes first is taken, so links never form a circle.
+    """
+    parents = np.empty(len(bins), np.int64)
+    for i in range(len(bins)):
+        z, rest = divmod(bins[i], shape[1] * shape[2])
+        y, x = divmod(rest, shape[2])
+        best: Any = i
+        for k in range(len(offsets)):
+            nz = z + offsets[k, 0]
+            ny = y + offsets[k, 1]
+            nx = x + offsets[k, 2]
+            if 0 <= nz < shape[0] and 0 <= ny < shape[1] and 0 <= nx < shape[2]:
+                other = np.int64(rank[(nz * shape[1] + ny) * shape[2] + nx]) - 1
+                if other >= 0 and (
+                    densities[other] > densities[best]
+                    or (densities[other] == densities[best] and other < best)
+                ):
+                    best = other
+        parents[i] = best
+    return parents
+
+
+@njit(cache=True, nogil=True)
+def _number_roots(parents: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Number the roots of a forest 1, 2, ... and give every member the number of its root."""
+    numbers = np.zeros(len(parents), np.uint32)
+    following = np.uint32(0)
+    for i in range(len(parents)):
+        if parents[i] == i:
+            following += np.uint32(1)
+            numbers[i] = following
+    for i in range(len(parents)):
+        root = i
+        while parents[root] != root:
+            root = parents[root]
+        at = i
+        while parents[at] != root:
+            parents[at], at = root, parents[at]
+        numbers[i] = numbers[root]
+    return numbers
+
+
+@njit(cache=True, nogil=True)
+def _replace(ends: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
+    flat = ends.reshape(-1)
+    for i in range(len(flat)):
+        if flat[i] > 0:
+            flat[i] = table[flat[i] - 1]
+
+
+def group_sinks(ends: NDArray[np.uint32], grid: BinGrid, radius_um: float) -> int:
+    """Replace, in place, the bin of every voxel's end point by the number of its sink.
+
+    Parameters
+    ----------
+    ends : uint32 array, shape (Z, Y, X)
+        1 + the flat index of the bin of the voxel's end point, 0 for background; overwritten by 1..n.
+    grid : BinGrid
+        The bins.
+    radius_um : float
+        Sinks closer than this to a denser one are part of it.
+
+    Returns
+    -------
+    int
+        The number n of sinks.
+    """
+    counts = np.zeros(int(np.prod(grid.shape)), np.uint32)
+    _count(ends, counts)
+    bins = np.flatnonzero(counts).astype(np.int64)
+    if len(bins) == 0:
+        return 0
+    densities = _densities(counts, grid.shape, bins)
+    edges = np.array(grid.edges_um)
+    reach = np.floor(radius_um / edges).astype(int)
+    around = np.argwhere(np.ones(2 * reach + 1, bool)) - reach
+    offsets = around[((around * edges) ** 2).sum(1) <= radius_um**2].astype(np.int64)
+    counts[bins] = np.arange(1, len(bins) + 1, dtype=np.uint32)
+    parents = _parents(counts, densities, grid.shape, bins, offsets)
+    numbers = _number_roots(parents)
+    counts[bins] = numbers
+    _replace(ends, counts)
+    return int(numbers.max())
+
+
+_PLANE_DEPTH = 1e4
+"""Depth, in pixels, given to a lone plane: so deep that no heat is lost through it."""
+
+_LEAST_SCORE = 0.01
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How flows become masks. Lengths are fractions of the diameter of a typical nucleus.
+
+    Attributes
+    ----------
+    cellprob_threshold : float
+        Voxels with a (mean) logit above this are foreground.
+    score_threshold : float
+        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
+        are: their flow has nothing to do with their mask.
+    min_volume_um3, max_volume_um3 : float
+        Bounds of a nucleus' volume; no upper bound if None.
+    min_volume_fraction : float
+        Nuclei below this fraction of the volume of a typical nucleus are dropped in any case: what is left
+        there are crumbs of the dynamics.
+    step : float
+        First step of a particle. It is never below the smallest voxel edge.
+    bin_edge : float
+        Edge of the bins in which end points are counted.
+    sink_radius : float
+        Sinks closer together than this are one.
+    """
+
+    cellprob_threshold: float = 0.0
+    score_threshold: float = 0.0
+    min_volume_um3: float = 0.0
+    max_volume_um3: float | None = None
+    min_volume_fraction: float = 0.01
+    step: float = 1 / 20
+    bin_edge: float = 1 / 16
+    sink_radius: float = 0.2
+
+    def bounds_um3(self, nucleus_diameter_um: float) -> tuple[float, float]:
+        """Least and largest volume of a nucleus, in um3."""
+        typical_um3 = np.pi / 6 * nucleus_diameter_um**3
+        least = max(self.min_volume_um3, self.min_volume_fraction * typical_um3)
+        return least, np.inf if self.max_volume_um3 is None else self.max_volume_um3
+
+
+def masks_from_flows(
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    voxel_size: VoxelSize,
+    nucleus_diameter_um: float,
+    settings: MaskSettings,
+    *,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Segment nuclei from their flow.
+
+    Parameters
+    ----------
+    flow : float16 or float32 array, shape (3, Z, Y, X)
+        Direction to the nucleus' centre (z, y, x) in physical space, length about 1.
+    logit : float16 or float32 array, shape (Z, Y, X)
+        Logit of being inside a nucleus.
+    voxel_size : VoxelSize
+        Edges in um of a voxel of this grid, isotropic or not.
+    nucleus_diameter_um : float
+        Diameter of a typical nucleus.
+    settings : MaskSettings
+    threads : int, optional
+        All processors by default.
+
+    Returns
+    -------
+    labels : uint32 array, shape (Z, Y, X)
+        Nuclei 1..n, each one 6-connected piece without holes; 0 is background.
+    scores : float32 array, shape (n + 1,)
+        Score in 0..1 by label; entry 0 is 0.
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit or the diameter is not positive.
+    """
+    field = FlowField.of(flow, logit, voxel_size, threads)
+    return masks_from_field(field, nucleus_diameter_um, settings, threads=threads)
+
+
+def masks_from_field(
+    field: FlowField, nucleus_diameter_um: float, settings: MaskSettings, *, threads: int | None = None
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Segment nuclei from their flow; parameters, results and errors as `masks_from_flows`."""
+    if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
+        raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
+    labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
+    bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
+    scores = finish_labels(labels, field, bounds_um3, settings.score_threshold, threads=threads)
+    return labels, scores
+
+
+def masks_2d_from_flows(
+    flow: NDArray[np.floating[Any]],
+    logit: NDArray[np.floating[Any]],
+    diameter_px: float,
+    settings: MaskSettings,
+) -> NDArray[np.uint32]:
+    """Segment the nuclei of one plane by the same dynamics, for stitching.
+
+    Bounds of the volume do not apply to a plane: they are for the stitched nucleus. Works in one thread.
+
+    Parameters
+    ----------
+    flow : float array, shape (2, Y, X)
+        Direction to the centre (y, x), length about 1.
+    logit : float array, shape (Y, X)
+    diameter_px : float
+        Diameter of a typical nucleus in pixels.
+    settings : MaskSettings
+
+    Returns
+    -------
+    uint32 array, shape (Y, X)
+        Labels 1..n; 0 is background.
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit or the diameter is not positive.
+    """
+    if logit.ndim != 2 or flow.shape != (2, *logit.shape):
+        raise InputError(
+            f"dynamics: flow {flow.shape} and logit {logit.shape} do not fit; expected (2, Y, X) and (Y, X)"
+        )
+    if not (np.isfinite(diameter_px) and diameter_px > 0):
+        raise InputError(f"dynamics: the nucleus diameter must be positive, got {diameter_px} pixels")
+    volume_flow = np.zeros((3, 1, *logit.shape), np.float32)
+    volume_flow[1:, 0] = flow
+    plane = VoxelSize(_PLANE_DEPTH, 1.0, 1.0)
+    field = FlowField.of(volume_flow, logit[np.newaxis], plane, 1)
+    labels = _sink_of_each_voxel(field, diameter_px, settings, 1)
+    min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
+    bounds = (min_pixels * plane.volume_um3, np.inf)
+    finish_labels(labels, field, bounds, settings.score_threshold, threads=1)
+    return np.asarray(labels[0])
+
+
+def finish_labels(
+    labels: NDArray[np.uint32],
+    field: FlowField,
+    bounds_um3: tuple[float, float],
+    score_threshold: float,
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Make labels whole, score them and drop those that are no nuclei, in place.
+
+    Parameters
+    ----------
+    labels : uint32 array, shape (Z, Y, X)
+        Raw labels; afterwards 1..n, each one 6-connected piece without holes.
+    field : FlowField
+        Of that shape.
+    bounds_um3 : tuple of float
+        Least and largest volume.
+    score_threshold : float
+        Labels with a lower score are dropped; those below 0.01 always are.
+    threads : int, optional
+        All processors by default.
+
+    Returns
+    -------
+    float32 array, shape (n + 1,)
+        Score in 0..1 by label; entry 0 is 0.
+    """
+    least, most = (bound / field.voxel_size.volume_um3 for bound in bounds_um3)
+    where = clean_labels(labels, least, most, threads)
+    scores = score_labels(labels, where, field, threads)
+    keep = scores >= max(score_threshold, _LEAST_SCORE)
+    keep[0] = True
+    if keep.all():
+        return scores
+    keep_labels(labels, keep)
+    return scores[keep]
+
+
+def _sink_of_each_voxel(
+    field: FlowField, diameter_um: float, settings: MaskSettings, threads: int | None
+) -> NDArray[np.uint32]:
+    """Label every foreground voxel with the number of the sink that it flows to."""
+    threads = available_threads() if threads is None else threads
+    shape, voxel_size = field.shape, field.voxel_size
+    ends = np.empty(shape, np.uint32)
+    edges = np.array(voxel_size.zyx, np.float32)
+    in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
+    # Bins finer than voxels would only cost memory.
+    bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))
+    grid = BinGrid.over(shape, voxel_size, bin_um)
+    step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
+    rounds = 40 + int(4 * diameter_um / step_um)
+    bin_edges = np.array(grid.edges_um, np.float32)
+    threshold = settings.cellprob_threshold * LOGIT_UNITS
+
+    def run(start: int, stop: int) -> int:
+        steps = (step_um, 0.15 * step_um, rounds)
+        return int(follow(field.packed, threshold, edges, *steps, bin_edges, grid.shape, ends, start, stop))
+
+    slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
+    with ThreadPoolExecutor(threads) as pool:
+        foreground = sum(pool.map(run, slabs[:-1], slabs[1:]))
+    if foreground > 0:
+        group_sinks(ends, grid, settings.sink_radius * diameter_um)
+    return ends

@@ -1,0 +1,193 @@
+"""Where a volume can hold nuclei at all, found on a coarse grid, so that empty space need not be computed.
+
+The criterion is meant to be wrong on one side only. A block counts as occupied as soon as its mean lies
+above the darkest part of the volume by more than noise explains *and* by more than one part in fifty of the
+volume's range (a network normalised to that range sees nothing there); and everything within a whole
+nucleus diameter of an occupied block is kept. A piece of a volume that holds no background at all is
+occupied throughout. Haze, uneven background and hot pixels only add blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nuclei3d.grid import IntensityRange
+from nuclei3d.images.voxel_size import VoxelSize
+
+_LEAST_CONTRAST = 0.02
+_NOISE_SIGMAS = 5.0
+_DARK_PERCENTILE = 2.0
+_DARKEST_SIGMAS = 3.0
+_DARKEST = 0.05
+"""The mean of a dark background lies some 2.3 standard deviations of the noise above the lower percentile."""
+
+
+@dataclass(frozen=True)
+class OccupiedSpace:
+    """Blocks of a grid that can hold nuclei.
+
+    Attributes
+    ----------
+    blocks
+        bool array (bz, by, bx).
+    edges
+        For each axis the first voxel of each block, and the number of voxels at the end.
+    """
+
+    blocks: NDArray[np.bool_]
+    edges: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
+
+    @property
+    def share(self) -> float:
+        """Part of the volume that is occupied."""
+        sizes = [np.diff(edges) for edges in self.edges]
+        weights = sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None, :]
+        return float((weights * self.blocks).sum() / weights.sum())
+
+    def box(self, axis: int, first: int, last: int) -> tuple[slice, slice] | None:
+        """Give the box that holds all that is occupied in some planes.
+
+        Parameters
+        ----------
+        axis
+            Axis of (z, y, x) along which the planes are counted.
+        first, last
+            First and last plane.
+
+        Returns
+        -------
+        pair of slices or None
+            In voxels along the two other axes; None if nothing is occupied.
+        """
+        edges = self.edges[axis]
+        low = int(np.searchsorted(edges, first, side="right")) - 1
+        high = int(np.searchsorted(edges, last, side="right"))
+        plane = self.blocks.take(range(low, high), axis=axis).any(axis=axis)
+        others = [other for other in range(3) if other != axis]
+        box = []
+        for along in range(2):
+            occupied = np.flatnonzero(plane.any(axis=1 - along))
+            if len(occupied) == 0:
+                return None
+            cuts = self.edges[others[along]]
+            box.append(slice(int(cuts[occupied[0]]), int(cuts[occupied[-1] + 1])))
+        return box[0], box[1]
+
+
+def everywhere(shape: Sequence[int]) -> OccupiedSpace:
+    """Say that nuclei can be anywhere in a grid."""
+    z, y, x = (np.array([0, size], dtype=np.intp) for size in shape)
+    return OccupiedSpace(np.ones((1, 1, 1), np.bool_), (z, y, x))
+
+
+def occupied_space(
+    volume: NDArray[np.float32],
+    intensity: IntensityRange,
+    voxel_size: VoxelSize,
+    grid_voxel_size: VoxelSize,
+    diameter_um: float | None,
+) -> OccupiedSpace:
+    """Find where nuclei can be in a volume that was resampled to a grid.
+
+    Parameters
+    ----------
+    volume
+        Normalised, on the grid.
+    intensity
+        Range and noise of the image.
+    voxel_size, grid_voxel_size
+        Of the image and of the grid.
+    diameter_um
+        Of a nucleus; None: nuclei can be anywhere.
+    """
+    if diameter_um is None:
+        return everywhere(volume.shape)
+    # Resampling to larger voxels averages the noise away.
+    averaged = max(1.0, grid_voxel_size.volume_um3 / voxel_size.volume_um3)
+    noise = intensity.noise / (intensity.high - intensity.low)
+    return find_occupied(
+        volume,
+        noise / averaged**0.5,
+        [diameter_um / edge for edge in grid_voxel_size.zyx],
+        darkest=_DARKEST_SIGMAS * noise + _DARKEST,
+    )
+
+
+def _block_means(image: NDArray[np.float32], edges: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
+    """Average over the blocks between the edges, by products with a matrix of shares for each axis."""
+    shares = []
+    for cuts in edges:
+        sizes = np.diff(cuts)
+        share = np.zeros((len(sizes), int(cuts[-1])), np.float32)
+        share[np.repeat(np.arange(len(sizes)), sizes), np.arange(int(cuts[-1]))] = np.repeat(1 / sizes, sizes)
+        shares.append(torch.from_numpy(share))
+    z, y, x = shares
+    planes = (z @ torch.from_numpy(image).flatten(1)).reshape(-1, *image.shape[1:])
+    return np.asarray((y @ planes @ x.T).numpy(), np.float32)
+
+
+def find_occupied(
+    image: NDArray[np.float32],
+    noise: float,
+    diameter_voxels: Sequence[float],
+    *,
+    darkest: float = np.inf,
+) -> OccupiedSpace:
+    """Find where nuclei can be.
+
+    Parameters
+    ----------
+    image
+        Normalised volume (z, y, x): 0 and 1 are its robust range.
+    noise
+        Standard deviation of a voxel's noise in the same units.
+    diameter_voxels
+        Diameter of a nucleus in voxels along (z, y, x).
+    darkest
+        If even the darkest part is brighter than this, the image is a piece from the midst of an embryo,
+        nothing says what empty space would look like, and all of it counts as occupied.
+
+    Returns
+    -------
+    OccupiedSpace
+        Blocks about a quarter of a diameter wide, with a margin of a diameter in all directions.
+    """
+    edges = []
+    for size, diameter in zip(image.shape, diameter_voxels, strict=True):
+        count = max(1, min(size, round(4 * size / diameter)))
+        edges.append(np.linspace(0, size, count + 1).round().astype(np.intp))
+    z, y, x = (np.diff(cuts) for cuts in edges)
+    counts = z[:, None, None] * y[:, None] * x
+    means = _block_means(image, edges)
+    dark = float(np.percentile(means, _DARK_PERCENTILE))
+    if dark > darkest:
+        return everywhere(image.shape)
+    # Resampling correlates neighbours: count a quarter of the voxels as independent.
+    least = np.maximum(_LEAST_CONTRAST, _NOISE_SIGMAS * noise / np.sqrt(np.maximum(counts / 4, 1)))
+    occupied = means > dark + least
+    # One block more than the diameter: a nucleus may reach into a block that is itself too dark.
+    reach = np.array(
+        [
+            1 + np.ceil(diameter / max(1.0, size / (len(cuts) - 1)))
+            for size, diameter, cuts in zip(image.shape, diameter_voxels, edges, strict=True)
+        ]
+    )
+    occupied = _within(occupied, reach)
+    return OccupiedSpace(occupied, (edges[0], edges[1], edges[2]))
+
+
+def _within(occupied: NDArray[np.bool_], reach: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Give the blocks that lie within an ellipsoid, of semi-axes in blocks, around an occupied one.
+
+    An ellipsoid, not a box: the corners of a box lie 1.7 diameters away, and every plane would pay for them.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    if not occupied.any():
+        return occupied
+    return np.asarray(distance_transform_edt(~occupied, sampling=1 / reach) <= 1)

@@ -1,0 +1,231 @@
+"""From raw labels to nuclei: one connected piece each, no holes, plausible sizes, a score.
+
+The kernels work label by label inside the label's box and are shared between threads. Nothing depends on
+the order in which labels are handled: pieces are dropped first, holes are filled in a second pass,
+and a hole belongs to a label only if nothing else touches it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from nuclei3d.flows import nucleus_flows_3d, take_piece
+from nuclei3d.grid import LabelBoxes, find_boxes, share_labels
+from nuclei3d.segmentation.flow_field import FlowField
+
+
+@njit(cache=True, nogil=True)
+def _keep_largest_pieces(
+    labels: NDArray[np.uint32], chosen: NDArray[np.int64], boxes: NDArray[np.int32]
+) -> None:
+    """Set all but the largest 6-connected piece of each chosen label to 0 (the first of equal ones stays)."""
+    for label in chosen:
+        z0, z1, y0, y1, x0, x1 = boxes[label]
+        free = np.zeros((z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3), np.bool_)
+        total = 0
+        for z in range(z0, z1 + 1):
+            for y in range(y0, y1 + 1):
+                for x in range(x0, x1 + 1):
+                    if labels[z, y, x] == label:
+                        free[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
+                        total += 1
+        members = np.empty((total, 3), np.int32)
+        kept_start = 0
+        kept_stop = 0
+        at = 0
+        for sz in range(1, free.shape[0] - 1):
+            for sy in range(1, free.shape[1] - 1):
+                for sx in range(1, free.shape[2] - 1):
+                    if free[sz, sy, sx]:
+                        count = take_piece(free, sz, sy, sx, members[at:])
+                        if count > kept_stop - kept_start:
+                            kept_start = at
+                            kept_stop = at + count
+                        at += count
+        for i in range(total):
+            if not kept_start <= i < kept_stop:
+                labels[members[i, 0] + z0 - 1, members[i, 1] + y0 - 1, members[i, 2] + x0 - 1] = 0
+
+
+@njit(cache=True, nogil=True)
+def _fill_holes(labels: NDArray[np.uint32], chosen: NDArray[np.int64], boxes: NDArray[np.int32]) -> None:
+    """Fill the 6-connected pieces of background in a label's box that touch that label and nothing else."""
+    for label in chosen:
+        z0, z1, y0, y1, x0, x1 = boxes[label]
+        free = np.zeros((z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3), np.bool_)
+        total = 0
+        for z in range(z0, z1 + 1):
+            for y in range(y0, y1 + 1):
+                for x in range(x0, x1 + 1):
+                    if labels[z, y, x] == 0:
+                        free[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
+                        total += 1
+        members = np.empty((total, 3), np.int32)
+        # A hole cannot touch the faces of the box: the label's own voxels lie between.
+        for sz in range(2, free.shape[0] - 2):
+            for sy in range(2, free.shape[1] - 2):
+                for sx in range(2, free.shape[2] - 2):
+                    if free[sz, sy, sx]:
+                        count = take_piece(free, sz, sy, sx, members)
+                        closed = True
+                        for i in range(count):
+                            z = members[i, 0] + z0 - 1
+                            y = members[i, 1] + y0 - 1
+                            x = members[i, 2] + x0 - 1
+                            if z in (z0, z1) or y in (y0, y1) or x in (x0, x1):
+                                closed = False
+                                break
+                            for axis in range(3):
+                                for side in (-1, 1):
+                                    other = labels[
+                                        z + side if axis == 0 else z,
+                                        y + side if axis == 1 else y,
+                                        x + side if axis == 2 else x,
+                                    ]
+                                    if other != 0 and other != label:
+                                        closed = False
+                            if not closed:
+                                break
+                        if closed:
+                            for i in range(count):
+                                labels[
+                                    members[i, 0] + z0 - 1, members[i, 1] + y0 - 1, members[i, 2] + x0 - 1
+                                ] = label
+
+
+@njit(cache=True, nogil=True)
+def _score(
+    crop: NDArray[np.uint32],
+    label: int,
+    edges: NDArray[np.float64],
+    flow: NDArray[np.float32],
+    logit: NDArray[np.float32],
+) -> float:
+    """Score one label from its box: labels, flow and logit cut to it."""
+    depth, height, width = crop.shape
+    own = np.zeros((3, depth, height, width), np.float32)
+    box = np.array([0, depth - 1, 0, height - 1, 0, width - 1], np.int32)
+    nucleus_flows_3d(crop, label, box, edges, 0.01, own)
+    seen = np.zeros(3, np.bool_)
+    for z in range(depth):
+        for y in range(height):
+            for x in range(width):
+                if crop[z, y, x] == label:
+                    for axis in range(3):
+                        if flow[axis, z, y, x] != 0.0:
+                            seen[axis] = True
+    probability = 0.0
+    error = 0.0
+    count = 0
+    for z in range(depth):
+        for y in range(height):
+            for x in range(width):
+                if crop[z, y, x] != label:
+                    continue
+                count += 1
+                probability += 1.0 / (1.0 + np.exp(-logit[z, y, x]))
+                length = 0.0
+                for axis in range(3):
+                    if seen[axis]:
+                        length += own[axis, z, y, x] ** 2
+                length = np.sqrt(length)
+                for axis in range(3):
+                    if seen[axis]:
+                        expected = own[axis, z, y, x] / length if length > 0.0 else 0.0
+                        error += (expected - flow[axis, z, y, x]) ** 2
+    if not seen.any():
+        error = count
+    consistency = max(0.0, 1.0 - error / count)
+    return probability / count * consistency
+
+
+@njit(cache=True, nogil=True)
+def _renumber(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
+    flat = labels.reshape(-1)
+    for i in range(len(flat)):
+        if flat[i] > 0:
+            flat[i] = table[flat[i]]
+
+
+def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
+    """Drop, in place, the labels that are not to be kept and number the others 1..n in their order.
+
+    Parameters
+    ----------
+    labels : contiguous uint32 array
+    keep : bool array, shape (highest label + 1,)
+        Entry 0 (background) is ignored.
+    """
+    kept = keep.copy()
+    kept[0] = False
+    table = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
+    _renumber(labels, table)
+
+
+def clean_labels(
+    labels: NDArray[np.uint32],
+    min_voxels: float = 1.0,
+    max_voxels: float = np.inf,
+    threads: int | None = None,
+) -> LabelBoxes:
+    """Make labels whole, in place: one 6-connected piece each, holes filled, sizes in bounds, numbers 1..n.
+
+    Parameters
+    ----------
+    labels : contiguous uint32 array, shape (Z, Y, X)
+    min_voxels, max_voxels : float
+        Labels smaller or larger than this, after filling, are dropped.
+    threads : int, optional
+        All processors by default.
+
+    Returns
+    -------
+    LabelBoxes
+        Boxes and sizes of the labels that are left.
+    """
+    where = find_boxes(labels)
+    share_labels(
+        lambda chosen: _keep_largest_pieces(labels, chosen, where.boxes), where.present, where.voxels, threads
+    )
+    where = find_boxes(labels)
+    share_labels(
+        lambda chosen: _fill_holes(labels, chosen, where.boxes), where.present, where.voxels, threads
+    )
+    where = find_boxes(labels)
+    keep = (where.voxels >= max(min_voxels, 1)) & (where.voxels <= max_voxels)
+    keep_labels(labels, keep)
+    kept = np.concatenate([[0], np.flatnonzero(keep[1:]) + 1])
+    return LabelBoxes(where.boxes[kept], where.voxels[kept])
+
+
+def score_labels(
+    labels: NDArray[np.uint32],
+    where: LabelBoxes,
+    field: FlowField,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Score every label: mean probability times consistency of the flow.
+
+    The consistency is 1 - e, not below 0, with e Cellpose's flow error in 3D: the mean over the nucleus of
+    the squared difference between the given flow and the one computed from the mask alone. It is 1 for a
+    perfect nucleus and 0 where the flow is absent or has nothing to do with the mask. A component that is 0
+    all over a nucleus (z, where only xy planes were seen) is left out on both sides.
+
+    Returns
+    -------
+    float32 array, shape (n + 1,)
+        In 0..1; entry 0 (background) is 0.
+    """
+    scores = np.zeros(len(where.voxels), np.float32)
+    edges = np.array(field.voxel_size.zyx) / min(field.voxel_size.zyx)
+
+    def work(chosen: NDArray[np.int64]) -> None:
+        for label in chosen:
+            z0, z1, y0, y1, x0, x1 = (int(index) for index in where.boxes[label])
+            box = (slice(z0, z1 + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
+            scores[label] = _score(labels[box].copy(), label, edges, *field.unpack(box))
+
+    share_labels(work, where.present, where.voxels, threads)
+    return scores

@@ -1,0 +1,70 @@
+"""Stock Cellpose's own 3D segmentation with the same weights, for comparison."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nuclei3d.images.voxel_size import VoxelSize
+
+if TYPE_CHECKING:
+    from cellpose.models import CellposeModel
+
+    from nuclei3d.segmentation.settings import SegmentationSettings
+
+
+def stock_model(network: nn.Module, device: torch.device) -> CellposeModel:
+    """Give Cellpose's own model object with the weights of a network."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
+        from cellpose.models import CellposeModel
+
+    state = network.state_dict()
+    diameter = float(state["diam_mean"].item())
+    model = CellposeModel(
+        gpu=device.type == "cuda", pretrained_model=False, device=device, diam_mean=diameter
+    )
+    model.net.load_state_dict(state)
+    model.net.eval()
+    # Cellpose sets this only where it loads a file.
+    model.net_ortho = None
+    return model
+
+
+def segment_with_cellpose(
+    image: NDArray[Any],
+    voxel_size: VoxelSize,
+    network: nn.Module,
+    settings: SegmentationSettings,
+    device: torch.device,
+) -> NDArray[np.uint32]:
+    """Segment a volume with ``CellposeModel.eval(do_3D=True)``.
+
+    Diameter, anisotropy, percentiles and the threshold on the logit are those of the settings (Cellpose sums
+    three logits where this package takes their mean, so that threshold is multiplied by three); all else
+    is Cellpose's default.
+
+    Returns
+    -------
+    uint32 array (z, y, x)
+        Labels 1..n.
+    """
+    model = stock_model(network, device)
+    masks, _, _ = model.eval(
+        image,
+        channels=[0, 0],
+        z_axis=0,
+        do_3D=True,
+        diameter=settings.nucleus_diameter_um / voxel_size.x * model.diam_mean / settings.diameter_px,
+        anisotropy=voxel_size.anisotropy,
+        normalize={"percentile": [settings.lower_percentile, settings.upper_percentile]},
+        cellprob_threshold=3 * settings.masks.cellprob_threshold,
+        flow3D_smooth=settings.flow3d_smooth,
+    )
+    return np.asarray(np.asarray(masks).reshape(image.shape), dtype=np.uint32)

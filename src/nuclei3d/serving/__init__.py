@@ -1,1 +1,0 @@
-"""The HTTP service around a registered model, and its client."""

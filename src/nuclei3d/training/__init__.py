@@ -1,0 +1,1 @@
+"""From labelled volumes to trained weights."""

@@ -1,0 +1,320 @@
+"""A network with its optimiser and the mean of its weights: what does a step, is saved and restored.
+
+Learning rates as functions of the step.
+
+The gradients of a batch on a GPU, recorded once as a CUDA graph and then replayed.
+
+A step over a small batch is some thousand short kernels, which Python launches more slowly than a GPU runs
+them. A graph launches them all at once; what it computes is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nuclei3d.config.sections import TrainParams
+from nuclei3d.networks.cpnet import choose_precision
+from nuclei3d.training.batches import Batch
+from nuclei3d.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
+
+
+def learning_rate(params: TrainParams, step: int, steps_per_epoch: int) -> float:
+    """Give the learning rate of a step (counted from 0 over the whole training).
+
+    ``constant`` and ``warmup_cosine`` rise linearly over ``warmup_steps``; the cosine then falls to a
+    hundredth at the last step. ``cellpose`` is the schedule of ``cellpose.train.train_seg``: by epochs, ten
+    of warm-up from 0, then, in trainings of more than 100 (300) epochs, ten halvings over the last 50 (100).
+    """
+    peak = params.learning_rate
+    if params.schedule == "cellpose":
+        return peak * _cellpose_factor(step // steps_per_epoch, params.epochs)
+    warmup = min(1.0, (step + 1) / (params.warmup_steps + 1))
+    if params.schedule == "constant":
+        return peak * warmup
+    total = params.epochs * steps_per_epoch
+    progress = max(0.0, step - params.warmup_steps) / max(1, total - 1 - params.warmup_steps)
+    return peak * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def _cellpose_factor(epoch: int, epochs: int) -> float:
+    if epoch < 10:
+        return epoch / 9
+    halvings, length = (10, 10) if epochs > 300 else (10, 5) if epochs > 100 else (0, 1)
+    first = epochs - halvings * length
+    return 0.5 ** max(0, (epoch - first) // length + 1) if epoch >= first and halvings else 1.0
+
+
+_EAGER_STEPS = 3
+"""Steps before the recording: libraries choose their algorithms in them, which cannot be recorded."""
+
+Compute = Callable[[Batch], tuple[Tensor, Tensor]]
+"""Fills in the gradients; gives the network's output and the parts of the loss."""
+
+
+class RecordedGradients:
+    """Computes gradients by replaying a graph, batch by batch of the shape that came first.
+
+    Parameters
+    ----------
+    compute
+        Fills in the gradients of a batch, starting from none, without waiting for the device.
+    network
+        Whose gradients they are.
+    """
+
+    def __init__(self, compute: Compute, network: nn.Module) -> None:
+        self._compute = compute
+        self._parameters = [each for each in network.parameters() if each.requires_grad]
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._eager_steps = 0
+        self._batch: Batch | None = None
+        self._graph = torch.cuda.CUDAGraph()
+        self._result: tuple[Tensor, Tensor] | None = None
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Fill in the gradients of a batch on the device.
+
+        Returns
+        -------
+        output, values
+            As `compute` gives them; both are overwritten by the next call.
+        """
+        if self._batch is None and self._eager_steps < _EAGER_STEPS:
+            self._eager_steps += 1
+            return self._compute_aside(batch)
+        if self._batch is None:
+            self._record(batch)
+        assert self._batch is not None
+        if _shapes(batch) != _shapes(self._batch):
+            # the last batch of an epoch may be smaller
+            return self._compute(batch)
+        for kept, new in zip(_tensors(self._batch), _tensors(batch), strict=True):
+            kept.copy_(new, non_blocking=True)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._graph.replay()
+        assert self._result is not None
+        return self._result
+
+    def _compute_aside(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute on a stream of its own, as CUDA wants it before a recording."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            result = self._compute(batch)
+        here.wait_stream(self._stream)
+        return result
+
+    def _record(self, batch: Batch) -> None:
+        kept = Batch(
+            batch.images.clone(),
+            batch.foreground.clone(),
+            batch.flows.clone(),
+            None if batch.weights is None else batch.weights.clone(),
+            batch.labels,
+            batch.planes,
+        )
+        for parameter in self._parameters:
+            parameter.grad = None
+        # the threads that cut crops take page-locked memory meanwhile: only this thread is recorded
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = self._compute(kept)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._batch = kept
+
+
+def _tensors(batch: Batch) -> Sequence[Tensor]:
+    tensors = (batch.images, batch.foreground, batch.flows, batch.weights)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _shapes(batch: Batch) -> list[torch.Size]:
+    return [tensor.shape for tensor in _tensors(batch)]
+
+
+class LossParts(Protocol):
+    """The loss of a batch: scalar tensors, of which `total` is minimised and the others are reported."""
+
+    @property
+    def flow(self) -> Tensor:
+        """Of the flows."""
+
+    @property
+    def probability(self) -> Tensor:
+        """Of the foreground."""
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and in which types a network computes.
+
+    Attributes
+    ----------
+    device
+        Where.
+    precision
+        Type of the convolutions; weights, loss and optimiser are float32.
+    layout
+        Order of the axes in memory.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    layout: torch.memory_format
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Run a network over a batch on the device; of several outputs the first is given."""
+        images = images.contiguous(memory_format=self.layout)
+        mixed = self.precision != torch.float32
+        # no weight is used twice, so there is nothing to keep; and a CUDA graph must hold the casts
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=mixed, cache_enabled=False):
+            output = network(images)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
+
+
+def choose_arithmetic(params: TrainParams, device: torch.device, axes: int) -> Arithmetic:
+    """Choose how to compute with images of so many spatial axes."""
+    last = torch.channels_last if axes == 2 else torch.channels_last_3d
+    return Arithmetic(
+        device,
+        choose_precision(params.precision, device),
+        last if params.channels_last else torch.contiguous_format,
+    )
+
+
+class Learner:
+    """A network under training.
+
+    Parameters
+    ----------
+    network
+        It is moved to the device and changed.
+    params
+        Optimiser, clipping, mean of the weights.
+    arithmetic
+        How it computes.
+    loss_of
+        Gives the loss of the network's output on a batch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        params: TrainParams,
+        arithmetic: Arithmetic,
+        loss_of: Callable[[Tensor, Batch], LossParts],
+    ) -> None:
+        self.network = network.to(device=arithmetic.device)
+        self.network.to(memory_format=arithmetic.layout)  # type: ignore[call-overload]
+        self.arithmetic = arithmetic
+        self._loss_of = loss_of
+        self._clip = params.gradient_clip
+        self._optimizer = _new_optimizer(self.network, params)
+        self._average = WeightAverage(self.network, params.ema) if params.ema else None
+        self._gradients: Callable[[Batch], tuple[Tensor, Tensor]] = self._compute_gradients
+        if arithmetic.device.type == "cuda" and params.cuda_graph:
+            self._gradients = RecordedGradients(self._compute_gradients, self.network)
+
+    def step(self, batch: Batch, rate: float, number: int) -> tuple[Tensor, Tensor]:
+        """Do one step down the gradient of the loss of a batch.
+
+        Parameters
+        ----------
+        batch
+            On the device.
+        rate
+            Learning rate.
+        number
+            Of the step, from 0 over the whole training.
+
+        Returns
+        -------
+        output : Tensor
+            Of the network, before the step; overwritten by the next one.
+        values : Tensor
+            The two parts of the loss, on the device; likewise.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        output, values = self._gradients(batch)
+        if self._clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update(number)
+        return output, values
+
+    def _compute_gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Fill in the gradients; give the output and the two parts of the loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        output = self.arithmetic.run(self.network, batch.images)
+        loss = self._loss_of(output, batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        return output.detach(), torch.stack([loss.flow.detach(), loss.probability.detach()])
+
+    def restore(self, state: TrainingState) -> None:
+        """Go back to a state, the random numbers of torch included."""
+        if not state.epoch:
+            return
+        self.network.load_state_dict(state.network)
+        self._optimizer.load_state_dict(state.optimizer)
+        if self._average is not None and state.average is not None:
+            self._average.load(state.average)
+        torch.set_rng_state(state.generator)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Copy the state of the optimiser to the CPU."""
+        return dict(_on_cpu(self._optimizer.state_dict()))
+
+    def average_state(self) -> dict[str, Tensor] | None:
+        """Copy the mean of the weights to the CPU; None without one."""
+        return None if self._average is None else dict(_on_cpu(self._average.state()))
+
+    def judged_network(self) -> nn.Module:
+        """Give the network that is validated: with the mean weights if there are."""
+        if self._average is None:
+            return self.network
+        judged = copy.deepcopy(self.network)
+        judged.load_state_dict(self._average.state())
+        return judged
+
+    def kept_weights(self) -> dict[str, Tensor]:
+        """Copy the weights that a model would have now to the CPU."""
+        return self.average_state() or copy_state(self.network)
+
+
+def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if params.optimizer == "sgd":
+        return torch.optim.SGD(
+            trained,
+            lr=params.learning_rate,
+            momentum=params.momentum,
+            weight_decay=params.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Copy nested state to the CPU."""
+    if isinstance(value, Tensor):
+        return copy_to_cpu(value)
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(entry) for entry in value]
+    return value

@@ -1,0 +1,205 @@
+"""The state of a training between two epochs: everything that the next epoch depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch did; nan where something was not measured.
+
+    Attributes
+    ----------
+    epoch
+        Counted from 1.
+    train_loss, train_flow_loss, train_probability_loss
+        Means over the crops of the epoch.
+    validation_loss, validation_flow_loss, validation_probability_loss
+        On the fixed validation crops.
+    validation_loss_xy, validation_loss_xz, validation_loss_yz
+        The same by view.
+    train_flow_mse_z, train_flow_cosine_z, train_dice and alike, validation_flow_mse_z and alike
+        Of a 3D network: how well the flow is learned along each axis, and the foreground
+        (`nuclei3d.training.losses.FlowFigures`).
+    found_faintest, found_faint, found_middle, found_bright, found_brightest
+        Mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's contrast.
+    volume_ap
+        Average precision at IoU 0.5 on the validation volumes.
+    learning_rate
+        At the last step.
+    crops_per_second
+        Of training alone.
+    seconds, waited_seconds
+        Time of the whole epoch, and how much of it the network waited for crops.
+    """
+
+    epoch: int
+    train_loss: float
+    train_flow_loss: float
+    train_probability_loss: float
+    validation_loss: float = math.nan
+    validation_flow_loss: float = math.nan
+    validation_probability_loss: float = math.nan
+    validation_loss_xy: float = math.nan
+    validation_loss_xz: float = math.nan
+    validation_loss_yz: float = math.nan
+    train_flow_mse_z: float = math.nan
+    train_flow_mse_y: float = math.nan
+    train_flow_mse_x: float = math.nan
+    train_flow_cosine_z: float = math.nan
+    train_flow_cosine_y: float = math.nan
+    train_flow_cosine_x: float = math.nan
+    train_dice: float = math.nan
+    validation_flow_mse_z: float = math.nan
+    validation_flow_mse_y: float = math.nan
+    validation_flow_mse_x: float = math.nan
+    validation_flow_cosine_z: float = math.nan
+    validation_flow_cosine_y: float = math.nan
+    validation_flow_cosine_x: float = math.nan
+    validation_dice: float = math.nan
+    found_faintest: float = math.nan
+    found_faint: float = math.nan
+    found_middle: float = math.nan
+    found_bright: float = math.nan
+    found_brightest: float = math.nan
+    volume_ap: float = math.nan
+    learning_rate: float = math.nan
+    crops_per_second: float = math.nan
+    seconds: float = math.nan
+    waited_seconds: float = math.nan
+
+    def metrics(self) -> dict[str, float]:
+        """Give the measured numbers by name, without the epoch."""
+        return {
+            name: value for name, value in asdict(self).items() if name != "epoch" and not math.isnan(value)
+        }
+
+
+REPORT_FIELDS = tuple(field.name for field in fields(EpochReport))
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The state after an epoch.
+
+    Attributes
+    ----------
+    network, optimizer, average
+        States of the network, the optimiser and the mean of the weights (None: off).
+    generator
+        State of torch's global generator on the CPU.
+    history
+        One report per epoch.
+    best_epoch, best_score
+        The best epoch so far (0: none) and its score; larger is better.
+    best
+        The weights of that epoch.
+    """
+
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    average: dict[str, Tensor] | None
+    generator: Tensor
+    history: tuple[EpochReport, ...]
+    best_epoch: int
+    best_score: float
+    best: dict[str, Tensor]
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done."""
+        return len(self.history)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Give the state, without the best weights, as tensors, numbers, texts, lists and dictionaries."""
+        return {
+            "format": FORMAT,
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "generator": self.generator,
+            "history": [asdict(report) for report in self.history],
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], best: dict[str, Tensor]) -> TrainingState:
+        """Restore what `as_plain` gave.
+
+        Raises
+        ------
+        KeyError, TypeError
+            If it is something else.
+        """
+        if plain["format"] != FORMAT:
+            raise KeyError("format")
+        return cls(
+            network=plain["network"],
+            optimizer=plain["optimizer"],
+            average=plain["average"],
+            generator=plain["generator"],
+            history=tuple(EpochReport(**report) for report in plain["history"]),
+            best_epoch=plain["best_epoch"],
+            best_score=plain["best_score"],
+            best=best,
+        )
+
+    def without_best(self) -> TrainingState:
+        """Give the same state with empty best weights."""
+        return replace(self, best={})
+
+
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copy a module's state to the CPU."""
+    return {name: copy_to_cpu(value) for name, value in module.state_dict().items()}
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """Copy a tensor, once, wherever it is."""
+    return value.detach().to("cpu", copy=True)
+
+
+class WeightAverage:
+    """Exponential mean of a network's weights; buffers (running means of batch norm) are averaged alike.
+
+    The decay rises with the number of steps, ``min(decay, (1 + n) / (10 + n))``, so that the first weights
+    are forgotten quickly.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self._decay = decay
+        followed = network.state_dict()
+        self._mean = {name: value.detach().clone() for name, value in followed.items()}
+        floating = [name for name, value in followed.items() if value.is_floating_point()]
+        self._pairs = [(self._mean[name], value) for name, value in followed.items() if name not in floating]
+        self._means = [self._mean[name] for name in floating]
+        self._values = [followed[name] for name in floating]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the network's weights after a step (counted from 0)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        # all tensors in one call: one by one they would keep a GPU waiting
+        get_ema_multi_avg_fn(decay)(self._means, self._values, None)  # type: ignore[no-untyped-call]
+        for mean, value in self._pairs:
+            mean.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give the mean weights (not a copy)."""
+        return self._mean
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over mean weights."""
+        for name, value in state.items():
+            self._mean[name].copy_(value)

@@ -1,0 +1,218 @@
+"""A registered model is a version that loads anywhere; only a better one becomes champion."""
+
+import base64
+import io
+import json
+import os
+import site
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import tifffile
+
+from nuclei3d.config import Params
+from nuclei3d.errors import InputError
+from nuclei3d.experiment.pyfunc import request_example
+from nuclei3d.experiment.registry import fetch_model
+from nuclei3d.experiment.store import open_store
+from nuclei3d.images.frames import find_frames
+from nuclei3d.networks.cpnet import choose_device, new_network
+from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.scoring.matching import overlap_table
+from nuclei3d.scoring.metrics import score, tally_of
+from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.settings import segmentation_settings
+from nuclei3d.stages.register import register, roll_back
+
+NAME = "nuclei_3d"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    info = ModelInfo(
+        name=NAME, diameter_px=17.0, nucleus_diameter_um=10.0, lineage={"data_md5": "d", "slices_md5": "s"}
+    )
+    save_model(tmp_path / "models" / NAME, new_network(17.0, seed=0), info, "# A card")
+    return tmp_path / "models" / NAME
+
+
+def write_metrics(path: Path, missed: int) -> Path:
+    """metrics.json of four frames with 16 nuclei each, the first `missed` of them not found."""
+    volumes: dict[str, Any] = {}
+    for frame in range(4):
+        truth = np.kron(np.arange(1, 17, dtype=np.uint32).reshape(4, 4), np.ones((4, 4), np.uint32))[None]
+        tally = tally_of(overlap_table(truth, np.where(truth > missed, truth, 0)))
+        volumes[f"E/{frame}"] = {
+            **score(tally).as_json(),
+            "embryo": "E",
+            "truth_digest": str(frame),
+            "counts": tally.as_json(),
+        }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"ap": {"0.50": 1 - missed / 16}, "f1": {}, "volumes": volumes}))
+    return path
+
+
+def version_of(params: Params, alias: str) -> str:
+    return str(open_store(params.tracking).get_model_version_by_alias(NAME, alias).version)
+
+
+def test_the_champion_moves_only_to_a_better_model_and_back(
+    params: Params, model: Path, tmp_path: Path
+) -> None:
+    def register_with(missed: int, **options: bool) -> tuple[str, str, str]:
+        metrics = write_metrics(tmp_path / f"evaluation{missed}" / "metrics.json", missed)
+        made = register(params, model, metrics, **options)
+        assert version_of(params, "challenger") == made.version
+        assert version_of(params, "champion") == made.champion
+        return made.version, str(made.champion), made.reason
+
+    assert register_with(4)[:2] == ("1", "1")
+    version, champion, reason = register_with(4)
+    assert (version, champion) == ("2", "1")
+    assert "not better" in reason
+    version, champion, reason = register_with(2)
+    assert (version, champion) == ("3", "3")
+    assert "better than the champion (version 1)" in reason
+    version, champion, reason = register_with(8, force=True)
+    assert (version, champion) == ("4", "4")
+    assert reason.startswith("forced")
+
+    noted = open_store(params.tracking).get_model_version(NAME, "3")
+    assert "better than the champion" in noted.tags["nuclei3d.reason"]
+    assert "better than the champion" in noted.description
+    assert noted.tags["nuclei3d.data_md5"] == "d"
+    assert noted.tags["ap_0.50"] == "0.8750"
+
+    assert roll_back(params).champion == "3"
+    assert roll_back(params).champion == "1"
+    with pytest.raises(InputError, match="no earlier champion"):
+        roll_back(params)
+    assert roll_back(params, "2").champion == "2"
+    with pytest.raises(InputError, match="no version 9; known: 1, 2, 3, 4"):
+        roll_back(params, "9")
+    assert version_of(params, "champion") == "2"
+
+
+@pytest.mark.parametrize("step", ["_describe", "_crown", "set_model_version_tag"])
+def test_a_registration_that_was_killed_goes_on_with_its_version(
+    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if step.startswith("_"):
+            patched.setattr(f"nuclei3d.experiment.registry.{step}", die)
+        else:
+            real = mlflow.MlflowClient.set_model_version_tag
+
+            def die_at_the_end(client: Any, name: str, version: str, key: str, value: str) -> None:
+                if key == "nuclei3d.complete":
+                    raise KeyboardInterrupt
+                real(client, name, version, key, value)
+
+            patched.setattr(mlflow.MlflowClient, step, die_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            register(params, model, metrics)
+    made = register(params, model, metrics)
+    assert (made.version, made.champion) == ("1", "1")
+    assert "first version" in made.reason
+    assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 1
+
+
+def test_what_cannot_be_registered_is_told_and_leaves_nothing(
+    params: Params, model: Path, tmp_path: Path
+) -> None:
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"ap": 1}')
+    for folder, file, told in (
+        (tmp_path / "absent", metrics, "no model folder"),
+        (model, tmp_path / "absent.json", "cannot read the metrics"),
+        (model, wrong, "'volumes'"),
+    ):
+        with pytest.raises(InputError, match=told):
+            register(params, folder, file)
+    client = open_store(params.tracking)
+    assert client.search_registered_models() == []
+    assert client.search_runs([item.experiment_id for item in client.search_experiments()]) == []
+
+
+def test_an_unknown_model_is_told_with_the_known_ones(params: Params) -> None:
+    for uri in ("models:/nuclei_3d@champion", "models:/nuclei_3d/7", "models:/a b"):
+        with pytest.raises(InputError, match="registered models: none"):
+            fetch_model(uri, params)
+    with pytest.raises(InputError, match="has no model"):
+        roll_back(params)
+
+
+# Loads the model and answers the input example, in a process that cannot import the installed package: -S
+# leaves out the .pth file of the editable installation, and nothing else has the package.
+ALONE = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("nuclei3d") is None, "the package must not be importable here"
+import mlflow
+model = mlflow.pyfunc.load_model("models:/nuclei_3d@champion")
+import nuclei3d
+frame = model.input_example
+answer = model.predict(frame, params={"mode": "ortho"})[0]
+others = {"mode": "stitch", "min_volume_um3": 5.0, "voxel_size_um": [2.0, 1.0, 1.0]}
+again = model.predict(frame, params=others)[0]
+print(json.dumps({"code": nuclei3d.__file__, "answer": answer, "again": again["parameters"]}))
+"""
+
+
+@pytest.mark.slow  # another process compiles the package's kernels anew
+def test_it_loads_and_predicts_where_the_package_is_not_installed(
+    params: Params, model: Path, tmp_path: Path
+) -> None:
+    register(params, model, write_metrics(tmp_path / "metrics.json", 4))
+    uri = params.tracking.uri
+    assert uri is not None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(site.getsitepackages()),
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", ALONE],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "/code/nuclei3d/" in told["code"]
+    assert told["answer"]["model"] == {"name": NAME, "registered_name": NAME, "version": "1"}
+    assert told["again"]["mode"] == "stitch"
+    assert told["again"]["voxel_size_um"] == [2.0, 1.0, 1.0]
+    assert told["again"]["min_volume_um3"] == 5.0
+
+    # The same masks as the package makes here, from the same file.
+    frame, _ = request_example(load_model(model).info)
+    file = tmp_path / "example.ome.tif"
+    file.write_bytes(frame["volume"][0])
+    (volume,) = find_frames(file)
+    loaded = load_model(fetch_model("models:/nuclei_3d/1", params))
+    expected = segment_volume(
+        volume.read(),
+        volume.require_voxel_size(),
+        loaded.network,
+        segmentation_settings(loaded.info, params.predict),
+        choose_device("cpu"),
+    )
+    found = tifffile.imread(io.BytesIO(base64.b64decode(told["answer"]["labels"])))
+    np.testing.assert_array_equal(found, expected.labels)
+    assert len(told["answer"]["nuclei"]) == len(expected.nuclei)

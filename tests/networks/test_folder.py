@@ -1,0 +1,195 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from nuclei3d.errors import InputError
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.networks.planning import plan_architecture
+from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
+from nuclei3d.segmentation.plane_network import PlaneNetwork
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "blobs"
+    info = ModelInfo(
+        name="blobs",
+        diameter_px=17.0,
+        nucleus_diameter_um=12.5,
+        voxel_size_um=(2.0, 0.5, 0.5),
+        score_threshold=0.3,
+        lineage={"git_commit": "abc"},
+    )
+    save_model(path, new_network(17.0, seed=4), info, "# blobs")
+    return path
+
+
+def test_the_folder_holds_weights_info_and_card(folder):
+    assert sorted(entry.name for entry in folder.iterdir()) == ["README.md", "blobs", "model.json"]
+    assert (folder / "README.md").read_text() == "# blobs\n"
+    assert json.loads((folder / "model.json").read_text())["nucleus_diameter_um"] == 12.5
+
+
+@pytest.mark.parametrize("name", ["", "blobs"])
+def test_folder_and_weights_file_load_alike(folder, name):
+    model = load_model(folder / name)
+    assert model.info.voxel_size_um == (2.0, 0.5, 0.5)
+    assert model.info.score_threshold == 0.3
+    assert model.info.lineage == {"git_commit": "abc"}
+    assert model.path == folder / "blobs"
+    expected = new_network(17.0, seed=4).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.network.state_dict().items())
+
+
+def test_saving_again_replaces_the_model(tmp_path):
+    info = ModelInfo(name="a", diameter_px=20)
+    save_model(tmp_path / "m", new_network(20, 0), info, "one")
+    save_model(tmp_path / "m", new_network(20, 1), info.model_copy(update={"name": "b"}), "two")
+    assert sorted(entry.name for entry in (tmp_path / "m").iterdir()) == ["README.md", "b", "model.json"]
+
+
+def test_stock_cellpose_computes_the_same_flows(folder):
+    """The weights are Cellpose's own: its model object gives what ours gives."""
+    from cellpose.models import CellposeModel
+
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(96, 128)).astype(np.float32)
+    stock = CellposeModel(gpu=False, pretrained_model=str(folder / "blobs"))
+    assert stock.diam_mean == 17.0
+    # Cellpose pads by 8 zeros on each side before its network; give ours the same surroundings.
+    padded = np.pad(plane, 8)
+    ours = PlaneNetwork(load_model(folder).network, torch.device("cpu"))(padded[None])[0, :, 8:-8, 8:-8]
+    _, flows, _ = stock.eval(plane, channels=[0, 0], normalize=False, diameter=17.0, compute_masks=False)
+    theirs_flow, theirs_logit = flows[1], flows[2]
+    assert np.abs(5 * ours[:2] - theirs_flow).max() < 1e-4
+    assert np.abs(ours[2] - theirs_logit).max() < 1e-4
+
+
+def test_a_3d_model_comes_back_with_its_shape(tmp_path):
+    spec = VolumeSpec(plan_architecture(5.75, "small", style=True), 5.75, (12, 64, 64))
+    network = new_volume_network(spec, 1).eval()
+    info = ModelInfo(name="solid", kind="full3d", diameter_px=17, nucleus_diameter_um=12, full3d=spec)
+    save_model(tmp_path / "m", network, info, "# card")
+    model = load_model(tmp_path / "m")
+    assert model.info == info
+    assert isinstance(model.network, VolumeNetwork)
+    assert model.network.spec == spec
+    image = torch.randn(2, 1, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.network(image), network(image))
+
+
+def test_a_3d_model_without_its_shape_is_explained(tmp_path):
+    (tmp_path / "model.json").write_text('{"kind": "full3d", "diameter_px": 17}')
+    with pytest.raises(InputError, match=r"model\.json is not a valid.*full3d"):
+        load_model(tmp_path)
+    spec = '{"architecture": {"channels": [4], "pooling": [], "kernels": [[9, 9, 9]]}, "anisotropy": 2, '
+    spec += '"patch": [8, 8, 8]}'
+    (tmp_path / "model.json").write_text('{"kind": "full3d", "diameter_px": 17, "full3d": ' + spec + "}")
+    with pytest.raises(InputError, match="no shape of a network"):
+        load_model(tmp_path)
+
+
+def test_bare_cellpose_weights_load_with_their_own_diameter(tmp_path, capsys):
+    torch.save(new_network(23.0, seed=1).state_dict(), tmp_path / "my weights")
+    model = load_model(tmp_path / "my weights")
+    assert model.info.diameter_px == 23.0
+    assert model.info.nucleus_diameter_um is None
+    assert "without model.json" in capsys.readouterr().err
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("echo unpickled",))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 truncated", bytes(range(256)) * 8])
+def test_files_that_are_no_weights_are_named(tmp_path, content):
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"weights is not a weights file"):
+        load_model(path)
+
+
+def test_nothing_in_a_weights_file_is_executed(tmp_path, capfd):
+    torch.save({"x": Malicious()}, tmp_path / "weights")
+    with pytest.raises(InputError, match="not a weights file"):
+        load_model(tmp_path / "weights")
+    assert "unpickled" not in capfd.readouterr().out
+
+
+def test_missing_and_damaged_models_are_explained(tmp_path, folder):
+    with pytest.raises(InputError, match="no model at"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"model\.json"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "empty" / "model.json").write_text('{"kind": "views2d"}')
+    with pytest.raises(InputError, match="diameter_px"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "empty" / "model.json").write_text('{"diameter_px": 17}')
+    with pytest.raises(InputError, match="cannot read the weights"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(InputError, match="not the weights"):
+        load_model(folder / "model.json")
+
+
+def test_a_model_cannot_take_the_name_of_its_own_files(tmp_path):
+    with pytest.raises(InputError, match="cannot be called"):
+        save_model(tmp_path / "m", new_network(30, 0), ModelInfo(name="model.json", diameter_px=30), "")
+
+
+@pytest.mark.slow(reason="runs the Cellpose command line in a process of its own")
+def test_the_cellpose_command_line_runs_with_the_weights(folder, tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (4, 32, 32)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "embryo.tif", image)
+    command = [sys.executable, "-m", "cellpose", "--dir", str(tmp_path), "--verbose"]
+    command += ["--pretrained_model", str(folder / "blobs"), "--do_3D", "--diameter", "17", "--z_axis", "0"]
+    command += ["--anisotropy", "2.0", "--save_tif", "--no_npy"]
+    # An address that nobody answers: a download would fail, not hang.
+    offline = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    home = {"HOME": str(tmp_path / "home"), "CELLPOSE_LOCAL_MODELS_PATH": str(tmp_path / "home")}
+    run = subprocess.run(
+        command,
+        env={**os.environ, **offline, **home},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "loading model" in run.stderr + run.stdout
+    assert "model diam_mean =  17.000" in run.stderr + run.stdout
+
+
+def test_compact_weights_are_half_the_size_and_load_here_and_in_cellpose(tmp_path):
+    from cellpose.models import CellposeModel
+
+    network = new_network(16.7, seed=4)
+    info = ModelInfo(name="small", diameter_px=16.7)
+    save_model(tmp_path / "whole", network, info, "card")
+    save_model(tmp_path / "small", network, info, "card", compact=True)
+    weights = tmp_path / "small" / "small"
+    assert weights.stat().st_size < 0.51 * (tmp_path / "whole" / "small").stat().st_size
+    loaded = load_model(tmp_path / "small").network.state_dict()
+    theirs = CellposeModel(gpu=False, pretrained_model=str(weights)).net.state_dict()
+    for name, value in network.state_dict().items():
+        assert loaded[name].dtype == value.dtype
+        torch.testing.assert_close(loaded[name], value, rtol=2**-11, atol=2**-25)
+        assert torch.equal(theirs[name], loaded[name])
+    assert loaded["diam_mean"].item() == pytest.approx(16.7, rel=1e-7)
+
+
+def test_a_model_that_is_still_in_dvc_says_how_to_get_it(tmp_path):
+    (tmp_path / "nuclei_3d.dvc").write_text("outs: []")
+    for path in (tmp_path / "nuclei_3d", tmp_path / "nuclei_3d" / "nuclei_3d"):
+        with pytest.raises(InputError, match=r"dvc pull .*/nuclei_3d\.dvc$"):
+            load_model(path)

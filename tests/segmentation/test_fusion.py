@@ -1,0 +1,154 @@
+"""View fusion: components go where they belong and the mean is a mean."""
+
+import numpy as np
+import pytest
+
+from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.segmentation.flow_field import FlowField
+from nuclei3d.segmentation.fusion import VIEW_AXES, View, ViewPrediction, VolumeLook, fuse_views
+
+
+def view_of(name: View, flow: np.ndarray, logit: float) -> ViewPrediction:
+    """The exact view of a 3D field: its two components in the planes of one direction."""
+    return ViewPrediction(name, flow[list(VIEW_AXES[name])], np.full(flow.shape[1:], logit, np.float32))
+
+
+@pytest.fixture
+def field() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(3, 20, 6, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize("names", [("xy", "xz", "yz"), ("xy", "xz"), ("xz", "yz"), ("yz", "xy")])
+@pytest.mark.parametrize("method", ["mean", "consensus"])
+def test_two_or_three_exact_views_give_back_the_field(field, names, method) -> None:
+    flow, logit = fuse_views([view_of(name, field, 1.5) for name in names], method)
+    assert np.allclose(flow, field, atol=1e-5)
+    assert np.allclose(logit, 1.5)
+
+
+def test_a_component_that_no_view_shows_is_zero(field) -> None:
+    flow, _ = fuse_views([view_of("xy", field, 0)])
+    assert not flow[0].any()
+    assert np.array_equal(flow[1:], field[1:])
+
+
+def test_the_logit_is_the_mean_whatever_the_number_of_views(field) -> None:
+    views = [view_of("xy", field, 1), view_of("xz", field, 2), view_of("yz", field, 6)]
+    assert np.allclose(fuse_views(views)[1], 3)
+    assert np.allclose(fuse_views(views[:2])[1], 1.5)
+    assert np.allclose(fuse_views(views, weights={"yz": 2.0})[1], 3.75)
+
+
+def test_weights_move_each_component_towards_the_trusted_view() -> None:
+    ones = np.ones((3, 4, 5, 6), np.float32)
+    views = [view_of("xy", ones, 0), view_of("xz", 5 * ones, 0), view_of("yz", 9 * ones, 0)]
+    flow, _ = fuse_views(views, weights={"xy": 3.0, "xz": 1.0, "yz": 1.0})
+    assert np.allclose(flow[0], 7)
+    assert np.allclose(flow[1], (3 * 1 + 9) / 4)
+    assert np.allclose(flow[2], (3 * 1 + 5) / 4)
+
+
+def test_consensus_trusts_the_view_that_is_smooth() -> None:
+    rng = np.random.default_rng(1)
+    truth = np.ones((3, 40, 12, 12), np.float32)
+    noisy = truth + rng.normal(0, 1, truth.shape).astype(np.float32)
+    views = [view_of("xy", truth, 0), view_of("xz", noisy, 0)]
+    mean, _ = fuse_views(views)
+    consensus, _ = fuse_views(views, "consensus")
+    error_mean = np.abs(mean[2] - 1).mean()
+    error_consensus = np.abs(consensus[2] - 1).mean()
+    assert error_consensus < 0.3 * error_mean
+
+
+def test_consensus_is_the_formula_on_the_whole_volume_not_slab_by_slab() -> None:
+    from scipy.ndimage import generic_filter
+
+    rng = np.random.default_rng(2)
+    field_a, field_b = rng.normal(size=(2, 3, 19, 5, 4)).astype(np.float32)
+    fused, _ = fuse_views([view_of("xy", field_a, 0), view_of("yz", field_b, 0)], "consensus")
+    weights = [1 / (generic_filter(f[1], np.var, size=5, mode="nearest") + 0.1) for f in (field_a, field_b)]
+    expected = (weights[0] * field_a[1] + weights[1] * field_b[1]) / (weights[0] + weights[1])
+    assert np.allclose(fused[1], expected, atol=1e-4)
+
+
+def test_half_precision_views_are_summed_in_single_precision(field) -> None:
+    views = [
+        ViewPrediction(v.view, v.flow.astype(np.float16), v.logit.astype(np.float16))
+        for v in (view_of("xy", field, 2), view_of("xz", field, 2), view_of("yz", field, 2))
+    ]
+    flow, logit = fuse_views(views)
+    assert flow.dtype == logit.dtype == np.float32
+    assert np.allclose(flow, field, atol=2e-3)
+
+
+def test_bad_views_and_weights_are_refused(field) -> None:
+    good = view_of("xy", field, 0)
+    with pytest.raises(InputError, match="at most once"):
+        fuse_views([])
+    with pytest.raises(InputError, match="at most once"):
+        fuse_views([good, good])
+    with pytest.raises(InputError, match="expected"):
+        fuse_views([good, view_of("xz", field[:, :5], 0)])
+    with pytest.raises(InputError, match="positive"):
+        fuse_views([good], weights={"xy": 0.0})
+
+
+def volume_of(flow: np.ndarray, logit: float, weight: float = 1.0) -> VolumeLook:
+    """A 3D network's look that lies on the grid of the views already."""
+    size = VoxelSize(2, 1, 1)
+    field = FlowField.of(flow, np.full(flow.shape[1:], logit, np.float32), size)
+    return VolumeLook(field, field.shape, size, weight)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_a_3d_network_is_one_look_more_at_flows_and_logit(weight) -> None:
+    ones = np.ones((3, 20, 6, 7), np.float32)
+    views = [view_of("xy", 0.1 * ones, 1), view_of("xz", 0.3 * ones, 2), view_of("yz", 0.8 * ones, 6)]
+    flow, logit = fuse_views(views, volume=volume_of(0.5 * ones, 10, weight))
+    seen = {0: 0.3 + 0.8, 1: 0.1 + 0.8, 2: 0.1 + 0.3}
+    for component, total in seen.items():
+        assert np.allclose(flow[component], (total + weight * 0.5) / (2 + weight), atol=1e-4)
+    assert np.allclose(logit, (9 + weight * 10) / (3 + weight), atol=1e-3)
+
+
+def test_what_no_view_shows_is_what_the_3d_network_says() -> None:
+    ones = np.ones((3, 4, 5, 6), np.float32)
+    flow, _ = fuse_views([view_of("xy", 0.2 * ones, 0)], volume=volume_of(0.6 * ones, 0))
+    assert np.allclose(flow[0], 0.6, atol=1e-4)
+    assert np.allclose(flow[1:], 0.4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["volume", "views"])
+def test_consensus_is_nearer_the_truth_where_one_look_is_noise(wrong) -> None:
+    rng = np.random.default_rng(3)
+    truth = 0.5 * np.ones((3, 40, 12, 12), np.float32)
+    noise = rng.normal(0, 0.6, truth.shape).astype(np.float32)
+    solid, flat = (noise, truth) if wrong == "volume" else (truth, noise)
+    views = [view_of(name, flat, 0) for name in ("xy", "xz", "yz")]
+    mean, consensus = (
+        np.abs(fuse_views(views, method, volume=volume_of(solid, 0))[0] - 0.5).mean()
+        for method in ("mean", "consensus")
+    )
+    assert consensus < (0.5 if wrong == "volume" else 0.75) * mean
+
+
+def test_consensus_of_three_looks_is_the_formula() -> None:
+    from scipy.ndimage import generic_filter
+
+    rng = np.random.default_rng(4)
+    looks = rng.uniform(-0.8, 0.8, size=(3, 3, 19, 5, 4)).astype(np.float32)
+    looks[1] *= 0.2
+    volume = volume_of(looks[2], 0, 1.5)
+    fused, _ = fuse_views(
+        [view_of("xy", looks[0], 0), view_of("yz", looks[1], 0)], "consensus", volume=volume
+    )
+    variances = [generic_filter(each[1], np.var, size=5, mode="nearest") for each in looks]
+    weights = [trust / (variance + 0.1) for trust, variance in zip((1.0, 1.0, 1.5), variances, strict=True)]
+    expected = sum(w * each[1] for w, each in zip(weights, looks, strict=True)) / sum(weights)
+    assert np.allclose(fused[1], expected, atol=5e-4)
+
+
+def test_a_3d_look_on_another_grid_is_refused(field) -> None:
+    with pytest.raises(InputError, match="bring it to their grid"):
+        fuse_views([view_of("xy", field[:, :5], 0)], volume=volume_of(field, 0))

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+from oracle_network import OracleNetwork
+
+from nuclei3d.errors import InputError
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.segmentation.openvino_network import compile_cpnet, has_openvino
+from nuclei3d.segmentation.plane_network import PlaneNetwork
+
+CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(not has_openvino(), reason="openvino is not installed (extra 'fast')")
+
+
+def trained_like(seed: int) -> torch.nn.Module:
+    """A network whose batch normalisation has statistics other than 0 and 1."""
+    network = new_network(17, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if name.endswith("running_mean"):
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+        elif name.endswith("running_var"):
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+    return network.eval()
+
+
+@needs_openvino
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("shape", [(1, 2, 32, 48), (3, 2, 64, 16)])
+def test_openvino_computes_what_torch_computes(precision, tolerance, shape):
+    network = trained_like(1)
+    stack = np.random.default_rng(0).random(shape, dtype=np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(stack))[0].numpy()
+    found = compile_cpnet(network.state_dict(), precision, 1)(stack)
+    assert np.abs(found - expected).max() < tolerance * max(1, np.abs(expected).max())
+
+
+@needs_openvino
+def test_new_weights_are_compiled_anew():
+    plane = np.random.default_rng(0).random((1, 32, 32), dtype=np.float32)
+    network = trained_like(1)
+    before = PlaneNetwork(network, CPU, engine="openvino")(plane)
+    network.load_state_dict(trained_like(2).state_dict())
+    after = PlaneNetwork(network, CPU, engine="openvino")(plane)
+    np.testing.assert_allclose(after, PlaneNetwork(network, CPU, engine="torch")(plane), atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_wishes_that_cannot_be_met_are_explained(monkeypatch):
+    with pytest.raises(InputError, match="unknown"):
+        PlaneNetwork(new_network(17, 0), CPU, engine="tensorrt")
+    monkeypatch.setattr("nuclei3d.segmentation.plane_network.has_openvino", lambda: True)
+    with pytest.raises(InputError, match="CNN on the CPU only"):
+        PlaneNetwork(OracleNetwork(separate=True), CPU, engine="openvino")
+    monkeypatch.setattr("nuclei3d.segmentation.plane_network.has_openvino", lambda: False)
+    with pytest.raises(InputError, match=r"pip install 'nuclei3d\[fast\]'"):
+        PlaneNetwork(new_network(17, 0), CPU, engine="openvino")

@@ -1,0 +1,70 @@
+"""Thresholds are chosen as a search by hand would choose them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nuclei3d.flows import flows_3d
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.flow_field import FlowField
+from nuclei3d.segmentation.segmenter import label_flows
+from nuclei3d.segmentation.settings import SegmentationSettings
+from nuclei3d.segmentation.thresholds import LabelledFlow, choose_thresholds
+
+VOXEL_SIZE = VoxelSize(1.0, 1.0, 1.0)
+SETTINGS = SegmentationSettings(diameter_px=10.0, nucleus_diameter_um=10.0)
+
+
+def balls(centres: list[tuple[int, int, int]], radius: float, shape: tuple[int, int, int]) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+    labels = np.zeros(shape, np.uint32)
+    for label, centre in enumerate(centres, start=1):
+        offset = grid - np.reshape(centre, (3, 1, 1, 1))
+        labels[(offset**2).sum(0) <= radius**2] = label
+    return labels
+
+
+@pytest.fixture(scope="module")
+def volume() -> LabelledFlow:
+    """Two true nuclei; the network sees them too large at logit 0, and believes half in a third one."""
+    shape = (20, 20, 60)
+    truth = balls([(10, 10, 10), (10, 10, 30)], 4.0, shape)
+    seen = balls([(10, 10, 10), (10, 10, 30), (10, 10, 50)], 6.0, shape)
+    logit = np.full(shape, -6.0, np.float32)
+    logit[seen > 0] = 0.2
+    logit[(seen > 0) & (balls([(10, 10, 10), (10, 10, 30), (10, 10, 50)], 4.5, shape) > 0)] = 4.0
+    logit[seen == 3] = 0.6
+    return LabelledFlow(FlowField.of(flows_3d(seen, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
+
+
+def test_the_false_nucleus_goes_and_the_true_ones_get_their_size(volume: LabelledFlow) -> None:
+    chosen = choose_thresholds([volume], SETTINGS, (0.0, 0.4), (0.5, 0.6), (0.0,))
+    assert chosen.cellprob == 0.4
+    assert chosen.ap == 1.0
+    assert chosen.ap_default < 0.5
+    masks = replace(SETTINGS.masks, cellprob_threshold=chosen.cellprob, score_threshold=chosen.score)
+    labels, _ = label_flows(volume.flows, volume.truth.shape, replace(SETTINGS, masks=masks))
+    assert labels.max() == 2
+
+
+def test_counting_agrees_with_segmenting_again(volume: LabelledFlow) -> None:
+    chosen = choose_thresholds([volume], SETTINGS, (0.4,), (0.5, 0.6, 0.7), (0.0, 0.05))
+    masks = replace(
+        SETTINGS.masks,
+        cellprob_threshold=chosen.cellprob,
+        score_threshold=chosen.score,
+        min_volume_um3=chosen.min_volume_um3,
+    )
+    labels, _ = label_flows(volume.flows, volume.truth.shape, replace(SETTINGS, masks=masks))
+    table = overlap_table(volume.truth, labels)
+    assert average_precision(table, (0.5, 0.6, 0.7)).mean() == pytest.approx(chosen.ap)
+
+
+def test_defaults_stay_where_nothing_is_better() -> None:
+    truth = balls([(10, 10, 10)], 5.0, (20, 20, 20))
+    logit = np.where(truth > 0, 8.0, -8.0).astype(np.float32)
+    exact = LabelledFlow(FlowField.of(flows_3d(truth, VOXEL_SIZE), logit, VOXEL_SIZE), truth, VOXEL_SIZE)
+    chosen = choose_thresholds([exact], SETTINGS, (-1.0, 0.0, 1.0), (0.5,), (0.0, 0.1))
+    assert (chosen.cellprob, chosen.score, chosen.min_volume_um3) == (0.0, 0.0, 0.0)

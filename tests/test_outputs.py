@@ -1,0 +1,152 @@
+"""Outputs appear whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nuclei3d.errors import InputError, MachineError
+from nuclei3d.outputs import whole_file, whole_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_appears_only_when_the_body_has_ended(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.ome.tif"
+    with whole_file(target) as partial:
+        assert partial.name.endswith(".ome.tif")
+        partial.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert names(target.parent) == ["a.ome.tif"]
+
+
+def test_a_failing_body_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with whole_file(target) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    with whole_file(tmp_path / "ours") as partial:
+        partial.write_text("")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    clear = r"cannot write .*file/below/a\.txt.*choose a place"
+    with pytest.raises(InputError, match=clear), whole_file(tmp_path / "file" / "below" / "a.txt"):
+        pass
+    with pytest.raises(InputError, match="cannot write"), whole_folder(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MachineError, match=r"cannot write .*big\.bin"),
+        whole_file(tmp_path / "big.bin") as partial,
+    ):
+        partial.write_bytes(bytes(10**6))
+    # numpy reports the same condition by an OSError without a number
+    with pytest.raises(MachineError, match="cannot write"), whole_file(tmp_path / "big.npy") as partial:
+        np.zeros(10**6).tofile(partial)
+    with pytest.raises(MachineError, match="cannot write"), whole_folder(tmp_path / "out") as folder:
+        (folder / "big.bin").write_bytes(bytes(10**6))
+    assert names(tmp_path) == []
+
+
+def test_an_error_about_another_file_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "out" / "a.txt"):
+        Path("/nowhere/input.tif").read_bytes()
+    with pytest.raises(IsADirectoryError), whole_file(tmp_path / "b.txt"):
+        raise IsADirectoryError(21, "Is a directory", "/nowhere")
+
+
+def test_a_folder_takes_the_place_of_the_older_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    with whole_folder(target) as partial:
+        (partial / "new.txt").write_text("new")
+        assert names(target) == ["old.txt"]
+    assert names(target) == ["new.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_failing_body_leaves_the_older_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+
+    def failing() -> None:
+        with whole_folder(target) as partial:
+            (partial / "new.txt").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert names(target) == ["old.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_holds_something_is_kept_where_that_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out", replace=False) as partial:
+        (partial / "a").write_text("")
+    with pytest.raises(InputError, match="not empty"), whole_folder(tmp_path / "out", replace=False):
+        pass
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_the_working_directory_and_the_folders_above_are_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (Path("."), tmp_path / "here", tmp_path, Path("..")):
+        with pytest.raises(InputError, match="working directory"), whole_folder(path):
+            pass
+    assert names(tmp_path) == ["here"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from nuclei3d.outputs import whole_file, whole_folder\n"
+        "a = whole_file(Path(sys.argv[1])); Path(a.__enter__()).write_text('half')\n"
+        "b = whole_folder(Path(sys.argv[2])); (b.__enter__() / 'x').write_text('half')\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    arguments = [str(tmp_path / "a.txt"), str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], env=os.environ, check=False)
+    assert killed.returncode == -9
+    assert len(names(tmp_path)) == 2
+    with whole_file(tmp_path / "a.txt") as partial, whole_folder(tmp_path / "out"):
+        partial.write_text("whole")
+    assert names(tmp_path) == ["a.txt", "out"]
+
+
+def test_a_living_process_keeps_its_unfinished_file(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a.txt") as first:
+        first.write_text("first")
+        with whole_file(tmp_path / "a.txt") as second:
+            second.write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert (tmp_path / "a.txt").read_text() == "first"

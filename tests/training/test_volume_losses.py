@@ -1,0 +1,93 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nuclei3d.config.sections import Full3dParams
+from nuclei3d.training.losses import FlowFigures, volume_loss
+
+
+def example(seed=0):
+    rng = np.random.default_rng(seed)
+    flows = rng.normal(size=(2, 3, 4, 6, 6)) * np.array([0.1, 1.0, 1.0]).reshape(1, 3, 1, 1, 1)
+    foreground = rng.random((2, 4, 6, 6)) < 0.4
+    flows *= foreground[:, None]
+    output = rng.normal(size=(2, 4, 4, 6, 6))
+    made, true = (torch.from_numpy(a.astype(np.float32)) for a in (output, flows))
+    return made, true, torch.from_numpy(foreground)
+
+
+def test_the_parts_are_those_of_their_formulas():
+    output, flows, foreground = example()
+    params = Full3dParams(flow_weight=2.0, dice_weight=3.0, probability_weight=0.5)
+    variances = (0.01, 1.0, 1.0)
+    loss = volume_loss(output, flows, foreground, params, variances)
+    o, f, m = (tensor.double().numpy() for tensor in (output, flows, foreground))
+    inside = m[:, None].astype(bool) & np.ones_like(f, bool)
+    error = np.where(inside, (o[:, :3] / 5 - f) ** 2, 0).sum(axis=(0, 2, 3, 4)) / m.sum()
+    assert float(loss.flow) == pytest.approx(2 * (error / (3 * np.array(variances))).sum(), rel=1e-5)
+    p = 1 / (1 + np.exp(-o[:, 3]))
+    assert float(loss.entropy) == pytest.approx(
+        -0.5 * np.where(m > 0, np.log(p), np.log(1 - p)).mean(), rel=1e-5
+    )
+    dice = 1 - (2 * (p * m).sum() + 1) / (p.sum() + m.sum() + 1)
+    assert float(loss.dice) == pytest.approx(3 * dice, rel=1e-5)
+    assert float(loss.total) == pytest.approx(float(loss.flow + loss.entropy + loss.dice))
+
+
+def test_balanced_a_flow_of_zero_costs_the_same_on_every_axis():
+    _, flows, foreground = example()
+    m = foreground[:, None]
+    variances = tuple(float((flows[:, a : a + 1].square() * m).sum() / m.sum()) for a in range(3))
+    output = torch.cat([5 * flows, torch.zeros(2, 1, 4, 6, 6)], dim=1)
+    costs = []
+    for axis in range(3):
+        wrong = output.clone()
+        wrong[:, axis] = 0
+        costs.append(float(volume_loss(wrong, flows, foreground, Full3dParams(), variances).flow))
+    assert costs == pytest.approx([5 / 3] * 3, rel=1e-4)
+    plain = Full3dParams(balance_axes=False)
+    wrong = output.clone()
+    wrong[:, 0] = 0
+    assert float(volume_loss(wrong, flows, foreground, plain, variances).flow) < 0.1
+
+
+def test_flows_outside_nuclei_cost_nothing_and_weights_multiply():
+    output, flows, foreground = example()
+    params, third = Full3dParams(), (1 / 3,) * 3
+    base = volume_loss(output, flows, foreground, params, third)
+    moved = output.clone()
+    moved[:, :3] += torch.where(foreground[:, None], 0.0, 7.0)
+    assert float(volume_loss(moved, flows, foreground, params, third).flow) == pytest.approx(float(base.flow))
+    double = volume_loss(output, flows, foreground, params, third, torch.full(foreground.shape, 2.0))
+    assert float(double.flow) == pytest.approx(2 * float(base.flow))
+    assert float(double.entropy) == pytest.approx(2 * float(base.entropy))
+
+
+def test_a_patch_without_nuclei_has_a_finite_loss():
+    output, flows, foreground = example()
+    loss = volume_loss(output, flows * 0, foreground & False, Full3dParams(), (1 / 3,) * 3)
+    assert math.isfinite(float(loss.total))
+    assert float(loss.flow) == 0
+
+
+def test_figures_tell_each_axis_and_do_not_depend_on_batches():
+    output, flows, foreground = example()
+    output = torch.cat([5 * flows, 10 * (foreground[:, None].float() - 0.5)], dim=1)
+    output[:, 0] = torch.randn(output[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    output[:, 2] *= 0.5
+    whole, parts = FlowFigures(), FlowFigures()
+    assert whole.figures() == {}
+    whole.add(output, flows, foreground)
+    for i in range(2):
+        parts.add(output[i : i + 1], flows[i : i + 1], foreground[i : i + 1])
+    figures = whole.figures()
+    assert figures == pytest.approx(parts.figures(), abs=1e-6)
+    assert abs(figures["flow_cosine_z"]) < 0.2
+    assert figures["flow_cosine_y"] == pytest.approx(1)
+    assert figures["flow_mse_y"] == pytest.approx(0, abs=1e-9)
+    # half as long: the direction is right, the length is not
+    assert figures["flow_cosine_x"] == pytest.approx(1)
+    assert figures["flow_mse_x"] > 0.1
+    assert figures["dice"] == pytest.approx(1)
