@@ -152,6 +152,17 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     assert notes.read_text() == "first line\nno newline at the end"
 
 
+def test_a_second_command_on_a_journal_is_refused(tmp_path: Path) -> None:
+    first = start_elsewhere(tmp_path, workers=1)
+    journal = tmp_path / "search" / "study.journal"
+    while first.poll() is None and not (journal.exists() and b'"worker"' in journal.read_bytes()):
+        time.sleep(0.02)
+    with pytest.raises(InputError, match=r"another search works on .*study\.journal.*--workers"):
+        run(tmp_path, trials=6)
+    assert first.wait(120) == 0, "the first one goes on undisturbed"
+    assert run(tmp_path, trials=6).failed == 0
+
+
 def test_missing_slices_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no slice data set"):
         search(parameters(), tmp_path / "nowhere", tmp_path / "search", trials=2)

@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
@@ -144,8 +143,8 @@ def refuse_shared_database(storage: str | None, tracking: str) -> None:
 
 
 def _open_journal(path: Path) -> StudyStorage:
-    # the kernel gives this lock back when its holder is killed; Optuna's own are files whose presence means
-    # "locked", and hold everybody up for half a minute then
+    # the kernel gives this lock back when its holder is killed; Optuna's own, with the same methods, are
+    # files whose presence means "locked", and hold everybody up for half a minute then
     lock = FileLock(f"{path.absolute()}.lock")
     if path.is_dir():
         raise InputError(f"--storage {path} is a folder; give the path of a file")
@@ -153,7 +152,7 @@ def _open_journal(path: Path) -> StudyStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
             _mend(path)
-        backend = JournalFileBackend(str(path.absolute()), lock_obj=cast(BaseJournalFileLock, lock))
+        backend = JournalFileBackend(str(path.absolute()), lock_obj=cast(Any, lock))
         storage = JournalStorage(backend)
     except InputError:
         raise

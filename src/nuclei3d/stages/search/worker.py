@@ -59,7 +59,7 @@ _OF_ATTEMPT = (WORKER, REASON, ERROR)
 STEPS = 1000
 
 _STOPPED = "stopped"
-_POLL_S = 0.5
+_POLL_S = 1.0
 _MAX_DEATHS = 20
 _FAREWELL_S = 10.0
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -217,7 +217,7 @@ class Worker:
         self.study = study
         self.runs = runs
         self._failures_before = len(self._errors())
-        # the trial at work
+        # of the trial at work
         self._number = -1
         self._run = StageRun(None, None)
 
@@ -252,6 +252,7 @@ class Worker:
     def _run_next(self, claim: ExitStack, trials_so_far: int) -> None:
         """Take a trial within the claim, which ends then, and run it."""
         self.study.sampler = self.task.new_sampler(trials_so_far)
+        self._number = -1
         try:
             self.study.optimize(
                 partial(self._attempt, claim), n_trials=1, catch=(TrialError,), callbacks=[self._close]
@@ -287,14 +288,17 @@ class Worker:
             trial.set_user_attr(REASON, f"{_STOPPED} by the user")
             raise
         except Exception as error:
-            reason = _in_one_line(error)
+            worse = _why_only_worse(error)
+            if worse is not None:
+                trial.set_user_attr(REASON, worse)
+                raise TrialPruned(worse) from error
+            text = " ".join(str(error).split())
             if isinstance(error, InputError) and not self._ended(*_COUNTED):
                 # what is wrong with the input of the first trial is wrong with that of all
-                trial.set_user_attr(REASON, f"{_STOPPED}: {reason}")
+                trial.set_user_attr(REASON, f"{_STOPPED}: {text}")
                 raise
+            reason = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
             trial.set_user_attr(REASON, reason)
-            if _is_only_worse(error):
-                raise TrialPruned(reason) from error
             trial.set_user_attr(ERROR, True)
             raise TrialError(reason) from error
 
@@ -327,9 +331,9 @@ class Worker:
         """Tell how a trial ended, and make room for the next one."""
         record = record_of(trial)
         self.runs.end(self._run, record)
-        best = max((other.value or 0.0 for other in self._ended(TrialState.COMPLETE)), default=math.nan)
-        say(_outcome(record, best))
-        self._tidy()
+        finished = best_first(self.study)
+        say(_outcome(record, finished))
+        self._tidy(finished)
         _free_memory()
         failures = len(self._errors()) - self._failures_before
         if ERROR in trial.user_attrs and failures >= self.task.params.search.max_failures:
@@ -338,12 +342,10 @@ class Worker:
                 "search.max_failures, and start the search again: it goes on from here"
             )
 
-    def _tidy(self) -> None:
+    def _tidy(self, finished: list[FrozenTrial]) -> None:
         """Remove the folders of ended trials, but for the best ones and those that are run again."""
-        keep: set[Path] = set()
-        if CONFIRMS not in self.study.user_attrs:
-            best = best_first(self.study)
-            keep |= {self.task.folder_of(trial) for trial in best[: self.task.params.search.keep_models]}
+        models = 0 if CONFIRMS in self.study.user_attrs else self.task.params.search.keep_models
+        keep = {self.task.folder_of(trial) for trial in finished[:models]}
         for trial in self.study.get_trials(deepcopy=False):
             died = trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
             if died or not trial.state.is_finished():
@@ -362,30 +364,18 @@ class Worker:
         return [trial for trial in self._ended(TrialState.FAIL) if ERROR in trial.user_attrs]
 
 
-def _in_one_line(error: Exception) -> str:
+def _why_only_worse(error: Exception) -> str | None:
+    """Tell why a trial is no more than worse than others; None where it ended with a real fault."""
     text = " ".join(str(error).split())
-    if _is_out_of_memory(error):
-        return text if "out of memory" in text.lower() else f"out of memory: {text}"
-    return (
-        text if isinstance(error, InputError) or _is_only_worse(error) else f"{type(error).__name__}: {text}"
-    )
-
-
-def _is_only_worse(error: Exception) -> bool:
-    """Tell a trial that is worse than others from a real fault."""
-    if "nuclei3d.training.loop" in sys.modules:
-        from nuclei3d.training.loop import DivergedError
-
-        if isinstance(error, DivergedError):
-            return True
-    return isinstance(error, TrialPruned) or _is_out_of_memory(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "alloc_failed" in text)
-    )
+    out_of_memory = "out of memory" in text.lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and (out_of_memory or "alloc_failed" in text.lower())
+    ):
+        return text if out_of_memory else f"out of memory: {text}"
+    # a training that was never begun has not diverged, and its module is slow to import
+    training = sys.modules.get("nuclei3d.training.loop")
+    diverged = training is not None and isinstance(error, training.DivergedError)
+    return text if diverged or isinstance(error, TrialPruned) else None
 
 
 def _free_memory() -> None:
@@ -396,15 +386,14 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _outcome(record: TrialRecord, best: float) -> str:
-    """Say in one line how a trial ended, and what is the best value so far."""
+def _outcome(record: TrialRecord, finished: list[FrozenTrial]) -> str:
     values = ", ".join(
         f"{name.removeprefix('train.')} {f'{value:.3g}' if isinstance(value, float) else value}"
         for name, value in record.values.items()
     )
     if record.value is None:
         return f"trial {record.key} ({values}): {record.state}: {record.reason}"
-    return f"trial {record.key} ({values}): {record.value:.4f}, best {best:.4f}"
+    return f"trial {record.key} ({values}): {record.value:.4f}, best {finished[0].value:.4f}"
 
 
 def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callable[[str], None]) -> None:
