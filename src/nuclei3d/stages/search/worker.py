@@ -16,12 +16,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -399,8 +398,8 @@ def _outcome(record: TrialRecord, finished: list[FrozenTrial]) -> str:
 def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callable[[str], None]) -> None:
     """Run `work` in so many processes until all of them have ended well.
 
-    A process that was killed (by the system for lack of memory, say) is replaced, up to twenty times. When
-    this process dies, however it dies, they die too.
+    A process that dies (killed by the system for lack of memory, say) is replaced, up to twenty times. When
+    this process dies, however it dies, they die too. An error of one ends all, and is raised here.
 
     Parameters
     ----------
@@ -411,80 +410,54 @@ def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callab
     count
         Number of processes. They share the cores, and the GPUs in turn.
     bury
-        Called with the name of a worker that was killed.
-
-    Raises
-    ------
-    InputError
-        If one of them ended with an error.
+        Called with the name of a worker that died.
     """
-    # spawned, not forked: threads and CUDA do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    errors: SimpleQueue[str] = context.SimpleQueue()
-    running: dict[SpawnProcess, tuple[int, str]] = {}
+    running: dict[Future[None], tuple[int, str]] = {}
     deaths = 0
 
     def start(index: int) -> None:
+        # spawned, not forked: threads and CUDA do not survive a fork; a pool each, because a death breaks one
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(1, context, initializer=_settle_in, initargs=(index, count))
         own_name = f"{name}/{uuid.uuid4().hex}"
-        process = context.Process(target=_serve, args=(partial(work, own_name), index, count, errors))
-        process.start()
-        running[process] = (index, own_name)
+        running[pool.submit(work, own_name)] = (index, own_name)
+        pool.shutdown(wait=False)
 
     try:
         for index in range(count):
             start(index)
         while running:
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                index, own_name = running.pop(process)
-                if process.exitcode == 0:
-                    continue
-                if not errors.empty():
-                    raise InputError(errors.get())
-                deaths += 1
-                if process.exitcode is None or process.exitcode > 0 or deaths > _MAX_DEATHS:
-                    raise RuntimeError(f"worker {index} ended with exit code {process.exitcode}; see above")
-                say(f"worker {index} was killed by signal {-process.exitcode}; another takes its place")
-                bury(own_name)
-                start(index)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index, own_name = running.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    deaths += 1
+                    if deaths > _MAX_DEATHS:
+                        raise
+                    say(f"worker {index} was killed; another takes its place")
+                    bury(own_name)
+                    start(index)
     except KeyboardInterrupt:
         # a terminal interrupts them too, and they want to hand their trials back
-        wait_until = time.monotonic() + _FAREWELL_S
-        for process in running:
-            process.join(max(0.0, wait_until - time.monotonic()))
+        wait(running, timeout=_FAREWELL_S)
         raise
     finally:
-        for process in running:
+        for process in multiprocessing.active_children():
             process.terminate()
-        for process in running:
             process.join()
 
 
-def _serve(work: Callable[[], None], index: int, count: int, errors: SimpleQueue[str]) -> None:
-    _die_with_parent()
-    _share_machine(index, count)
-    try:
-        work()
-    except InputError as error:
-        errors.put(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _die_with_parent() -> None:
+def _settle_in(index: int, count: int) -> None:
+    """Tie a worker to its parent, and give it its part of the cores and one GPU, before torch looks there."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def watch() -> None:
+    def die_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _share_machine(index: int, count: int) -> None:
-    """Give this process its part of the cores and one GPU; before torch is imported, which looks here."""
+    threading.Thread(target=die_with_parent, daemon=True).start()
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
