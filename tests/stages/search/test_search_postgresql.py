@@ -29,6 +29,8 @@ from nuclei3d.stages.search.worker import WORKER, requeue
 
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
 
 def find_server() -> Path | None:
     """The folder of the newest initdb and pg_ctl; Debian keeps them off the PATH."""
