@@ -14,7 +14,7 @@ from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
-from nuclei3d.segmentation.plane_network import PlaneNetwork
+from nuclei3d.segmentation.network_runner import NetworkRunner
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_stock_cellpose_computes_the_same_flows(folder):
     assert stock.diam_mean == 17.0
     # Cellpose pads by 8 zeros on each side before its network; give ours the same surroundings.
     padded = np.pad(plane, 8)
-    ours = PlaneNetwork(load_model(folder).network, torch.device("cpu"))(padded[None])[0, :, 8:-8, 8:-8]
+    ours = NetworkRunner(load_model(folder).network, torch.device("cpu"))(padded[None])[0, :, 8:-8, 8:-8]
     _, flows, _ = stock.eval(plane, channels=[0, 0], normalize=False, diameter=17.0, compute_masks=False)
     theirs_flow, theirs_logit = flows[1], flows[2]
     assert np.abs(5 * ours[:2] - theirs_flow).max() < 1e-4

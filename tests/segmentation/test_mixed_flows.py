@@ -14,7 +14,8 @@ from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.unet3d import Architecture, VolumeNetwork, VolumeSpec
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.segmenter import predict_flows, segment_volume
+from nuclei3d.segmentation.network_pass import Networks, predict_flows
+from nuclei3d.segmentation.segmenter import segment_volume
 from nuclei3d.segmentation.settings import SegmentationSettings
 from solid_oracle import SPEC, SolidOracle
 from volumes_fixture import draw_volume
@@ -41,6 +42,10 @@ class LabelReader(VolumeNetwork):
             made[:3] = 5 * flows_3d(labels, VoxelSize(self.spec.anisotropy, 1.0, 1.0))
             made[3] = np.where(labels > 0, 6, -6)
         return torch.from_numpy(output)
+
+
+def flows_of(image, size, network, settings, volume=None):
+    return predict_flows(image, size, Networks(network, volume=volume), settings, CPU)[0]
 
 
 def ap_of(truth: np.ndarray, labels: np.ndarray, iou: float = 0.75) -> float:
@@ -81,8 +86,8 @@ def test_networks_of_other_scale_and_other_planes_meet_on_the_grid_of_the_views(
     image = (truth > 0).astype(np.float32)
     networks = (OracleNetwork(separate=True), SolidOracle(SPEC))
     settings = replace(settings, volume=solid)
-    flows = predict_flows(image, size, networks[0], settings, CPU, volume_network=networks[1])
-    alone = predict_flows(image, size, networks[0], replace(settings, mode="ortho", volume=None), CPU)
+    flows = flows_of(image, size, networks[0], settings, networks[1])
+    alone = flows_of(image, size, networks[0], replace(settings, mode="ortho", volume=None))
     assert flows.shape == alone.shape
     assert flows.voxel_size == alone.voxel_size
     result = segment_volume(image, size, networks[0], settings, CPU, volume_network=networks[1])
@@ -94,8 +99,8 @@ def test_the_3d_network_gives_the_way_in_z_that_xy_planes_do_not_show():
     truth = draw_volume(np.random.default_rng(1), size, (22, 44, 44), 6)[1]
     image, settings = truth.astype(np.float32), replace(MIXED, views=("xy",))
     flat, solid = OracleNetwork(separate=False), LabelReader(VolumeSpec(TINY, 2.0, (8, 16, 16)))
-    flow = predict_flows(image, size, flat, settings, CPU, volume_network=solid).flow
-    alone = predict_flows(image, size, flat, replace(settings, mode="ortho", volume=None), CPU).flow
+    flow = flows_of(image, size, flat, settings, solid).flow
+    alone = flows_of(image, size, flat, replace(settings, mode="ortho", volume=None)).flow
     exact = flows_3d(truth.astype(np.int32), size)
     assert not alone[0].any()
     np.testing.assert_allclose(flow[0], exact[0], atol=1e-3)
@@ -126,7 +131,7 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
     settings = replace(MIXED, volume=replace(SOLID, intensity_range=IntensityRange(0.0, 4.0)))
     flat, solid = Brightest().train(), BrightestVolume(SPEC).train()
     seen: list[float] = []
-    predict_flows(image, VoxelSize(2, 1, 1), flat, settings, CPU, seen.append, volume_network=solid)
+    predict_flows(image, VoxelSize(2, 1, 1), Networks(flat, volume=solid), settings, CPU, seen.append)
     assert (flat.seen, solid.seen) == pytest.approx((2.0, 0.5))
     assert flat.training
     assert solid.training

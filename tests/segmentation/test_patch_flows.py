@@ -9,11 +9,16 @@ from nuclei3d.flows import flows_3d
 from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import Architecture, VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation import patches as patch_flows
-from nuclei3d.segmentation.patches import PatchTiling, directions_from_tanh, predict_patch_flows, volume_grid
+from nuclei3d.segmentation.network_pass import (
+    EMPTY_LOGIT,
+    Networks,
+    directions_from_tanh,
+    predict_flows,
+    volume_grid,
+)
+from nuclei3d.segmentation.network_runner import MAX_VOXELS
 from nuclei3d.segmentation.segmenter import segment_volume
 from nuclei3d.segmentation.settings import SegmentationSettings
 from volumes_fixture import draw_volume
@@ -46,6 +51,10 @@ class Oracle(VolumeNetwork):
         return torch.from_numpy(output)
 
 
+def flows_of(image, size, network, settings):
+    return predict_flows(image, size, Networks(network), settings, CPU)[0]
+
+
 def drawn_labels(voxel_size, shape, nuclei=6, seed=0):
     return draw_volume(np.random.default_rng(seed), voxel_size, shape, nuclei)[1]
 
@@ -67,7 +76,7 @@ def test_exact_flows_give_every_nucleus_back(anisotropy):
 def test_patches_are_blended_into_the_same_nuclei(monkeypatch):
     size = VoxelSize(2.0, 1.0, 1.0)
     truth = drawn_labels(size, (40, 70, 66), nuclei=14)
-    monkeypatch.setitem(patch_flows.MAX_VOXELS, "cpu", 20 * 40 * 40)
+    monkeypatch.setitem(MAX_VOXELS, "cpu", 20 * 40 * 40)
     network = Oracle(2.0, patch=(12, 24, 24))
     result = segment_volume(truth.astype(np.float32), size, network, SETTINGS, CPU)
     assert len(network.shapes) > 4
@@ -80,24 +89,11 @@ def test_many_patches_say_what_one_says(monkeypatch):
     image = np.random.default_rng(0).random((24, 64, 64)).astype(np.float32)
     network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 32, 32)), 0)
     settings = replace(SETTINGS, skip_empty=False)
-    whole = predict_patch_flows(image, size, network, settings, CPU)
-    monkeypatch.setitem(patch_flows.MAX_VOXELS, "cpu", 16 * 48 * 48)
-    parts = predict_patch_flows(image, size, network, settings, CPU)
+    whole = flows_of(image, size, network, settings)
+    monkeypatch.setitem(MAX_VOXELS, "cpu", 16 * 48 * 48)
+    parts = flows_of(image, size, network, settings)
     assert np.median(np.abs(whole.flow - parts.flow)) < 2e-3
     assert np.quantile(np.abs(whole.logit.astype(np.float32) - parts.logit), 0.99) < 0.05
-
-
-@pytest.mark.parametrize("lengths", [(5, 9, 30), (51, 124, 127), (7, 300, 40)])
-def test_weights_add_up_to_one_all_over_the_box(lengths):
-    spec = VolumeSpec(plan_architecture(2.2), 2.2, (8, 32, 32))
-    box = tuple(slice(3, 3 + length) for length in lengths)
-    tiling = PatchTiling(box, spec, (5.0, 10.0, 10.0), 16 * 48 * 48)
-    total = np.zeros([part.stop for part in box], np.float32)
-    for place in tiling.places:
-        total[place] += tiling.weight(place)
-    np.testing.assert_allclose(total[box], 1, atol=1e-5)
-    assert total.sum() == pytest.approx(np.prod(lengths), rel=1e-4)
-    assert all(size % m == 0 for size, m in zip(tiling.size, spec.architecture.multiple, strict=True))
 
 
 def test_the_grid_has_the_images_own_planes_or_those_of_the_training():
@@ -125,11 +121,11 @@ def test_empty_space_is_not_computed():
     image = np.zeros((30, 120, 120), np.float32)
     image[4:8, 10:22, 10:22] = 1
     network = Oracle(2.0)
-    flows = predict_patch_flows(image, size, network, SETTINGS, CPU)
+    flows = flows_of(image, size, network, SETTINGS)
     assert np.prod(network.shapes[0]) < image.size / 4
-    assert flows.logit[29, 110, 110] == patch_flows.EMPTY_LOGIT
-    dark = predict_patch_flows(image * 0, size, network, SETTINGS, CPU)
-    assert (dark.logit == patch_flows.EMPTY_LOGIT).all()
+    assert flows.logit[29, 110, 110] == EMPTY_LOGIT
+    dark = flows_of(image * 0, size, network, SETTINGS)
+    assert (dark.logit == EMPTY_LOGIT).all()
 
 
 def test_flips_average_to_a_network_that_does_not_care_about_sides():
@@ -137,20 +133,20 @@ def test_flips_average_to_a_network_that_does_not_care_about_sides():
     image = np.random.default_rng(0).random((8, 16, 16)).astype(np.float32)
     network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 16, 16)), 0)
     settings = replace(SETTINGS, flip_average=True, skip_empty=False)
-    plain = predict_patch_flows(image, size, network, settings, CPU)
+    plain = flows_of(image, size, network, settings)
     for axis in range(3):
-        turned = predict_patch_flows(np.flip(image, axis).copy(), size, network, settings, CPU)
+        turned = flows_of(np.flip(image, axis).copy(), size, network, settings)
         back = np.flip(turned.flow, axis + 1).copy()
         back[axis] *= -1
         np.testing.assert_allclose(back, plain.flow, atol=2e-3)
         np.testing.assert_allclose(np.flip(turned.logit, axis), plain.logit, atol=5e-3)
-    alone = predict_patch_flows(image, size, network, replace(settings, flip_average=False), CPU)
+    alone = flows_of(image, size, network, replace(settings, flip_average=False))
     assert not np.allclose(alone.flow, plain.flow, atol=2e-3)
 
 
 def test_training_mode_is_left_as_it_was():
     network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 16, 16)), 0).train()
-    predict_patch_flows(np.ones((8, 16, 16)), VoxelSize(2.0, 1.0, 1.0), network, SETTINGS, CPU)
+    flows_of(np.ones((8, 16, 16)), VoxelSize(2.0, 1.0, 1.0), network, SETTINGS)
     assert network.training
 
 

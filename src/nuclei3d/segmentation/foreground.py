@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 
+Box = tuple[slice, slice, slice]
+
 _LEAST_CONTRAST = 0.02
 _NOISE_SIGMAS = 5.0
 _DARK_PERCENTILE = 2.0
@@ -49,34 +51,24 @@ class OccupiedSpace:
         weights = sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None, :]
         return float((weights * self.blocks).sum() / weights.sum())
 
-    def box(self, axis: int, first: int, last: int) -> tuple[slice, slice] | None:
-        """Give the box that holds all that is occupied in some planes.
-
-        Parameters
-        ----------
-        axis
-            Axis of (z, y, x) along which the planes are counted.
-        first, last
-            First and last plane.
-
-        Returns
-        -------
-        pair of slices or None
-            In voxels along the two other axes; None if nothing is occupied.
-        """
-        edges = self.edges[axis]
-        low = int(np.searchsorted(edges, first, side="right")) - 1
-        high = int(np.searchsorted(edges, last, side="right"))
-        plane = self.blocks.take(range(low, high), axis=axis).any(axis=axis)
-        others = [other for other in range(3) if other != axis]
-        box = []
-        for along in range(2):
-            occupied = np.flatnonzero(plane.any(axis=1 - along))
-            if len(occupied) == 0:
-                return None
-            cuts = self.edges[others[along]]
-            box.append(slice(int(cuts[occupied[0]]), int(cuts[occupied[-1] + 1])))
-        return box[0], box[1]
+    def bounds(self, box: Sequence[slice]) -> Box | None:
+        """Give the box of all blocks that are occupied and meet a box; None if none is."""
+        first = [
+            int(np.searchsorted(edges, along.start, side="right")) - 1
+            for edges, along in zip(self.edges, box, strict=True)
+        ]
+        last = [
+            int(np.searchsorted(edges, along.stop, side="left"))
+            for edges, along in zip(self.edges, box, strict=True)
+        ]
+        blocks = self.blocks[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+        if not blocks.any():
+            return None
+        parts = []
+        for axis, edges in enumerate(self.edges):
+            found = first[axis] + np.flatnonzero(blocks.any(axis=tuple({0, 1, 2} - {axis})))
+            parts.append(slice(int(edges[found[0]]), int(edges[found[-1] + 1])))
+        return parts[0], parts[1], parts[2]
 
 
 def everywhere(shape: Sequence[int]) -> OccupiedSpace:
