@@ -44,29 +44,18 @@ class OccupiedSpace:
     blocks: NDArray[np.bool_]
     edges: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
 
-    @property
-    def share(self) -> float:
-        """Part of the volume that is occupied."""
-        sizes = [np.diff(edges) for edges in self.edges]
-        weights = sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None, :]
-        return float((weights * self.blocks).sum() / weights.sum())
-
     def bounds(self, box: Sequence[slice]) -> Box | None:
         """Give the box of all blocks that are occupied and meet a box; None if none is."""
-        first = [
-            int(np.searchsorted(edges, along.start, side="right")) - 1
+        met = tuple(
+            slice(edges.searchsorted(along.start, "right") - 1, edges.searchsorted(along.stop))
             for edges, along in zip(self.edges, box, strict=True)
-        ]
-        last = [
-            int(np.searchsorted(edges, along.stop, side="left"))
-            for edges, along in zip(self.edges, box, strict=True)
-        ]
-        blocks = self.blocks[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+        )
+        blocks = self.blocks[met]
         if not blocks.any():
             return None
         parts = []
         for axis, edges in enumerate(self.edges):
-            found = first[axis] + np.flatnonzero(blocks.any(axis=tuple({0, 1, 2} - {axis})))
+            found = np.flatnonzero(blocks.any(axis=tuple({0, 1, 2} - {axis}))) + met[axis].start
             parts.append(slice(int(edges[found[0]]), int(edges[found[-1] + 1])))
         return parts[0], parts[1], parts[2]
 

@@ -309,9 +309,8 @@ def _predict_views(
     ends = list(itertools.accumulate((pixels[view] for view in views), initial=0.0))
 
     def computed(view: View) -> Iterator[ComputedPlanes]:
-        start, stop = (ends[views.index(view) + number] / ends[-1] for number in (0, 1))
-        runner = runners[networks.of(view)]
-        done = _part_of(report, start, stop)
+        number, runner = views.index(view), runners[networks.of(view)]
+        done = _part_of(report, ends[number] / ends[-1], ends[number + 1] / ends[-1])
         return compute_view(shown, view, runner, occupied, depth, steps[view], done)
 
     def planes_of(view: View) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -543,10 +542,8 @@ def sum_on_device(
     ----------
     computed
         Gives what was computed of a view (`compute_view`), on the device.
-    weights
-        The views, and the relative trust in each.
-    steps
-        Every how many planes of each view one is computed.
+    weights, steps
+        Relative trust in each view, and every how many of its planes one is computed.
     shape, voxel_size
         Of the view grid.
     device

@@ -14,7 +14,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal
+from types import EllipsisType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class NetworkRunner:
         shape = images.shape[1:]
         images = self._pad(images.to(self.device))
         result = self._forward(images) if self._solid else self._forward_tiles(images)
-        result = result[(..., *(slice(size) for size in shape))]
+        result = result[_corner(shape)]
         result[:, :-1] /= FLOW_SCALE
         return result
 
@@ -153,7 +154,7 @@ class NetworkRunner:
         if self._solid:
             # zeros beyond the volume's end, as in the patches of the training
             result = images.new_zeros((len(images), *whole))
-            result[(slice(None), *(slice(size) for size in shape))] = images
+            result[_corner(shape)] = images
             return result
         # mirrored, so that a nucleus cut by the border does not end in an edge that is none
         for axis, (size, wanted) in enumerate(zip(shape, whole, strict=True), start=1):
@@ -170,7 +171,8 @@ class NetworkRunner:
         result = torch.zeros((len(planes), 3, *planes.shape[1:]), device=self.device)
         for box in tiling.boxes:
             weight = torch.from_numpy(tiling.weight(box)).to(self.device)
-            result[(..., *box)] += self._forward(planes[(slice(None), *box)]).mul_(weight)
+            rows, columns = box
+            result[:, :, rows, columns] += self._forward(planes[:, rows, columns]).mul_(weight)
         return result
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -226,6 +228,11 @@ def _compile(
     return compiled_cpnet(network, precision, torch.get_num_threads())
 
 
+def _corner(shape: Sequence[int]) -> tuple[EllipsisType | slice, ...]:
+    """Take so much of the last axes."""
+    return (..., *(slice(size) for size in shape))
+
+
 class Tiling:
     """Equal tiles that cover a box, start on the network's lattice, and are blended by weights.
 
@@ -257,7 +264,7 @@ class Tiling:
         size: Sequence[int],
         overlap: Sequence[float],
         multiple: Sequence[int],
-        profile: Callable[[int, bool, bool], NDArray[np.floating]],
+        profile: Callable[[int, bool, bool], NDArray[np.floating[Any]]],
     ) -> None:
         self.size = tuple(size)
         self._weights: list[dict[int, NDArray[np.float32]]] = []
@@ -354,7 +361,7 @@ def tile_volume(
 
 def _bell(size: int, cut_before: bool, cut_behind: bool) -> NDArray[np.float64]:
     place = (np.arange(size) + 0.5) / size - 0.5
-    return np.exp(-0.5 * (_SIGMAS * place) ** 2)
+    return np.asarray(np.exp(-0.5 * (_SIGMAS * place) ** 2))
 
 
 def padded(size: int, multiple: int = POOLING) -> int:
