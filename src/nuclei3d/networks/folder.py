@@ -24,7 +24,7 @@ INFO_FILE = "model.json"
 CARD_FILE = "README.md"
 
 _OPTIONAL = ("diam_mean", "diam_labels", "num_batches_tracked")
-"""Ends of names that weights of a Cellpose 3 CNN may lack."""
+"""Ends of names that saved weights may lack."""
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
