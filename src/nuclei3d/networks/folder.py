@@ -191,8 +191,9 @@ def load_model(path: Path) -> Model:
         )
     else:
         weights = path
-        beside = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
-        info = beside if beside is not None and beside.name == path.name else None
+        info = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
+        if info is not None and info.name != path.name:
+            info = None
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
