@@ -222,7 +222,8 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
     from nuclei3d.images.writing import write_image, write_labels
     from nuclei3d.networks.cpnet import choose_device
     from nuclei3d.networks.folder import load_model
-    from nuclei3d.segmentation.segmenter import label_flows, predict_flows
+    from nuclei3d.segmentation.network_pass import Networks, predict_flows
+    from nuclei3d.segmentation.segmenter import label_flows
     from nuclei3d.segmentation.settings import segmentation_settings
     from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
     from nuclei3d.stages.evaluate import evaluate
@@ -248,14 +249,8 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
     for frame in split_embryos(find_embryos(source), params.data.split).test:
         volume = read_labelled(frame, params.data)
         started = clock(profile)
-        flows = predict_flows(
-            volume.image,
-            volume.voxel_size,
-            model.network,
-            settings,
-            device,
-            volume_network=second.volume_network,
-        )
+        networks = Networks(model.network, volume=second.volume_network)
+        flows, _ = predict_flows(volume.image, volume.voxel_size, networks, settings, device)
         labels, _ = label_flows(flows, volume.image.shape, settings)
         seconds += clock(profile) - started
         voxels += volume.image.size

@@ -26,7 +26,8 @@ from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.segmentation.fusion import View, ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.views import VIEW_AXIS, VIEWS
 from shapes import touching_nuclei
 
 Labels = NDArray[np.uint32]
@@ -35,14 +36,14 @@ THRESHOLDS = (0.5, 0.75, 0.9)
 DIAMETER = 35.0
 BOX = (150.0, 150.0, 150.0)
 LOGIT = 5.0
-VIEW_NORMALS: dict[View, int] = {"xy": 0, "xz": 1, "yz": 2}
 
 
 def exact_views(labels: Labels) -> list[ViewPrediction]:
     """What a perfect network says about all planes of three directions of an isotropic volume."""
     logit = np.where(labels > 0, LOGIT, -LOGIT).astype(np.float32)
     views = []
-    for name, axis in VIEW_NORMALS.items():
+    for name in VIEWS:
+        axis = VIEW_AXIS[name]
         flow = np.empty((2, *labels.shape), np.float32)
         for plane, out in zip(np.moveaxis(labels, axis, 0), np.moveaxis(flow, axis + 1, 0), strict=True):
             out[:] = flows_2d(plane)
@@ -57,7 +58,7 @@ def stock_masks(views: list[ViewPrediction], shape: tuple[int, ...]) -> Labels:
 
     summed = np.zeros((*views[0].logit.shape, 4), np.float32)
     for view in views:
-        for part, axis in zip(view.flow, [a for a in range(3) if a != VIEW_NORMALS[view.view]], strict=True):
+        for part, axis in zip(view.flow, [a for a in range(3) if a != VIEW_AXIS[view.view]], strict=True):
             summed[..., axis] += 5 * part
         summed[..., 3] += view.logit
     if summed.shape[0] != shape[0]:

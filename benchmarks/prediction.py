@@ -30,8 +30,8 @@ from nuclei3d.console import emit_json, say
 from nuclei3d.networks.cpnet import choose_device, choose_precision
 from nuclei3d.networks.folder import load_model
 from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.openvino_network import has_openvino
-from nuclei3d.segmentation.plane_network import PlaneNetwork
 from nuclei3d.segmentation.segmenter import segment_volume
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.segmentation.stock import segment_with_cellpose
@@ -196,7 +196,7 @@ def main() -> None:
     if arguments.volumes:
         report["network_share"] = min(report[name]["network_share"] for name in arguments.volumes)
     if device.type == "cuda":
-        runner = PlaneNetwork(network, device, precision=choose_precision(arguments.precision, device))
+        runner = NetworkRunner(network, device, precision=choose_precision(arguments.precision, device))
         planes = torch.rand((runner.planes_per_batch(256, 256), 256, 256), device=device)
         runner.run(planes)
         timing, _ = measure(lambda: runner.run(planes), 10)

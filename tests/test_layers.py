@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "console": 0,
     "outputs": 0,
+    "views": 0,
     "config": 1,
     "images": 2,
     "grid": 2,

@@ -3,7 +3,7 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.errors import InputError
-from nuclei3d.networks.cpnet import choose_device, network_from_state, new_network
+from nuclei3d.networks.cpnet import choose_device, new_network
 
 
 def test_a_new_network_is_the_one_that_cellpose_builds():
@@ -25,37 +25,6 @@ def test_the_seed_decides_and_the_global_generator_stays():
     name = "downsample.down.res_down_0.conv.conv_0.2.weight"
     assert torch.equal(first.state_dict()[name], again.state_dict()[name])
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
-
-
-def test_weights_survive_the_round_trip():
-    network = new_network(30, seed=3).eval()
-    image = torch.rand(1, 2, 32, 48, generator=torch.Generator().manual_seed(0))
-    copy = network_from_state(network.state_dict())
-    with torch.no_grad():
-        assert torch.equal(copy(image)[0], network(image)[0])
-
-
-def test_weights_without_diameters_are_accepted():
-    state = {n: v for n, v in new_network(30, 0).state_dict().items() if not n.startswith("diam")}
-    assert network_from_state(state).diam_mean.item() == 30.0
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda s: s.pop("output.2.weight"), "missing 'output.2.weight'"),
-        (lambda s: s.update(extra=torch.zeros(1)), "unknown 'extra'"),
-        (lambda s: s.update({"output.2.bias": torch.zeros(4)}), "shape"),
-        (lambda s: s.update({"output.2.bias": torch.full((3,), float("nan"))}), "NaN"),
-        (lambda s: s.update(W2=torch.zeros(1)), "Cellpose 4"),
-        (lambda s: s.update(note="text"), "mapping of names to tensors"),
-    ],
-)
-def test_wrong_weights_are_refused_by_name(spoil, message):
-    state = dict(new_network(30, 0).state_dict())
-    spoil(state)
-    with pytest.raises(InputError, match=message):
-        network_from_state(state)
 
 
 def test_devices():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,10 +12,10 @@ import torch
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.networks.folder import ModelInfo, load_model, network_from_state, save_model
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
-from nuclei3d.segmentation.plane_network import PlaneNetwork
+from nuclei3d.segmentation.network_runner import NetworkRunner
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_stock_cellpose_computes_the_same_flows(folder):
     assert stock.diam_mean == 17.0
     # Cellpose pads by 8 zeros on each side before its network; give ours the same surroundings.
     padded = np.pad(plane, 8)
-    ours = PlaneNetwork(load_model(folder).network, torch.device("cpu"))(padded[None])[0, :, 8:-8, 8:-8]
+    ours = NetworkRunner(load_model(folder).network, torch.device("cpu"))(padded[None])[0, :, 8:-8, 8:-8]
     _, flows, _ = stock.eval(plane, channels=[0, 0], normalize=False, diameter=17.0, compute_masks=False)
     theirs_flow, theirs_logit = flows[1], flows[2]
     assert np.abs(5 * ours[:2] - theirs_flow).max() < 1e-4
@@ -193,3 +194,56 @@ def test_a_model_that_is_still_in_dvc_says_how_to_get_it(tmp_path):
     for path in (tmp_path / "nuclei_3d", tmp_path / "nuclei_3d" / "nuclei_3d"):
         with pytest.raises(InputError, match=r"dvc pull .*/nuclei_3d\.dvc$"):
             load_model(path)
+
+
+def test_weights_survive_the_round_trip():
+    network = new_network(30, seed=3).eval()
+    image = torch.rand(1, 2, 32, 48, generator=torch.Generator().manual_seed(0))
+    copy = network_from_state(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(copy(image)[0], network(image)[0])
+
+
+def test_weights_without_diameters_are_accepted():
+    state = {n: v for n, v in new_network(30, 0).state_dict().items() if not n.startswith("diam")}
+    assert network_from_state(state).diam_mean.item() == 30.0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("output.2.weight"), "missing 'output.2.weight'"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unknown 'extra'"),
+        (lambda s: s.update({"output.2.bias": torch.zeros(4)}), "shape"),
+        (lambda s: s.update({"output.2.bias": torch.full((3,), float("nan"))}), "NaN"),
+        (lambda s: s.update(W2=torch.zeros(1)), "Cellpose 4"),
+        (lambda s: s.update(note="text"), "mapping of names to tensors"),
+    ],
+)
+def test_wrong_weights_are_refused_by_name(spoil, message):
+    state = dict(new_network(30, 0).state_dict())
+    spoil(state)
+    with pytest.raises(InputError, match=message):
+        network_from_state(state)
+
+
+def test_saved_weights_of_a_3d_network_give_the_same_network():
+    spec = VolumeSpec(plan_architecture(2.2, "small"), 2.2, (8, 32, 32))
+    network = new_volume_network(spec, 3).eval()
+    again = network_from_state(network.state_dict(), spec=spec)
+    image = torch.randn(1, 1, *spec.patch)
+    with torch.no_grad():
+        assert torch.equal(network(image), again(image))
+
+
+def test_foreign_weights_of_a_3d_network_are_refused_in_one_line():
+    spec = VolumeSpec(plan_architecture(2.2, "small"), 2.2, (8, 32, 32))
+    state = new_volume_network(spec, 0).state_dict()
+    with pytest.raises(InputError, match="missing 'output"):
+        network_from_state({n: v for n, v in state.items() if not n.startswith("output")}, spec=spec)
+    wider = dataclasses.replace(spec, architecture=plan_architecture(2.2, "default"))
+    with pytest.raises(InputError, match=r"unknown|missing|shape"):
+        network_from_state(state, spec=wider)
+    name = next(n for n in state if n.endswith("weight"))
+    with pytest.raises(InputError, match="NaN"):
+        network_from_state(state | {name: torch.full_like(state[name], torch.nan)}, spec=spec)

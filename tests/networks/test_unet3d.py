@@ -1,10 +1,8 @@
-import dataclasses
-
 import pytest
 import torch
 
 from nuclei3d.errors import InputError
-from nuclei3d.networks.planning import plan_architecture, plan_patch, volume_network_from_state
+from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import Architecture, VolumeSpec, count_parameters, new_volume_network
 
 
@@ -76,28 +74,6 @@ def test_seeds_decide_the_weights_and_the_global_generator_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-
-
-def test_saved_weights_give_the_same_network():
-    spec = spec_of(2.2)
-    network = new_volume_network(spec, 3).eval()
-    again = volume_network_from_state(spec, network.state_dict())
-    image = torch.randn(1, 1, *spec.patch)
-    with torch.no_grad():
-        assert torch.equal(network(image), again(image))
-
-
-def test_foreign_weights_are_refused_in_one_line():
-    spec = spec_of(2.2)
-    state = new_volume_network(spec, 0).state_dict()
-    with pytest.raises(InputError, match="missing 'output"):
-        volume_network_from_state(spec, {n: v for n, v in state.items() if not n.startswith("output")})
-    wider = dataclasses.replace(spec, architecture=plan_architecture(2.2, "default"))
-    with pytest.raises(InputError, match=r"unknown|missing|shape"):
-        volume_network_from_state(wider, state)
-    name = next(n for n in state if n.endswith("weight"))
-    with pytest.raises(InputError, match="NaN"):
-        volume_network_from_state(spec, state | {name: torch.full_like(state[name], torch.nan)})
 
 
 @pytest.mark.parametrize("anisotropy", [0, -1, 1e6, float("nan")])

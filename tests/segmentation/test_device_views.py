@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from local_network import LocalNetwork
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.foreground import OccupiedSpace, everywhere
-from nuclei3d.segmentation.plane_flows import fits_on, sum_views
-from nuclei3d.segmentation.plane_network import PlaneNetwork
-from nuclei3d.segmentation.views import VIEWS, FlowAccumulator, predict_view
+from nuclei3d.segmentation.fusion import add_views
+from nuclei3d.segmentation.network_pass import compute_view, fits_on, sum_on_device, whole_planes
+from nuclei3d.segmentation.network_runner import NetworkRunner
+from nuclei3d.views import VIEWS
 
 SIZE = VoxelSize(2, 1, 1)
 DEVICES = [
@@ -23,17 +24,6 @@ DEVICES = [
         ],
     ),
 ]
-
-
-class Local(nn.Module):
-    """A network that looks at 3 x 3 pixels only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, stack: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.conv2d(stack, self.weight, padding=1)
 
 
 def two_corners(shape: tuple[int, int, int]) -> OccupiedSpace:
@@ -51,38 +41,27 @@ def two_corners(shape: tuple[int, int, int]) -> OccupiedSpace:
 def test_the_sum_on_a_device_is_that_of_the_host(device, step, trust, occupied):
     image = np.random.default_rng(0).random((9, 40, 37)).astype(np.float32)
     image[3, 5, 6] = np.nan
-    space = occupied(image.shape)
-    network = PlaneNetwork(Local(), torch.device(device), engine="torch")
+    space, on = occupied(image.shape), torch.device(device)
+    runner = NetworkRunner(LocalNetwork(), on, engine="torch")
+    weights = dict(zip(VIEWS, trust or (1.0, 1.0, 1.0), strict=True))
+    steps = {"xy": 1, "xz": step, "yz": step}
+    done = {view: [] for view in VIEWS}
+
+    def computed(view, where=on):
+        shown = torch.from_numpy(image).to(where)
+        return compute_view(shown, view, runner, space, 18, steps[view], done[view].append)
+
     expected = FlowField.zeros(image.shape, SIZE)
-    accumulator = FlowAccumulator(expected, VIEWS, trust)
-    counted = dict.fromkeys(VIEWS, 0.0)
-    for view in VIEWS:
-        every = 1 if view == "xy" else step
-        for plane in predict_view(image, view, network, space, stretched_depth=18, step=every):
-            accumulator.add(view, plane)
-
-    def count(view):
-        def add(planes):
-            counted[view] += planes
-
-        return add
-
-    found = sum_views(
-        image,
-        SIZE,
-        VIEWS,
-        dict.fromkeys(VIEWS, network),
-        space,
-        stretched_depth=18,
-        step=step,
-        trust=trust,
-        progress=count,
-    )
+    host = torch.device("cpu")
+    add_views(expected, lambda view: whole_planes(computed(view, host), view, image.shape), weights)
+    for shares in done.values():
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+    found = sum_on_device(computed, weights, steps, image.shape, SIZE, on)
     assert found.voxel_size == SIZE
-    # each look is rounded to a unit on the host, and a GPU multiplies in ten bits
+    # each view is rounded to a unit on the host, and a GPU multiplies in ten bits
     tolerance = 3 if device == "cpu" else 200
     assert np.abs(found.packed.astype(int) - expected.packed.astype(int)).max() <= tolerance
-    assert counted == {"xy": 9, "xz": 40, "yz": 37}
 
 
 def test_nothing_fits_on_a_device_that_is_no_gpu():

@@ -14,8 +14,9 @@ from nuclei3d.grid import find_boxes, isotropic_shape, resize_linear, resize_nea
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.dynamics import MaskSettings, masks_2d_from_flows, masks_from_flows
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import View, ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.segmentation.masks import score_labels
+from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 DIAMETER = 22.0
 ANISOTROPIES = [1.0, 2.2, 5.75, 11.5]
@@ -47,13 +48,11 @@ def logit_of(labels: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.where(labels > 0, 5, -5).astype(np.float32)
 
 
-def exact_views(
-    labels: NDArray[np.uint32], names: Sequence[View] = ("xy", "xz", "yz")
-) -> list[ViewPrediction]:
+def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> list[ViewPrediction]:
     """What a perfect 2D network would say about all planes of an isotropic volume."""
     views = []
     for name in names:
-        axis = {"xy": 0, "xz": 1, "yz": 2}[name]
+        axis = VIEW_AXIS[name]
         planes = [flows_2d(plane) for plane in np.moveaxis(labels, axis, 0)]
         views.append(ViewPrediction(name, np.stack(planes, axis + 1), logit_of(labels)))
     return views

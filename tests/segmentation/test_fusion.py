@@ -1,12 +1,13 @@
-"""View fusion: components go where they belong and the mean is a mean."""
+"""View fusion: components go where they belong, the mean is a mean, and other grids are resampled."""
 
 import numpy as np
 import pytest
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import VIEW_AXES, View, ViewPrediction, VolumeLook, fuse_views
+from nuclei3d.segmentation.flow_field import LOGIT, FlowField
+from nuclei3d.segmentation.fusion import ViewPrediction, VolumeView, fuse_views
+from nuclei3d.views import VIEW_AXES, VIEWS, View
 
 
 def view_of(name: View, flow: np.ndarray, logit: float) -> ViewPrediction:
@@ -19,7 +20,7 @@ def field() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(3, 20, 6, 7)).astype(np.float32)
 
 
-@pytest.mark.parametrize("names", [("xy", "xz", "yz"), ("xy", "xz"), ("xz", "yz"), ("yz", "xy")])
+@pytest.mark.parametrize("names", [VIEWS, ("xy", "xz"), ("xz", "yz"), ("yz", "xy")])
 @pytest.mark.parametrize("method", ["mean", "consensus"])
 def test_two_or_three_exact_views_give_back_the_field(field, names, method) -> None:
     flow, logit = fuse_views([view_of(name, field, 1.5) for name in names], method)
@@ -94,15 +95,15 @@ def test_bad_views_and_weights_are_refused(field) -> None:
         fuse_views([good], weights={"xy": 0.0})
 
 
-def volume_of(flow: np.ndarray, logit: float, weight: float = 1.0) -> VolumeLook:
-    """A 3D network's look that lies on the grid of the views already."""
+def volume_of(flow: np.ndarray, logit: float, weight: float = 1.0) -> VolumeView:
+    """What a 3D network says that lies on the grid of the views already."""
     size = VoxelSize(2, 1, 1)
     field = FlowField.of(flow, np.full(flow.shape[1:], logit, np.float32), size)
-    return VolumeLook(field, field.shape, size, weight)
+    return VolumeView(field, field.shape, size, weight)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.5])
-def test_a_3d_network_is_one_look_more_at_flows_and_logit(weight) -> None:
+def test_a_3d_network_is_one_view_more_of_flows_and_logit(weight) -> None:
     ones = np.ones((3, 20, 6, 7), np.float32)
     views = [view_of("xy", 0.1 * ones, 1), view_of("xz", 0.3 * ones, 2), view_of("yz", 0.8 * ones, 6)]
     flow, logit = fuse_views(views, volume=volume_of(0.5 * ones, 10, weight))
@@ -120,12 +121,12 @@ def test_what_no_view_shows_is_what_the_3d_network_says() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["volume", "views"])
-def test_consensus_is_nearer_the_truth_where_one_look_is_noise(wrong) -> None:
+def test_consensus_is_nearer_the_truth_where_one_view_is_noise(wrong) -> None:
     rng = np.random.default_rng(3)
     truth = 0.5 * np.ones((3, 40, 12, 12), np.float32)
     noise = rng.normal(0, 0.6, truth.shape).astype(np.float32)
     solid, flat = (noise, truth) if wrong == "volume" else (truth, noise)
-    views = [view_of(name, flat, 0) for name in ("xy", "xz", "yz")]
+    views = [view_of(name, flat, 0) for name in VIEWS]
     mean, consensus = (
         np.abs(fuse_views(views, method, volume=volume_of(solid, 0))[0] - 0.5).mean()
         for method in ("mean", "consensus")
@@ -133,22 +134,78 @@ def test_consensus_is_nearer_the_truth_where_one_look_is_noise(wrong) -> None:
     assert consensus < (0.5 if wrong == "volume" else 0.75) * mean
 
 
-def test_consensus_of_three_looks_is_the_formula() -> None:
+def test_consensus_of_three_views_is_the_formula() -> None:
     from scipy.ndimage import generic_filter
 
     rng = np.random.default_rng(4)
-    looks = rng.uniform(-0.8, 0.8, size=(3, 3, 19, 5, 4)).astype(np.float32)
-    looks[1] *= 0.2
-    volume = volume_of(looks[2], 0, 1.5)
+    shown = rng.uniform(-0.8, 0.8, size=(3, 3, 19, 5, 4)).astype(np.float32)
+    shown[1] *= 0.2
+    volume = volume_of(shown[2], 0, 1.5)
     fused, _ = fuse_views(
-        [view_of("xy", looks[0], 0), view_of("yz", looks[1], 0)], "consensus", volume=volume
+        [view_of("xy", shown[0], 0), view_of("yz", shown[1], 0)], "consensus", volume=volume
     )
-    variances = [generic_filter(each[1], np.var, size=5, mode="nearest") for each in looks]
+    variances = [generic_filter(each[1], np.var, size=5, mode="nearest") for each in shown]
     weights = [trust / (variance + 0.1) for trust, variance in zip((1.0, 1.0, 1.5), variances, strict=True)]
-    expected = sum(w * each[1] for w, each in zip(weights, looks, strict=True)) / sum(weights)
+    expected = sum(w * each[1] for w, each in zip(weights, shown, strict=True)) / sum(weights)
     assert np.allclose(fused[1], expected, atol=5e-4)
 
 
-def test_a_3d_look_on_another_grid_is_refused(field) -> None:
+def test_a_3d_network_on_another_grid_is_refused(field) -> None:
     with pytest.raises(InputError, match="bring it to their grid"):
         fuse_views([view_of("xy", field[:, :5], 0)], volume=volume_of(field, 0))
+
+
+BOX_UM = (24.0, 20.0, 30.0)
+
+
+def grid_of(shape: tuple[int, int, int]) -> VoxelSize:
+    return VoxelSize.of([edge / size for edge, size in zip(BOX_UM, shape, strict=True)])
+
+
+def ramps(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Flow and logit that grow steadily along all axes: what linear resampling keeps."""
+    z, y, x = np.meshgrid(
+        *((np.arange(n) + 0.5) * e for n, e in zip(shape, grid_of(shape).zyx, strict=True)), indexing="ij"
+    )
+    flow = np.stack([0.02 * z + 0.01 * y, -0.02 * y + 0.01 * x, 0.01 * x - 0.01 * z])
+    return flow.astype(np.float32), (0.2 * x - 0.1 * z).astype(np.float32)
+
+
+def view_on(own: tuple[int, int, int], shape: tuple[int, int, int]) -> VolumeView:
+    return VolumeView(FlowField.of(*ramps(own), grid_of(own)), shape, grid_of(shape))
+
+
+@pytest.mark.parametrize(
+    ("own", "shape"),
+    [((12, 20, 30), (12, 20, 30)), ((12, 20, 30), (40, 50, 60)), ((36, 40, 90), (12, 20, 30))],
+)
+def test_a_steady_field_is_the_same_on_any_grid(own, shape):
+    view = view_on(own, shape)
+    flow, logit = ramps(shape)
+    inner = tuple(
+        slice(int(np.ceil(n / o)) + 1, -int(np.ceil(n / o)) - 1) for n, o in zip(shape, own, strict=True)
+    )
+    whole = slice(0, shape[0])
+    for component in range(3):
+        read = view.planes(component, whole)
+        assert read.shape == shape
+        np.testing.assert_allclose(read[inner], flow[component][inner], atol=3e-4)
+    np.testing.assert_allclose(view.planes(LOGIT, whole)[inner], logit[inner], atol=3e-3)
+
+
+def test_slabs_are_parts_of_the_whole():
+    view = view_on((13, 22, 31), (37, 20, 40))
+    whole = view.planes(1, slice(0, 37))
+    parts = [view.planes(1, planes) for planes in view.slabs()]
+    assert len(parts) > 1
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("edges", "weight", "message"),
+    [((2.0, 1.0, 1.0), 1.0, "must look at the same volume"), (grid_of((12, 20, 30)).zyx, 0.0, "positive")],
+)
+def test_another_box_and_no_trust_are_refused(edges, weight, message):
+    field = FlowField.zeros((10, 20, 30), VoxelSize.of([2.4, 1.0, 1.0]))
+    with pytest.raises(InputError, match=message):
+        VolumeView(field, (9, 20, 30) if weight else (12, 20, 30), VoxelSize.of(edges), weight)

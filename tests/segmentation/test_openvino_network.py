@@ -5,8 +5,8 @@ from oracle_network import OracleNetwork
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
+from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.openvino_network import compile_cpnet, has_openvino
-from nuclei3d.segmentation.plane_network import PlaneNetwork
 
 CPU = torch.device("cpu")
 needs_openvino = pytest.mark.skipif(not has_openvino(), reason="openvino is not installed (extra 'fast')")
@@ -40,19 +40,19 @@ def test_openvino_computes_what_torch_computes(precision, tolerance, shape):
 def test_new_weights_are_compiled_anew():
     plane = np.random.default_rng(0).random((1, 32, 32), dtype=np.float32)
     network = trained_like(1)
-    before = PlaneNetwork(network, CPU, engine="openvino")(plane)
+    before = NetworkRunner(network, CPU, engine="openvino")(plane)
     network.load_state_dict(trained_like(2).state_dict())
-    after = PlaneNetwork(network, CPU, engine="openvino")(plane)
-    np.testing.assert_allclose(after, PlaneNetwork(network, CPU, engine="torch")(plane), atol=1e-5)
+    after = NetworkRunner(network, CPU, engine="openvino")(plane)
+    np.testing.assert_allclose(after, NetworkRunner(network, CPU, engine="torch")(plane), atol=1e-5)
     assert np.abs(after - before).max() > 1e-3
 
 
 def test_wishes_that_cannot_be_met_are_explained(monkeypatch):
     with pytest.raises(InputError, match="unknown"):
-        PlaneNetwork(new_network(17, 0), CPU, engine="tensorrt")
-    monkeypatch.setattr("nuclei3d.segmentation.plane_network.has_openvino", lambda: True)
+        NetworkRunner(new_network(17, 0), CPU, engine="tensorrt")
+    monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: True)
     with pytest.raises(InputError, match="CNN on the CPU only"):
-        PlaneNetwork(OracleNetwork(separate=True), CPU, engine="openvino")
-    monkeypatch.setattr("nuclei3d.segmentation.plane_network.has_openvino", lambda: False)
+        NetworkRunner(OracleNetwork(separate=True), CPU, engine="openvino")
+    monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[fast\]'"):
-        PlaneNetwork(new_network(17, 0), CPU, engine="openvino")
+        NetworkRunner(new_network(17, 0), CPU, engine="openvino")

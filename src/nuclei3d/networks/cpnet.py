@@ -1,12 +1,9 @@
-"""The 2D network: Cellpose's CPnet, made anew or from saved weights."""
+"""The 2D network, Cellpose's CPnet, and where and in what precision networks compute."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from cellpose.resnet_torch import CPnet
-from torch import Tensor
 
 from nuclei3d.errors import InputError
 
@@ -15,8 +12,6 @@ CHANNELS = (2, 32, 64, 128, 256)
 
 FLOW_SCALE = 5.0
 """The network predicts flows times 5 (Stringer et al. 2021)."""
-
-_OPTIONAL = ("diam_mean", "diam_labels")
 
 
 def new_network(diameter_px: float, seed: int) -> CPnet:
@@ -38,50 +33,6 @@ def new_network(diameter_px: float, seed: int) -> CPnet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CPnet(list(CHANNELS), 3, sz=3, max_pool=True, diam_mean=float(diameter_px))
-
-
-def network_from_state(state: Mapping[str, Tensor], where: str = "the weights") -> CPnet:
-    """Make a network from the weights of a Cellpose 3 network.
-
-    Parameters
-    ----------
-    state
-        Names and tensors as saved by Cellpose or by this package.
-    where
-        What to call the weights in an error, such as their file.
-
-    Raises
-    ------
-    InputError
-        If a name or a shape is not that of a Cellpose 3 CNN with two input channels, or a value is not
-        finite.
-    """
-    network = new_network(30.0, seed=0)
-    wanted = network.state_dict()
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{where}: no weights of a network (a mapping of names to tensors was expected)")
-    if "W2" in state or any(name.startswith("encoder.") for name in state):
-        raise InputError(f"{where}: weights of Cellpose 4 or a transformer; a Cellpose 3 CNN was expected")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    unknown = sorted(set(state) - set(wanted))
-    missing = sorted(
-        set(wanted) - set(state) - set(_OPTIONAL) - {n for n in wanted if n.endswith("num_batches_tracked")}
-    )
-    if unknown or missing:
-        found = f"unknown '{unknown[0]}'" if unknown else f"missing '{missing[0]}'"
-        raise InputError(
-            f"{where}: not a Cellpose 3 CNN: {found} ({len(unknown)} unknown, {len(missing)} missing)"
-        )
-    for name, value in state.items():
-        if value.numel() != wanted[name].numel() or value.squeeze().shape != wanted[name].squeeze().shape:
-            raise InputError(
-                f"{where}: '{name}' has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)} "
-                "(a Cellpose 3 CNN with 2 channels in and 3 out)"
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{where}: '{name}' holds NaN or infinite values")
-    network.load_state_dict({n: v.reshape(wanted[n].shape) for n, v in state.items()}, strict=False)
-    return network.eval()
 
 
 def choose_device(wish: str) -> torch.device:

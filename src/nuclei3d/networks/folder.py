@@ -1,7 +1,4 @@
-"""Saving and loading models: a folder with the weights, model.json and README.md (the card).
-
-What model.json holds: everything that is needed to use the weights as they were trained.
-"""
+"""A model as a folder: the weights, model.json (all that is needed to use them) and README.md (the card)."""
 
 from __future__ import annotations
 
@@ -18,11 +15,16 @@ from torch import Tensor, nn
 
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
-from nuclei3d.images.layout import missing
-from nuclei3d.networks.cpnet import network_from_state
-from nuclei3d.networks.planning import volume_network_from_state
-from nuclei3d.networks.unet3d import VolumeSpec
+from nuclei3d.images import layout
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
 from nuclei3d.outputs import whole_folder
+
+INFO_FILE = "model.json"
+CARD_FILE = "README.md"
+
+_OPTIONAL = ("diam_mean", "diam_labels", "num_batches_tracked")
+"""Ends of names that saved weights may lack."""
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
@@ -102,10 +104,6 @@ def read_info(path: Path) -> ModelInfo:
         raise InputError(f"{path} is not a valid model.json: {field}: {problem['msg']}") from None
 
 
-INFO_FILE = "model.json"
-CARD_FILE = "README.md"
-
-
 @dataclass(frozen=True)
 class Model:
     """A loaded model.
@@ -164,7 +162,7 @@ def save_model(
 def require_model(path: Path, given_as: str = "--model") -> None:
     """Raise InputError if there is nothing at a path."""
     if not path.exists():
-        raise missing(
+        raise layout.missing(
             path, f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
         )
 
@@ -193,14 +191,13 @@ def load_model(path: Path) -> Model:
         )
     else:
         weights = path
-        beside = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
-        info = beside if beside is not None and beside.name == path.name else None
-    if info is not None and info.full3d is not None:
-        solid = volume_network_from_state(info.full3d, read_state(weights), where=str(weights))
-        return Model(network=solid, info=info, path=weights)
-    network = network_from_state(read_state(weights), where=str(weights))
+        info = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
+        if info is not None and info.name != path.name:
+            info = None
+    spec = None if info is None else info.full3d
+    network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
-        diameter = float(network.diam_mean.item())
+        diameter = float(network.get_parameter("diam_mean").item())
         info = ModelInfo(name=_valid_name(weights.name), diameter_px=diameter)
         say(
             f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
@@ -228,6 +225,56 @@ def read_state(weights: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping):
         raise InputError(f"{weights} holds a {type(state).__name__}; expected names and tensors of a network")
     return state
+
+
+def network_from_state(
+    state: Mapping[str, Tensor], where: str = "the weights", spec: VolumeSpec | None = None
+) -> nn.Module:
+    """Make a network from saved weights, in evaluation mode.
+
+    Parameters
+    ----------
+    state
+        Names and tensors, as saved by this package or by Cellpose 3.
+    where
+        What to call the weights in an error, such as their file.
+    spec
+        Of a 3D network; None for a Cellpose 3 CNN with two input channels.
+
+    Raises
+    ------
+    InputError
+        If a name or a shape is not that of the network, or a value is not finite.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{where}: no weights of a network (a mapping of names to tensors was expected)")
+    network: nn.Module
+    if spec is not None:
+        network, kind = new_volume_network(spec, seed=0), "the 3D network that model.json describes"
+    else:
+        if "W2" in state or any(name.startswith("encoder.") for name in state):
+            raise InputError(
+                f"{where}: weights of Cellpose 4 or a transformer; a Cellpose 3 CNN was expected"
+            )
+        network, kind = new_network(30.0, seed=0), "a Cellpose 3 CNN with 2 channels in and 3 out"
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    wanted = network.state_dict()
+    unknown = sorted(set(state) - set(wanted))
+    missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_OPTIONAL))
+    if unknown or missing:
+        found = f"unknown '{unknown[0]}'" if unknown else f"missing '{missing[0]}'"
+        raise InputError(f"{where}: not {kind}: {found} ({len(unknown)} unknown, {len(missing)} missing)")
+    for name, value in state.items():
+        shape, expected = value.shape, wanted[name].shape
+        # Cellpose has saved its diameters with an axis and without.
+        if shape != expected and not value.numel() == wanted[name].numel() == 1:
+            raise InputError(
+                f"{where}: '{name}' has shape {tuple(shape)}, expected {tuple(expected)} ({kind})"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{where}: '{name}' holds NaN or infinite values")
+    network.load_state_dict({n: v.reshape(wanted[n].shape) for n, v in state.items()}, strict=False)
+    return network.eval()
 
 
 def _half(kernel: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""Saved weights of a 3D network, checked against the shape that they should have.
-
-The shape of a 3D network and of its patches, chosen from the voxel size.
+"""The shape of a 3D network and of its patches, chosen from the voxel size.
 
 An axis whose spacing is more than twice the finest is neither pooled nor convolved along (nnU-Net's rule,
 Isensee et al., Nature Methods 2021): at anisotropy 11.5 the first levels look at planes, and depth comes in
@@ -12,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from nuclei3d.errors import InputError
-from nuclei3d.networks.unet3d import Architecture, Triple, VolumeNetwork, VolumeSpec, new_volume_network
+from nuclei3d.networks.unet3d import Architecture, Triple
 
 Pooling = Literal["spacing", "isotropic"]
 
@@ -79,36 +74,3 @@ def plan_patch(architecture: Architecture, diameter_px: float, anisotropy: float
         for size, multiple in zip(sizes, architecture.multiple, strict=True)
     )
     return z, y, x
-
-
-def volume_network_from_state(
-    spec: VolumeSpec, state: Mapping[str, Tensor], where: str = "the weights"
-) -> VolumeNetwork:
-    """Make a network from saved weights, in evaluation mode.
-
-    Raises
-    ------
-    InputError
-        If a name or a shape is not that of the architecture, or a value is not finite.
-    """
-    network = new_volume_network(spec, seed=0)
-    wanted = network.state_dict()
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{where}: no weights of a network (a mapping of names to tensors was expected)")
-    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
-    if unknown or missing:
-        found = f"unknown '{unknown[0]}'" if unknown else f"missing '{missing[0]}'"
-        raise InputError(
-            f"{where}: not the 3D network that model.json describes: {found} ({len(unknown)} unknown, "
-            f"{len(missing)} missing)"
-        )
-    for name, value in state.items():
-        if value.shape != wanted[name].shape:
-            raise InputError(
-                f"{where}: '{name}' has shape {tuple(value.shape)}, model.json describes "
-                f"{tuple(wanted[name].shape)}"
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{where}: '{name}' holds NaN or infinite values")
-    network.load_state_dict(dict(state))
-    return network.eval()

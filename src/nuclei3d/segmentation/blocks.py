@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.segmentation.network_runner import grow_to_lattice
 from nuclei3d.segmentation.nuclei import Nucleus
-from nuclei3d.segmentation.plane_network import grow_to_lattice
 
 Box = tuple[slice, slice, slice]
 Pixels = float | Sequence[float]
@@ -99,7 +99,7 @@ def plan_blocks(
         Most voxels that an outer box may have.
     pixels
         Pixels of the network (or of each of several) per voxel along (z, y, x): outer boxes then start on
-        its lattice (`plane_network`), and are wider than the margin by up to two squares
+        its lattice (`network_runner`), and are wider than the margin by up to two squares
         of it.
 
     Raises

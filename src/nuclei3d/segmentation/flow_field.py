@@ -25,8 +25,12 @@ FLOW_UNITS = 16384.0
 LOGIT_UNITS = 1024.0
 """Units of a logit of 1: precise to 0.001, and reach to 32."""
 
-_MOST_FLOW = 32767 / FLOW_UNITS
-_MOST_LOGIT = 32767 / LOGIT_UNITS
+LOGIT = 3
+"""Number of the logit among the components of a field, after the flow's z, y and x."""
+
+MOST_UNITS = 32767
+_MOST_FLOW = MOST_UNITS / FLOW_UNITS
+_MOST_LOGIT = MOST_UNITS / LOGIT_UNITS
 _LONGEST = 1.5
 
 
@@ -127,22 +131,22 @@ class FlowField:
         values: NDArray[np.float32],
         share: float | NDArray[np.float32],
     ) -> None:
-        """Add a share of what one look at a box says of one component.
+        """Add a share of what a network says of one component in a box.
 
         Parameters
         ----------
         box
             Where.
         component
-            0, 1, 2 for the flow along z, y, x; 3 for the logit.
+            0, 1, 2 for the flow along z, y, x; `LOGIT`.
         values
             float32 of the box's shape. They are cut at what a field can hold (2 for flows, 32 for logits);
             those that are no numbers count as a flow of 0 or the lowest logit.
         share
-            In 0..1, a number or an array of the box's shape; the shares of all looks at a voxel sum to 1.
+            In 0..1, a number or an array of the box's shape; all shares of a voxel sum to 1.
         """
-        units, most = (LOGIT_UNITS, _MOST_LOGIT) if component == 3 else (FLOW_UNITS, _MOST_FLOW)
-        invalid = -most if component == 3 else 0.0
+        units, most = (LOGIT_UNITS, _MOST_LOGIT) if component == LOGIT else (FLOW_UNITS, _MOST_FLOW)
+        invalid = -most if component == LOGIT else 0.0
         shares = np.broadcast_to(np.asarray(share, np.float32), values.shape)
         _add(self.packed[(*box, component)], values, shares, units, most, invalid)
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 
+Box = tuple[slice, slice, slice]
+
 _LEAST_CONTRAST = 0.02
 _NOISE_SIGMAS = 5.0
 _DARK_PERCENTILE = 2.0
@@ -42,41 +44,20 @@ class OccupiedSpace:
     blocks: NDArray[np.bool_]
     edges: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
 
-    @property
-    def share(self) -> float:
-        """Part of the volume that is occupied."""
-        sizes = [np.diff(edges) for edges in self.edges]
-        weights = sizes[0][:, None, None] * sizes[1][None, :, None] * sizes[2][None, None, :]
-        return float((weights * self.blocks).sum() / weights.sum())
-
-    def box(self, axis: int, first: int, last: int) -> tuple[slice, slice] | None:
-        """Give the box that holds all that is occupied in some planes.
-
-        Parameters
-        ----------
-        axis
-            Axis of (z, y, x) along which the planes are counted.
-        first, last
-            First and last plane.
-
-        Returns
-        -------
-        pair of slices or None
-            In voxels along the two other axes; None if nothing is occupied.
-        """
-        edges = self.edges[axis]
-        low = int(np.searchsorted(edges, first, side="right")) - 1
-        high = int(np.searchsorted(edges, last, side="right"))
-        plane = self.blocks.take(range(low, high), axis=axis).any(axis=axis)
-        others = [other for other in range(3) if other != axis]
-        box = []
-        for along in range(2):
-            occupied = np.flatnonzero(plane.any(axis=1 - along))
-            if len(occupied) == 0:
-                return None
-            cuts = self.edges[others[along]]
-            box.append(slice(int(cuts[occupied[0]]), int(cuts[occupied[-1] + 1])))
-        return box[0], box[1]
+    def bounds(self, box: Sequence[slice]) -> Box | None:
+        """Give the box of all blocks that are occupied and meet a box; None if none is."""
+        met = tuple(
+            slice(edges.searchsorted(along.start, "right") - 1, edges.searchsorted(along.stop))
+            for edges, along in zip(self.edges, box, strict=True)
+        )
+        blocks = self.blocks[met]
+        if not blocks.any():
+            return None
+        parts = []
+        for axis, edges in enumerate(self.edges):
+            found = np.flatnonzero(blocks.any(axis=tuple({0, 1, 2} - {axis}))) + met[axis].start
+            parts.append(slice(int(edges[found[0]]), int(edges[found[-1] + 1])))
+        return parts[0], parts[1], parts[2]
 
 
 def everywhere(shape: Sequence[int]) -> OccupiedSpace:

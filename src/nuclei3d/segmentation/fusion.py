@@ -1,27 +1,21 @@
-"""Fusion of the flows that a 2D network sees in planes of three directions into one 3D flow.
+"""Fusion of the flows that networks see in the views of a volume into one 3D flow.
 
-A view shows two of the three components: xy planes y and x, xz planes z and x, yz planes z and y. Each
-component is therefore seen twice (or less, if views are left out) and is the *mean* of what was seen, not
-the sum as in Cellpose's do_3D, whose steps overshoot. The logit is the mean over the views, so that a
-threshold means the same for any number of views. Directions are physical:
-the dynamics divide by the voxel's edges. A 3D network may look as well (`VolumeLook`): it shows all three
-components, and counts as one look more at each of them and at the logit.
+A view of planes shows two of the three components: xy planes y and x, xz planes z and x, yz planes z and y.
+Each component is therefore seen twice (or less, if views are left out) and is the *mean* of what was seen,
+not the sum as in Cellpose's do_3D, whose steps overshoot. The logit is the mean over the views, so that a
+threshold means the same for any number of views. Directions are physical: the dynamics divide by the voxel's
+edges. A 3D network (`VolumeView`) shows all three components, and counts as one view more of each of them and
+of the logit.
 
-Two ways to weight the mean: fixed weights of the looks, and *consensus*, which trusts a look where its flow
+Two ways to weight the mean: fixed weights of the views, and *consensus*, which trusts a view where its flow
 is smooth (inverse local variance, as u-Segment3D, Zhou et al., Nature Methods 2025).
-
-What a 3D network says of a volume, as one more look beside the views of a 2D network.
-
-Its flow field lies on a grid of its own: another scale in x and y, planes as far apart as in its training.
-The dynamics follow the flow on the grid of the views, so the field is resampled to that, linearly. Flows are
-in physical directions and the grids' axes are parallel: resampling does not turn them. It is read a few
-planes at a time and stays packed; a resampled copy of the whole is never held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,27 +24,31 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.grid import linear_taps, resize_linear
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
-
-LOGIT = 3
-"""Number of the logit among the components of a field, after the flow's z, y and x."""
+from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, FlowField
+from nuclei3d.views import VIEW_AXES, VIEW_AXIS, View
 
 _SLAB = 16
+"""Planes that are fused at once: no temporary of the size of the volume."""
 _SAME_EXTENT = 1e-3
+_VARIANCE_WINDOW = 5
+_VARIANCE_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
-class VolumeLook:
-    """A flow field, read on the grid of the views.
+class VolumeView:
+    """What a 3D network says of a volume, read on the grid of the views of planes.
+
+    Its field lies on a grid of its own: another scale in x and y, planes as far apart as in its training. The
+    dynamics follow the flow on the grid of the views, so the field is resampled to that, linearly. Flows are
+    in physical directions and the grids' axes are parallel: resampling does not turn them. It is read a few
+    planes at a time and stays packed; a resampled copy of the whole is never held.
 
     Attributes
     ----------
     field
-        What the 3D network says, on its own grid.
-    shape
+        On its own grid.
+    shape, voxel_size
         Of the grid of the views (z, y, x).
-    voxel_size
-        Of that grid.
     weight
         Trust in it; a view has 1 unless it is given another.
 
@@ -85,14 +83,7 @@ class VolumeLook:
             )
 
     def planes(self, component: int, planes: slice) -> NDArray[np.float32]:
-        """Read one component of some planes.
-
-        Parameters
-        ----------
-        component
-            0, 1, 2 for the flow along z, y, x; `LOGIT` for the logit.
-        planes
-            First and last but one, along z of the grid of the views.
+        """Read one component (0, 1, 2 the flow along z, y, x; `LOGIT`) of some planes z of the views' grid.
 
         Returns
         -------
@@ -123,14 +114,51 @@ class VolumeLook:
             yield slice(start, min(start + _SLAB, self.shape[0]))
 
 
-View = Literal["xy", "xz", "yz"]
+def component_weights(weights: Mapping[View, float], volume_weight: float = 0.0) -> list[float]:
+    """Sum up the weights of all that show each component of a field: the flow's z, y, x, and the logit."""
+    seen = [
+        volume_weight + sum(weight for view, weight in weights.items() if component in VIEW_AXES[view])
+        for component in range(3)
+    ]
+    return [*seen, volume_weight + sum(weights.values())]
 
-VIEW_AXES: dict[str, tuple[int, int]] = {"xy": (1, 2), "xz": (0, 2), "yz": (0, 1)}
-"""The components (0 z, 1 y, 2 x) that the two channels of a view's flow are."""
 
-_VARIANCE_WINDOW = 5
-_VARIANCE_FLOOR = 0.1
-"""Planes that are fused at once: no temporary of the size of the volume."""
+def add_views(
+    field: FlowField,
+    planes_of: Callable[[View], Iterable[tuple[int, NDArray[np.float32]]]],
+    weights: Mapping[View, float],
+    volume: VolumeView | None = None,
+) -> None:
+    """Add the mean of all views of a volume to a field, plane by plane, without holding any.
+
+    Equal to `fuse_views` with method ``mean`` (a test holds that).
+
+    Parameters
+    ----------
+    field
+        Of the view grid, all zeros; gets the sum.
+    planes_of
+        Gives the planes of a view: number, and (3, rows, columns), flow along the plane's axes and logit.
+    weights
+        The views that are added, and the relative trust in each.
+    volume
+        What a 3D network says.
+    """
+    trust = 0.0 if volume is None else volume.weight
+    seen = component_weights(weights, trust)
+    if volume is not None:
+        for planes in volume.slabs():
+            box = (planes, slice(0, field.shape[1]), slice(0, field.shape[2]))
+            for component, total in enumerate(seen):
+                field.add(box, component, volume.planes(component, planes), trust / total)
+    for view, weight in weights.items():
+        axis = VIEW_AXIS[view]
+        for index, output in planes_of(view):
+            part = [slice(None)] * 3
+            part[axis] = slice(index, index + 1)
+            for component, values in zip((*VIEW_AXES[view], LOGIT), output, strict=True):
+                share = weight / seen[component]
+                field.add((part[0], part[1], part[2]), component, np.expand_dims(values, axis), share)
 
 
 @dataclass(frozen=True)
@@ -149,12 +177,25 @@ class ViewPrediction:
     flow: NDArray[np.floating[Any]]
     logit: NDArray[np.floating[Any]]
 
+    @classmethod
+    def of_planes(
+        cls, view: View, planes: Iterable[tuple[int, NDArray[np.float32]]], shape: tuple[int, int, int]
+    ) -> ViewPrediction:
+        """Keep all planes of a view in half precision; each is its number and (3, rows, columns)."""
+        flow, logit = np.empty((2, *shape), np.float16), np.empty(shape, np.float16)
+        for index, output in planes:
+            place: list[Any] = [slice(None)] * 3
+            place[VIEW_AXIS[view]] = index
+            flow[(slice(None), *place)] = output[:2]
+            logit[tuple(place)] = output[2]
+        return cls(view, flow, logit)
+
 
 def fuse_views(
     views: Sequence[ViewPrediction],
     method: Literal["mean", "consensus"] = "mean",
-    weights: Mapping[str, float] | None = None,
-    volume: VolumeLook | None = None,
+    weights: Mapping[View, float] | None = None,
+    volume: VolumeView | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Fuse one, two or three views, and what a 3D network says, into a 3D flow and a logit.
 
@@ -165,11 +206,11 @@ def fuse_views(
     views : sequence of ViewPrediction
         Any subset of the three, each at most once, all of the same shape.
     method : "mean" or "consensus"
-        Consensus divides the weight of a look at a flow by (v + 0.1), v the variance of the component in the
+        Consensus divides the weight of a view by (v + 0.1), v the variance of the flow's component in the
         5 x 5 x 5 voxels around. The logit is the mean in either case.
     weights : mapping from view to weight, optional
         Relative trust in each view; 1 where not given. Applies to flows and logits.
-    volume : VolumeLook, optional
+    volume : VolumeView, optional
         What a 3D network says, on the grid of the views, with its own weight.
 
     Returns
@@ -187,24 +228,23 @@ def fuse_views(
     shape = views[0].logit.shape
     if volume is not None and volume.shape != shape:
         raise InputError(
-            f"view fusion: the 3D network's look has shape {volume.shape}, the views have {shape}; "
+            f"view fusion: what the 3D network says has shape {volume.shape}, the views have {shape}; "
             "bring it to their grid"
         )
-    flow = np.zeros((3, *shape), np.float32)
-    for component in range(3):
-        looks = [
-            _Look(_planes_of(view.flow[VIEW_AXES[view.view].index(component)]), trust[view.view])
-            for view in views
-            if component in VIEW_AXES[view.view]
-        ]
-        _fuse([*looks, *_look_of(volume, component)], method, flow[component])
-    logit = np.zeros(shape, np.float32)
-    looks = [_Look(_planes_of(view.logit), trust[view.view]) for view in views]
-    _fuse([*looks, *_look_of(volume, LOGIT)], "mean", logit)
+    flow, logit = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
+    for component, out in enumerate((*flow, logit)):
+        sources = []
+        for view in views:
+            for channel, shown in zip((*view.flow, view.logit), (*VIEW_AXES[view.view], LOGIT), strict=True):
+                if shown == component:
+                    sources.append(_Source(_planes_of(channel), trust[view.view]))
+        if volume is not None:
+            sources.append(_Source(partial(volume.planes, component), volume.weight))
+        _fuse(sources, out, by_variance=method == "consensus" and component != LOGIT and len(sources) > 1)
     return flow, logit
 
 
-class _Look(NamedTuple):
+class _Source(NamedTuple):
     """What one view, or the 3D network, says of one component: its planes z, and the trust in it."""
 
     planes: Callable[[slice], NDArray[np.float32]]
@@ -215,15 +255,9 @@ def _planes_of(values: NDArray[np.floating[Any]]) -> Callable[[slice], NDArray[n
     return lambda planes: values[planes].astype(np.float32)
 
 
-def _look_of(volume: VolumeLook | None, component: int) -> list[_Look]:
-    if volume is None:
-        return []
-    return [_Look(lambda planes: volume.planes(component, planes), volume.weight)]
-
-
 def _checked_weights(
-    views: Sequence[ViewPrediction], weights: Mapping[str, float] | None
-) -> dict[str, float]:
+    views: Sequence[ViewPrediction], weights: Mapping[View, float] | None
+) -> dict[View, float]:
     names = [view.view for view in views]
     if not names or len(set(names)) != len(names) or not set(names) <= set(VIEW_AXES):
         raise InputError(
@@ -236,17 +270,16 @@ def _checked_weights(
                 f"view fusion: view {view.view} has flow {view.flow.shape} and logit {view.logit.shape}, "
                 f"expected (2, Z, Y, X) and (Z, Y, X) with {shape} as in view {names[0]}"
             )
-    trust: dict[str, float] = {name: float((weights or {}).get(name, 1.0)) for name in names}
+    trust = {name: float((weights or {}).get(name, 1.0)) for name in names}
     if not all(np.isfinite(weight) and weight > 0 for weight in trust.values()):
         raise InputError(f"view fusion: weights of views must be positive numbers, got {trust}")
     return trust
 
 
-def _fuse(looks: Sequence[_Look], method: Literal["mean", "consensus"], out: NDArray[np.float32]) -> None:
-    """Write the weighted mean of the looks slab by slab; one that nobody takes stays as it is."""
-    if not looks:
+def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: bool) -> None:
+    """Write the weighted mean of the sources slab by slab; what has none stays as it is."""
+    if not sources:
         return
-    by_variance = method == "consensus" and len(looks) > 1
     depth = out.shape[0]
     margin = _VARIANCE_WINDOW // 2 if by_variance else 0
     for start in range(0, depth, _SLAB):
@@ -254,9 +287,9 @@ def _fuse(looks: Sequence[_Look], method: Literal["mean", "consensus"], out: NDA
         low, high = max(start - margin, 0), min(stop + margin, depth)
         fused = np.zeros((high - low, *out.shape[1:]), np.float32)
         total = np.zeros_like(fused)
-        for look in looks:
-            values = look.planes(slice(low, high))
-            weight: NDArray[np.float32] | np.float32 = np.float32(look.weight)
+        for source in sources:
+            values = source.planes(slice(low, high))
+            weight: NDArray[np.float32] | np.float32 = np.float32(source.weight)
             if by_variance:
                 weight = weight / (_local_variance(values) + np.float32(_VARIANCE_FLOOR))
             fused += weight * values

@@ -26,7 +26,6 @@ _MOST_COMPILED = 4
 _COMPILED: dict[tuple[object, ...], Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {}
 
 Node = Any
-Weights = Mapping[str, NDArray[np.float32]]
 
 
 def has_openvino() -> bool:
@@ -37,10 +36,7 @@ def has_openvino() -> bool:
 def compiled_cpnet(
     network: nn.Module, precision: torch.dtype, threads: int
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Compile a network, or take it from the few that were compiled before with the same weights.
-
-    Parameters and result are those of `compile_cpnet`.
-    """
+    """Compile a network as `compile_cpnet` does, or take one of the last few with the same weights."""
     digest = hashlib.blake2b(digest_size=16)
     state = network.state_dict()
     for value in state.values():
@@ -75,10 +71,10 @@ def compile_cpnet(
     """
     import openvino as ov  # type: ignore[import-not-found,unused-ignore]
 
-    weights = {name: value.detach().cpu().float().numpy() for name, value in state.items()}
+    graph = _Graph({name: value.detach().cpu().float().numpy() for name, value in state.items()})
     hint = "bf16" if precision == torch.bfloat16 else "f32"
     compiled = ov.Core().compile_model(
-        _build(weights),
+        graph.build(),
         "CPU",
         {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1},
     )
@@ -91,84 +87,75 @@ def compile_cpnet(
     return run
 
 
-def _build(weights: Weights) -> Any:
-    """Build the graph of CPnet's forward pass in evaluation mode."""
-    import openvino as ov  # type: ignore[import-not-found,unused-ignore]
-    from openvino import opset13 as ops
+class _Graph:
+    """CPnet's forward pass in evaluation mode; blocks are named as its weights are."""
 
-    stack = ops.parameter([-1, CHANNELS[0], -1, -1], np.float32, name="stack")
-    levels: list[Node] = []
-    below: Node = stack
-    for level in range(_LEVELS):
-        if level > 0:
-            below = ops.max_pool(levels[-1], [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
-        levels.append(_down(below, weights, f"downsample.down.res_down_{level}"))
-    mean = ops.reduce_mean(levels[-1], np.array([2, 3]), keep_dims=False)
-    style = ops.divide(
-        mean, ops.sqrt(ops.reduce_sum(ops.multiply(mean, mean), np.array([1]), keep_dims=True))
-    )
-    result = levels[-1]
-    for level in reversed(range(_LEVELS)):
-        if level < _LEVELS - 1:
-            scales = np.array([2.0, 2.0], np.float32)
-            result = ops.interpolate(
-                result, scales, "nearest", "scales", axes=np.array([2, 3]), nearest_mode="floor",
-                coordinate_transformation_mode="asymmetric",
-            )  # fmt: skip
-        result = _up(result, levels[level], style, weights, f"upsample.up.res_up_{level}")
-    return ov.Model(
-        [_convolve(_activate(result, weights, "output.0"), weights, "output.2")], [stack], "cpnet"
-    )
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        from openvino import opset13
 
+        self._weights = weights
+        self._ops: Any = opset13
 
-def _normalise(node: Node, weights: Weights, name: str) -> Node:
-    from openvino import opset13 as ops
+    def build(self) -> Any:
+        import openvino as ov  # type: ignore[import-not-found,unused-ignore]
 
-    scale = weights[f"{name}.weight"] / np.sqrt(weights[f"{name}.running_var"] + _EPSILON)
-    shift = weights[f"{name}.bias"] - weights[f"{name}.running_mean"] * scale
-    return ops.add(ops.multiply(node, scale[None, :, None, None]), shift[None, :, None, None])
+        ops = self._ops
+        stack = ops.parameter([-1, CHANNELS[0], -1, -1], np.float32, name="stack")
+        levels: list[Node] = []
+        for level in range(_LEVELS):
+            below = stack
+            if level > 0:
+                below = ops.max_pool(levels[-1], [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
+            levels.append(self._down(below, f"downsample.down.res_down_{level}"))
+        mean = ops.reduce_mean(levels[-1], np.array([2, 3]), keep_dims=False)
+        length = ops.sqrt(ops.reduce_sum(ops.multiply(mean, mean), np.array([1]), keep_dims=True))
+        style = ops.divide(mean, length)
+        result = levels[-1]
+        for level in reversed(range(_LEVELS)):
+            if level < _LEVELS - 1:
+                scales = np.array([2.0, 2.0], np.float32)
+                result = ops.interpolate(
+                    result, scales, "nearest", "scales", axes=np.array([2, 3]), nearest_mode="floor",
+                    coordinate_transformation_mode="asymmetric",
+                )  # fmt: skip
+            result = self._up(result, levels[level], style, f"upsample.up.res_up_{level}")
+        return ov.Model([self._step(result, "output")], [stack], "cpnet")
 
+    def _normalise(self, node: Node, name: str) -> Node:
+        of = {part: self._weights[f"{name}.{part}"] for part in ("weight", "bias", "running_mean")}
+        scale = of["weight"] / np.sqrt(self._weights[f"{name}.running_var"] + _EPSILON)
+        shift = of["bias"] - of["running_mean"] * scale
+        return self._ops.add(self._ops.multiply(node, scale[None, :, None, None]), shift[None, :, None, None])
 
-def _activate(node: Node, weights: Weights, name: str) -> Node:
-    from openvino import opset13 as ops
+    def _convolve(self, node: Node, name: str) -> Node:
+        kernel = self._weights[f"{name}.weight"]
+        pads = [kernel.shape[2] // 2] * 2
+        convolved = self._ops.convolution(node, kernel, [1, 1], pads, pads, [1, 1])
+        return self._ops.add(convolved, self._weights[f"{name}.bias"][None, :, None, None])
 
-    return ops.relu(_normalise(node, weights, name))
+    def _step(self, node: Node, name: str) -> Node:
+        """Batch normalisation, ReLU, convolution."""
+        return self._convolve(self._ops.relu(self._normalise(node, f"{name}.0")), f"{name}.2")
 
+    def _project(self, node: Node, name: str) -> Node:
+        return self._convolve(self._normalise(node, f"{name}.proj.0"), f"{name}.proj.1")
 
-def _convolve(node: Node, weights: Weights, name: str) -> Node:
-    from openvino import opset13 as ops
+    def _down(self, node: Node, name: str) -> Node:
+        half = self._ops.add(self._project(node, name), self._steps(node, name, 0))
+        return self._ops.add(half, self._steps(half, name, 2))
 
-    kernel = weights[f"{name}.weight"]
-    pads = [kernel.shape[2] // 2] * 2
-    convolved = ops.convolution(node, kernel, [1, 1], pads, pads, [1, 1])
-    return ops.add(convolved, weights[f"{name}.bias"][None, :, None, None])
+    def _steps(self, node: Node, name: str, first: int) -> Node:
+        return self._step(self._step(node, f"{name}.conv.conv_{first}"), f"{name}.conv.conv_{first + 1}")
 
+    def _up(self, node: Node, skipped: Node, style: Node, name: str) -> Node:
+        first = self._step(node, f"{name}.conv.conv_0")
+        styled = self._styled(self._ops.add(first, skipped), style, f"{name}.conv.conv_1")
+        half = self._ops.add(self._project(node, name), styled)
+        deep = self._styled(half, style, f"{name}.conv.conv_2")
+        return self._ops.add(half, self._styled(deep, style, f"{name}.conv.conv_3"))
 
-def _down(node: Node, weights: Weights, name: str) -> Node:
-    from openvino import opset13 as ops
-
-    def step(value: Node, number: int) -> Node:
-        at = f"{name}.conv.conv_{number}"
-        return _convolve(_activate(value, weights, f"{at}.0"), weights, f"{at}.2")
-
-    direct = _convolve(_normalise(node, weights, f"{name}.proj.0"), weights, f"{name}.proj.1")
-    half = ops.add(direct, step(step(node, 0), 1))
-    return ops.add(half, step(step(half, 2), 3))
-
-
-def _up(node: Node, skipped: Node, style: Node, weights: Weights, name: str) -> Node:
-    from openvino import opset13 as ops
-
-    def styled(value: Node, number: int) -> Node:
-        at = f"{name}.conv.conv_{number}"
-        feature = ops.add(
-            ops.matmul(style, weights[f"{at}.full.weight"], False, True), weights[f"{at}.full.bias"][None]
-        )
-        value = ops.add(value, ops.unsqueeze(feature, np.array([2, 3])))
-        return _convolve(_activate(value, weights, f"{at}.conv.0"), weights, f"{at}.conv.2")
-
-    direct = _convolve(_normalise(node, weights, f"{name}.proj.0"), weights, f"{name}.proj.1")
-    at = f"{name}.conv.conv_0"
-    first = _convolve(_activate(node, weights, f"{at}.0"), weights, f"{at}.2")
-    half = ops.add(direct, styled(ops.add(first, skipped), 1))
-    return ops.add(half, styled(styled(half, 2), 3))
+    def _styled(self, node: Node, style: Node, name: str) -> Node:
+        full = self._ops.matmul(style, self._weights[f"{name}.full.weight"], False, True)
+        feature = self._ops.add(full, self._weights[f"{name}.full.bias"][None])
+        node = self._ops.add(node, self._ops.unsqueeze(feature, np.array([2, 3])))
+        return self._step(node, f"{name}.conv")

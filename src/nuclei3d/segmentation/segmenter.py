@@ -19,15 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.unet3d import VolumeNetwork
 from nuclei3d.segmentation.dynamics import finish_labels, masks_2d_from_flows, masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
+from nuclei3d.segmentation.network_pass import Networks, predict_flows
 from nuclei3d.segmentation.nuclei import Nucleus, measure_nuclei
-from nuclei3d.segmentation.patches import predict_mixed_flows, predict_patch_flows
-from nuclei3d.segmentation.plane_flows import predict_plane_flows
 from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, to_image_grid
 from nuclei3d.segmentation.stitching import stitch_planes
 from nuclei3d.segmentation.stock import segment_with_cellpose
@@ -173,80 +171,14 @@ def label_volume(
         Time by step.
     """
     check_scale(image.shape, voxel_size, settings)
-    seconds: dict[str, float] = {}
     if settings.mode == "cellpose":
         labels = segment_with_cellpose(image, voxel_size, network, settings, device)
-        return labels, np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32), seconds
-    flows = predict_flows(
-        image,
-        voxel_size,
-        network,
-        settings,
-        device,
-        progress,
-        orthogonal_network=orthogonal_network,
-        volume_network=volume_network,
-        seconds=seconds,
-    )
+        return labels, np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32), {}
+    solid = volume_network if isinstance(volume_network, VolumeNetwork) else None
+    networks = Networks(network, orthogonal_network, solid)
+    flows, seconds = predict_flows(image, voxel_size, networks, settings, device, progress)
     started = time.perf_counter()
     label = stitch_flows if settings.mode == "stitch" else label_flows
     labels, scores = label(flows, image.shape, settings)
     seconds["masks"] = time.perf_counter() - started
     return labels, scores, seconds
-
-
-def predict_flows(
-    image: NDArray[Any],
-    voxel_size: VoxelSize,
-    network: nn.Module,
-    settings: SegmentationSettings,
-    device: torch.device,
-    progress: Callable[[float], None] | None = None,
-    *,
-    orthogonal_network: nn.Module | None = None,
-    volume_network: nn.Module | None = None,
-    seconds: dict[str, float] | None = None,
-) -> FlowField:
-    """Run the network over a volume; parameters and errors as `segment_volume`.
-
-    Parameters
-    ----------
-    seconds
-        Gets ``network`` (inside the forward pass) and ``views`` (the rest) added.
-    """
-    for each in settings.passes:
-        check_scale(image.shape, voxel_size, each)
-    if settings.mode == "full3d":
-        if not isinstance(network, VolumeNetwork):
-            raise InputError(
-                "mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch"
-            )
-        return predict_patch_flows(image, voxel_size, network, settings, device, progress, seconds=seconds)
-    if isinstance(network, VolumeNetwork):
-        raise InputError(
-            f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
-        )
-    if settings.mode == "mixed":
-        if settings.volume is None or not isinstance(volume_network, VolumeNetwork):
-            raise InputError("mode 'mixed' needs a 3D network beside the 2D one: give it, or use ortho")
-        return predict_mixed_flows(
-            image,
-            voxel_size,
-            network,
-            volume_network,
-            settings,
-            device,
-            progress,
-            orthogonal_network=orthogonal_network,
-            seconds=seconds,
-        )
-    return predict_plane_flows(
-        image,
-        voxel_size,
-        network,
-        settings,
-        device,
-        progress,
-        orthogonal_network=orthogonal_network,
-        seconds=seconds,
-    )

@@ -26,9 +26,8 @@ from nuclei3d.grid import (
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
 from nuclei3d.segmentation.dynamics import MaskSettings
-from nuclei3d.segmentation.fusion import View
-from nuclei3d.segmentation.plane_network import Engine
-from nuclei3d.segmentation.views import VIEWS
+from nuclei3d.segmentation.network_runner import Engine
+from nuclei3d.views import VIEWS, View
 
 ResolvedMode = Literal["ortho", "stitch", "cellpose", "full3d", "mixed"]
 
@@ -74,7 +73,7 @@ class SegmentationSettings:
     precision
         ``auto``, ``float32`` or ``bfloat16``.
     engine
-        ``auto``, ``torch`` or ``openvino`` (`plane_network.PlaneNetwork`).
+        ``auto``, ``torch`` or ``openvino`` (`network_runner.NetworkRunner`).
     stitch_min_iou, stitch_max_gap
         Linking of planes in mode ``stitch``.
     flow3d_smooth

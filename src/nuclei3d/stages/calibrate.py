@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nuclei3d.networks.folder import ModelInfo
+    from nuclei3d.networks.unet3d import VolumeNetwork
     from nuclei3d.segmentation.settings import SegmentationSettings
     from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds
     from nuclei3d.stages.training_data import Slices
@@ -193,23 +194,17 @@ def predict_labelled(
     second: SecondModels | None = None,
 ) -> list[LabelledFlow]:
     """Run a network over labelled volumes; give what it says beside the truth."""
-    from nuclei3d.segmentation.segmenter import predict_flows
+    from nuclei3d.segmentation.network_pass import Networks, predict_flows
     from nuclei3d.segmentation.thresholds import LabelledFlow
 
     second = second or SecondModels()
     settings = _without_thresholds(info, params, second.volume_info)
+    solid = cast("VolumeNetwork | None", second.volume_network)
+    networks = Networks(network, second.orthogonal_network, solid)
     seen = []
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
-            flows = predict_flows(
-                volume.image,
-                volume.voxel_size,
-                network,
-                settings,
-                device,
-                orthogonal_network=second.orthogonal_network,
-                volume_network=second.volume_network,
-            )
+            flows, _ = predict_flows(volume.image, volume.voxel_size, networks, settings, device)
             seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
             bar.advance()
     return seen

@@ -26,8 +26,8 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.cpnet import network_from_state, new_network
-from nuclei3d.networks.folder import load_model, read_state, require_model
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import load_model, network_from_state, read_state, require_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import (
     Targets,
@@ -424,7 +424,7 @@ def _open_planes(params: Params, described: Slices) -> Training:
         weights, digest = _start_weights(settings.start_from)
         started = network_from_state(read_state(weights), where=str(weights))
         with torch.no_grad():
-            started.diam_mean.fill_(settings.diameter_px)
+            started.get_parameter("diam_mean").fill_(settings.diameter_px)
         network = started
     planes = load_planes(described, "train", settings.memory_limit_gb)
     validation = load_planes(described, "validation", settings.memory_limit_gb)
