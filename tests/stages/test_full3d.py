@@ -205,6 +205,18 @@ def test_a_patch_that_does_not_suit_the_pooling_is_explained(volumes, tmp_path):
         train(params_of(train=settings), volumes, tmp_path / "m")
 
 
+def test_gaps_in_the_numbers_of_labels_change_nothing(volumes, tmp_path):
+    rng = np.random.default_rng(0)
+    for embryo in EMBRYOS:
+        image, labels = draw_volume(rng, SIZE, SHAPE, nuclei=4)
+        write_image(tmp_path / "data" / embryo / "images" / "t0.tif", image, SIZE)
+        spread = np.array([0, 3, 4, 9, 70], np.uint16)[labels]
+        write_labels(tmp_path / "data" / embryo / "labels" / "t0.tif", spread, SIZE)
+    prepare(params_of(), tmp_path / "data", tmp_path / "slices")
+    for name in ("nuclei.csv", "manifest.csv"):
+        assert (tmp_path / "slices" / name).read_bytes() == (volumes / name).read_bytes()
+
+
 def test_debris_becomes_background(data, volumes, tmp_path):
     sizes = load_volumes(read_slices(volumes), "train").nuclei[0].volumes_um3
     least = float(np.sort(sizes)[1])

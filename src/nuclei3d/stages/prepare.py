@@ -32,7 +32,6 @@ from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d, flows_3d, tanh_flows_3d
 from nuclei3d.grid import (
     IntensityRange,
-    compact_labels,
     isotropic_shape,
     measure_range,
     resize_linear,
@@ -253,7 +252,10 @@ def store_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> 
     image, labels, voxel_size = _to_grid(measured.volume, params.prepare.downsample_xy)
     numbers = np.unique(labels)
     numbers = numbers[numbers > 0]
-    labels = compact_labels(labels)
+    # gaps go: the table of nuclei has one row for each of 1..n
+    new = np.zeros(len(measured.contrasts), np.uint32)
+    new[numbers] = np.arange(1, len(numbers) + 1)
+    labels = new[labels]
     if params.prepare.targets == "tanh":
         flows = tanh_flows_3d(labels)
     else:
