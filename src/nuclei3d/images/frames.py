@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import console
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames, missing
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames
 from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
 from nuclei3d.images.tiff import TiffArray
 from nuclei3d.images.voxel_size import VoxelSize

@@ -19,8 +19,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import Layout, missing
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.layout import Layout
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
 
 _RESOLUTION_UNITS = {2: "inch", 3: "cm"}

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import missing
+from nuclei3d.errors import InputError, missing
 from nuclei3d.networks.cpnet import network_from_state
 from nuclei3d.networks.planning import volume_network_from_state
 from nuclei3d.networks.unet3d import VolumeSpec

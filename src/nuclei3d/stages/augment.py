@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nuclei3d.training.batches import Batch
-    from nuclei3d.training.samples import PlaneSet
+    from nuclei3d.training.samples import SampleSet
 
 OUTLINE = "#e69f00"
 
@@ -43,12 +43,12 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
         If `slices` is no slice data set, has no training planes, or `out` cannot be written.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.training_data import load_planes, read_slices
+    from nuclei3d.stages.training_data import load_samples, read_slices
 
     described = read_slices(slices)
     if described.network != "views2d":
         raise InputError(f"{slices} holds volumes for a 3D network; the sheet shows crops of planes only")
-    planes = load_planes(described, "train", params.train.memory_limit_gb)
+    planes = load_samples(described, "train", params.train.memory_limit_gb)
     with stage_run("augment", params, inputs={"slices": slices}) as run:
         figure = draw_augmentation_sheet(planes, described.diameter_px, params)
         with whole_file(out) as path:
@@ -58,7 +58,7 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
 
 
 def draw_augmentation_sheet(
-    planes: PlaneSet, planes_diameter_px: float, params: Params, rows: int = 6, columns: int = 6
+    samples: SampleSet, planes_diameter_px: float, params: Params, rows: int = 6, columns: int = 6
 ) -> Figure:
     """Draw one plane a row: left a crop without augmentation, then the augmented crops of as many epochs.
 
@@ -67,7 +67,7 @@ def draw_augmentation_sheet(
 
     Parameters
     ----------
-    planes
+    samples
         Training planes.
     planes_diameter_px
         Diameter of a typical nucleus on them.
@@ -84,9 +84,10 @@ def draw_augmentation_sheet(
     from matplotlib.figure import Figure
 
     from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker
+    from nuclei3d.training.samples import as_planes
     from nuclei3d.training.sampling import epoch_order, plane_weights
 
-    settings = params.train
+    settings, planes = params.train, as_planes(samples)
     if not len(planes):
         raise InputError("there are no training planes to draw; make slices with 'nuclei3d prepare'")
     weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)

@@ -250,6 +250,8 @@ def test_a_package_of_a_3d_network_runs_without_nuclei3d(tmp_path: Path) -> None
         ({"masks": Path("absent"), "formats": ["cellpose"]}, "give --model"),
         ({"masks": Path("absent"), "formats": ["seg"]}, "give --images"),
         ({"masks": Path("absent")}, "absent does not exist"),
+        ({"model": "absent", "formats": ["cellpose-training"]}, "give --slices"),
+        ({"slices": Path("absent")}, "absent is no slice data set"),
     ],
 )
 def test_what_is_missing_is_told(tmp_path: Path, options: dict[str, Any], message: str) -> None:

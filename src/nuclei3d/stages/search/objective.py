@@ -21,8 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import SearchParams
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import missing
+from nuclei3d.errors import InputError, missing
 from nuclei3d.stages.search.space import SearchSpace
 
 if TYPE_CHECKING:
