@@ -17,10 +17,10 @@ from nuclei3d.errors import InputError, missing
 from nuclei3d.images.frames import (
     Frame,
     check_image,
-    find_frames,
     frame_stem,
     list_volumes,
     natural_key,
+    single_frame,
     single_label_frame,
     to_labels,
 )
@@ -143,7 +143,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     if frame.label_path is None:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
     given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
-    image_frame = _one_frame(frame.image_path, params, given)
+    image_frame = single_frame(frame.image_path, channel=params.channel, voxel_size=given)
     label_frame = single_label_frame(frame.label_path)
     _check_fit(image_frame, label_frame, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
@@ -177,13 +177,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         if other is not path:
             raise InputError(f"{other} and {path} have the same frame name; rename or remove one of them")
     return found
-
-
-def _one_frame(path: Path, params: DataParams, given: VoxelSize | None) -> Frame:
-    frames = find_frames(path, channel=params.channel, voxel_size=given)
-    if len(frames) > 1:
-        raise InputError(f"{path} holds {len(frames)} time points; save each as a file of its own in images/")
-    return frames[0]
 
 
 def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
