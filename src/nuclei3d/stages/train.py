@@ -14,7 +14,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.outputs import refuse_foreign_folder, whole_file
-from nuclei3d.training.state import REPORT_FIELDS, EpochReport, TrainingState
+from nuclei3d.training.state import METRICS, EpochReport, TrainingState
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,16 +124,11 @@ class Checkpoints:
 def write_history(path: Path, history: Sequence[EpochReport]) -> None:
     """Write one row per epoch; what was not measured stays empty."""
     with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, REPORT_FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
         writer.writeheader()
         for report in history:
-            writer.writerow(
-                {name: "" if value != value else _short(value) for name, value in asdict(report).items()}
-            )
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
+            writer.writerow({"epoch": report.epoch, **measured})
 
 
 HISTORY_FILE = "history.csv"
@@ -205,7 +200,7 @@ def write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
 
     from nuclei3d.training.sampling import epoch_order
 
-    infos, weights, crops = training.infos, training.weights, training.examples.crops
+    infos, weights, crops = training.infos, training.examples.weights, training.examples.crops
     drawn = np.zeros(len(infos), dtype=np.int64)
     for epoch in range(epochs):
         drawn += np.bincount(epoch_order(weights, crops, seed, epoch), minlength=len(infos))
@@ -215,7 +210,7 @@ def write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
         writer.writerow(["file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn"])
         for info, weight, count in zip(infos, weights, drawn, strict=True):
             contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
-            view = getattr(info, "view", "")
+            view = info.view if info.is_plane else ""
             place = (info.file, info.embryo, info.frame, view, info.nuclei)
             writer.writerow([*place, contrast, f"{weight * len(infos):.4g}", int(count)])
 
@@ -252,7 +247,7 @@ def final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
     """Give the figures of the kept epoch, and the crops per second over all epochs."""
     history = outcome.state.history
     metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
-    rates = [report.crops_per_second for report in history]
+    rates = [report["crops_per_second"] for report in history]
     if rates:
         metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
     return metrics
@@ -485,10 +480,10 @@ def _line(report: EpochReport, epochs: int) -> str:
     parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
     if report.validation_loss == report.validation_loss:
         parts.append(f"validation {report.validation_loss:.4f}")
-    if report.validation_flow_cosine_z == report.validation_flow_cosine_z:
-        cosines = (getattr(report, f"validation_flow_cosine_{axis}") for axis in "zyx")
+    cosines = [report[f"validation_flow_cosine_{axis}"] for axis in "zyx"]
+    if not math.isnan(cosines[0]):
         parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
     if report.volume_ap == report.volume_ap:
         parts.append(f"AP in 3D {report.volume_ap:.3f}")
-    parts.append(f"{report.crops_per_second:.1f} crops/s, {report.seconds:.1f} s")
+    parts.append(f"{report['crops_per_second']:.1f} crops/s, {report['seconds']:.1f} s")
     return ", ".join(parts)

@@ -1,8 +1,8 @@
 """What is trained, by the kind of network: the network to start from, and its examples.
 
-Reading a slice data set into a `PlaneSet`: from its TIFF files, or from the packed copy.
+Reading a slice data set: from its TIFF files, or from the packed copy.
 
-Reading the data set of a 3D network into a `VolumeSet`, without reading its voxels.
+Reading the data set of a 3D network, without reading its voxels.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,20 +39,17 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.training.examples import Examples, PlaneExamples, VolumeExamples
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
 from nuclei3d.training.samples import (
-    ImageInfo,
-    NucleusTable,
-    PlaneArrays,
-    PlaneInfo,
-    PlaneSet,
-    VolumeArrays,
-    VolumeInfo,
-    VolumeSet,
+    SampleArrays,
+    SampleInfo,
+    SampleNuclei,
+    SampleSet,
+    SampleView,
     quantise_flows,
     quantise_image,
 )
-from nuclei3d.training.sampling import plane_weights, volume_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +80,7 @@ class Slices:
 
     folder: Path
     summary: dict[str, Any]
-    infos: dict[str, tuple[PlaneInfo, ...]]
+    infos: dict[str, tuple[SampleInfo, ...]]
     digest: str
 
     @property
@@ -119,13 +117,13 @@ def read_slices(folder: Path) -> Slices:
         raise InputError(
             f"{summary_path} is damaged ({error}); make the slices again with 'nuclei3d prepare'"
         ) from None
-    infos: dict[str, list[PlaneInfo]] = {}
+    infos: dict[str, list[SampleInfo]] = {}
     try:
         # the volumes of a 3D network are read by `training_volumes`
         of_planes = summary.get("network", "views2d") == "views2d"
         with manifest_path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file) if of_planes else ():
-                infos.setdefault(row["part"], []).append(_info(row))
+                infos.setdefault(row["part"], []).append(_info(row, float(summary["voxel_um"])))
     except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
         raise InputError(
             f"{manifest_path} is damaged ({error}); make the slices again with 'nuclei3d prepare'"
@@ -135,23 +133,26 @@ def read_slices(folder: Path) -> Slices:
     return Slices(folder, summary, {part: tuple(rows) for part, rows in infos.items()}, digest.hexdigest())
 
 
-def _info(row: dict[str, str]) -> PlaneInfo:
-    return PlaneInfo(
+_VIEWS: dict[str, SampleView] = {"xy": "xy", "xz": "xz", "yz": "yz"}
+
+
+def _info(row: dict[str, str], voxel_um: float) -> SampleInfo:
+    return SampleInfo(
         file=row["file"],
         embryo=row["embryo"],
         frame=row["frame"],
-        view=row["view"],
+        view=_VIEWS[row["view"]],
         index=int(row["index"]),
+        shape=(1, int(row["height"]), int(row["width"])),
+        voxel_size=VoxelSize(voxel_um, voxel_um, voxel_um),
         nuclei=int(row["nuclei"]),
         min_contrast=float(row["min_contrast"] or "nan"),
         norm_low=float(row["norm_low"]),
         norm_high=float(row["norm_high"]),
-        height=int(row["height"]),
-        width=int(row["width"]),
     )
 
 
-def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> PlaneSet:
+def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> SampleSet:
     """Load the planes of ``train``, ``validation`` or ``test``.
 
     The packed copy of prepare is used if it is that of these planes: a plane is read when it is first drawn,
@@ -202,8 +203,8 @@ def _manifest_md5(folder: Path) -> str:
 
 
 def _open_pack(
-    slices: Slices, part: str, infos: tuple[PlaneInfo, ...], memory_limit_gb: float
-) -> PlaneSet | None:
+    slices: Slices, part: str, infos: tuple[SampleInfo, ...], memory_limit_gb: float
+) -> SampleSet | None:
     """Open the packed copy; None if there is none, or it is that of other planes."""
     folder = slices.folder / PACK_FOLDER
     path = folder / f"{part}.bin"
@@ -216,14 +217,14 @@ def _open_pack(
         size = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    places = np.concatenate([[0], np.cumsum([6 * info.pixels for info in infos], dtype=np.int64)])
+    places = np.concatenate([[0], np.cumsum([6 * math.prod(info.shape) for info in infos], dtype=np.int64)])
     if size != places[-1] or len(step) != len(infos):
         return None
     # reading, not mapping: what the system caches then does not count as this process' memory
     file = path.open("rb", buffering=0)
-    kept: list[PlaneArrays | None] | None = [None] * len(infos) if size < memory_limit_gb * 1e9 else None
+    kept: list[SampleArrays | None] | None = [None] * len(infos) if size < memory_limit_gb * 1e9 else None
 
-    def read(plane: int) -> PlaneArrays:
+    def read(plane: int) -> SampleArrays:
         if kept is not None and (known := kept[plane]) is not None:
             return known
         first = int(places[plane])
@@ -233,23 +234,33 @@ def _open_pack(
             kept[plane] = arrays
         return arrays
 
-    return PlaneSet(infos, step, offset, read)
+    return _plane_set(infos, step, offset, read)
 
 
-def _split_plane(data: bytes, info: PlaneInfo) -> PlaneArrays:
-    shape, count = (info.height, info.width), info.pixels
-    return PlaneArrays(
+def _plane_set(
+    infos: tuple[SampleInfo, ...],
+    step: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    read: Callable[[int], SampleArrays],
+) -> SampleSet:
+    power = np.full((len(infos), 3), np.nan)
+    return SampleSet(infos, step, offset, (SampleNuclei.unknown(),) * len(infos), power, read)
+
+
+def _split_plane(data: bytes, info: SampleInfo) -> SampleArrays:
+    shape, count = info.shape, math.prod(info.shape)
+    return SampleArrays(
         np.frombuffer(data, np.uint16, count).reshape(shape),
         np.frombuffer(data, np.uint16, count, 2 * count).reshape(shape),
         np.frombuffer(data, np.int8, 2 * count, 4 * count).reshape(*shape, 2),
     )
 
 
-def _read_tiffs(folder: Path, infos: tuple[PlaneInfo, ...]) -> PlaneSet:
+def _read_tiffs(folder: Path, infos: tuple[SampleInfo, ...]) -> SampleSet:
     with _readers() as pool:
         planes = list(pool.map(lambda info: _read_plane(folder, info), infos))
     arrays = [plane for plane, _, _ in planes]
-    return PlaneSet(
+    return _plane_set(
         infos,
         np.array([step for _, step, _ in planes], dtype=np.float64),
         np.array([offset for _, _, offset in planes], dtype=np.float64),
@@ -262,15 +273,16 @@ def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
-def _read_plane(folder: Path, info: PlaneInfo) -> tuple[PlaneArrays, float, float]:
+def _read_plane(folder: Path, info: SampleInfo) -> tuple[SampleArrays, float, float]:
     """Read a plane's TIFF files; give its arrays, and step and offset of its intensities."""
     image_path = folder / info.file
-    image = _read_tiff(image_path, (info.height, info.width))
+    image = _read_tiff(image_path, info.shape[1:])
     # labels, foreground, dy, dx in one file: the labels need not be read again
     targets_path = image_path.with_name(image_path.stem + "_flows.tif")
-    targets = _read_tiff(targets_path, (4, info.height, info.width))
+    targets = _read_tiff(targets_path, (4, *info.shape[1:]))
     stored, step, offset = quantise_image(image)
-    return PlaneArrays(stored, targets[0].astype(np.uint16), quantise_flows(targets[2:4])), step, offset
+    labels, flows = targets[0].astype(np.uint16), quantise_flows(targets[2:4])
+    return SampleArrays(stored[None], labels[None], flows[None]), step, offset
 
 
 def _read_tiff(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -296,7 +308,7 @@ SUFFIXES = ("_img", "_lbl", "_flows")
 _MEND = "make the data set again with 'nuclei3d prepare'"
 
 
-def load_volumes(slices: Slices, part: str) -> VolumeSet:
+def load_volumes(slices: Slices, part: str) -> SampleSet:
     """Open the volumes of ``train``, ``validation`` or ``test``; voxels are mapped from their files.
 
     Raises
@@ -324,9 +336,9 @@ def load_volumes(slices: Slices, part: str) -> VolumeSet:
     tables = []
     for info in infos:
         table = np.array(nuclei[info.file], dtype=np.float32).reshape(-1, 5)
-        tables.append(NucleusTable(table[:, :3], table[:, 3], table[:, 4]))
+        tables.append(SampleNuclei(table[:, :3], table[:, 3], table[:, 4]))
     arrays = [_map(folder, info) for info in infos]
-    return VolumeSet(
+    return SampleSet(
         infos=infos,
         step=step,
         offset=offset,
@@ -336,11 +348,13 @@ def load_volumes(slices: Slices, part: str) -> VolumeSet:
     )
 
 
-def _info_volumes(row: dict[str, str]) -> VolumeInfo:
-    return VolumeInfo(
+def _info_volumes(row: dict[str, str]) -> SampleInfo:
+    return SampleInfo(
         file=row["file"],
         embryo=row["embryo"],
         frame=row["frame"],
+        view="volume",
+        index=0,
         nuclei=int(row["nuclei"]),
         min_contrast=float(row["min_contrast"] or "nan"),
         norm_low=float(row["norm_low"]),
@@ -350,7 +364,7 @@ def _info_volumes(row: dict[str, str]) -> VolumeInfo:
     )
 
 
-def _map(folder: Path, info: VolumeInfo) -> VolumeArrays:
+def _map(folder: Path, info: SampleInfo) -> SampleArrays:
     maps = []
     for suffix in SUFFIXES:
         path = folder / f"{info.file}{suffix}.npy"
@@ -362,7 +376,7 @@ def _map(folder: Path, info: VolumeInfo) -> VolumeArrays:
             raise InputError(f"{path} has shape {array.shape}, the manifest says {info.shape}; {_MEND}")
         # a plain view of the map: what compiled code takes
         maps.append(np.asarray(array))
-    return VolumeArrays(maps[0], maps[1], maps[2])
+    return SampleArrays(maps[0], maps[1], maps[2])
 
 
 @dataclass(frozen=True)
@@ -379,10 +393,10 @@ class Training:
         Of a 3D network; None for a 2D one.
     examples
         What it is trained on.
-    infos, weights
-        The planes (volumes) that crops are drawn from, and how often.
+    infos
+        The planes (volumes) that crops are drawn from.
     planes
-        The same for a 2D network.
+        What a 2D network is trained on; None for a 3D one.
     plan
         What there is, in words.
     """
@@ -391,9 +405,8 @@ class Training:
     start_digest: str
     spec: VolumeSpec | None
     examples: Examples
-    infos: Sequence[ImageInfo]
-    weights: NDArray[np.float64]
-    planes: PlaneSet | None
+    infos: tuple[SampleInfo, ...]
+    planes: SampleSet | None
     plan: str
 
 
@@ -444,11 +457,14 @@ def _open_planes(params: Params, described: Slices) -> Training:
         network,
         digest,
         None,
-        PlaneExamples(
-            planes, validation, settings, planes_diameter_px=described.diameter_px, seed=params.seed
+        Examples(
+            planes,
+            validation,
+            settings,
+            CropGrid.of_planes(settings, described.diameter_px),
+            seed=params.seed,
         ),
         planes.infos,
-        plane_weights(planes.infos, settings.sampling, settings.min_train_masks),
         planes,
         f"{len(planes)} planes, {len(validation)} for validation",
     )
@@ -469,16 +485,14 @@ def _open_volumes(params: Params, described: Slices) -> Training:
         network,
         digest,
         spec,
-        VolumeExamples(
+        Examples(
             volumes,
             validation,
             settings,
-            spec=spec,
-            nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
+            CropGrid.of_volumes(settings, spec, float(described.summary["nucleus_diameter_um"])),
             seed=params.seed,
         ),
         volumes.infos,
-        volume_weights(volumes.infos, settings.sampling),
         None,
         f"{len(volumes)} volumes, {len(validation)} for validation, in patches of {patch} voxels; a 3D "
         f"network of {count_parameters(network) / 1e6:.2g} M parameters for anisotropy {spec.anisotropy:.3g} "
