@@ -238,10 +238,10 @@ def test_planes_hold_what_the_files_hold(slices):
     for number, info in enumerate(planes.infos):
         image = tifffile.imread(slices / info.file)
         targets = tifffile.imread(slices / info.file.replace("_img.tif", "_img_flows.tif"))
-        np.testing.assert_allclose(planes.plane_image(number), (image - 50.0) / 400.0, atol=1e-5)
+        np.testing.assert_allclose(planes.normalised(number)[0], (image - 50.0) / 400.0, atol=1e-5)
         _, labels, flows = planes.read(number)
-        np.testing.assert_array_equal(labels, targets[0])
-        np.testing.assert_allclose(np.moveaxis(flows, -1, 0) / 127, targets[2:], atol=0.5 / 127 + 1e-6)
+        np.testing.assert_array_equal(labels[0], targets[0])
+        np.testing.assert_allclose(np.moveaxis(flows[0], -1, 0) / 127, targets[2:], atol=0.5 / 127 + 1e-6)
 
 
 def test_a_packed_copy_of_other_planes_is_not_used(slices):
