@@ -39,11 +39,11 @@ from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.training_data import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
-from nuclei3d.training.batches import validation_crops
-from nuclei3d.training.examples import PlaneExamples, measure_contrasts, validate
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
+from nuclei3d.training.learner import Arithmetic
 from nuclei3d.training.loop import train_network
-from nuclei3d.training.samples import PlaneSet
-from nuclei3d.training.state import EpochReport
+from nuclei3d.training.samples import SampleSet
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     validation = load_planes(described, "validation", settings.memory_limit_gb)
     outcome = train_network(
         network,
-        PlaneExamples(planes, validation, settings, planes_diameter_px=described.diameter_px, seed=seed),
+        Examples(
+            planes, validation, settings, CropGrid.of_planes(settings, described.diameter_px), seed=seed
+        ),
         settings,
         device=choose_device(settings.device),
     )
@@ -124,37 +126,23 @@ def train_stock(slices: Path, settings: TrainParams, seed: int) -> tuple[Measure
     return measured, network
 
 
-def stock_normalised(planes: PlaneSet) -> PlaneSet:
+def stock_normalised(planes: SampleSet) -> SampleSet:
     """Give planes the range that stock Cellpose normalises with: their own 1st and 99th percentile."""
     infos = []
     for number, info in enumerate(planes.infos):
-        raw = planes.plane_image(number) * (info.norm_high - info.norm_low) + info.norm_low
+        raw = planes.normalised(number) * (info.norm_high - info.norm_low) + info.norm_low
         low, high = (float(v) for v in np.percentile(raw, [1, 99]))
         infos.append(replace(info, norm_low=low, norm_high=max(high, low + 1e-3)))
     return replace(planes, infos=tuple(infos))
 
 
-def validation_loss(network: CPnet, planes: PlaneSet, described: Slices, settings: TrainParams) -> float:
+def validation_loss(network: CPnet, planes: SampleSet, described: Slices, settings: TrainParams) -> float:
     """Compute the loss on fixed crops, in float32."""
-    batches = validation_crops(
-        planes,
-        256,
-        settings.crop_px,
-        settings.diameter_px / described.diameter_px,
-        settings.diameter_px,
-        16,
-    )
-    report = validate(
-        network,
-        batches,
-        EpochReport(0, math.nan, math.nan, math.nan),
-        views=[info.view for info in planes.infos],
-        contrasts=measure_contrasts(batches),
-        device=choose_device(settings.device),
-        precision=torch.float32,
-        layout=torch.contiguous_format,
-    )
-    return report.validation_loss
+    grid = CropGrid.of_planes(settings, described.diameter_px)
+    judged = settings.model_copy(update={"validation_crops": 256, "batch_size": 16})
+    examples = Examples(planes, planes, judged, grid, seed=0)
+    arithmetic = Arithmetic(choose_device(settings.device), torch.float32, torch.contiguous_format)
+    return examples.validate(network, arithmetic)["validation_loss"]
 
 
 def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.training_data import describe_samples, plane_flows, store_sample
-from nuclei3d.training.samples import PlaneInfo, PlaneSet, SampleInfo, SampleView, stack_planes
+from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView, stack_samples
 
 VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
 
@@ -29,10 +29,10 @@ def draw_plane(
     return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
 
 
-def plane_info(view: str, labels: NDArray[np.uint16], number: int = 0, embryo: str = "e1") -> PlaneInfo:
-    return PlaneInfo(
-        file=f"train/{embryo}_t000_{view}_{number:04d}_img.tif",
-        embryo=embryo,
+def plane_info(view: SampleView, labels: NDArray[np.uint16], number: int = 0) -> SampleInfo:
+    return SampleInfo(
+        file=f"train/e1_t000_{view}_{number:04d}",
+        embryo="e1",
         frame="t000",
         view=view,
         index=number,
@@ -40,21 +40,27 @@ def plane_info(view: str, labels: NDArray[np.uint16], number: int = 0, embryo: s
         min_contrast=2.0 + number,
         norm_low=50.0,
         norm_high=450.0,
-        height=labels.shape[0],
-        width=labels.shape[1],
+        shape=(1, *labels.shape),
+        voxel_size=VoxelSize(0.5, 0.5, 0.5),
     )
 
 
-def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) -> PlaneSet:
+def one_plane(image: NDArray[np.uint16], labels: NDArray[np.uint16], view: SampleView = "xy") -> SampleSet:
+    """Make a set of one plane (Y, X)."""
+    return stack_samples(
+        [plane_info(view, labels)], [image[None]], [labels[None]], [flows_2d(labels)[:, None]]
+    )
+
+
+def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) -> SampleSet:
     """Make planes of the three views in turn."""
     rng = np.random.default_rng(seed)
     drawn = [draw_plane(rng, size, nuclei) for _ in range(count)]
-    infos = [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)]
-    return stack_planes(
-        infos,
-        [image for image, _ in drawn],
-        [labels for _, labels in drawn],
-        [flows_2d(labels) for _, labels in drawn],
+    return stack_samples(
+        [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)],
+        [image[None] for image, _ in drawn],
+        [labels[None] for _, labels in drawn],
+        [flows_2d(labels)[:, None] for _, labels in drawn],
     )
 
 

@@ -154,6 +154,8 @@ def test_the_files_for_cellpose_hold_what_is_trained_on_here(with_files: Path) -
             assert (image.dtype, labels.dtype, targets.dtype) == (np.uint16, np.uint16, np.float32)
             np.testing.assert_array_equal(arrays.pixels[0], image)
             np.testing.assert_array_equal(arrays.labels[0], labels)
+            normalised = (image - info.norm_low) / (info.norm_high - info.norm_low)
+            np.testing.assert_allclose(planes.normalised(plane)[0], normalised, atol=1e-5)
             np.testing.assert_array_equal(targets[:2], [labels, labels > 0])
             np.testing.assert_array_equal(arrays.flows[0], np.rint(127 * np.moveaxis(targets[2:], 0, -1)))
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import pickle
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from nuclei3d.config import params_as_dict
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
 from nuclei3d.outputs import whole_file
-from nuclei3d.training.state import REPORT_FIELDS, EpochReport, TrainingState
+from nuclei3d.training.state import METRICS, EpochReport, TrainingState
 
 _NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")
 """Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
@@ -100,12 +98,8 @@ class Checkpoints:
 def write_history(path: Path, history: Sequence[EpochReport]) -> None:
     """Write one row per epoch; what was not measured stays empty."""
     with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, REPORT_FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in asdict(report).items()} for report in history)
-
-
-def _cell(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+        for report in history:
+            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
+            writer.writerow({"epoch": report.epoch, **measured})

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.config import Params
@@ -32,10 +31,11 @@ from nuclei3d.networks.unet3d import (
 from nuclei3d.outputs import refuse_foreign_folder, whole_file
 from nuclei3d.stages.checkpoints import Checkpoints, training_fingerprint, write_history
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
-from nuclei3d.training.examples import Examples, PlaneExamples, VolumeExamples
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
 from nuclei3d.training.loop import Callbacks, TrainingOutcome, train_network
-from nuclei3d.training.samples import SampleSet, as_planes, as_volumes
-from nuclei3d.training.sampling import epoch_order, plane_weights, volume_weights
+from nuclei3d.training.samples import SampleSet
+from nuclei3d.training.sampling import epoch_order
 from nuclei3d.training.state import EpochReport
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ class Training:
         Of a 3D network; None for a 2D one.
     examples
         What it is trained on.
-    samples, weights
-        What crops are drawn from, and how often.
+    samples
+        What crops are drawn from.
     plan
         What there is, in words.
     """
@@ -193,7 +193,6 @@ class Training:
     spec: VolumeSpec | None
     examples: Examples
     samples: SampleSet
-    weights: NDArray[np.float64]
     plan: str
 
 
@@ -223,35 +222,18 @@ def open_training(params: Params, described: Slices) -> Training:
             f"{described.folder} holds no training {kind}; make the data set again with 'nuclei3d prepare'"
         )
     plan = f"{len(samples)} {kind}, {len(validation)} for validation"
-    examples: Examples
     if spec is None:
         _say_sparse(samples, params)
-        planes = as_planes(samples)
-        examples = PlaneExamples(
-            planes,
-            as_planes(validation),
-            settings,
-            planes_diameter_px=described.diameter_px,
-            seed=params.seed,
-        )
-        weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)
+        grid = CropGrid.of_planes(settings, described.diameter_px)
     else:
-        volumes = as_volumes(samples)
-        examples = VolumeExamples(
-            volumes,
-            as_volumes(validation),
-            settings,
-            spec=spec,
-            nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-            seed=params.seed,
-        )
-        weights = volume_weights(volumes.infos, settings.sampling)
+        grid = CropGrid.of_volumes(settings, spec, float(described.summary["nucleus_diameter_um"]))
         plan += (
             f", in patches of {' x '.join(map(str, spec.patch))} voxels; a 3D network of "
             f"{count_parameters(network) / 1e6:.2g} M parameters for anisotropy {spec.anisotropy:.3g} "
             f"({describe(spec.architecture)})"
         )
-    return Training(network, digest, spec, examples, samples, weights, plan)
+    examples = Examples(samples, validation, settings, grid, seed=params.seed)
+    return Training(network, digest, spec, examples, samples, plan)
 
 
 def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
@@ -381,12 +363,12 @@ def _line(report: EpochReport, epochs: int) -> str:
     parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
     if not math.isnan(report.validation_loss):
         parts.append(f"validation {report.validation_loss:.4f}")
-    if not math.isnan(report.validation_flow_cosine_z):
-        cosines = (getattr(report, f"validation_flow_cosine_{axis}") for axis in "zyx")
+    cosines = [report[f"validation_flow_cosine_{axis}"] for axis in "zyx"]
+    if not math.isnan(cosines[0]):
         parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
     if not math.isnan(report.volume_ap):
         parts.append(f"AP in 3D {report.volume_ap:.3f}")
-    parts.append(f"{report.crops_per_second:.1f} crops/s, {report.seconds:.1f} s")
+    parts.append(f"{report['crops_per_second']:.1f} crops/s, {report['seconds']:.1f} s")
     return ", ".join(parts)
 
 
@@ -394,7 +376,7 @@ def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
     """Give the figures of the kept epoch, and the crops per second over all epochs."""
     history = outcome.state.history
     metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
-    rates = [report.crops_per_second for report in history]
+    rates = [report["crops_per_second"] for report in history]
     if rates:
         metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
     return metrics
@@ -465,7 +447,7 @@ def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, descr
 
 def _write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
     """Write which samples the training drew, how often and why: one row each, as in the manifest."""
-    infos, weights = training.samples.infos, training.weights
+    infos, weights = training.samples.infos, training.examples.weights
     drawn = np.zeros(len(infos), dtype=np.int64)
     for epoch in range(epochs):
         order = epoch_order(weights, training.examples.crops, seed, epoch)
@@ -476,6 +458,6 @@ def _write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
         writer.writerow(["file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn"])
         for info, weight, count in zip(infos, weights, drawn, strict=True):
             contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
-            view = info.view if training.spec is None else ""
+            view = info.view if info.is_plane else ""
             place = (info.file, info.embryo, info.frame, view, info.nuclei)
             writer.writerow([*place, contrast, f"{weight * len(infos):.4g}", int(count)])
