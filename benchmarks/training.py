@@ -36,9 +36,10 @@ from nuclei3d.config import load_params
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
 from nuclei3d.networks.cpnet import choose_device, new_network
+from nuclei3d.stages.export.cellpose import write_training_set
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
-from nuclei3d.stages.training_data import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
+from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
 from nuclei3d.training.learner import Arithmetic
@@ -84,8 +85,8 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     network = new_network(settings.diameter_px, seed)
     clock = _Clock(network)
     described = read_slices(slices)
-    planes = load_planes(described, "train", settings.memory_limit_gb)
-    validation = load_planes(described, "validation", settings.memory_limit_gb)
+    planes = load_samples(described, "train", settings.memory_limit_gb)
+    validation = load_samples(described, "validation", settings.memory_limit_gb)
     outcome = train_network(
         network,
         Examples(
@@ -99,13 +100,13 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     return measured, network
 
 
-def train_stock(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
-    """Train with ``train_seg`` on the files that prepare wrote for it."""
+def train_stock(slices: Path, all_files: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
+    """Train with ``train_seg`` on the files written for it."""
     from cellpose.train import train_seg
 
     described = read_slices(slices)
     infos = [info for info in described.infos["train"] if info.nuclei >= settings.min_train_masks]
-    files = [str(slices / info.file) for info in infos]
+    files = [str(all_files / f"{info.file}_img.tif") for info in infos]
     torch.manual_seed(seed)
     network = new_network(settings.diameter_px, seed).to(choose_device(settings.device))
     clock = _Clock(network)
@@ -145,21 +146,20 @@ def validation_loss(network: CPnet, planes: SampleSet, described: Slices, settin
     return examples.validate(network, arithmetic)["validation_loss"]
 
 
-def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
-    """Train both and compare."""
+def compare(slices: Path, files: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
+    """Train both and compare; `files` is an empty folder for what stock Cellpose reads."""
     described = read_slices(slices)
-    if not (slices / PACK_FOLDER / "index.json").is_file():
-        say("these slices were prepared without their packed copy; writing it")
-        pack_planes(slices)
-    planes = load_planes(described, "validation")
-    load_planes(described, "train")
-    warm_up(slices, settings)
+    say("writing the planes for cellpose.train.train_seg")
+    write_training_set(slices, files)
+    planes = load_samples(described, "validation")
+    load_samples(described, "train")
+    warm_up(slices, files, settings)
     say("training here")
     ours, network = train_ours(slices, settings, seed)
     ours = replace(ours, validation_loss=validation_loss(network, planes, described, settings))
     say(f"  {ours}")
     say("training with cellpose.train.train_seg")
-    stock, network = train_stock(slices, settings, seed)
+    stock, network = train_stock(slices, files, settings, seed)
     stock = replace(
         stock, validation_loss=validation_loss(network, stock_normalised(planes), described, settings)
     )
@@ -181,14 +181,14 @@ def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
     }
 
 
-def warm_up(slices: Path, settings: TrainParams) -> None:
+def warm_up(slices: Path, files: Path, settings: TrainParams) -> None:
     """Load compiled code and touch the files of both sides once."""
     train_ours(
         slices, settings.model_copy(update={"epochs": 1, "crops_per_epoch": 2, "validation_crops": 2}), 0
     )
     from cellpose import train as _  # noqa: F401 - loaded, as ours is
 
-    for path in sorted((slices / "train").iterdir()):
+    for path in sorted((*(slices / "train").iterdir(), *(files / "train").iterdir())):
         path.read_bytes()
 
 
@@ -234,7 +234,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         slices = options.slices or sample_slices(Path(folder))
-        result = compare(slices, settings, options.seed)
+        files = Path(folder) / "files"
+        files.mkdir()
+        result = compare(slices, files, settings, options.seed)
     for name in ("throughput_ratio", "startup_ratio", "val_loss_ratio"):
         say(f"{name}: {result[name]:.3g}")
     if options.json:
