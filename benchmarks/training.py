@@ -36,14 +36,15 @@ from nuclei3d.config import load_params
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
 from nuclei3d.networks.cpnet import choose_device, new_network
+from nuclei3d.stages.export.cellpose import write_training_set
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
-from nuclei3d.stages.training_data import PACK_FOLDER, Slices, load_planes, pack_planes, read_slices
-from nuclei3d.training.batches import validation_crops
-from nuclei3d.training.examples import PlaneExamples, measure_contrasts, validate
+from nuclei3d.stages.training_data import Slices, load_samples, read_slices
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
+from nuclei3d.training.learner import Arithmetic
 from nuclei3d.training.loop import train_network
-from nuclei3d.training.samples import PlaneSet
-from nuclei3d.training.state import EpochReport
+from nuclei3d.training.samples import SampleSet
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     network = new_network(settings.diameter_px, seed)
     clock = _Clock(network)
     described = read_slices(slices)
-    planes = load_planes(described, "train", settings.memory_limit_gb)
-    validation = load_planes(described, "validation", settings.memory_limit_gb)
+    planes = load_samples(described, "train", settings.memory_limit_gb)
+    validation = load_samples(described, "validation", settings.memory_limit_gb)
     outcome = train_network(
         network,
-        PlaneExamples(planes, validation, settings, planes_diameter_px=described.diameter_px, seed=seed),
+        Examples(
+            planes, validation, settings, CropGrid.of_planes(settings, described.diameter_px), seed=seed
+        ),
         settings,
         device=choose_device(settings.device),
     )
@@ -97,13 +100,13 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     return measured, network
 
 
-def train_stock(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
-    """Train with ``train_seg`` on the files that prepare wrote for it."""
+def train_stock(slices: Path, all_files: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
+    """Train with ``train_seg`` on the files written for it."""
     from cellpose.train import train_seg
 
     described = read_slices(slices)
     infos = [info for info in described.infos["train"] if info.nuclei >= settings.min_train_masks]
-    files = [str(slices / info.file) for info in infos]
+    files = [str(all_files / f"{info.file}_img.tif") for info in infos]
     torch.manual_seed(seed)
     network = new_network(settings.diameter_px, seed).to(choose_device(settings.device))
     clock = _Clock(network)
@@ -124,54 +127,39 @@ def train_stock(slices: Path, settings: TrainParams, seed: int) -> tuple[Measure
     return measured, network
 
 
-def stock_normalised(planes: PlaneSet) -> PlaneSet:
+def stock_normalised(planes: SampleSet) -> SampleSet:
     """Give planes the range that stock Cellpose normalises with: their own 1st and 99th percentile."""
     infos = []
     for number, info in enumerate(planes.infos):
-        raw = planes.plane_image(number) * (info.norm_high - info.norm_low) + info.norm_low
+        raw = planes.normalised(number) * (info.norm_high - info.norm_low) + info.norm_low
         low, high = (float(v) for v in np.percentile(raw, [1, 99]))
         infos.append(replace(info, norm_low=low, norm_high=max(high, low + 1e-3)))
     return replace(planes, infos=tuple(infos))
 
 
-def validation_loss(network: CPnet, planes: PlaneSet, described: Slices, settings: TrainParams) -> float:
+def validation_loss(network: CPnet, planes: SampleSet, described: Slices, settings: TrainParams) -> float:
     """Compute the loss on fixed crops, in float32."""
-    batches = validation_crops(
-        planes,
-        256,
-        settings.crop_px,
-        settings.diameter_px / described.diameter_px,
-        settings.diameter_px,
-        16,
-    )
-    report = validate(
-        network,
-        batches,
-        EpochReport(0, math.nan, math.nan, math.nan),
-        views=[info.view for info in planes.infos],
-        contrasts=measure_contrasts(batches),
-        device=choose_device(settings.device),
-        precision=torch.float32,
-        layout=torch.contiguous_format,
-    )
-    return report.validation_loss
+    grid = CropGrid.of_planes(settings, described.diameter_px)
+    judged = settings.model_copy(update={"validation_crops": 256, "batch_size": 16})
+    examples = Examples(planes, planes, judged, grid, seed=0)
+    arithmetic = Arithmetic(choose_device(settings.device), torch.float32, torch.contiguous_format)
+    return examples.validate(network, arithmetic)["validation_loss"]
 
 
-def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
-    """Train both and compare."""
+def compare(slices: Path, files: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
+    """Train both and compare; `files` is an empty folder for what stock Cellpose reads."""
     described = read_slices(slices)
-    if not (slices / PACK_FOLDER / "index.json").is_file():
-        say("these slices were prepared without their packed copy; writing it")
-        pack_planes(slices)
-    planes = load_planes(described, "validation")
-    load_planes(described, "train")
-    warm_up(slices, settings)
+    say("writing the planes for cellpose.train.train_seg")
+    write_training_set(slices, files)
+    planes = load_samples(described, "validation")
+    load_samples(described, "train")
+    warm_up(slices, files, settings)
     say("training here")
     ours, network = train_ours(slices, settings, seed)
     ours = replace(ours, validation_loss=validation_loss(network, planes, described, settings))
     say(f"  {ours}")
     say("training with cellpose.train.train_seg")
-    stock, network = train_stock(slices, settings, seed)
+    stock, network = train_stock(slices, files, settings, seed)
     stock = replace(
         stock, validation_loss=validation_loss(network, stock_normalised(planes), described, settings)
     )
@@ -193,14 +181,14 @@ def compare(slices: Path, settings: TrainParams, seed: int) -> dict[str, Any]:
     }
 
 
-def warm_up(slices: Path, settings: TrainParams) -> None:
+def warm_up(slices: Path, files: Path, settings: TrainParams) -> None:
     """Load compiled code and touch the files of both sides once."""
     train_ours(
         slices, settings.model_copy(update={"epochs": 1, "crops_per_epoch": 2, "validation_crops": 2}), 0
     )
     from cellpose import train as _  # noqa: F401 - loaded, as ours is
 
-    for path in sorted((slices / "train").iterdir()):
+    for path in sorted((*(slices / "train").iterdir(), *(files / "train").iterdir())):
         path.read_bytes()
 
 
@@ -246,7 +234,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         slices = options.slices or sample_slices(Path(folder))
-        result = compare(slices, settings, options.seed)
+        files = Path(folder) / "files"
+        files.mkdir()
+        result = compare(slices, files, settings, options.seed)
     for name in ("throughput_ratio", "startup_ratio", "val_loss_ratio"):
         say(f"{name}: {result[name]:.3g}")
     if options.json:

@@ -3,92 +3,76 @@
     python benchmarks/training_memory.py [--planes N] [--edge PX] [--steps N] [--json]
 
 Some dozens of planes are drawn and stand in, under many names, for as many different ones. A few steps are
-trained on them three times, each in a process of its own whose peak (resident memory) is taken:
+trained on them twice, each in a process of its own whose peak (resident memory) is taken:
 
-peak_gb_disk     from the packed copy, larger than train.memory_limit_gb: read plane by plane
-peak_gb_memory   from the packed copy, kept in memory
-peak_gb_tiffs    from the TIFF files, as slices without a packed copy are
+peak_gb_disk     larger than train.memory_limit_gb: read plane by plane
+peak_gb_memory   kept in memory
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
+from numpy.typing import NDArray
 
 from nuclei3d.config import load_params
 from nuclei3d.console import say
-from nuclei3d.flows import flows_2d
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_data import PACK_FOLDER, pack_planes
+from nuclei3d.stages.training_data import StoredSample, describe_samples, plane_flows, store_sample
+from nuclei3d.training.samples import SampleInfo, SampleView
 
 _DRAWN = 48
-_VIEWS = ("xy", "xz", "yz")
+_VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
 
 
 def write_slices(folder: Path, planes: int, edge: int) -> None:
     """Write a slice data set whose planes are links to a few."""
     rng = np.random.default_rng(0)
     (folder / "train").mkdir(parents=True)
-    rows: list[dict[str, Any]] = []
+    samples: list[StoredSample] = []
     for number in range(planes):
         view = _VIEWS[number % len(_VIEWS)]
-        stem = f"e_t{number // 768:03d}_{view}_{number:05d}"
+        frame = f"t{number // 768:03d}"
+        file = f"train/e_{frame}_{view}_{number:05d}"
         if number < _DRAWN:
-            drawn, nuclei = draw_plane(rng, edge)
-            for suffix, array in drawn.items():
-                tifffile.imwrite(
-                    folder / "train" / f"{stem}{suffix}.tif",
-                    array,
-                    compression="zlib",
-                    photometric="minisblack",
-                    metadata=None,
-                )
+            image, labels = draw_plane(rng, edge)
+            info = SampleInfo(
+                file=file,
+                embryo="e",
+                frame=frame,
+                view=view,
+                index=number,
+                shape=(1, edge, edge),
+                voxel_size=VoxelSize(0.35, 0.35, 0.35),
+                nuclei=int(labels.max()),
+                min_contrast=3.0,
+                norm_low=50.0,
+                norm_high=450.0,
+            )
+            flows = plane_flows(labels)[:, None]
+            samples.append(store_sample(folder, "train", info, image[None], labels[None], flows))
         else:
-            first = rows[number % _DRAWN]
-            source = Path(first["file"]).name.removesuffix("_img.tif")
-            nuclei = first["nuclei"]
-            for suffix in ("_img", "_lbl", "_img_flows"):
-                os.link(folder / "train" / f"{source}{suffix}.tif", folder / "train" / f"{stem}{suffix}.tif")
-        rows.append(
-            {
-                "part": "train",
-                "file": f"train/{stem}_img.tif",
-                "embryo": "e",
-                "frame": stem[2:6],
-                "view": view,
-                "index": number,
-                "nuclei": nuclei,
-                "min_contrast": 3.0,
-                "norm_low": 50.0,
-                "norm_high": 450.0,
-                "height": edge,
-                "width": edge,
-                "md5": hashlib.md5(stem.encode(), usedforsecurity=False).hexdigest(),
-            }
-        )
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            first = samples[number % _DRAWN]
+            os.link(folder / f"{first.info.file}.bin", folder / f"{file}.bin")
+            info = replace(first.info, file=file, frame=frame, view=view, index=number)
+            samples.append(replace(first, info=info))
     summary = {"data": "absent", "nucleus_diameter_um": 12.0, "voxel_um": 0.35, "diameter_px": 34.0}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    describe_samples(folder, summary, samples)
 
 
-def draw_plane(rng: np.random.Generator, edge: int) -> tuple[dict[str, Any], int]:
-    """Draw noisy discs, some touching; give image, labels and targets by the suffix of their file."""
+def draw_plane(rng: np.random.Generator, edge: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Draw noisy discs, some touching, and their labels."""
     y, x = np.mgrid[:edge, :edge]
     labels = np.zeros((edge, edge), np.uint16)
     for _ in range(12):
@@ -96,11 +80,8 @@ def draw_plane(rng: np.random.Generator, edge: int) -> tuple[dict[str, Any], int
         disc = (y - cy) ** 2 + (x - cx) ** 2 < radius**2
         labels[disc & (labels == 0)] = labels.max() + 1
     labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.uint16)
-    nuclei = int(labels.max())
-    brightness = np.concatenate([[0], rng.uniform(100, 400, nuclei)])
-    image = rng.poisson(50 + brightness[labels]).astype(np.uint16)
-    targets = np.stack([labels, labels > 0, *flows_2d(labels)]).astype(np.float32)
-    return {"_img": image, "_lbl": labels, "_img_flows": targets}, nuclei
+    brightness = np.concatenate([[0], rng.uniform(100, 400, int(labels.max()))])
+    return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
 
 
 def measure(slices: Path, out: Path, steps: int, limit_gb: float) -> dict[str, float]:
@@ -143,10 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         slices = Path(place) / "slices"
         write_slices(slices, options.planes, options.edge)
-        pack_planes(slices)
-        for name, limit_gb in (("disk", 0.01), ("memory", 100.0), ("tiffs", 100.0)):
-            if name == "tiffs":
-                shutil.rmtree(slices / PACK_FOLDER)
+        for name, limit_gb in (("disk", 0.01), ("memory", 100.0)):
             measured = measure(slices, Path(place) / name, options.steps, limit_gb)
             say(f"{name}: {measured['peak_gb']:.2f} GB, {measured['seconds']:.0f} s")
             result |= {f"{key}_{name}": value for key, value in measured.items()}

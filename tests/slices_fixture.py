@@ -1,18 +1,17 @@
 """A small slice data set, made as prepare makes it, and planes for tests of the training."""
 
-import csv
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.flows import flows_2d
-from nuclei3d.training.samples import PlaneInfo, PlaneSet, stack_planes
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.stages.training_data import describe_samples, plane_flows, store_sample
+from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView, stack_samples
 
-VIEWS = ("xy", "xz", "yz")
+VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
 
 
 def draw_plane(
@@ -30,10 +29,10 @@ def draw_plane(
     return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
 
 
-def plane_info(view: str, labels: NDArray[np.uint16], number: int = 0, embryo: str = "e1") -> PlaneInfo:
-    return PlaneInfo(
-        file=f"train/{embryo}_t000_{view}_{number:04d}_img.tif",
-        embryo=embryo,
+def plane_info(view: SampleView, labels: NDArray[np.uint16], number: int = 0) -> SampleInfo:
+    return SampleInfo(
+        file=f"train/e1_t000_{view}_{number:04d}",
+        embryo="e1",
         frame="t000",
         view=view,
         index=number,
@@ -41,70 +40,61 @@ def plane_info(view: str, labels: NDArray[np.uint16], number: int = 0, embryo: s
         min_contrast=2.0 + number,
         norm_low=50.0,
         norm_high=450.0,
-        height=labels.shape[0],
-        width=labels.shape[1],
+        shape=(1, *labels.shape),
+        voxel_size=VoxelSize(0.5, 0.5, 0.5),
     )
 
 
-def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) -> PlaneSet:
+def one_plane(image: NDArray[np.uint16], labels: NDArray[np.uint16], view: SampleView = "xy") -> SampleSet:
+    """Make a set of one plane (Y, X)."""
+    return stack_samples(
+        [plane_info(view, labels)], [image[None]], [labels[None]], [flows_2d(labels)[:, None]]
+    )
+
+
+def make_planes(count: int = 6, size: int = 64, seed: int = 0, nuclei: int = 9) -> SampleSet:
     """Make planes of the three views in turn."""
     rng = np.random.default_rng(seed)
     drawn = [draw_plane(rng, size, nuclei) for _ in range(count)]
-    infos = [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)]
-    return stack_planes(
-        infos,
-        [image for image, _ in drawn],
-        [labels for _, labels in drawn],
-        [flows_2d(labels) for _, labels in drawn],
+    return stack_samples(
+        [plane_info(VIEWS[i % 3], labels, i) for i, (_, labels) in enumerate(drawn)],
+        [image[None] for image, _ in drawn],
+        [labels[None] for _, labels in drawn],
+        [flows_2d(labels)[:, None] for _, labels in drawn],
     )
 
 
 def write_slices(folder: Path, train: int = 6, validation: int = 3, size: int = 64, seed: int = 0) -> Path:
     """Write a slice data set as prepare does."""
     rng = np.random.default_rng(seed)
-    rows: list[dict[str, object]] = []
-    for part, embryo, count in (("train", "e1", train), ("validation", "e2", validation), ("test", "e3", 0)):
+    samples = []
+    for part, embryo, count in (("train", "e1", train), ("validation", "e2", validation)):
         (folder / part).mkdir(parents=True)
         for number in range(count):
             image, labels = draw_plane(rng, size)
-            flows = flows_2d(labels)
-            foreground = labels > 0
-            targets = np.stack([labels, foreground, *flows]).astype(np.float32)
             view = VIEWS[number % 3]
-            stem = f"{embryo}_t000_{view}_{number:04d}"
-            digest = hashlib.md5()
-            for suffix, array in (("_img", image), ("_lbl", labels), ("_img_flows", targets)):
-                path = folder / part / f"{stem}{suffix}.tif"
-                tifffile.imwrite(path, array, compression="zlib", photometric="minisblack", metadata=None)
-                digest.update(path.read_bytes())
-            rows.append(
-                {
-                    "part": part,
-                    "file": f"{part}/{stem}_img.tif",
-                    "embryo": embryo,
-                    "frame": "t000",
-                    "view": view,
-                    "index": number,
-                    "nuclei": int(labels.max()),
-                    "min_contrast": 2.5,
-                    "norm_low": 50.0,
-                    "norm_high": 450.0,
-                    "height": size,
-                    "width": size,
-                    "md5": digest.hexdigest(),
-                }
+            info = SampleInfo(
+                file=f"{part}/{embryo}_t000_{view}_{number:04d}",
+                embryo=embryo,
+                frame="t000",
+                view=view,
+                index=number,
+                shape=(1, size, size),
+                voxel_size=VoxelSize(0.5, 0.5, 0.5),
+                nuclei=int(labels.max()),
+                min_contrast=2.5,
+                norm_low=50.0,
+                norm_high=450.0,
             )
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            flows = plane_flows(labels)[:, None]
+            samples.append(store_sample(folder, part, info, image[None], labels[None], flows))
     summary = {
         "data": "absent",
         "nucleus_diameter_um": 7.0,
         "voxel_um": 0.5,
         "diameter_px": 14.0,
         "contrast_quintiles": [1.0, 2.0, 3.0, 4.0],
-        "md5": hashlib.md5(str(rows).encode()).hexdigest(),
+        "md5": hashlib.md5("".join(sample.md5 for sample in samples).encode()).hexdigest(),
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    describe_samples(folder, summary, samples)
     return folder

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.flows import flows_3d
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.training.samples import NucleusTable, VolumeInfo, VolumeSet, stack_volumes
+from nuclei3d.training.samples import SampleInfo, SampleNuclei, SampleSet, stack_samples
 
 
 def draw_volume(
@@ -33,10 +33,10 @@ def draw_volume(
     return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
 
 
-def nucleus_table(labels: NDArray[np.uint16], voxel_size: VoxelSize) -> NucleusTable:
+def nucleus_table(labels: NDArray[np.uint16], voxel_size: VoxelSize) -> SampleNuclei:
     numbers = range(1, int(labels.max()) + 1)
     where = [np.argwhere(labels == number) for number in numbers]
-    return NucleusTable(
+    return SampleNuclei(
         np.array([each.mean(axis=0) + 0.5 for each in where], np.float32).reshape(-1, 3),
         np.array([len(each) * voxel_size.volume_um3 for each in where], np.float32),
         np.arange(len(where), dtype=np.float32) + 1,
@@ -49,17 +49,27 @@ def make_volumes(
     shape: tuple[int, int, int] = (20, 40, 40),
     seed: int = 0,
     **settings: float,
-) -> VolumeSet:
+) -> SampleSet:
     """Make a set of volumes."""
     rng = np.random.default_rng(seed)
     drawn = [draw_volume(rng, voxel_size, shape, **settings) for _ in range(count)]
     infos = [
-        VolumeInfo(
-            f"train/e1_t{i:03d}", "e1", f"t{i:03d}", int(labels.max()), 1.0, 50.0, 450.0, shape, voxel_size
+        SampleInfo(
+            file=f"train/e1_t{i:03d}",
+            embryo="e1",
+            frame=f"t{i:03d}",
+            view="volume",
+            index=0,
+            shape=shape,
+            voxel_size=voxel_size,
+            nuclei=int(labels.max()),
+            min_contrast=1.0,
+            norm_low=50.0,
+            norm_high=450.0,
         )
         for i, (_, labels) in enumerate(drawn)
     ]
-    return stack_volumes(
+    return stack_samples(
         infos,
         [image for image, _ in drawn],
         [labels for _, labels in drawn],

@@ -255,19 +255,33 @@ def export(
     images: Annotated[
         Path | None, typer.Option("--images", help="Their images, for seg.", metavar="DIR")
     ] = None,
+    slices: Annotated[
+        Path | None,
+        typer.Option("--slices", help="Folder made by prepare, for cellpose-training.", metavar="DIR"),
+    ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="cellpose, bioimageio, seg or rois; may be repeated."),
+        typer.Option(
+            "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
+        ),
     ] = None,
     params: ParamsFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for Cellpose or bioimage.io, or masks for Cellpose's GUI or ImageJ."""
+    """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
     from nuclei3d.stages.export.export import export
 
     finish(
-        export(load(params, overrides), out, model=model, masks=masks, images=images, formats=formats or ()),
+        export(
+            load(params, overrides),
+            out,
+            model=model,
+            masks=masks,
+            images=images,
+            slices=slices,
+            formats=formats or (),
+        ),
         as_json,
     )
 

@@ -7,13 +7,7 @@ may have gaps, and the pieces of a label that is split flow each to their own ce
 background, so anything else would leave the smaller pieces without a flow). The centre is the voxel of
 the piece that lies closest to the piece's mean position. A piece of one voxel has no direction: flow 0.
 
-Compiled solution of the steady heat equation inside the connected pieces of labels of a volume.
-
-The kernels work without the GIL and in one thread each: callers spread nuclei over threads.
-
-Compiled heat diffusion inside the connected pieces of labels of a plane.
-
-The kernels work without the GIL and in one thread: callers spread planes over threads or processes.
+Compiled code works without the GIL and in one thread: callers spread nuclei or planes over threads.
 """
 
 from __future__ import annotations
@@ -28,104 +22,142 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels, find_boxes, share_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
+Labels = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
-Heat = NDArray[np.float64]
+
+_TANH_VOXELS = 5.0
 
 
-@njit(cache=True, nogil=True)
-def _convergence(shape: tuple[int, int, int], coupling: Floats) -> float:
-    """Bound on the spectral radius of Jacobi's iteration inside a box of `shape`, with heat 0 around it.
+def flows_2d(labels: Labels) -> NDArray[np.float32]:
+    """Compute the flow of every pixel of a labelled plane, as Cellpose's training targets.
 
-    A piece lies within its box, and a smaller domain has a smaller radius.
+    For labels of one piece this is Cellpose's own target (`masks_to_flows` on the CPU): heat from the
+    centre, spread by the mean over 3 x 3 pixels, 2 (height + width) times, each nucleus as often as its
+    own size asks. Runs in one thread and without the GIL; use threads or processes over planes.
+
+    Parameters
+    ----------
+    labels : integer array, shape (Y, X)
+        0 (or less) is background; numbers may have gaps.
+
+    Returns
+    -------
+    float32 array, shape (2, Y, X)
+        Unit vectors (dy, dx) in pixels; 0 on the background and at the centres of symmetric pieces.
+
+    Raises
+    ------
+    InputError
+        If `labels` is not a plane of integers.
     """
-    radius = 0.0
-    for axis in range(3):
-        radius += coupling[axis] * np.cos(np.pi / (shape[axis] + 1))
-    return 2.0 * radius
+    _check(labels, 2)
+    flows = np.zeros((2, *labels.shape), np.float32)
+    _piece_flows_2d(np.ascontiguousarray(labels, dtype=np.int64), flows)
+    return flows
 
 
-@njit(cache=True, nogil=True)
-def faintest_heat(extent: Floats, volume: float) -> float:
-    """Estimate the heat at the far ends of a piece as a fraction of that at its centre.
+def flows_3d(
+    labels: Labels,
+    voxel_size: VoxelSize,
+    *,
+    tolerance: float = 1e-3,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Compute the flow of every voxel of a labelled volume, in physical space.
 
-    Along a body of widths a and b heat falls as exp(-pi sqrt(1/a^2 + 1/b^2) distance). A width is the extent
-    or, where that is less (thin pieces that lie aslant), the one of an ellipsoid of the same volume.
+    The steady heat of a source at the nucleus' centre, with heat 0 outside the nucleus, is solved in um:
+    neighbours exchange heat with the weight 1 / (voxel edge)^2 and gradients are taken per um, so a nucleus
+    has the same flows whatever the voxels it was sampled with. That heat has no maximum but its source
+    (maximum principle), so every flow line ends at the centre, in concave nuclei too.
+
+    Parameters
+    ----------
+    labels : integer array, shape (Z, Y, X)
+        0 (or less) is background; numbers may have gaps.
+    voxel_size : VoxelSize
+        Edges of a voxel in um.
+    tolerance : float
+        Error of the heat, relative to that at the far ends of a nucleus, at which its iteration ends.
+    threads : int, optional
+        Threads to share the nuclei between; all processors by default.
+
+    Returns
+    -------
+    float32 array, shape (3, Z, Y, X)
+        Unit vectors (dz, dy, dx), of length 1 in um; 0 on the background and in pieces of one voxel.
+
+    Raises
+    ------
+    InputError
+        If `labels` is not a volume of integers.
     """
-    longest = int(np.argmax(extent))
-    product = extent[0] * extent[1] * extent[2]
-    decay = 0.0
-    for axis in range(3):
-        if axis != longest:
-            width = min(extent[axis], 6.0 / np.pi * volume * extent[axis] / product)
-            decay += 1.0 / (width * width)
-    return float(np.exp(-np.pi * np.sqrt(decay) * extent[longest] / 2.0))
+    _check(labels, 3)
+    volume = compact_labels(labels)
+    where = find_boxes(volume)
+    flows = np.zeros((3, *volume.shape), np.float32)
+    edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
+
+    def work(chosen: NDArray[np.int64]) -> None:
+        _label_flows_3d(volume, chosen, where.boxes, edges, tolerance, flows)
+
+    share_labels(work, where.present, where.voxels, threads)
+    return flows
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def _sweep(
-    old: Heat, new: Heat, inside: Heat, spans: NDArray[np.int32], coupling: Floats, relaxation: float
-) -> None:
-    """One Chebyshev step, new <- relaxation (mean of old's neighbours - new) + new, on the spans of rows."""
-    depth, height, _ = old.shape
-    omega = old.dtype.type(relaxation)
-    wz = old.dtype.type(coupling[0])
-    wy = old.dtype.type(coupling[1])
-    wx = old.dtype.type(coupling[2])
-    for z in range(1, depth - 1):
-        for y in range(1, height - 1):
-            start = spans[z, y, 0]
-            stop = spans[z, y, 1]
-            if start >= stop:
-                continue
-            here = old[z, y]
-            above = old[z - 1, y]
-            below = old[z + 1, y]
-            north = old[z, y - 1]
-            south = old[z, y + 1]
-            mask = inside[z, y]
-            out = new[z, y]
-            for x in range(start, stop):
-                mean = (
-                    wz * (above[x] + below[x]) + wy * (north[x] + south[x]) + wx * (here[x - 1] + here[x + 1])
-                )
-                out[x] += omega * (mask[x] * mean - out[x])
+def tanh_flows_3d(labels: Labels) -> NDArray[np.float32]:
+    """Compute the targets of Cellpose3D (Eschweiler et al. 2022), for comparison.
+
+    Along each axis tanh of the distance to the centre of the nucleus (its mean position) over 5 voxels,
+    whatever the size of a voxel: at high anisotropy hardly anything is left along z.
+
+    Parameters
+    ----------
+    labels : integer array, shape (Z, Y, X)
+        0 (or less) is background; numbers may have gaps.
+
+    Returns
+    -------
+    float32 array, shape (3, Z, Y, X)
+        (z, y, x); 0 on the background.
+
+    Raises
+    ------
+    InputError
+        If `labels` is not a volume of integers.
+    """
+    _check(labels, 3)
+    volume = compact_labels(labels)
+    count = np.maximum(np.bincount(volume.ravel()), 1)
+    flows = np.zeros((3, *volume.shape), np.float32)
+    inside = volume > 0
+    for axis, size in enumerate(volume.shape):
+        along = [1, 1, 1]
+        along[axis] = size
+        place = np.broadcast_to(np.arange(size, dtype=np.float64).reshape(along), volume.shape)
+        centre = np.bincount(volume.ravel(), weights=place.ravel()) / count
+        flows[axis][inside] = np.tanh((centre[volume[inside]] - place[inside]) / _TANH_VOXELS)
+    return flows
+
+
+def _check(labels: Labels, ndim: int) -> None:
+    if labels.ndim != ndim or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"flow targets: expected integer labels with {ndim} axes, got {labels.dtype} {labels.shape}"
+        )
 
 
 @njit(cache=True, nogil=True)
-def steady_heat(
-    inside: Heat,
-    spans: NDArray[np.int32],
-    centre: tuple[int, int, int],
+def _label_flows_3d(
+    labels: NDArray[np.uint32],
+    chosen: NDArray[np.int64],
+    boxes: NDArray[np.int32],
     edges: Floats,
     tolerance: float,
-) -> Heat:
-    """Solve the steady heat equation in a piece: a source at the centre, heat 0 outside.
-
-    The 7-point Laplacian has weights 1 / edge^2, so the equation is that of the physical piece. It is solved
-    by Jacobi's iteration with Chebyshev acceleration (Golub and Varga 1961), whose number of steps grows
-    with the diameter of the piece, not with its square, and follows from `tolerance` and the box alone.
-    """
-    shape = inside.shape
-    coupling = 1.0 / edges**2
-    coupling = coupling / (2.0 * coupling.sum())
-    rho = _convergence((shape[0] - 2, shape[1] - 2, shape[2] - 2), coupling)
-    rate = rho / (1.0 + np.sqrt(1.0 - rho * rho))
-    rounds = 2
-    if rate > 0.0:
-        rounds = max(2, int(np.ceil(np.log(tolerance / 2.0) / np.log(rate))))
-    old = np.zeros_like(inside)
-    new = np.zeros_like(inside)
-    cz, cy, cx = centre
-    relaxation = 1.0
-    for step in range(rounds):
-        if step == 1:
-            relaxation = 1.0 / (1.0 - rho * rho / 2.0)
-        elif step > 1:
-            relaxation = 1.0 / (1.0 - rho * rho * relaxation / 4.0)
-        _sweep(old, new, inside, spans, coupling, relaxation)
-        new[cz, cy, cx] += inside.dtype.type(relaxation)
-        old, new = new, old
-    return old
+    flows: NDArray[np.float32],
+) -> None:
+    """Do `nucleus_flows_3d` for each chosen label; `boxes` has a row for each label number."""
+    for label in chosen:
+        nucleus_flows_3d(labels, label, boxes[label], edges, tolerance, flows)
 
 
 @njit(cache=True, nogil=True)
@@ -213,7 +245,7 @@ def _piece_flows_3d(
             mean[axis] += at
     mean /= count
     extent = (high - low + 1) * edges
-    heat_tolerance = max(tolerance * faintest_heat(extent, count * edges.prod()), 1e-15)
+    heat_tolerance = max(tolerance * _faintest_heat(extent, count * edges.prod()), 1e-15)
     best = np.inf
     central = 0
     for i in range(count):
@@ -238,7 +270,7 @@ def _piece_flows_3d(
         members[central, 1] - low[1] + 1,
         members[central, 2] - low[2] + 1,
     )
-    heat = steady_heat(inside, spans, centre, edges, heat_tolerance)
+    heat = _steady_heat(inside, spans, centre, edges, heat_tolerance)
     for i in range(count):
         z = members[i, 0] - low[0] + 1
         y = members[i, 1] - low[1] + 1
@@ -257,39 +289,100 @@ def _piece_flows_3d(
 
 
 @njit(cache=True, nogil=True)
-def many_nucleus_flows_3d(
-    labels: NDArray[np.uint32],
-    chosen: NDArray[np.int64],
-    boxes: NDArray[np.int32],
+def _steady_heat(
+    inside: Floats,
+    spans: NDArray[np.int32],
+    centre: tuple[int, int, int],
     edges: Floats,
     tolerance: float,
-    flows: NDArray[np.float32],
-) -> None:
-    """Do `nucleus_flows_3d` for each chosen label; `boxes` has a row for each label number."""
-    for label in chosen:
-        nucleus_flows_3d(labels, label, boxes[label], edges, tolerance, flows)
+) -> Floats:
+    """Solve the steady heat equation in a piece: a source at the centre, heat 0 outside.
 
-
-@njit(cache=True, nogil=True)
-def _diffuse_2d(heat: Floats, rows: Floats, inside: Floats, cy: int, cx: int, rounds: int) -> None:
-    """Add one unit of heat at the centre and take the mean over 3 x 3 pixels, `rounds` times, in place.
-
-    All arrays have the shape of the piece's box with a border of one pixel, where heat stays 0.
-    The mean is taken as sums along x, then along y: 4 additions a pixel instead of 8.
+    The 7-point Laplacian has weights 1 / edge^2, so the equation is that of the physical piece. It is solved
+    by Jacobi's iteration with Chebyshev acceleration (Golub and Varga 1961), whose number of steps grows
+    with the diameter of the piece, not with its square, and follows from `tolerance` and the box alone.
     """
-    height, width = heat.shape
-    for _ in range(rounds):
-        heat[cy, cx] += 1.0
+    shape = inside.shape
+    coupling = 1.0 / edges**2
+    coupling = coupling / (2.0 * coupling.sum())
+    rho = _convergence((shape[0] - 2, shape[1] - 2, shape[2] - 2), coupling)
+    rate = rho / (1.0 + np.sqrt(1.0 - rho * rho))
+    rounds = 2
+    if rate > 0.0:
+        rounds = max(2, int(np.ceil(np.log(tolerance / 2.0) / np.log(rate))))
+    old = np.zeros_like(inside)
+    new = np.zeros_like(inside)
+    cz, cy, cx = centre
+    relaxation = 1.0
+    for step in range(rounds):
+        if step == 1:
+            relaxation = 1.0 / (1.0 - rho * rho / 2.0)
+        elif step > 1:
+            relaxation = 1.0 / (1.0 - rho * rho * relaxation / 4.0)
+        _sweep(old, new, inside, spans, coupling, relaxation)
+        new[cz, cy, cx] += relaxation
+        old, new = new, old
+    return old
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _sweep(
+    old: Floats, new: Floats, inside: Floats, spans: NDArray[np.int32], coupling: Floats, relaxation: float
+) -> None:
+    """One Chebyshev step, new <- relaxation (mean of old's neighbours - new) + new, on the spans of rows."""
+    depth, height, _ = old.shape
+    wz, wy, wx = coupling[0], coupling[1], coupling[2]
+    for z in range(1, depth - 1):
         for y in range(1, height - 1):
-            for x in range(1, width - 1):
-                rows[y, x] = heat[y, x - 1] + heat[y, x] + heat[y, x + 1]
-        for y in range(1, height - 1):
-            for x in range(1, width - 1):
-                heat[y, x] = (rows[y - 1, x] + rows[y, x] + rows[y + 1, x]) * inside[y, x]
+            start = spans[z, y, 0]
+            stop = spans[z, y, 1]
+            if start >= stop:
+                continue
+            here = old[z, y]
+            above = old[z - 1, y]
+            below = old[z + 1, y]
+            north = old[z, y - 1]
+            south = old[z, y + 1]
+            mask = inside[z, y]
+            out = new[z, y]
+            for x in range(start, stop):
+                mean = (
+                    wz * (above[x] + below[x]) + wy * (north[x] + south[x]) + wx * (here[x - 1] + here[x + 1])
+                )
+                out[x] += relaxation * (mask[x] * mean - out[x])
 
 
 @njit(cache=True, nogil=True)
-def piece_flows_2d(labels: NDArray[np.int64], flows: NDArray[np.float32]) -> None:
+def _convergence(shape: tuple[int, int, int], coupling: Floats) -> float:
+    """Bound on the spectral radius of Jacobi's iteration inside a box of `shape`, with heat 0 around it.
+
+    A piece lies within its box, and a smaller domain has a smaller radius.
+    """
+    radius = 0.0
+    for axis in range(3):
+        radius += coupling[axis] * np.cos(np.pi / (shape[axis] + 1))
+    return 2.0 * radius
+
+
+@njit(cache=True, nogil=True)
+def _faintest_heat(extent: Floats, volume: float) -> float:
+    """Estimate the heat at the far ends of a piece as a fraction of that at its centre.
+
+    Along a body of widths a and b heat falls as exp(-pi sqrt(1/a^2 + 1/b^2) distance). A width is the extent
+    or, where that is less (thin pieces that lie aslant), the one of an ellipsoid of the same volume.
+    """
+    longest = int(np.argmax(extent))
+    product = extent[0] * extent[1] * extent[2]
+    decay = 0.0
+    for axis in range(3):
+        if axis != longest:
+            width = min(extent[axis], 6.0 / np.pi * volume * extent[axis] / product)
+            decay += 1.0 / (width * width)
+    return float(np.exp(-np.pi * np.sqrt(decay) * extent[longest] / 2.0))
+
+
+@njit(cache=True, nogil=True)
+def _piece_flows_2d(labels: NDArray[np.int64], flows: NDArray[np.float32]) -> None:
     """Write the flows (dy, dx) of every 8-connected piece of `labels` (Y, X) into `flows` (2, Y, X)."""
     height, width = labels.shape
     seen = np.zeros((height, width), np.bool_)
@@ -358,124 +451,19 @@ def piece_flows_2d(labels: NDArray[np.int64], flows: NDArray[np.float32]) -> Non
                     flows[1, y, x] = dx / norm
 
 
-Labels = NDArray[np.integer[Any]]
+@njit(cache=True, nogil=True)
+def _diffuse_2d(heat: Floats, rows: Floats, inside: Floats, cy: int, cx: int, rounds: int) -> None:
+    """Add one unit of heat at the centre and take the mean over 3 x 3 pixels, `rounds` times, in place.
 
-_TANH_VOXELS = 5.0
-
-
-def _check(labels: Labels, ndim: int) -> None:
-    if labels.ndim != ndim or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"flow targets: expected integer labels with {ndim} axes, got {labels.dtype} {labels.shape}"
-        )
-
-
-def flows_2d(labels: Labels) -> NDArray[np.float32]:
-    """Compute the flow of every pixel of a labelled plane, as Cellpose's training targets.
-
-    For labels of one piece this is Cellpose's own target (`masks_to_flows` on the CPU): heat from the
-    centre, spread by the mean over 3 x 3 pixels, 2 (height + width) times, each nucleus as often as its
-    own size asks. Runs in one thread and without the GIL; use threads or processes over planes.
-
-    Parameters
-    ----------
-    labels : integer array, shape (Y, X)
-        0 (or less) is background; numbers may have gaps.
-
-    Returns
-    -------
-    float32 array, shape (2, Y, X)
-        Unit vectors (dy, dx) in pixels; 0 on the background and at the centres of symmetric pieces.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a plane of integers.
+    All arrays have the shape of the piece's box with a border of one pixel, where heat stays 0.
+    The mean is taken as sums along x, then along y: 4 additions a pixel instead of 8.
     """
-    _check(labels, 2)
-    flows = np.zeros((2, *labels.shape), np.float32)
-    piece_flows_2d(np.ascontiguousarray(labels, dtype=np.int64), flows)
-    return flows
-
-
-def flows_3d(
-    labels: Labels,
-    voxel_size: VoxelSize,
-    *,
-    tolerance: float = 1e-3,
-    threads: int | None = None,
-) -> NDArray[np.float32]:
-    """Compute the flow of every voxel of a labelled volume, in physical space.
-
-    The steady heat of a source at the nucleus' centre, with heat 0 outside the nucleus, is solved in um:
-    neighbours exchange heat with the weight 1 / (voxel edge)^2 and gradients are taken per um, so a nucleus
-    has the same flows whatever the voxels it was sampled with. That heat has no maximum but its source
-    (maximum principle), so every flow line ends at the centre, in concave nuclei too.
-
-    Parameters
-    ----------
-    labels : integer array, shape (Z, Y, X)
-        0 (or less) is background; numbers may have gaps.
-    voxel_size : VoxelSize
-        Edges of a voxel in um.
-    tolerance : float
-        Error of the heat, relative to that at the far ends of a nucleus, at which its iteration ends.
-    threads : int, optional
-        Threads to share the nuclei between; all processors by default.
-
-    Returns
-    -------
-    float32 array, shape (3, Z, Y, X)
-        Unit vectors (dz, dy, dx), of length 1 in um; 0 on the background and in pieces of one voxel.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a volume of integers.
-    """
-    _check(labels, 3)
-    volume = compact_labels(labels)
-    where = find_boxes(volume)
-    flows = np.zeros((3, *volume.shape), np.float32)
-    edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
-
-    def work(chosen: NDArray[np.int64]) -> None:
-        many_nucleus_flows_3d(volume, chosen, where.boxes, edges, tolerance, flows)
-
-    share_labels(work, where.present, where.voxels, threads)
-    return flows
-
-
-def tanh_flows_3d(labels: Labels) -> NDArray[np.float32]:
-    """Compute the targets of Cellpose3D (Eschweiler et al. 2022), for comparison.
-
-    Along each axis tanh of the distance to the centre of the nucleus (its mean position) over 5 voxels,
-    whatever the size of a voxel: at high anisotropy hardly anything is left along z.
-
-    Parameters
-    ----------
-    labels : integer array, shape (Z, Y, X)
-        0 (or less) is background; numbers may have gaps.
-
-    Returns
-    -------
-    float32 array, shape (3, Z, Y, X)
-        (z, y, x); 0 on the background.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a volume of integers.
-    """
-    _check(labels, 3)
-    volume = compact_labels(labels)
-    count = np.maximum(np.bincount(volume.ravel()), 1)
-    flows = np.zeros((3, *volume.shape), np.float32)
-    inside = volume > 0
-    for axis, size in enumerate(volume.shape):
-        along = [1, 1, 1]
-        along[axis] = size
-        place = np.broadcast_to(np.arange(size, dtype=np.float64).reshape(along), volume.shape)
-        centre = np.bincount(volume.ravel(), weights=place.ravel()) / count
-        flows[axis][inside] = np.tanh((centre[volume[inside]] - place[inside]) / _TANH_VOXELS)
-    return flows
+    height, width = heat.shape
+    for _ in range(rounds):
+        heat[cy, cx] += 1.0
+        for y in range(1, height - 1):
+            for x in range(1, width - 1):
+                rows[y, x] = heat[y, x - 1] + heat[y, x] + heat[y, x + 1]
+        for y in range(1, height - 1):
+            for x in range(1, width - 1):
+                heat[y, x] = (rows[y - 1, x] + rows[y, x] + rows[y + 1, x]) * inside[y, x]

@@ -2,10 +2,9 @@
 
 import pytest
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import find_embryos
 from nuclei3d.images.frames import find_frames
-from nuclei3d.images.layout import missing
 
 
 @pytest.mark.parametrize(

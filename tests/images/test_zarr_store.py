@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import find_frames, read_labels
-from nuclei3d.images.ome_zarr import create_zarr, open_zarr
+from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import whole_folder
 
@@ -102,6 +102,30 @@ def test_the_scale_of_all_levels_multiplies_that_of_the_first(tmp_path: Path) ->
     assert find_frames(tmp_path / "a.zarr")[0].voxel_size == VOXEL
 
 
+@pytest.mark.parametrize(
+    ("axes", "voxel_size"),
+    [
+        (["z", "y", "x"], None),
+        ([{"name": "z"}, {"name": "y"}, {"name": "x"}], None),
+        ([{"name": axis, "unit": "micrometer"} for axis in "zyx"], VOXEL),
+    ],
+)
+def test_metadata_that_break_the_rules_are_read_as_far_as_they_go(
+    tmp_path: Path, axes: list[Any], voxel_size: VoxelSize | None
+) -> None:
+    write_image(tmp_path / "a.zarr", ramp(3, 8, 6), "zyx")
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="r+")
+    multiscales = list(group.attrs["multiscales"])
+    multiscales[0]["axes"] = axes
+    group.attrs["multiscales"] = multiscales
+    group.attrs["omero"] = {"channels": [{"label": "H2B"}]}
+    with pytest.raises(RuntimeError):
+        ome_zarr_models.open_ome_zarr(group)
+    (frame,) = find_frames(tmp_path / "a.zarr")
+    assert frame.voxel_size == voxel_size
+    np.testing.assert_array_equal(frame.read(), ramp(3, 8, 6))
+
+
 def test_only_the_chunks_of_a_block_are_read(tmp_path: Path) -> None:
     image = ramp(3, 8, 8) + 1
     write_image(tmp_path / "a.zarr", image, "zyx", "0.5")
@@ -129,9 +153,9 @@ def test_created_images_come_back_and_satisfy_the_specification(tmp_path: Path) 
     assert array.chunks == (2, 16, 30)
     for z in range(0, 5, 2):
         array[z : z + 2] = image[z : z + 2]
-    opened, axes, voxel_size = open_zarr(tmp_path / "a.ome.zarr")
-    assert (axes, voxel_size) == ("ZYX", VOXEL)
-    np.testing.assert_array_equal(opened[...], image)
+    (frame,) = find_frames(tmp_path / "a.ome.zarr")
+    assert (frame.shape, frame.voxel_size) == (image.shape, VOXEL)
+    np.testing.assert_array_equal(frame.read(), image)
     model = ome_zarr_models.open_ome_zarr(zarr.open_group(str(tmp_path / "a.ome.zarr"), mode="r"))
     assert type(model).__name__ == "Image"
     assert model.ome_zarr_version == "0.5"

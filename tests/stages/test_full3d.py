@@ -22,7 +22,7 @@ from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_data import load_volumes, read_slices
+from nuclei3d.stages.training_data import load_samples, read_slices
 from nuclei3d.training.loop import StopTraining
 from nuclei3d.training.samples import FLOW_STEPS
 from volumes_fixture import draw_volume
@@ -109,7 +109,7 @@ def test_the_whole_job_runs_with_a_3d_network_from_the_command_line(data, tmp_pa
 
 
 def test_prepare_keeps_the_planes_and_stores_physical_flows(data, volumes):
-    stored = load_volumes(read_slices(volumes), "train")
+    stored = load_samples(read_slices(volumes), "train")
     assert stored.infos[0].shape == SHAPE
     labels = read_labels(data / "ea" / "labels" / "t0.tif")
     arrays = stored.read(0)
@@ -134,7 +134,7 @@ def test_preparing_twice_gives_the_same_bytes(data, volumes, tmp_path):
 def test_tanh_targets_reach_model_and_prediction(data, tmp_path):
     params = params_of(prepare={"targets": "tanh"}, calibrate={"volumes": 0})
     prepare(params, data, tmp_path / "slices")
-    stored = load_volumes(read_slices(tmp_path / "slices"), "train").read(0)
+    stored = load_samples(read_slices(tmp_path / "slices"), "train").read(0)
     wanted = tanh_flows_3d(stored.labels.astype(np.int64))
     np.testing.assert_allclose(np.moveaxis(stored.flows, -1, 0) / FLOW_STEPS, wanted, atol=0.005)
     train(params, tmp_path / "slices", tmp_path / "solid")
@@ -190,12 +190,12 @@ def test_planes_and_volumes_are_not_mixed_up(data, volumes, tmp_path):
 
 def test_a_damaged_data_set_is_named(volumes, tmp_path):
     shutil.copytree(volumes, tmp_path / "v")
-    file = tmp_path / "v" / "train" / "ea_t0_lbl.npy"
-    np.save(file, np.zeros((2, 3, 4), np.uint16))
-    with pytest.raises(InputError, match=r"ea_t0_lbl\.npy has shape \(2, 3, 4\)"):
+    file = tmp_path / "v" / "train" / "ea_t0.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"ea_t0\.bin has 71719 bytes, not the 71720 of .* 10 x 32 x 32"):
         train(params_of(), tmp_path / "v", tmp_path / "m")
     file.unlink()
-    with pytest.raises(InputError, match=r"cannot read .*ea_t0_lbl\.npy"):
+    with pytest.raises(InputError, match=r"cannot read .*ea_t0\.bin"):
         train(params_of(), tmp_path / "v", tmp_path / "m")
 
 
@@ -205,11 +205,23 @@ def test_a_patch_that_does_not_suit_the_pooling_is_explained(volumes, tmp_path):
         train(params_of(train=settings), volumes, tmp_path / "m")
 
 
+def test_gaps_in_the_numbers_of_labels_change_nothing(volumes, tmp_path):
+    rng = np.random.default_rng(0)
+    for embryo in EMBRYOS:
+        image, labels = draw_volume(rng, SIZE, SHAPE, nuclei=4)
+        write_image(tmp_path / "data" / embryo / "images" / "t0.tif", image, SIZE)
+        spread = np.array([0, 3, 4, 9, 70], np.uint16)[labels]
+        write_labels(tmp_path / "data" / embryo / "labels" / "t0.tif", spread, SIZE)
+    prepare(params_of(), tmp_path / "data", tmp_path / "slices")
+    for name in ("nuclei.csv", "manifest.csv"):
+        assert (tmp_path / "slices" / name).read_bytes() == (volumes / name).read_bytes()
+
+
 def test_debris_becomes_background(data, volumes, tmp_path):
-    sizes = load_volumes(read_slices(volumes), "train").nuclei[0].volumes_um3
+    sizes = load_samples(read_slices(volumes), "train").nuclei[0].volumes_um3
     least = float(np.sort(sizes)[1])
     prepare(params_of(prepare={"min_volume_um3": least}), data, tmp_path / "slices")
     described = read_slices(tmp_path / "slices")
-    stored = load_volumes(described, "train")
+    stored = load_samples(described, "train")
     assert stored.infos[0].nuclei == len(sizes) - 1 == stored.read(0).labels.max()
     assert described.summary["labels_left_out"] >= 1

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-import shutil
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image, write_labels
+from nuclei3d.stages.export.export import export
 from nuclei3d.stages.prepare import prepare
-from nuclei3d.stages.training_data import load_planes, read_slices
+from nuclei3d.stages.training_data import load_samples, read_slices
 
 VOXEL_SIZE = VoxelSize(2.0, 0.5, 0.5)
 
@@ -85,13 +86,22 @@ def test_repeating_it_with_two_workers_gives_the_same_bytes(
 def test_the_manifest_lists_what_was_written(slices: Path) -> None:
     with (slices / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["file"] for row in rows} == {
-        str(path.relative_to(slices)) for path in slices.rglob("*_img.tif")
-    }
-    for row in rows:
-        labels = tifffile.imread(slices / row["file"].replace("_img.tif", "_lbl.tif"))
-        assert len(np.unique(labels)) - 1 == int(row["nuclei"]) >= 3
-        assert labels.shape == (int(row["height"]), int(row["width"]))
+    files = {str(path.relative_to(slices)) for path in slices.rglob("*.bin")}
+    assert {f"{row['file']}.bin" for row in rows} == files
+    described = read_slices(slices)
+    for part in ("train", "validation", "test"):
+        planes = load_samples(described, part)
+        of_part = [row for row in rows if row["part"] == part]
+        for plane, row in enumerate(of_part):
+            labels = planes.read(plane).labels
+            assert len(np.unique(labels)) - 1 == int(row["nuclei"]) >= 3
+            assert labels.shape == (1, int(row["height"]), int(row["width"]))
+
+
+def test_a_plane_takes_six_bytes_a_pixel(slices: Path) -> None:
+    for infos in read_slices(slices).infos.values():
+        for info in infos:
+            assert (slices / f"{info.file}.bin").stat().st_size == 40 + 6 * math.prod(info.shape)
 
 
 def test_nuclei_are_measured_in_3d(slices: Path) -> None:
@@ -111,36 +121,91 @@ def test_labels_below_a_volume_are_left_out_and_counted(data: Path, params: Para
     assert result.summary["labels_left_out"] == 0
 
 
-def test_cellpose_finds_images_labels_and_flows(slices: Path) -> None:
+@pytest.fixture(scope="module")
+def with_files(data: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wanted = params.prepare.model_copy(update={"cellpose_files": True})
+    out = tmp_path_factory.mktemp("slices") / "slices"
+    prepare(params.model_copy(update={"prepare": wanted}), data, out)
+    return out
+
+
+def test_cellpose_finds_images_labels_and_flows(with_files: Path) -> None:
     from cellpose import io
 
     images, labels, names, *_ = io.load_train_test_data(
-        str(slices / "train"), image_filter="_img", mask_filter="_lbl"
+        str(with_files / "train"), image_filter="_img", mask_filter="_lbl"
     )
-    assert len(images) == len(labels) == len(names) > 0
+    assert len(images) == len(labels) == len(names) == len(read_slices(with_files).infos["train"])
     # flows were found: four planes, not labels alone
     assert all(label.shape == (4, *image.shape) for image, label in zip(images, labels, strict=True))
     np.testing.assert_array_equal(labels[0][0] > 0, labels[0][1] > 0)
 
 
-def test_the_packed_copy_holds_what_the_files_hold(slices: Path, tmp_path: Path) -> None:
-    described = read_slices(slices)
-    bare = tmp_path / "bare"
-    shutil.copytree(slices, bare, ignore=shutil.ignore_patterns("packed"))
-    assert sorted(path.name for path in (slices / "packed").iterdir()) == [
-        "index.json",
-        "train.bin",
-        "validation.bin",
-    ]
-    for part, infos in described.infos.items():
-        packed, unpacked = load_planes(described, part), load_planes(read_slices(bare), part)
-        if part != "test":
-            size = (slices / "packed" / f"{part}.bin").stat().st_size
-            assert size == 6 * sum(info.pixels for info in infos)
-        for plane in range(len(infos)):
-            np.testing.assert_array_equal(packed.plane_image(plane), unpacked.plane_image(plane))
-            for one, other in zip(packed.read(plane), unpacked.read(plane), strict=True):
-                np.testing.assert_array_equal(one, other)
+def test_the_files_for_cellpose_hold_what_is_trained_on_here(with_files: Path) -> None:
+    described = read_slices(with_files)
+    for part in described.infos:
+        planes = load_samples(described, part)
+        for plane, info in enumerate(planes.infos):
+            image, labels, targets = (
+                tifffile.imread(with_files / f"{info.file}_{kind}.tif")
+                for kind in ("img", "lbl", "img_flows")
+            )
+            arrays = planes.read(plane)
+            assert (image.dtype, labels.dtype, targets.dtype) == (np.uint16, np.uint16, np.float32)
+            np.testing.assert_array_equal(arrays.pixels[0], image)
+            np.testing.assert_array_equal(arrays.labels[0], labels)
+            normalised = (image - info.norm_low) / (info.norm_high - info.norm_low)
+            np.testing.assert_allclose(planes.normalised(plane)[0], normalised, atol=1e-5)
+            np.testing.assert_array_equal(targets[:2], [labels, labels > 0])
+            np.testing.assert_array_equal(arrays.flows[0], np.rint(127 * np.moveaxis(targets[2:], 0, -1)))
+
+
+def test_exported_files_are_those_that_prepare_writes(slices: Path, with_files: Path, tmp_path: Path) -> None:
+    (written,) = export(load_params(None), tmp_path / "out", slices=slices).files.values()
+    exported = digests(tmp_path / "out" / "cellpose-training")
+    assert {str(path.relative_to(tmp_path / "out" / "cellpose-training")) for path in written} == {
+        name for name in exported if name.endswith("_img.tif")
+    }
+    known = {name: digest for name, digest in digests(with_files).items() if name.endswith(".tif")}
+    assert exported == known
+    # the rest of the data set is the same with and without
+    assert digests(slices).items() == {
+        item for item in digests(with_files).items() if not item[0].endswith(".tif")
+    }
+
+
+def test_images_of_floats_are_exported_to_the_step_of_their_storage(
+    data: Path, params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in data.rglob("*.tif"):
+        volume = tifffile.imread(path)
+        target = tmp_path / "data" / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_image(target, volume / np.float32(7) if path.parent.name == "images" else volume, VOXEL_SIZE)
+    wanted = params.prepare.model_copy(update={"cellpose_files": True})
+    prepare(params.model_copy(update={"prepare": wanted}), tmp_path / "data", tmp_path / "slices")
+    (written,) = export(load_params(None), tmp_path / "out", slices=tmp_path / "slices").files.values()
+    assert "come rounded" in capsys.readouterr().err
+    for path in written:
+        ours = tifffile.imread(path)
+        exact = tifffile.imread(
+            tmp_path / "slices" / path.relative_to(tmp_path / "out" / "cellpose-training")
+        )
+        assert ours.dtype == exact.dtype == np.float32
+        np.testing.assert_allclose(ours, exact, atol=0.51 * np.ptp(exact) / 65535)
+
+
+def test_volumes_are_no_files_for_cellpose(data: Path, params: Params, tmp_path: Path) -> None:
+    wanted = {
+        "prepare": params.prepare.model_copy(update={"cellpose_files": True}),
+        "train": params.train.model_copy(update={"network": "full3d"}),
+    }
+    with pytest.raises(InputError, match="cellpose_files is for planes"):
+        prepare(params.model_copy(update=wanted), data, tmp_path / "slices")
+    prepare(params.model_copy(update={"train": wanted["train"]}), data, tmp_path / "slices")
+    with pytest.raises(InputError, match="planes only"):
+        export(load_params(None), tmp_path / "out", slices=tmp_path / "slices")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_embryo_is_on_both_sides(slices: Path) -> None:

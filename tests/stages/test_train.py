@@ -9,7 +9,6 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
-import tifffile
 import torch
 
 from nuclei3d.config.loading import validate_params
@@ -19,7 +18,7 @@ from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.train import train
-from nuclei3d.stages.training_data import load_planes, pack_planes, read_slices
+from nuclei3d.stages.training_data import load_samples, read_slices
 from nuclei3d.training.loop import StopTraining
 from slices_fixture import write_slices
 
@@ -219,37 +218,24 @@ def test_a_stop_request_keeps_the_model(slices, tmp_path):
     assert load_model(tmp_path / "m").info.name == "small"
 
 
-def test_the_packed_copy_holds_the_same_planes(slices):
+def test_planes_are_the_same_from_memory_and_from_their_files(slices):
     described = read_slices(slices)
-    from_tiffs = load_planes(described, "train")
-    pack_planes(slices)
-    for file in (slices / "train").iterdir():
-        file.unlink()  # so that nothing but the packed copy can be read
-    for limit in (4.0, 1e-9):
-        packed = load_planes(described, "train", memory_limit_gb=limit)
-        np.testing.assert_array_equal(packed.gains, from_tiffs.gains)
-        for plane in range(len(packed)):
-            for ours, theirs in zip(packed.read(plane), from_tiffs.read(plane), strict=True):
-                np.testing.assert_array_equal(ours, theirs)
+    kept, unkept = (load_samples(described, "train", memory_limit_gb=limit) for limit in (4.0, 1e-9))
+    for plane in range(len(kept)):
+        assert kept.read(plane) is kept.read(plane)
+        assert unkept.read(plane) is not unkept.read(plane)
+        for ours, theirs in zip(kept.read(plane), unkept.read(plane), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
-def test_planes_hold_what_the_files_hold(slices):
-    planes = load_planes(read_slices(slices), "validation")
-    for number, info in enumerate(planes.infos):
-        image = tifffile.imread(slices / info.file)
-        targets = tifffile.imread(slices / info.file.replace("_img.tif", "_img_flows.tif"))
-        np.testing.assert_allclose(planes.plane_image(number), (image - 50.0) / 400.0, atol=1e-5)
-        _, labels, flows = planes.read(number)
-        np.testing.assert_array_equal(labels, targets[0])
-        np.testing.assert_allclose(np.moveaxis(flows, -1, 0) / 127, targets[2:], atol=0.5 / 127 + 1e-6)
-
-
-def test_a_packed_copy_of_other_planes_is_not_used(slices):
-    pack_planes(slices)
+def test_a_plane_left_out_of_the_manifest_is_not_trained_on(slices):
+    whole = load_samples(read_slices(slices), "train")
     manifest = slices / "manifest.csv"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
-    assert len(load_planes(read_slices(slices), "train")) == 5
+    rest = load_samples(read_slices(slices), "train")
+    assert len(rest) == 5
+    np.testing.assert_array_equal(rest.read(0).pixels, whole.read(1).pixels)
 
 
 def test_unusable_input_is_told_in_one_line(slices, tmp_path):
@@ -264,7 +250,7 @@ def test_unusable_input_is_told_in_one_line(slices, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("important")
     with pytest.raises(InputError, match="no model folder"):
         train(params_of(), slices, tmp_path / "mine")
-    plane = next((slices / "train").glob("*_img.tif"))
+    plane = next((slices / "train").glob("*.bin"))
     plane.write_bytes(plane.read_bytes()[:50])
     with pytest.raises(InputError, match=plane.name):
         train(params_of(), slices, tmp_path / "m")

@@ -6,6 +6,7 @@ from scipy import ndimage
 
 from nuclei3d.config.sections import AugmentParams
 from nuclei3d.flows import flows_2d
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.augmentation import (
     Appearance,
     add_noise,
@@ -24,19 +25,20 @@ from nuclei3d.training.augmentation import (
     noise_correlation,
     noise_of_crop,
 )
-from nuclei3d.training.crops import CropPlan, crop_generator, cut_crop, draw_crop
-from nuclei3d.training.samples import stack_planes
-from slices_fixture import draw_plane, plane_info
+from nuclei3d.training.crops import CropGrid, CropPlan, crop_generator, cut_crop, draw_crop
+from slices_fixture import draw_plane, one_plane, plane_info
+from volumes_fixture import make_volumes
+
+UPRIGHT = (1.0, 0.0, 0.0, 1.0)
+TURNED = (0.0, -1.0, 1.0, 0.0)
 
 
 def cut(image, labels, plan, size):
-    flows = flows_2d(labels)
-    planes = stack_planes([plane_info("xy", labels)], [image], [labels], [flows])
-    crop = np.empty((size, size), np.float32)
-    crop_labels = np.empty((size, size), np.uint16)
-    crop_flows = np.empty((2, size, size), np.float32)
-    cut_crop(*planes.read(0), 1.0, 0.0, plan, crop, crop_labels, crop_flows)
-    return crop, crop_labels, crop_flows
+    crop = np.empty((1, size, size), np.float32)
+    crop_labels = np.empty((1, size, size), np.int32)
+    crop_flows = np.empty((2, 1, size, size), np.float32)
+    cut_crop(*one_plane(image, labels).read(0), 1.0, 0.0, plan, True, crop, crop_labels, crop_flows)
+    return crop[0], crop_labels[0], crop_flows[:, 0]
 
 
 def angles(a, b, where):
@@ -46,8 +48,18 @@ def angles(a, b, where):
     return np.degrees(np.arccos(np.clip((a * b).sum(axis=0) / length, -1, 1)))
 
 
-def whole(size, q=(1.0, 0.0, 0.0, 1.0), scale=1.0):
-    return CropPlan(0, size / 2, size / 2, *q, scale)
+def whole(size, q=UPRIGHT, scale=1.0):
+    return CropPlan(0.5, size / 2, size / 2, 1.0, *q, 1.0, scale, scale)
+
+
+def dim(image, labels, keeps, noise, radius_px, strength=1.0):
+    """Dim nuclei of a plane in place."""
+    keeps = np.asarray(keeps, np.float32)
+    dim_nuclei(image[None], labels[None], keeps, noise[None], radius_px, (1.0, 1.0, 1.0), strength)
+
+
+def grid_of(size, **settings):
+    return CropGrid((1, size, size), 14.0, **settings)
 
 
 @pytest.fixture
@@ -86,8 +98,7 @@ def test_flows_turn_with_the_crop_as_if_computed_on_the_turned_labels(plane, q, 
 
 def test_the_inverse_turn_gives_the_plane_back(plane):
     image, labels = plane
-    q = (0.0, -1.0, 1.0, 0.0)
-    crop, crop_labels, _ = cut(image, labels, whole(64, q), 64)
+    crop, crop_labels, _ = cut(image, labels, whole(64, TURNED), 64)
     back, back_labels, _ = cut(crop.astype(np.uint16), crop_labels, whole(64, (0.0, 1.0, -1.0, 0.0)), 64)
     np.testing.assert_array_equal(back, image)
     np.testing.assert_array_equal(back_labels, labels)
@@ -124,11 +135,11 @@ def test_outside_the_plane_all_is_zero(plane):
 
 def test_crops_stay_inside_larger_planes_and_hold_smaller_ones(plane):
     image, labels = plane
-    planes = stack_planes([plane_info("xy", labels)], [image], [labels], [flows_2d(labels)])
+    planes = one_plane(image, labels)
     augment = AugmentParams(rescale_range=0.0)
     for size in (32, 96):
         for index in range(50):
-            plan = draw_crop(planes, 0, crop_generator(0, 0, index, 0), augment, size, 1.0)
+            plan = draw_crop(planes, 0, crop_generator(0, 0, index, 0), augment, grid_of(size))
             low, high = sorted((size / 2, 64 - size / 2))
             assert low <= plan.centre_y <= high
             assert low <= plan.centre_x <= high
@@ -138,9 +149,9 @@ def test_nucleus_centred_crops_have_a_nucleus_in_the_middle():
     labels = np.zeros((200, 200), np.uint16)
     labels[90:100, 60:70] = 1
     image = labels * 100
-    planes = stack_planes([plane_info("xy", labels)], [image], [labels], [flows_2d(labels)])
+    planes, grid = one_plane(image, labels), grid_of(64, nucleus_centred=1.0)
     for index in range(20):
-        plan = draw_crop(planes, 0, crop_generator(0, 0, index, 0), AugmentParams(), 64, 1.0, 1.0)
+        plan = draw_crop(planes, 0, crop_generator(0, 0, index, 0), AugmentParams(), grid)
         assert 90 <= plan.centre_y <= 100
         assert 60 <= plan.centre_x <= 70
 
@@ -148,10 +159,10 @@ def test_nucleus_centred_crops_have_a_nucleus_in_the_middle():
 @pytest.mark.parametrize(("view", "upright"), [("xy", False), ("xz", True), ("yz", True)])
 def test_z_can_be_kept_upright(plane, view, upright):
     image, labels = plane
-    planes = stack_planes([plane_info(view, labels)], [image], [labels], [flows_2d(labels)])
+    planes = one_plane(image, labels, view)
     augment = AugmentParams(flip_z=False, side_rotation="none", rotation="none")
     signs = {
-        draw_crop(planes, 0, crop_generator(0, 0, index, 0), augment, 64, 1.0).q00 for index in range(40)
+        draw_crop(planes, 0, crop_generator(0, 0, index, 0), augment, grid_of(64)).q00 for index in range(40)
     }
     assert signs == ({1.0} if upright else {1.0, -1.0})
 
@@ -172,13 +183,24 @@ def test_each_change_has_random_numbers_of_its_own():
 
 
 def test_the_axial_direction_turns_with_the_plane():
-    for view in ("xz", "yz"):
-        assert blur_sigmas(0.5, 2.0, view, False) == (1.0, 0.5)
-        assert blur_sigmas(0.5, 2.0, view, True) == (0.5, 1.0)
-        assert coarse_factors(3.0, view, False) == (3.0, 1.0)
-        assert coarse_factors(3.0, view, True) == (1.0, 3.0)
-    assert blur_sigmas(0.5, 2.0, "xy", False) == (0.5, 0.5)
-    assert coarse_factors(3.0, "xy", True) == (3.0, 3.0)
+    upright, turned = whole(64), whole(64, TURNED)
+    labels, grid = np.zeros((64, 64), np.uint16), grid_of(64)
+    for side in (plane_info("xz", labels), plane_info("yz", labels)):
+        assert blur_sigmas(0.5, 2.0, upright, side, grid)[1:] == (1.0, 0.5)
+        assert blur_sigmas(0.5, 2.0, turned, side, grid)[1:] == (0.5, 1.0)
+        assert coarse_factors(3.0, upright, side, grid) == (1.0, 3.0, 1.0)
+        assert coarse_factors(3.0, turned, side, grid) == (1.0, 1.0, 3.0)
+    flat = plane_info("xy", labels)
+    assert blur_sigmas(0.5, 2.0, upright, flat, grid)[1:] == (0.5, 0.5)
+    assert coarse_factors(3.0, turned, flat, grid) == (1.0, 3.0, 3.0)
+
+
+def test_the_axial_direction_of_a_volume_is_its_first_axis_in_voxels_of_the_grid():
+    solid = CropGrid((8, 64, 64), 14.0, VoxelSize(4.0, 1.0, 1.0))
+    info = make_volumes(1).infos[0]
+    for plan in (whole(64), whole(64, TURNED)):
+        assert blur_sigmas(1.0, 2.0, plan, info, solid) == (0.5, 1.0, 1.0)
+        assert coarse_factors(6.0, plan, info, solid) == (1.5, 1.0, 1.0)
 
 
 def test_dimming_is_log_uniform_for_the_wished_share():
@@ -195,7 +217,7 @@ def test_a_dimmed_nucleus_keeps_the_wished_share_of_its_light_above_background()
     labels[10:30, 10:30] = 1
     labels[40:60, 40:60] = 2
     image = np.where(labels > 0, 1.0, 0.2).astype(np.float32)
-    dim_nuclei(image, labels, np.array([1, 0.3, 1], np.float32), np.zeros_like(image), 10, 1.0, 1.0)
+    dim(image, labels, [1, 0.3, 1], np.zeros_like(image), 10)
     assert image[20, 20] == pytest.approx(0.2 + 0.8 * 0.3, abs=0.01)
     assert image[50, 50] == 1.0
     assert image[35, 35] == pytest.approx(0.2)
@@ -210,7 +232,7 @@ def test_the_noise_of_a_dimmed_nucleus_is_that_of_an_image_taken_so_dim(strength
     photons, background, keep = 400.0, 50.0, 0.25
     image = rng.poisson(np.where(labels > 0, photons, background)).astype(np.float32)
     noise = rng.standard_normal(image.shape).astype(np.float32)
-    dim_nuclei(image, labels, np.array([1, keep], np.float32), noise, 20, 1.0, strength)
+    dim(image, labels, [1, keep], noise, 20, strength)
     inside = image[24:72, 24:72]
     expected = background + (photons - background) * keep
     assert inside.mean() == pytest.approx(expected, rel=0.03)
@@ -247,7 +269,7 @@ def test_noise_put_back_is_correlated_as_that_of_interpolated_planes():
 
     image = take(np.where(labels > 0, 400.0, 50.0))
     keeps = np.where(np.arange(17) > 0, keep, 1).astype(np.float32)
-    dim_nuclei(image, labels, keeps, rng.standard_normal(image.shape).astype(np.float32), 30, 1.0, 1.0)
+    dim(image, labels, keeps, rng.standard_normal(image.shape).astype(np.float32), 30)
     dimmed, true = inside(image), inside(take(np.where(labels > 0, 50 + 350 * keep, 50.0)))
     assert dimmed.var() == pytest.approx(true.var(), rel=0.2)
     for axis in (1, 2):
@@ -284,51 +306,55 @@ def test_the_local_background_is_the_mean_of_unlabelled_pixels_around():
     np.testing.assert_allclose(background[~some], image[labels == 0].mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("sigmas", [(1.5, 0.0), (0.0, 2.0), (0.7, 1.9)])
+@pytest.mark.parametrize("sigmas", [(0.0, 1.5, 0.0), (0.0, 0.0, 2.0), (1.2, 0.7, 1.9)])
 def test_blur_is_a_gaussian_filter(sigmas):
-    image = np.random.default_rng(0).normal(size=(40, 33)).astype(np.float32)
+    image = np.random.default_rng(0).normal(size=(12, 40, 33)).astype(np.float32)
     # scipy cuts at int(truncate * sigma + 0.5), here at the next integer above 3 sigma
     radius = [math.ceil(3 * s) if s else 0 for s in sigmas]
     expected = ndimage.gaussian_filter(image, sigmas, mode="reflect", radius=radius)
-    blur(image, *sigmas)
+    blur(image, sigmas)
     np.testing.assert_allclose(image, expected, atol=1e-5)
 
 
 def test_light_falls_exponentially_with_depth_from_either_side():
-    plan = CropPlan(0, 50.0, 50.0, 1.0, 0.0, 0.0, 1.0, 1.0)
-    depth = depth_of_crop(plan, "xz", 100)
-    image = np.ones((100, 100), np.float32)
-    attenuate(image, 2.0, *depth)
+    labels = np.zeros((100, 100), np.uint16)
+
+    def faded(attenuation, view):
+        image = np.ones((1, 100, 100), np.float32)
+        attenuate(image, attenuation, *depth_of_crop(whole(100), plane_info(view, labels)))
+        return image[0]
+
     rows = (np.arange(100) + 0.5) / 100
-    np.testing.assert_allclose(image, np.exp(-2 * rows)[:, None].repeat(100, 1), rtol=1e-5)
-    image = np.ones((100, 100), np.float32)
-    attenuate(image, -2.0, *depth)
-    np.testing.assert_allclose(image[:, 0], np.exp(-2 * (1 - rows)), rtol=1e-5)
-    image = np.ones((100, 100), np.float32)
-    attenuate(image, -0.5, *depth_of_crop(plan, "xy", 100))
-    np.testing.assert_allclose(image, math.exp(-0.5), rtol=1e-5)
+    np.testing.assert_allclose(faded(2.0, "xz"), np.exp(-2 * rows)[:, None].repeat(100, 1), rtol=1e-5)
+    np.testing.assert_allclose(faded(-2.0, "xz")[:, 0], np.exp(-2 * (1 - rows)), rtol=1e-5)
+    np.testing.assert_allclose(faded(-0.5, "xy"), math.exp(-0.5), rtol=1e-5)
 
 
 def test_coarse_crops_keep_their_mean_and_lose_detail():
     image = np.random.default_rng(0).normal(5, 1, (64, 64)).astype(np.float32)
     before = image.copy()
-    coarsen(image, 1.0, 4.0)
+    coarsen(image[None], (1.0, 1.0, 4.0))
     assert image.mean() == pytest.approx(before.mean(), rel=1e-3)
     blocks = before.reshape(64, 16, 4).mean(axis=2)
     # between the middles of two blocks lies the mean of both
     np.testing.assert_allclose(image[:, 3:5].mean(axis=1), blocks[:, :2].mean(axis=1), rtol=1e-4)
+    # along z, a volume of the same columns comes out the same
+    volume = np.ascontiguousarray(before.T[:, :, None].repeat(3, axis=2))
+    coarsen(volume, (4.0, 1.0, 1.0))
+    np.testing.assert_allclose(volume[:, :, 1], image.T, rtol=1e-6)
 
 
 def test_added_noise_grows_with_the_root_of_the_intensity():
     rng = np.random.default_rng(0)
-    image = np.ones((128, 128), np.float32)
-    image[:64] = 0
+    image = np.ones((1, 128, 128), np.float32)
+    image[0, :64] = 0
     add_noise(image, rng.standard_normal(image.shape).astype(np.float32), 0.1)
+    image = image[0]
     assert image[:64].std() == pytest.approx(0.05, rel=0.05)
     assert image[64:].std() == pytest.approx(0.1 * math.sqrt(1.25), rel=0.05)
 
 
 def test_brightness_is_gain_offset_and_exponent():
-    image = np.array([[0.25, -0.25, 1.0]], np.float32)
+    image = np.array([[[0.25, -0.25, 1.0]]], np.float32)
     brighten(image, 2.0, 0.1, 0.5)
-    np.testing.assert_allclose(image, [[1.1, -0.9, 2.1]], rtol=1e-6)
+    np.testing.assert_allclose(image, [[[1.1, -0.9, 2.1]]], rtol=1e-6)

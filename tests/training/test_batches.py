@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from nuclei3d.config.sections import AugmentParams
-from nuclei3d.training.batches import BatchStream, CropMaker, validation_crops
+from nuclei3d.training.batches import BatchStream, CropMaker, validation_batches
+from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.samples import quantise_image
 from slices_fixture import make_planes
 
@@ -18,8 +19,11 @@ EVERYTHING = AugmentParams(
 )
 
 
-def maker(augment=EVERYTHING, **settings):
-    return CropMaker(make_planes(), augment, 48, 1.0, 14.0, seed=5, **settings)
+GRID = CropGrid((1, 48, 48), 14.0)
+
+
+def maker(augment=EVERYTHING, seed=5, **settings):
+    return CropMaker(make_planes(), augment, GRID, seed, **settings)
 
 
 def joined(batches):
@@ -48,8 +52,7 @@ def test_epochs_and_seeds_differ():
     assert torch.equal(first, again)
     assert not torch.equal(first, next_epoch)
     assert not torch.equal(first[0], first[1])
-    other_seed = CropMaker(make_planes(), EVERYTHING, 48, 1.0, 14.0, seed=6).make_batch(order, 0, 0)
-    assert not torch.equal(first, other_seed.images)
+    assert not torch.equal(first, maker(seed=6).make_batch(order, 0, 0).images)
 
 
 def test_a_batch_is_laid_out_for_the_network():
@@ -80,16 +83,16 @@ def test_weights_follow_the_labels():
 
 def test_validation_crops_are_the_same_every_time_and_normalised():
     planes = make_planes(9)
-    first, second = (validation_crops(planes, 6, 48, 1.0, 14.0, 4) for _ in range(2))
-    assert [len(batch.planes) for batch in first] == [4, 2]
+    first, second = (validation_batches(planes, 6, GRID, 4) for _ in range(2))
+    assert [len(batch.samples) for batch in first] == [4, 2]
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
-    assert {planes.infos[p].view for batch in first for p in batch.planes} == {"xy", "xz", "yz"}
+    assert {planes.infos[p].view for batch in first for p in batch.samples} == {"xy", "xz", "yz"}
     values = torch.cat([b.images[:, 0].flatten() for b in first])
     assert -0.2 < float(values.min()) < 0 < float(values.max()) < 1.3
 
 
 def test_no_validation_planes_give_no_batches():
-    assert validation_crops(make_planes(0), 6, 48, 1.0, 14.0, 4) == []
+    assert validation_batches(make_planes(0), 6, GRID, 4) == []
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

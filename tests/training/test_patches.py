@@ -1,22 +1,19 @@
 import numpy as np
 import pytest
 
-from nuclei3d.config.sections import AugmentParams, LossParams
+from nuclei3d.config.sections import AugmentParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.training.batches import PatchMaker, validation_patches
-from nuclei3d.training.crops import PatchSampling, draw_patch
-from nuclei3d.training.sampling import volume_nucleus_weights
+from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker, validation_batches
+from nuclei3d.training.crops import CropGrid, draw_crop
 from volumes_fixture import make_volumes
 
-STILL = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
 SIZE = VoxelSize(2.0, 1.0, 1.0)
 
 
-def maker_of(volumes, augment=STILL, shape=(20, 40, 40), voxel_size=SIZE, seed=0, **settings):
-    sampling = PatchSampling(shape, voxel_size, **settings)
-    return PatchMaker(volumes, augment, sampling, diameter_px=12.0, seed=seed)
+def maker_of(volumes, augment=NO_AUGMENTATION, shape=(20, 40, 40), voxel_size=SIZE, seed=0, **settings):
+    return CropMaker(volumes, augment, CropGrid(shape, 12.0, voxel_size, **settings), seed)
 
 
 def one(maker, index=0, epoch=0, volume=0):
@@ -50,14 +47,9 @@ def test_flows_turn_with_the_patch_and_lead_every_nucleus_to_one_place(index):
 def test_a_random_scale_is_the_same_along_all_axes():
     volumes = make_volumes(1)
     augment = AugmentParams(rescale_range=0.5)
+    grid = CropGrid((16, 32, 32), 12.0, VoxelSize(2, 0.5, 0.5))
     for index in range(5):
-        plan = draw_patch(
-            volumes,
-            0,
-            np.random.default_rng(index),
-            augment,
-            PatchSampling((16, 32, 32), VoxelSize(2, 0.5, 0.5)),
-        )
+        plan = draw_crop(volumes, 0, np.random.default_rng(index), augment, grid)
         assert plan.scale_y == plan.scale_x == pytest.approx(2 * plan.scale_z)
         assert 0.75 <= plan.scale_z <= 1.25
 
@@ -120,7 +112,7 @@ def test_a_dimmed_nucleus_is_dimmed_in_all_its_planes_alike():
     before = one(maker_of(volumes, shape=(20, 60, 60)))
     changed = 0
     for index in range(3):
-        augment = STILL.model_copy(update={"dim_share": 1.0, "dim_min": 0.2, "dim_noise": 0.0})
+        augment = NO_AUGMENTATION.model_copy(update={"dim_share": 1.0, "dim_min": 0.2, "dim_noise": 0.0})
         after = one(maker_of(volumes, augment, shape=(20, 60, 60)), index)
         for label in range(1, 4):
             inside = before.labels[0] == label
@@ -140,8 +132,8 @@ def test_a_dimmed_nucleus_is_dimmed_in_all_its_planes_alike():
 
 def test_light_falls_along_z_only():
     volumes = make_volumes(1)
-    augment = STILL.model_copy(update={"depth_attenuation": 2.0})
-    before, after = (one(maker_of(volumes, a)).images[0, 0].numpy() for a in (STILL, augment))
+    augment = NO_AUGMENTATION.model_copy(update={"depth_attenuation": 2.0})
+    before, after = (one(maker_of(volumes, a)).images[0, 0].numpy() for a in (NO_AUGMENTATION, augment))
     bright = before > 0.3
     ratio = np.where(bright, after / np.where(bright, before, 1), np.nan)
     by_plane = np.nanmedian(ratio, axis=(1, 2))
@@ -152,17 +144,8 @@ def test_light_falls_along_z_only():
 
 def test_validation_patches_are_fixed_and_come_from_every_volume():
     volumes = make_volumes(3)
-    first, again = (
-        validation_patches(volumes, 6, PatchSampling((8, 16, 16), SIZE, 0.5), 12.0, 4) for _ in range(2)
-    )
-    assert [len(batch.planes) for batch in first] == [4, 2]
-    assert {int(v) for batch in first for v in batch.planes} == {0, 1, 2}
+    grid = CropGrid((8, 16, 16), 12.0, SIZE, nucleus_centred=0.5)
+    first, again = (validation_batches(volumes, 6, grid, 4) for _ in range(2))
+    assert [len(batch.samples) for batch in first] == [4, 2]
+    assert {int(v) for batch in first for v in batch.samples} == {0, 1, 2}
     assert all(np.array_equal(a.images, b.images) for a, b in zip(first, again, strict=True))
-
-
-def test_faint_nuclei_can_count_more():
-    volumes = make_volumes(1, nuclei=4)
-    (weights,) = volume_nucleus_weights(volumes, LossParams(weight_by="contrast"))
-    assert weights[0] == 1
-    assert (np.diff(weights[1:]) < 0).all()
-    assert volume_nucleus_weights(volumes, LossParams()) is None

@@ -4,7 +4,7 @@ import torch
 
 from nuclei3d.training.batches import Batch
 from nuclei3d.training.learner import RecordedGradients
-from nuclei3d.training.losses import cellpose_loss
+from nuclei3d.training.losses import network_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def test_a_replayed_step_has_the_gradients_of_an_eager_one_also_after_a_smaller_
         for parameter in network.parameters():
             parameter.grad = None
         output = network(batch.images)
-        loss = cellpose_loss(output, batch.flows, batch.foreground, batch.weights)
+        loss = network_loss(output, batch.flows, batch.foreground, batch.weights)
         loss.total.backward()
         return output.detach(), torch.stack([loss.flow.detach(), loss.probability.detach()])
 

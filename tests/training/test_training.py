@@ -7,7 +7,9 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.config.sections import AugmentParams, SamplingParams, TrainParams
-from nuclei3d.training.examples import PlaneExamples
+from nuclei3d.training.batches import NO_AUGMENTATION
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
 from nuclei3d.training.learner import learning_rate
 from nuclei3d.training.loop import (
     Callbacks,
@@ -15,7 +17,7 @@ from nuclei3d.training.loop import (
     StopTraining,
     train_network,
 )
-from nuclei3d.training.samples import PlaneSet
+from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.state import TrainingState, WeightAverage
 from slices_fixture import make_planes
 
@@ -38,13 +40,16 @@ def small_network(seed=0):
     return CPnet([2, 4, 8, 16], 3, sz=3, diam_mean=14.0)
 
 
+def examples_of(params, planes=None, validation=3, seed=3):
+    grid = CropGrid.of_planes(params, 14.0)
+    return Examples(planes or make_planes(6), make_planes(validation, seed=1), params, grid, seed=seed)
+
+
 def run(start=None, callbacks=None, validation=3, network=None, **settings):
     params = TrainParams(**(SMALL | settings))
     return train_network(
         network or small_network(),
-        PlaneExamples(
-            make_planes(6), make_planes(validation, seed=1), params, planes_diameter_px=14.0, seed=3
-        ),
+        examples_of(params, validation=validation),
         params,
         device=CPU,
         start=start,
@@ -69,7 +74,7 @@ def test_a_network_learns_a_crop_by_heart():
         epochs=10,
         crops_per_epoch=40,
         learning_rate=0.02,
-        augment=AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0),
+        augment=NO_AUGMENTATION,
         crop_px=64,
     )
     losses = [report.train_loss for report in outcome.state.history]
@@ -94,17 +99,9 @@ def test_the_number_of_workers_does_not_change_the_weights():
 
 
 def test_seeds_change_the_weights():
-    assert not equal(
-        run().state.network,
-        train_network(
-            small_network(),
-            PlaneExamples(
-                make_planes(6), make_planes(3, seed=1), TrainParams(**SMALL), planes_diameter_px=14.0, seed=4
-            ),
-            TrainParams(**SMALL),
-            device=CPU,
-        ).state.network,
-    )
+    params = TrainParams(**SMALL)
+    other = train_network(small_network(), examples_of(params, seed=4), params, device=CPU)
+    assert not equal(run().state.network, other.state.network)
 
 
 def test_the_best_epoch_is_kept_and_the_last_on_request():
@@ -213,16 +210,18 @@ def test_sparse_planes_can_be_left_out():
     planes = make_planes(4, nuclei=1)
     params = TrainParams(**(SMALL | {"sampling": SamplingParams(sparse=0), "crops_per_epoch": None}))
     rich = make_planes(6)
-    mixed = PlaneSet(
+    mixed = SampleSet(
         rich.infos + planes.infos,
         np.concatenate([rich.step, planes.step]),
         np.concatenate([rich.offset, planes.offset]),
+        rich.nuclei + planes.nuclei,
+        np.concatenate([rich.flow_power, planes.flow_power]),
         lambda plane: rich.read(plane) if plane < 6 else planes.read(plane - 6),
     )
     counted = []
     train_network(
         small_network(),
-        PlaneExamples(mixed, make_planes(0), params, planes_diameter_px=14.0, seed=0),
+        examples_of(params, mixed, validation=0, seed=0),
         params,
         device=CPU,
         callbacks=Callbacks(on_step=lambda loss, count, rate: counted.append(count)),
@@ -300,7 +299,7 @@ def test_training_on_a_gpu_reaches_about_the_same_loss(graph):
     network = small_network()
     outcome = train_network(
         network,
-        PlaneExamples(make_planes(6), make_planes(3, seed=1), params, planes_diameter_px=14.0, seed=3),
+        examples_of(params),
         params,
         device=torch.device("cuda"),
     )

@@ -1,26 +1,25 @@
 import io
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from nuclei3d.config.sections import AugmentParams, Full3dParams, SamplingParams, TrainParams
+from nuclei3d.config.sections import AugmentParams, Full3dParams, TrainParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
-from nuclei3d.training.examples import VolumeExamples
+from nuclei3d.training.batches import NO_AUGMENTATION
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import Examples
 from nuclei3d.training.loop import Callbacks, train_network
-from nuclei3d.training.sampling import volume_weights
 from nuclei3d.training.state import TrainingState
 from volumes_fixture import make_volumes
 
 CPU = torch.device("cpu")
 SIZE = VoxelSize(2.0, 1.0, 1.0)
-STILL = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
 TINY = Architecture((4, 8), ((1, 2, 2),), ((1, 3, 3), (3, 3, 3)), 2)
 SMALL = {
     "network": "full3d",
@@ -36,14 +35,8 @@ SMALL = {
 
 
 def examples_of(params, spec, volumes=None, validation=2, seed=3):
-    return VolumeExamples(
-        volumes or make_volumes(3),
-        make_volumes(validation, seed=1),
-        params,
-        spec=spec,
-        nucleus_diameter_um=12.0,
-        seed=seed,
-    )
+    grid = CropGrid.of_volumes(params, spec, 12.0)
+    return Examples(volumes or make_volumes(3), make_volumes(validation, seed=1), params, grid, seed=seed)
 
 
 def run(start=None, callbacks=None, network_seed=0, validation=2, volumes=None, **settings):
@@ -73,13 +66,13 @@ def test_one_crop_is_learned_by_heart_with_its_z_flows(anisotropy):
     spec = VolumeSpec(architecture, anisotropy, (depth, 24, 24))
     params = TrainParams(
         **(SMALL | {"epochs": 3, "batch_size": 2, "crops_per_epoch": 40, "learning_rate": 0.01}),
-        augment=STILL,
+        augment=NO_AUGMENTATION,
         full3d=Full3dParams(nucleus_centred=0.0, faint_centred=0.0),
     )
     network = new_volume_network(spec, 0)
     outcome = train_network(network, examples_of(params, spec, volumes, 0), params, device=CPU)
     report = outcome.state.history[-1]
-    assert min(report.train_flow_cosine_z, report.train_flow_cosine_y) >= 0.95
+    assert min(report["train_flow_cosine_z"], report["train_flow_cosine_y"]) >= 0.95
     network.load_state_dict(outcome.weights)
     image = torch.from_numpy((volumes.read(0).pixels.astype(np.float32) - 50) / 400)[None, None]
     with torch.no_grad():
@@ -103,7 +96,7 @@ def test_a_resumed_training_ends_with_the_same_weights_bit_by_bit(interrupted_af
     whole = run(callbacks=Callbacks(save=keep), **settings)
     resumed = run(start=states[interrupted_after - 1], network_seed=99, **settings)
     assert equal(whole.weights, resumed.weights)
-    assert whole.state.history[-1].train_flow_cosine_z == resumed.state.history[-1].train_flow_cosine_z
+    assert whole.state.history[-1]["train_flow_cosine_z"] == resumed.state.history[-1]["train_flow_cosine_z"]
 
 
 def test_the_number_of_workers_does_not_change_the_weights():
@@ -115,13 +108,13 @@ def test_every_epoch_tells_each_axis_and_the_foreground():
     for report in reports:
         for part in ("train", "validation"):
             for axis in "zyx":
-                assert math.isfinite(getattr(report, f"{part}_flow_mse_{axis}"))
-                assert -1 <= getattr(report, f"{part}_flow_cosine_{axis}") <= 1
-            assert 0 <= getattr(report, f"{part}_dice") <= 1
+                assert math.isfinite(report[f"{part}_flow_mse_{axis}"])
+                assert -1 <= report[f"{part}_flow_cosine_{axis}"] <= 1
+            assert 0 <= report[f"{part}_dice"] <= 1
         assert report.validation_loss == pytest.approx(
-            report.validation_flow_loss + report.validation_probability_loss
+            report["validation_flow_loss"] + report["validation_probability_loss"]
         )
-        assert 0 <= report.found_faintest <= 1
+        assert 0 <= report["found_faintest"] <= 1
 
 
 def test_without_validation_volumes_the_training_loss_decides():
@@ -135,10 +128,3 @@ def test_an_epoch_has_a_patch_for_every_nucleus():
     volumes = make_volumes(2, nuclei=5)
     spec = VolumeSpec(TINY, 2.0, (8, 16, 16))
     assert examples_of(params, spec, volumes).crops == 10
-
-
-def test_frames_can_be_balanced():
-    few, many = make_volumes(1, nuclei=1).infos, make_volumes(1, nuclei=6).infos
-    infos = (*few, replace(many[0], frame="t001"))
-    assert volume_weights(infos, SamplingParams()) == pytest.approx([1 / 7, 6 / 7])
-    assert volume_weights(infos, SamplingParams(balance="frames")) == pytest.approx([0.5, 0.5])

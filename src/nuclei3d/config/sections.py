@@ -187,6 +187,8 @@ class PrepareParams(Section):
     For a 3D network (train.network: full3d) each frame is kept as a volume instead: downsampled in x and y,
     with its own planes, and `targets` says which flows it gets: ``heat`` (unit vectors in um from heat
     diffusion) or ``tanh`` (of the distance to the centre over 5 voxels, as in Cellpose3D, for comparison).
+    `cellpose_files` writes the planes as TIFF pairs beside, for stock Cellpose's training; they are seldom
+    needed and take longer to write than all else (export --format cellpose-training makes them later).
     `workers` None takes every core.
     """
 
@@ -199,6 +201,7 @@ class PrepareParams(Section):
     min_area_px: Annotated[int, Field(ge=0)] = 15
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["heat", "tanh"] = "heat"
+    cellpose_files: bool = False
     workers: Annotated[int, Field(ge=1)] | None = None
 
 

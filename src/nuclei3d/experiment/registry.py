@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
 from nuclei3d.experiment.invocation import refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.pyfunc import LoggedModel, log_served_model
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import no_progress_bars, open_store
-from nuclei3d.images.layout import missing
 from nuclei3d.networks.folder import ModelInfo, read_info
 from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
 from nuclei3d.scoring.metrics import Tally, stack_tallies

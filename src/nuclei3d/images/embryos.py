@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,32 +11,72 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d import console
-from nuclei3d.config.sections import DataParams
-from nuclei3d.errors import InputError
+from nuclei3d.config.sections import DataParams, SplitParams
+from nuclei3d.console import say
+from nuclei3d.errors import InputError, missing
 from nuclei3d.images.frames import (
     Frame,
     check_image,
-    find_frames,
     frame_stem,
     list_volumes,
     natural_key,
+    single_frame,
     single_label_frame,
     to_labels,
 )
-from nuclei3d.images.layout import missing
-from nuclei3d.images.splits import Embryo, EmbryoFrame, Split, split_embryos
 from nuclei3d.images.voxel_size import VoxelSize
 
-__all__ = [
-    "Embryo",
-    "EmbryoFrame",
-    "LabelledVolume",
-    "Split",
-    "find_embryos",
-    "read_labelled",
-    "split_embryos",
-]
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class EmbryoFrame:
+    """Where one frame of an embryo lies.
+
+    Attributes
+    ----------
+    embryo, frame
+        Names: of the embryo's folder, and of the file without its suffix.
+    image_path, label_path
+        The files; `label_path` is None where the frame is not labelled.
+    index
+        Position in the embryo's order of time, unlabelled frames counted.
+    """
+
+    embryo: str
+    frame: str
+    image_path: Path
+    label_path: Path | None
+    index: int
+
+
+@dataclass(frozen=True)
+class Embryo:
+    """One embryo: its name and its frames in the order of time."""
+
+    name: str
+    frames: tuple[EmbryoFrame, ...]
+
+    @property
+    def labelled(self) -> tuple[EmbryoFrame, ...]:
+        """The frames that have labels."""
+        return tuple(frame for frame in self.frames if frame.label_path is not None)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled frames, parted so that no frame tells about its neighbour in another part."""
+
+    train: tuple[EmbryoFrame, ...]
+    validation: tuple[EmbryoFrame, ...]
+    test: tuple[EmbryoFrame, ...]
+
+    def of(self, part: str) -> tuple[EmbryoFrame, ...]:
+        """Give the frames of the part "train", "validation" or "test"."""
+        if part not in PARTS:
+            raise ValueError(f"a split has the parts {', '.join(PARTS)}, not '{part}'")
+        frames: tuple[EmbryoFrame, ...] = getattr(self, part)
+        return frames
 
 
 @dataclass(frozen=True)
@@ -101,7 +143,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     if frame.label_path is None:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
     given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
-    image_frame = _one_frame(frame.image_path, params, given)
+    image_frame = single_frame(frame.image_path, channel=params.channel, voxel_size=given)
     label_frame = single_label_frame(frame.label_path)
     _check_fit(image_frame, label_frame, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
@@ -109,7 +151,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     check_image(image, str(frame.image_path))
     labels = to_labels(label_frame.read(), str(frame.label_path))
     if not labels.any():
-        console.say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
+        say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, frame.embryo, frame.frame)
 
 
@@ -137,13 +179,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _one_frame(path: Path, params: DataParams, given: VoxelSize | None) -> Frame:
-    frames = find_frames(path, channel=params.channel, voxel_size=given)
-    if len(frames) > 1:
-        raise InputError(f"{path} holds {len(frames)} time points; save each as a file of its own in images/")
-    return frames[0]
-
-
 def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
     if image.shape != labels.shape:
         raise InputError(
@@ -165,3 +200,167 @@ def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
 
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
+    """Split labelled frames by embryo, or by contiguous blocks of time.
+
+    By embryo: the lists name embryos. `train` left empty takes every embryo that no other list names. Where
+    only `train` is named, nothing is held out, and the user is told. With all three empty and at least three
+    labelled embryos, the last in natural order tests, the second last validates, the others train.
+
+    By time: in every embryo the first labelled frames train, later ones validate, the last ones test; between
+    two parts, frames are left out so that more than `gap` steps of time lie between them.
+
+    Parameters
+    ----------
+    embryos
+        As `find_embryos` lists them.
+    params
+        How to split.
+
+    Returns
+    -------
+    Split
+        Training is never empty; validation is empty only where nothing but `train` is named; the test is
+        empty only where lists by embryo leave it so.
+
+    Raises
+    ------
+    InputError
+        If a name is unknown or in two parts, an embryo has no labels, one embryo is to be split by embryo,
+        or an embryo has too few frames for blocks with gaps.
+    """
+    labelled = [embryo for embryo in embryos if embryo.labelled]
+    if not labelled:
+        raise InputError(
+            "no embryo has labelled frames; put label volumes into DATA/<embryo>/labels/<frame>.tif"
+        )
+    split = (
+        _split_by_time(labelled, params)
+        if params.by == "time"
+        else _split_by_embryo(embryos, labelled, params)
+    )
+    _check_leaks(split)
+    return split
+
+
+def _split_by_embryo(embryos: Sequence[Embryo], labelled: Sequence[Embryo], params: SplitParams) -> Split:
+    if len(labelled) == 1:
+        raise InputError(
+            f"'{labelled[0].name}' is the only labelled embryo, and splitting its frames at random would put "
+            "neighbours in time on both sides; split by blocks of time: --set data.split.by=time"
+        )
+    lists = {part: tuple(dict.fromkeys(getattr(params, part))) for part in PARTS}
+    if not any(lists.values()):
+        lists = _default_lists(labelled)
+    named = [name for names in lists.values() for name in names]
+    _check_names(named, lists, embryos, labelled)
+    if not lists["train"]:
+        lists["train"] = tuple(embryo.name for embryo in labelled if embryo.name not in named)
+    if lists["train"] and not lists["validation"] and not lists["test"]:
+        say(
+            f"Split by embryo: {len(lists['train'])} train, none validates, none tests (data.split); choose "
+            "epochs and thresholds beforehand, on embryos that are held out"
+        )
+        needed: tuple[str, ...] = ("train",)
+    else:
+        needed = ("train", "validation")
+    for part in needed:
+        if not lists[part]:
+            raise InputError(f"no embryo is left for {part}; name at least one in data.split.{part}")
+    frames = {embryo.name: embryo.labelled for embryo in labelled}
+    parts = {part: tuple(frame for name in names for frame in frames[name]) for part, names in lists.items()}
+    return Split(parts["train"], parts["validation"], parts["test"])
+
+
+def _default_lists(labelled: Sequence[Embryo]) -> dict[str, tuple[str, ...]]:
+    names = tuple(embryo.name for embryo in labelled)
+    if len(names) < 3:
+        raise InputError(
+            f"only {len(names)} embryos have labels ({', '.join(names)}), three parts need three; name them "
+            "in data.split.train and data.split.validation (test may stay empty), or --set data.split.by=time"
+        )
+    say(
+        f"Split by embryo, as data.split names none: {names[-1]} tests, {names[-2]} validates, "
+        f"the other {len(names) - 2} train"
+    )
+    return {"train": names[:-2], "validation": names[-2:-1], "test": names[-1:]}
+
+
+def _check_names(
+    named: Iterable[str],
+    lists: dict[str, tuple[str, ...]],
+    embryos: Sequence[Embryo],
+    labelled: Sequence[Embryo],
+) -> None:
+    known = [embryo.name for embryo in embryos]
+    with_labels = {embryo.name for embryo in labelled}
+    for name in named:
+        parts = [part for part, names in lists.items() if name in names]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            raise InputError(
+                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; {hint}"
+            )
+        if len(parts) > 1:
+            raise InputError(
+                f"embryo '{name}' is in {' and '.join(parts)} of data.split; leave it in one of them"
+            )
+        if name not in with_labels:
+            raise InputError(
+                f"data.split.{parts[0]} names the embryo '{name}', which has no labelled frame; label some "
+                "(labels/<frame>.tif) or leave it out"
+            )
+
+
+def _split_by_time(labelled: Sequence[Embryo], params: SplitParams) -> Split:
+    for part in PARTS:
+        if getattr(params, part):
+            raise InputError(
+                f"data.split.{part} names embryos, but data.split.by is time, which cuts every embryo into "
+                "blocks; empty the lists or set data.split.by=embryo"
+            )
+    blocks = [_time_blocks(embryo, params) for embryo in labelled]
+    return Split(
+        tuple(frame for train, _, _ in blocks for frame in train),
+        tuple(frame for _, validation, _ in blocks for frame in validation),
+        tuple(frame for _, _, test in blocks for frame in test),
+    )
+
+
+def _time_blocks(
+    embryo: Embryo, params: SplitParams
+) -> tuple[tuple[EmbryoFrame, ...], tuple[EmbryoFrame, ...], tuple[EmbryoFrame, ...]]:
+    frames = embryo.labelled
+    n_test = max(1, round(len(frames) * params.test_fraction))
+    n_validation = max(1, round(len(frames) * params.validation_fraction))
+    test = frames[-n_test:]
+    validation = _before(frames, test[0], params.gap)[-n_validation:]
+    train = _before(frames, validation[0], params.gap) if validation else ()
+    if not train:
+        raise InputError(
+            f"embryo '{embryo.name}' has {len(frames)} labelled frames, too few for blocks of time with gaps "
+            f"of {params.gap}; label more frames, set a smaller data.split.gap, or leave the embryo out"
+        )
+    return train, validation, test
+
+
+def _before(frames: Sequence[EmbryoFrame], limit: EmbryoFrame, gap: int) -> tuple[EmbryoFrame, ...]:
+    """Give the frames that lie before `limit` with more than `gap` steps of time between."""
+    return tuple(frame for frame in frames if frame.index < limit.index - gap)
+
+
+def _check_leaks(split: Split) -> None:
+    """Refuse one file in two parts, as a link or copy of a folder under a second name would have it."""
+    owner: dict[Path, tuple[str, EmbryoFrame]] = {}
+    for part in PARTS:
+        for frame in split.of(part):
+            file = frame.image_path.resolve()
+            other_part, other = owner.setdefault(file, (part, frame))
+            if other_part != part:
+                raise InputError(
+                    f"{other.image_path} ({other_part}) and {frame.image_path} ({part}) are the same file; "
+                    "a frame may be in one part only"
+                )

@@ -1,9 +1,4 @@
-"""Frames: single volumes (Z, Y, X) in TIFF and OME-Zarr files and in folders of them.
-
-Checks that an array is an image or label volume as the rest of the program expects.
-
-Which volumes lie in a folder, in which order, and what their outputs are called.
-"""
+"""Frames: single volumes (Z, Y, X) in TIFF and OME-Zarr files and in folders of them, read and checked."""
 
 from __future__ import annotations
 
@@ -16,67 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d import console
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames, missing
+from nuclei3d.console import say
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames
 from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
 from nuclei3d.images.tiff import TiffArray
 from nuclei3d.images.voxel_size import VoxelSize
 
+# Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
+_reported: set[tuple[Path, VoxelSize, VoxelSize]] = set()
 
-def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
-    """Check labels (Z, Y, X) and turn them into uint32.
-
-    Raises
-    ------
-    InputError
-        If they are no integers, or some are negative or above 2**32 - 1.
-    """
-    if labels.dtype.kind not in "bui":
-        raise InputError(
-            f"{where} holds {labels.dtype} values where labels are wanted, expected integers; save it as "
-            "16-bit (Fiji: Image > Type > 16-bit, without scaling)"
-        )
-    if labels.size:
-        if labels.dtype.kind == "i" and labels.min() < 0:
-            raise InputError(
-                f"{where} holds the negative label {labels.min()}; labels count from 1, 0 is background"
-            )
-        if labels.dtype.itemsize > 4 and labels.max() > np.iinfo(np.uint32).max:
-            raise InputError(
-                f"{where} holds the label {labels.max()}, expected at most 2**32 - 1; renumber the labels"
-            )
-    return labels.astype(np.uint32, copy=False)
-
-
-def check_image(image: NDArray[Any], where: str) -> None:
-    """Check that an array is a volume of finite numbers.
-
-    Parameters
-    ----------
-    image
-        Expected (Z, Y, X), each axis longer than 1, integers or floats.
-    where
-        Name of the file for messages.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
-    if image.ndim != 3 or min(image.shape) < 2:
-        shape = " x ".join(map(str, image.shape))
-        raise InputError(f"{where} is no volume (shape {shape}); expected three axes (z, y, x) longer than 1")
-    if image.dtype.kind not in "buif":
-        raise InputError(f"{where} holds {image.dtype} values; expected integers or floats")
-    if image.dtype.kind != "f":
-        return
-    for z, plane in enumerate(image):
-        bad = image[z].size - int(np.count_nonzero(np.isfinite(plane)))
-        if bad:
-            raise InputError(
-                f"{where} holds NaN or infinite values ({bad} in plane {z}); replace them, for example by 0"
-            )
+_WHOLE = (slice(None), slice(None), slice(None))
 
 
 _SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr")
@@ -126,14 +71,6 @@ def volume_paths(source: Path) -> list[Path]:
         hint = f"; did you mean {source / 'images'}?" if (source / "images").is_dir() else ""
         raise InputError(f"{source} holds no .tif, .tiff or .zarr{hint or '; give a folder that does'}")
     return paths
-
-
-__all__ = ["Frame", "check_image", "find_frames", "read_labels", "single_frame", "single_label_frame"]
-
-# Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
-_told: set[tuple[Path, VoxelSize, VoxelSize]] = set()
-
-_WHOLE = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,6 +191,29 @@ def find_frames(
     return frames if voxel_size is None else _rescale(frames, voxel_size)
 
 
+def single_frame(
+    path: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
+) -> Frame:
+    """Find the one frame of a file.
+
+    Raises
+    ------
+    InputError
+        If it holds several time points, and as `find_frames`.
+    """
+    frames = find_frames(path, channel=channel, voxel_size=voxel_size)
+    if len(frames) > 1:
+        raise InputError(
+            f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
+        )
+    return frames[0]
+
+
+def single_label_frame(path: Path) -> Frame:
+    """Find the one label volume of a file or OME-Zarr folder."""
+    return single_frame(find_label_array(path) if is_zarr(path) else path)
+
+
 def read_labels(path: Path) -> NDArray[np.uint32]:
     """Read a label volume.
 
@@ -275,25 +235,59 @@ def read_labels(path: Path) -> NDArray[np.uint32]:
     return to_labels(single_label_frame(path).read(), str(path))
 
 
-def single_frame(path: Path, *, channel: str | int | None = None) -> Frame:
-    """Find the one frame of a file.
+def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
+    """Check labels (Z, Y, X) and turn them into uint32.
 
     Raises
     ------
     InputError
-        If it holds several time points.
+        If they are no integers, or some are negative or above 2**32 - 1.
     """
-    frames = find_frames(path, channel=channel)
-    if len(frames) > 1:
+    if labels.dtype.kind not in "bui":
         raise InputError(
-            f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
+            f"{where} holds {labels.dtype} values where labels are wanted, expected integers; save it as "
+            "16-bit (Fiji: Image > Type > 16-bit, without scaling)"
         )
-    return frames[0]
+    if labels.size:
+        if labels.dtype.kind == "i" and labels.min() < 0:
+            raise InputError(
+                f"{where} holds the negative label {labels.min()}; labels count from 1, 0 is background"
+            )
+        if labels.dtype.itemsize > 4 and labels.max() > np.iinfo(np.uint32).max:
+            raise InputError(
+                f"{where} holds the label {labels.max()}, expected at most 2**32 - 1; renumber the labels"
+            )
+    return labels.astype(np.uint32, copy=False)
 
 
-def single_label_frame(path: Path) -> Frame:
-    """Find the one label volume of a file or OME-Zarr folder."""
-    return single_frame(find_label_array(path) if is_zarr(path) else path)
+def check_image(image: NDArray[Any], where: str) -> None:
+    """Check that an array is a volume of finite numbers.
+
+    Parameters
+    ----------
+    image
+        Expected (Z, Y, X), each axis longer than 1, integers or floats.
+    where
+        Name of the file for messages.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if image.ndim != 3 or min(image.shape) < 2:
+        shape = " x ".join(map(str, image.shape))
+        raise InputError(f"{where} is no volume (shape {shape}); expected three axes (z, y, x) longer than 1")
+    if image.dtype.kind not in "buif":
+        raise InputError(f"{where} holds {image.dtype} values; expected integers or floats")
+    if image.dtype.kind != "f":
+        return
+    for z, plane in enumerate(image):
+        bad = image[z].size - int(np.count_nonzero(np.isfinite(plane)))
+        if bad:
+            raise InputError(
+                f"{where} holds NaN or infinite values ({bad} in plane {z}); replace them, for example by 0"
+            )
 
 
 def _open(path: Path, store: Literal["tiff", "zarr"]) -> TiffArray | ZarrArray:
@@ -331,18 +325,17 @@ def _check_names(frames: list[Frame]) -> None:
             )
 
 
-def _rescale(frames: list[Frame], voxel_size: VoxelSize) -> list[Frame]:
+def _rescale(frames: list[Frame], given: VoxelSize) -> list[Frame]:
     """Put the given voxel size in the place of the files', and say so where they differ."""
     for frame in frames:
-        if frame.voxel_size is not None and frame.voxel_size.differs_from(voxel_size):
-            _tell_contradiction(frame.path, frame.voxel_size, voxel_size)
-    return [replace(frame, voxel_size=voxel_size, scale_note="") for frame in frames]
-
-
-def _tell_contradiction(path: Path, stated: VoxelSize, given: VoxelSize) -> None:
-    """Tell of the first such file of a folder only: stages read a folder file by file."""
-    if (path.parent, stated, given) not in _told:
-        _told.add((path.parent, stated, given))
-        console.say(
-            f"{path} says voxels of {stated}; the given {given} is used instead, here and in its folder"
-        )
+        stated = frame.voxel_size
+        # of a folder the first such file only: stages read a folder file by file
+        if stated is not None and stated.differs_from(given):
+            if (frame.path.parent, stated, given) in _reported:
+                continue
+            _reported.add((frame.path.parent, stated, given))
+            say(
+                f"{frame.path} says voxels of {stated}; the given {given} is used instead, here and in its "
+                "folder"
+            )
+    return [replace(frame, voxel_size=given, scale_note="") for frame in frames]

@@ -1,12 +1,8 @@
-"""What a stored array holds, and which parts of it are frames (Z, Y, X).
-
-What is said where nothing lies at a path: how to fetch it, where DVC knows it.
-"""
+"""What a stored array holds, and which parts of it are frames (Z, Y, X)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +10,6 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
-
-
-def missing(path: Path, message: str) -> InputError:
-    """Make the error for a path at which there is nothing.
-
-    Parameters
-    ----------
-    path
-        What was asked for.
-    message
-        What to say where DVC does not know it. Where the path, or a folder above it that is not there
-        either, has its ``.dvc`` file beside it, the command that fetches it is told instead.
-    """
-    for tracked in (path, *path.parents):
-        pointer = Path(f"{tracked}.dvc")
-        if pointer.is_file() and not tracked.exists():
-            return InputError(f"{path} is tracked by DVC but not here yet; get it with: dvc pull {pointer}")
-    return InputError(message)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import Layout, missing
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.layout import Layout
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
 
 if TYPE_CHECKING:
@@ -58,23 +58,6 @@ class ZarrArray:
 def is_zarr(path: Path) -> bool:
     """Tell whether a folder is a zarr group or array."""
     return path.is_dir() and any((path / marker).exists() for marker in _MARKERS)
-
-
-def open_zarr(path: Path) -> tuple[zarr.Array[Any], str, VoxelSize | None]:
-    """Open the full-resolution array of an OME-Zarr image for reading.
-
-    Returns
-    -------
-    array, axes, voxel_size
-        The zarr array, one letter per axis (such as "TCZYX"), and the scale in um if it is stated.
-
-    Raises
-    ------
-    InputError
-        If `path` is no OME-Zarr image.
-    """
-    opened = ZarrArray(path)
-    return opened.array, opened.layout.axes, opened.layout.voxel_size
 
 
 def create_zarr(

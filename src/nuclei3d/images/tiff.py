@@ -1,7 +1,4 @@
-"""Reading TIFF files: plain, ImageJ, OME and BigTIFF, memory-mapped or plane by plane.
-
-Voxel size and channel names from the metadata of a TIFF file (OME, ImageJ, resolution tags).
-"""
+"""Reading TIFF files (plain, ImageJ, OME, BigTIFF) with their voxel size, memory-mapped or plane by plane."""
 
 from __future__ import annotations
 
@@ -19,101 +16,9 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import Layout, missing
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.layout import Layout
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
-
-_RESOLUTION_UNITS = {2: "inch", 3: "cm"}
-
-
-def read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
-    """Read the voxel size that a TIFF file states.
-
-    OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
-    without a unit of length (pixels) counts as none: anisotropy is derived, never guessed.
-
-    Returns
-    -------
-    voxel_size, note
-        The voxel size, or None and what is wrong or missing ("" where the file says nothing).
-    """
-    if file.is_ome and file.ome_metadata:
-        return _ome_scale(file.ome_metadata)
-    if file.is_imagej and file.imagej_metadata:
-        return _described_scale(file, file.imagej_metadata)
-    if file.is_shaped and file.shaped_metadata:
-        return _described_scale(file, file.shaped_metadata[0])
-    return _described_scale(file, {})
-
-
-def read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
-    """Read the channel names of an OME-TIFF; empty where the file has none."""
-    if not (file.is_ome and file.ome_metadata):
-        return ()
-    pixels = _ome_pixels(file.ome_metadata)
-    if pixels is None:
-        return ()
-    names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
-    return names if any(names) else ()
-
-
-def _ome_pixels(xml: str) -> ElementTree.Element | None:
-    try:
-        # tifffile has parsed the same text already; this is the microscope's own file, no web input.
-        return ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
-    except ElementTree.ParseError:
-        return None
-
-
-def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:
-    pixels = _ome_pixels(xml)
-    if pixels is None:
-        return None, "its OME metadata cannot be read"
-    edges: list[float | None] = []
-    for axis in "ZYX":
-        text = pixels.get(f"PhysicalSize{axis}")
-        scale = micrometres_per(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        edges.append(None if text is None or scale is None else _number(text, scale))
-    return voxel_size_or_reason(*edges)
-
-
-def _described_scale(file: tifffile.TiffFile, description: Mapping[str, Any]) -> tuple[VoxelSize | None, str]:
-    tags = file.pages.first.tags
-    unit = str(description.get("unit", "")).strip()
-    if not unit:
-        unit = _RESOLUTION_UNITS.get(int(tags.valueof("ResolutionUnit", default=1)), "")
-    scale_x = micrometres_per(unit)
-    # ImageJ writes yunit and zunit where an axis has a unit of its own.
-    scale_y = micrometres_per(str(description.get("yunit", unit)))
-    scale_z = micrometres_per(str(description.get("zunit", unit)))
-    if scale_x is None and unit and "spacing" in description:
-        return None, f"its unit is '{unit}', which is no length"
-    spacing = description.get("spacing")
-    voxel_size, reason = voxel_size_or_reason(
-        None if spacing is None or scale_z is None else _number(spacing, scale_z),
-        _pixel_edge(tags.valueof("YResolution"), scale_y),
-        _pixel_edge(tags.valueof("XResolution"), scale_x),
-    )
-    if reason and spacing is None and file.is_imagej:
-        # Other programs that write this format leave the spacing out for want of knowing it.
-        reason += " (ImageJ itself leaves out a spacing of exactly 1)"
-    return voxel_size, reason
-
-
-def _pixel_edge(resolution: tuple[int, int] | None, scale: float | None) -> float | None:
-    """Turn pixels per unit, a ratio of two integers, into um per pixel."""
-    if resolution is None or scale is None:
-        return None
-    pixels, units = resolution
-    return units / pixels * scale if pixels and units else None
-
-
-def _number(text: object, scale: float) -> float:
-    try:
-        return float(str(text)) * scale
-    except ValueError:
-        return float("nan")
-
 
 # tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
 _LOGGER = logging.getLogger("tifffile")
@@ -121,6 +26,7 @@ _LOGGER.addHandler(logging.NullHandler())
 
 # No compression shrinks even an empty volume further; a header that claims more is damaged.
 _STRONGEST_COMPRESSION = 100_000
+_RESOLUTION_UNITS = {2: "inch", 3: "cm"}
 _SIGNS_OF_A_CUT = ("invalid value offset", "invalid page offset")
 
 
@@ -179,7 +85,7 @@ class TiffArray:
 
     def _read_layout(self) -> Layout:
         series = self._series
-        voxel_size, note = read_scale(self._file)
+        voxel_size, note = _read_scale(self._file)
         companions: frozenset[str] = frozenset()
         if series.is_multifile:
             pages = (page for page in series.pages if page is not None)
@@ -190,7 +96,7 @@ class TiffArray:
             dtype=np.dtype(series.dtype).newbyteorder("="),
             voxel_size=voxel_size,
             scale_note=note,
-            channels=read_channel_names(self._file),
+            channels=_read_channel_names(self._file),
             companions=companions,
         )
 
@@ -210,10 +116,6 @@ class TiffArray:
             if expected > size:
                 raise InputError(_say_truncated(self.path, f"{size} of at least {expected} bytes"))
             return
-        if self._file.is_imagej and series.kind not in ("imagej", "ome"):
-            raise InputError(
-                _say_truncated(self.path, "its ImageJ header promises more planes than it holds")
-            )
         for number, page in enumerate(series.pages):
             if page is None:
                 raise InputError(
@@ -339,3 +241,86 @@ def _positions(part: int | slice, length: int) -> range:
     if isinstance(part, slice):
         return range(*part.indices(length))
     return range(part, part + 1)
+
+
+def _read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
+    """Give the voxel size, or None and what is wrong or missing ("" where the file says nothing).
+
+    OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
+    without a unit of length (pixels) counts as none: anisotropy is derived, never guessed.
+    """
+    if file.is_ome and file.ome_metadata:
+        return _ome_scale(file.ome_metadata)
+    if file.is_imagej and file.imagej_metadata:
+        return _described_scale(file, file.imagej_metadata)
+    if file.is_shaped and file.shaped_metadata:
+        return _described_scale(file, file.shaped_metadata[0])
+    return _described_scale(file, {})
+
+
+def _read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
+    if not (file.is_ome and file.ome_metadata):
+        return ()
+    pixels = _ome_pixels(file.ome_metadata)
+    if pixels is None:
+        return ()
+    names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+    return names if any(names) else ()
+
+
+def _ome_pixels(xml: str) -> ElementTree.Element | None:
+    try:
+        # tifffile has parsed the same text already; this is the microscope's own file, no web input.
+        return ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
+    except ElementTree.ParseError:
+        return None
+
+
+def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:
+    pixels = _ome_pixels(xml)
+    if pixels is None:
+        return None, "its OME metadata cannot be read"
+    edges: list[float | None] = []
+    for axis in "ZYX":
+        text = pixels.get(f"PhysicalSize{axis}")
+        scale = micrometres_per(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        edges.append(None if text is None or scale is None else _number(text, scale))
+    return voxel_size_or_reason(*edges)
+
+
+def _described_scale(file: tifffile.TiffFile, description: Mapping[str, Any]) -> tuple[VoxelSize | None, str]:
+    tags = file.pages.first.tags
+    unit = str(description.get("unit", "")).strip()
+    if not unit:
+        unit = _RESOLUTION_UNITS.get(int(tags.valueof("ResolutionUnit", default=1)), "")
+    scale_x = micrometres_per(unit)
+    # ImageJ writes yunit and zunit where an axis has a unit of its own.
+    scale_y = micrometres_per(str(description.get("yunit", unit)))
+    scale_z = micrometres_per(str(description.get("zunit", unit)))
+    if scale_x is None and unit and "spacing" in description:
+        return None, f"its unit is '{unit}', which is no length"
+    spacing = description.get("spacing")
+    voxel_size, reason = voxel_size_or_reason(
+        None if spacing is None or scale_z is None else _number(spacing, scale_z),
+        _pixel_edge(tags.valueof("YResolution"), scale_y),
+        _pixel_edge(tags.valueof("XResolution"), scale_x),
+    )
+    if reason and spacing is None and file.is_imagej:
+        # Other programs that write this format leave the spacing out for want of knowing it.
+        reason += " (ImageJ itself leaves out a spacing of exactly 1)"
+    return voxel_size, reason
+
+
+def _pixel_edge(resolution: tuple[int, int] | None, scale: float | None) -> float | None:
+    """Turn pixels per unit, a ratio of two integers, into um per pixel."""
+    if resolution is None or scale is None:
+        return None
+    pixels, units = resolution
+    return units / pixels * scale if pixels and units else None
+
+
+def _number(text: object, scale: float) -> float:
+    try:
+        return float(str(text)) * scale
+    except ValueError:
+        return float("nan")

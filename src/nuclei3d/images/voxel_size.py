@@ -1,7 +1,4 @@
-"""The size of a voxel in micrometres, and the anisotropy that follows from it.
-
-Units of length as microscopy files write them.
-"""
+"""The size of a voxel in micrometres, and the units of length that files give it in."""
 
 from __future__ import annotations
 

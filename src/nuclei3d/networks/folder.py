@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
-from nuclei3d.images import layout
+from nuclei3d.errors import InputError, missing
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
 from nuclei3d.outputs import whole_folder
@@ -162,7 +161,7 @@ def save_model(
 def require_model(path: Path, given_as: str = "--model") -> None:
     """Raise InputError if there is nothing at a path."""
     if not path.exists():
-        raise layout.missing(
+        raise missing(
             path, f"no model at {path} ({given_as}); give a model folder (with {INFO_FILE}) or a weights file"
         )
 

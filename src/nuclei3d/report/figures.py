@@ -5,14 +5,12 @@ Pictures for the tracker and for slides: curves, outlines in three views, and th
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
@@ -22,6 +20,8 @@ from nuclei3d.report.tables import NucleusRow
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from nuclei3d.training.samples import SampleSet
 
 _VIEWS = (("xy", 0), ("xz", 1), ("yz", 2))
 _DPI = 110
@@ -175,13 +175,13 @@ VIEWS = ("xy", "xz", "yz")
 OUTLINE = "#e69f00"
 
 
-def draw_slices_sheet(slices: Path, out: Path, columns: int = 5) -> None:
-    """Draw evenly chosen training planes of each view, one view a row, outlines of labels on them.
+def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
+    """Draw evenly chosen planes of each view into a PNG, one view a row, outlines of labels on them.
 
     Parameters
     ----------
-    slices
-        A slice data set with its manifest.csv.
+    samples
+        Training planes.
     out
         The PNG to write.
     columns
@@ -189,23 +189,20 @@ def draw_slices_sheet(slices: Path, out: Path, columns: int = 5) -> None:
     """
     from matplotlib.figure import Figure
 
-    with (slices / "manifest.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == "train"]
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(VIEWS)), layout="constrained")
     axes = figure.subplots(len(VIEWS), columns, squeeze=False)
     for view, axes_of_view in zip(VIEWS, axes, strict=True):
-        of_view = [row for row in rows if row["view"] == view]
+        of_view = [index for index, info in enumerate(samples.infos) if info.view == view]
         picks = np.unique(np.linspace(0, len(of_view) - 1, columns).round().astype(int)) if of_view else []
         for axis in axes_of_view:
             axis.set_axis_off()
         for axis, pick in zip(axes_of_view, picks, strict=False):
-            row = of_view[pick]
-            image_path = slices / row["file"]
-            image = tifffile.imread(image_path)
-            labels = tifffile.imread(image_path.with_name(image_path.name.replace("_img.tif", "_lbl.tif")))
-            axis.imshow(image, cmap="gray", vmin=float(row["norm_low"]), vmax=float(row["norm_high"]))
+            info, (pixels, labels, _) = samples.infos[of_view[pick]], samples.read(of_view[pick])
+            step, offset = samples.step[of_view[pick]], samples.offset[of_view[pick]]
+            low, high = (info.norm_low - offset) / step, (info.norm_high - offset) / step
+            axis.imshow(pixels[0], cmap="gray", vmin=low, vmax=high)
             for label in range(1, int(labels.max()) + 1):
-                axis.contour(labels == label, levels=[0.5], colors=OUTLINE, linewidths=0.7)
-            axis.set_title(f"{row['embryo']} {row['frame']} {view} {row['index']}", fontsize=7)
+                axis.contour(labels[0] == label, levels=[0.5], colors=OUTLINE, linewidths=0.7)
+            axis.set_title(f"{info.embryo} {info.frame} {view} {info.index}", fontsize=7)
     # without the software tag the same planes give the same bytes
     figure.savefig(out, dpi=110, metadata={"Software": None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nuclei3d.training.batches import Batch
-    from nuclei3d.training.samples import PlaneSet
+    from nuclei3d.training.samples import SampleSet
 
 OUTLINE = "#e69f00"
 
@@ -43,12 +43,12 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
         If `slices` is no slice data set, has no training planes, or `out` cannot be written.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.training_data import load_planes, read_slices
+    from nuclei3d.stages.training_data import load_samples, read_slices
 
     described = read_slices(slices)
     if described.network != "views2d":
         raise InputError(f"{slices} holds volumes for a 3D network; the sheet shows crops of planes only")
-    planes = load_planes(described, "train", params.train.memory_limit_gb)
+    planes = load_samples(described, "train", params.train.memory_limit_gb)
     with stage_run("augment", params, inputs={"slices": slices}) as run:
         figure = draw_augmentation_sheet(planes, described.diameter_px, params)
         with whole_file(out) as path:
@@ -58,7 +58,7 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
 
 
 def draw_augmentation_sheet(
-    planes: PlaneSet, planes_diameter_px: float, params: Params, rows: int = 6, columns: int = 6
+    planes: SampleSet, planes_diameter_px: float, params: Params, rows: int = 6, columns: int = 6
 ) -> Figure:
     """Draw one plane a row: left a crop without augmentation, then the augmented crops of as many epochs.
 
@@ -84,23 +84,19 @@ def draw_augmentation_sheet(
     from matplotlib.figure import Figure
 
     from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker
-    from nuclei3d.training.sampling import epoch_order, plane_weights
+    from nuclei3d.training.crops import CropGrid
+    from nuclei3d.training.sampling import epoch_order, sample_weights
 
     settings = params.train
     if not len(planes):
         raise InputError("there are no training planes to draw; make slices with 'nuclei3d prepare'")
-    weights = plane_weights(planes.infos, settings.sampling, settings.min_train_masks)
+    weights = sample_weights(planes.infos, settings.sampling, settings.min_train_masks)
     chosen = epoch_order(weights, rows, params.seed, 0)
-    scale = settings.diameter_px / planes_diameter_px
-
-    def maker(plain: bool) -> CropMaker:
-        augment = NO_AUGMENTATION if plain else settings.augment
-        return CropMaker(
-            planes, augment, settings.crop_px, scale, settings.diameter_px, params.seed, float(plain)
-        )
-
-    shown = [maker(plain=True).make_batch(chosen, 0, 0)]
-    shown += [maker(plain=False).make_batch(chosen, epoch, 0) for epoch in range(columns - 1)]
+    grid = CropGrid.of_planes(settings, planes_diameter_px)
+    plain = CropMaker(planes, NO_AUGMENTATION, replace(grid, nucleus_centred=1.0), params.seed)
+    augmented = CropMaker(planes, settings.augment, replace(grid, nucleus_centred=0.0), params.seed)
+    shown = [plain.make_batch(chosen, 0, 0)]
+    shown += [augmented.make_batch(chosen, epoch, 0) for epoch in range(columns - 1)]
     figure = Figure(figsize=(1.7 * columns, 3.5 * rows), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for row in range(rows):

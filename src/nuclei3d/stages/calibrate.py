@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
-from nuclei3d.images.layout import missing
 from nuclei3d.outputs import whole_file
 from nuclei3d.stages.segmenters import SecondModels, load_second_models
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
 from nuclei3d.images.frames import (
     Frame,
     check_image,
@@ -32,7 +32,6 @@ from nuclei3d.images.frames import (
     natural_key,
     to_labels,
 )
-from nuclei3d.images.layout import missing
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import drop_small_labels

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import nuclei3d
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import missing
+from nuclei3d.errors import InputError, missing
 from nuclei3d.outputs import whole_file
 from nuclei3d.stages.assess import AssessFolders
 

@@ -30,7 +30,8 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
 def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.prepare import PARTS, prepare
+    from nuclei3d.images.embryos import PARTS
+    from nuclei3d.stages.prepare import prepare
 
     with stage_run("prepare", params, inputs={"data": data}) as run:
         result = prepare(params, data, out)

@@ -1,8 +1,9 @@
-"""What is trained, by the kind of network: the network to start from, and its examples.
+"""The prepared data set: what prepare writes and a training reads, planes and volumes in one form.
 
-Reading a slice data set into a `PlaneSet`: from its TIFF files, or from the packed copy.
-
-Reading the data set of a 3D network into a `VolumeSet`, without reading its voxels.
+A sample is (Z, Y, X); a plane has depth 1. Each lies in a file of its own, ``<part>/<name>.bin``, which is
+read or mapped without decoding. All is little endian: five float64 (step and offset of the intensities, mean
+square of the flow along z, y and x, nan for planes), then labels (uint16, or uint32 where there are more than
+65535), intensities (uint16) and flows (int8, Z, Y, X, components). A plane takes 6 bytes a pixel.
 """
 
 from __future__ import annotations
@@ -10,63 +11,79 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import numpy as np
-import tifffile
-import torch
 from numpy.typing import NDArray
 
-from nuclei3d.config import Params
-from nuclei3d.console import say
 from nuclei3d.errors import InputError
+from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import load_model, network_from_state, read_state, require_model
-from nuclei3d.networks.planning import plan_architecture, plan_patch
-from nuclei3d.networks.unet3d import (
-    Targets,
-    VolumeNetwork,
-    VolumeSpec,
-    count_parameters,
-    describe,
-    new_volume_network,
-    same_architecture,
-)
-from nuclei3d.training.examples import Examples, PlaneExamples, VolumeExamples
 from nuclei3d.training.samples import (
-    ImageInfo,
-    NucleusTable,
-    PlaneArrays,
-    PlaneInfo,
-    PlaneSet,
-    VolumeArrays,
-    VolumeInfo,
-    VolumeSet,
+    SampleArrays,
+    SampleInfo,
+    SampleNuclei,
+    SampleSet,
+    SampleView,
+    measure_flow_power,
     quantise_flows,
     quantise_image,
 )
-from nuclei3d.training.sampling import plane_weights, volume_weights
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SUMMARY_FILE = "summary.json"
 MANIFEST_FILE = "manifest.csv"
-PACK_FOLDER = "packed"
-PACKED_PARTS = ("train", "validation")
-_PACK_FORMAT = 1
-_PLANES_AT_ONCE = 64
+NUCLEI_FILE = "nuclei.csv"
+VOLUME = "volume"
+"""The view of a sample that is a whole volume."""
+
+_MEND = "make the data set again with 'nuclei3d prepare'"
+_HEADER = 5 * 8
+_PLACE = ("part", "file", "embryo", "frame")
+_CONTENT = ("nuclei", "min_contrast", "norm_low", "norm_high")
+_PLANE_COLUMNS = (*_PLACE, "view", "index", *_CONTENT, "height", "width", "md5")
+_VOLUME_COLUMNS = (
+    *(*_PLACE, *_CONTENT, "depth", "height", "width", "voxel_z_um", "voxel_y_um", "voxel_x_um"),
+    *("step", "offset", "flow_power_z", "flow_power_y", "flow_power_x", "md5"),
+)
+_NUCLEI_COLUMNS = ("file", "label", "z", "y", "x", "volume_um3", "contrast")
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample that was written.
+
+    Attributes
+    ----------
+    part
+        ``train``, ``validation`` or ``test``.
+    info
+        What it shows; its `file` is ``<part>/<name>``.
+    nuclei
+        float64 (n, 5): (z, y, x) of the centre in voxels, volume in um3, contrast (nan where unknown); empty
+        for planes.
+    step, offset, flow_power, md5
+        As stored; MD5 of the file.
+    """
+
+    part: str
+    info: SampleInfo
+    nuclei: NDArray[np.float64]
+    step: float
+    offset: float
+    flow_power: tuple[float, ...]
+    md5: str
 
 
 @dataclass(frozen=True)
 class Slices:
-    """A slice data set's description.
+    """A data set's description.
 
     Attributes
     ----------
@@ -75,14 +92,14 @@ class Slices:
     summary
         Content of summary.json.
     infos
-        Rows of manifest.csv by part; empty for the volumes of a 3D network.
+        Rows of manifest.csv by part.
     digest
-        MD5 of the manifest, which holds the MD5 of every plane, and of the size of nuclei.
+        MD5 of the manifest, which holds the MD5 of every sample, and of the size of nuclei.
     """
 
     folder: Path
     summary: dict[str, Any]
-    infos: dict[str, tuple[PlaneInfo, ...]]
+    infos: dict[str, tuple[SampleInfo, ...]]
     digest: str
 
     @property
@@ -94,6 +111,86 @@ class Slices:
     def diameter_px(self) -> float:
         """Diameter of a typical nucleus on the planes."""
         return float(self.summary["diameter_px"])
+
+
+def plane_flows(labels: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.float32]:
+    """Compute the flows (2, Y, X) of a plane as they are stored, here and for Cellpose."""
+    # half precision is more than the targets hold; in a TIFF the zeroed digits compress to almost nothing
+    return flows_2d(labels).astype(np.float16).astype(np.float32)
+
+
+def store_sample(
+    folder: Path,
+    part: str,
+    info: SampleInfo,
+    image: NDArray[np.generic],
+    labels: NDArray[np.unsignedinteger[Any]],
+    flows: NDArray[np.floating[Any]],
+    nuclei: NDArray[np.float64] | None = None,
+) -> StoredSample:
+    """Write a sample into the data set that is being made; the same arrays give the same bytes.
+
+    Parameters
+    ----------
+    folder
+        Of the data set; the folder of the part is there.
+    image, labels
+        (Z, Y, X); labels are 1..n, 0 is background.
+    flows
+        (components, Z, Y, X), from -1 to 1.
+    """
+    pixels, step, offset = quantise_image(image)
+    power = measure_flow_power(flows, labels)
+    digest = hashlib.md5(usedforsecurity=False)
+    with _path(folder, info).open("wb") as file:
+        for values, kind in (
+            (np.array([step, offset, *power]), "<f8"),
+            (labels, _label_type(info)),
+            (pixels, "<u2"),
+            (quantise_flows(flows), "i1"),
+        ):
+            array = np.ascontiguousarray(values, dtype=kind)
+            file.write(array.data)
+            digest.update(array.data)
+    table = np.empty((0, 5)) if nuclei is None else nuclei
+    return StoredSample(part, info, table, step, offset, power, digest.hexdigest())
+
+
+def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[StoredSample]) -> None:
+    """Write summary.json, manifest.csv and, of volumes, nuclei.csv."""
+    solid = not samples[0].info.is_plane
+    columns = _VOLUME_COLUMNS if solid else _PLANE_COLUMNS
+    _write_csv(folder / MANIFEST_FILE, columns, ([_row(s)[name] for name in columns] for s in samples))
+    if solid:
+        rows = (
+            (
+                sample.info.file,
+                label,
+                *(f"{value:.6g}" for value in values[:4]),
+                f"{values[4]:.6g}" if np.isfinite(values[4]) else "",
+            )
+            for sample in samples
+            for label, values in enumerate(sample.nuclei, start=1)
+        )
+        _write_csv(folder / NUCLEI_FILE, _NUCLEI_COLUMNS, rows)
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _row(sample: StoredSample) -> dict[str, Any]:
+    """Give a row of the manifest, with the columns of planes and of volumes."""
+    row = {"part": sample.part, **asdict(sample.info), "md5": sample.md5}
+    row |= {"step": sample.step, "offset": sample.offset}
+    row |= dict(zip(("depth", "height", "width"), sample.info.shape, strict=True))
+    for axis, edge, power in zip("zyx", sample.info.voxel_size.zyx, sample.flow_power, strict=True):
+        row |= {f"voxel_{axis}_um": edge, f"flow_power_{axis}": power}
+    return row
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def read_slices(folder: Path) -> Slices:
@@ -116,416 +213,122 @@ def read_slices(folder: Path) -> Slices:
             if not float(summary[name]) > 0:
                 raise ValueError(name)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{summary_path} is damaged ({error}); make the slices again with 'nuclei3d prepare'"
-        ) from None
-    infos: dict[str, list[PlaneInfo]] = {}
+        raise InputError(f"{summary_path} is damaged ({error}); {_MEND}") from None
+    infos: dict[str, list[SampleInfo]] = {}
     try:
-        # the volumes of a 3D network are read by `training_volumes`
-        of_planes = summary.get("network", "views2d") == "views2d"
         with manifest_path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file) if of_planes else ():
-                infos.setdefault(row["part"], []).append(_info(row))
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{manifest_path} is damaged ({error}); make the slices again with 'nuclei3d prepare'"
-        ) from None
+            for row in csv.DictReader(file):
+                infos.setdefault(row["part"], []).append(_info(row, float(summary["voxel_um"])))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{manifest_path} is damaged ({error}); {_MEND}") from None
     digest = hashlib.md5(manifest_path.read_bytes(), usedforsecurity=False)
     digest.update(f"{summary['diameter_px']} {summary['nucleus_diameter_um']}".encode())
     return Slices(folder, summary, {part: tuple(rows) for part, rows in infos.items()}, digest.hexdigest())
 
 
-def _info(row: dict[str, str]) -> PlaneInfo:
-    return PlaneInfo(
+def _info(row: dict[str, str], voxel_um: float) -> SampleInfo:
+    view: Any = row.get("view", "volume")
+    if view not in get_args(SampleView):
+        raise ValueError(f"view {view}")
+    return SampleInfo(
         file=row["file"],
         embryo=row["embryo"],
         frame=row["frame"],
-        view=row["view"],
-        index=int(row["index"]),
+        view=view,
+        index=int(row.get("index", 0)),
+        shape=(int(row.get("depth", 1)), int(row["height"]), int(row["width"])),
+        voxel_size=VoxelSize.of([float(row.get(f"voxel_{axis}_um", voxel_um)) for axis in "zyx"]),
         nuclei=int(row["nuclei"]),
         min_contrast=float(row["min_contrast"] or "nan"),
         norm_low=float(row["norm_low"]),
         norm_high=float(row["norm_high"]),
-        height=int(row["height"]),
-        width=int(row["width"]),
     )
 
 
-def load_planes(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> PlaneSet:
-    """Load the planes of ``train``, ``validation`` or ``test``.
+def load_samples(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> SampleSet:
+    """Open the samples of ``train``, ``validation`` or ``test``.
 
-    The packed copy of prepare is used if it is that of these planes: a plane is read when it is first drawn,
-    and kept in memory if all of them take less than the limit. Without a packed copy the TIFF files are read
-    at once, into memory.
+    Planes are read when they are first drawn, and kept if all of them take less than the limit; volumes are
+    mapped.
 
     Raises
     ------
     InputError
-        If a file is missing, unreadable or of another shape than the manifest says.
+        If a file is missing, unreadable or of another size than the manifest says.
     """
-    infos = slices.infos.get(part, ())
-    packed = _open_pack(slices, part, infos, memory_limit_gb)
-    return packed if packed is not None else _read_tiffs(slices.folder, infos)
+    folder, infos = slices.folder, slices.infos.get(part, ())
+    # the heads tell early of a file that is missing or damaged; on a network drive opening takes its time
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        heads = np.array(list(pool.map(lambda info: _read_head(folder, info), infos))).reshape(-1, 5)
+    keep = sum(map(_stored_bytes, infos)) < memory_limit_gb * 1e9
+    kept: dict[int, SampleArrays] = {}
 
-
-def pack_planes(folder: Path) -> None:
-    """Write the packed copy of the planes that a training reads: ``packed/<part>.bin`` of ``train`` and
-    ``validation``, and ``packed/index.json``.
-
-    Uncompressed, 6 bytes a pixel, so that training starts at once: plane by plane intensities (uint16),
-    labels (uint16), flows (int8, two a pixel), in the order of the manifest. To be called by prepare on the
-    folder that it is filling, as the last step. The same planes give the same bytes.
-    """
-    slices = read_slices(folder)
-    target = folder / PACK_FOLDER
-    target.mkdir(exist_ok=True)
-    parts: dict[str, Any] = {}
-    for part in PACKED_PARTS:
-        infos = slices.infos.get(part, ())
-        steps, offsets = [], []
-        with (target / f"{part}.bin").open("wb") as file, _readers() as pool:
-            # a few at a time, so that memory does not grow with their number
-            for first in range(0, len(infos), _PLANES_AT_ONCE):
-                some = infos[first : first + _PLANES_AT_ONCE]
-                for arrays, step, offset in pool.map(lambda info: _read_plane(folder, info), some):
-                    file.write(b"".join(array.tobytes() for array in arrays))
-                    steps.append(step)
-                    offsets.append(offset)
-        parts[part] = {"step": steps, "offset": offsets}
-    index = {"format": _PACK_FORMAT, "manifest_md5": _manifest_md5(folder), "parts": parts}
-    (target / "index.json").write_text(json.dumps(index) + "\n", encoding="utf-8")
-
-
-def _manifest_md5(folder: Path) -> str:
-    """MD5 of the manifest, which names each plane with its MD5."""
-    return hashlib.md5((folder / MANIFEST_FILE).read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _open_pack(
-    slices: Slices, part: str, infos: tuple[PlaneInfo, ...], memory_limit_gb: float
-) -> PlaneSet | None:
-    """Open the packed copy; None if there is none, or it is that of other planes."""
-    folder = slices.folder / PACK_FOLDER
-    path = folder / f"{part}.bin"
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        if index["format"] != _PACK_FORMAT or index["manifest_md5"] != _manifest_md5(slices.folder):
-            return None
-        entry = index["parts"][part]
-        step, offset = (np.array(entry[name], dtype=np.float64) for name in ("step", "offset"))
-        size = path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    places = np.concatenate([[0], np.cumsum([6 * info.pixels for info in infos], dtype=np.int64)])
-    if size != places[-1] or len(step) != len(infos):
-        return None
-    # reading, not mapping: what the system caches then does not count as this process' memory
-    file = path.open("rb", buffering=0)
-    kept: list[PlaneArrays | None] | None = [None] * len(infos) if size < memory_limit_gb * 1e9 else None
-
-    def read(plane: int) -> PlaneArrays:
-        if kept is not None and (known := kept[plane]) is not None:
-            return known
-        first = int(places[plane])
-        data = os.pread(file.fileno(), int(places[plane + 1]) - first, first)
-        arrays = _split_plane(data, infos[plane])
-        if kept is not None:
-            kept[plane] = arrays
+    def read(sample: int) -> SampleArrays:
+        arrays = kept.get(sample)
+        if arrays is None:
+            arrays = _read_arrays(folder, infos[sample])
+            if keep or not infos[sample].is_plane:
+                kept[sample] = arrays
         return arrays
 
-    return PlaneSet(infos, step, offset, read)
+    return SampleSet(infos, heads[:, 0], heads[:, 1], _read_nuclei(folder, infos), heads[:, 2:], read)
 
 
-def _split_plane(data: bytes, info: PlaneInfo) -> PlaneArrays:
-    shape, count = (info.height, info.width), info.pixels
-    return PlaneArrays(
-        np.frombuffer(data, np.uint16, count).reshape(shape),
-        np.frombuffer(data, np.uint16, count, 2 * count).reshape(shape),
-        np.frombuffer(data, np.int8, 2 * count, 4 * count).reshape(*shape, 2),
-    )
+def _path(folder: Path, info: SampleInfo) -> Path:
+    return folder / f"{info.file}.bin"
 
 
-def _read_tiffs(folder: Path, infos: tuple[PlaneInfo, ...]) -> PlaneSet:
-    with _readers() as pool:
-        planes = list(pool.map(lambda info: _read_plane(folder, info), infos))
-    arrays = [plane for plane, _, _ in planes]
-    return PlaneSet(
-        infos,
-        np.array([step for _, step, _ in planes], dtype=np.float64),
-        np.array([offset for _, _, offset in planes], dtype=np.float64),
-        arrays.__getitem__,
-    )
+def _label_type(info: SampleInfo) -> str:
+    return "<u2" if info.nuclei < 2**16 else "<u4"
 
 
-def _readers() -> ThreadPoolExecutor:
-    # zlib leaves the interpreter lock, so threads decode side by side
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+def _components(info: SampleInfo) -> int:
+    return 2 if info.is_plane else 3
 
 
-def _read_plane(folder: Path, info: PlaneInfo) -> tuple[PlaneArrays, float, float]:
-    """Read a plane's TIFF files; give its arrays, and step and offset of its intensities."""
-    image_path = folder / info.file
-    image = _read_tiff(image_path, (info.height, info.width))
-    # labels, foreground, dy, dx in one file: the labels need not be read again
-    targets_path = image_path.with_name(image_path.stem + "_flows.tif")
-    targets = _read_tiff(targets_path, (4, info.height, info.width))
-    stored, step, offset = quantise_image(image)
-    return PlaneArrays(stored, targets[0].astype(np.uint16), quantise_flows(targets[2:4])), step, offset
+def _stored_bytes(info: SampleInfo) -> int:
+    return _HEADER + math.prod(info.shape) * (np.dtype(_label_type(info)).itemsize + 2 + _components(info))
 
 
-def _read_tiff(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
+def _read_head(folder: Path, info: SampleInfo) -> NDArray[np.float64]:
+    """Read the five numbers, and check the size of the file."""
+    path, expected = _path(folder, info), _stored_bytes(info)
     try:
-        array: NDArray[Any] = tifffile.imread(path)
-    except (OSError, ValueError, tifffile.TiffFileError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"cannot read {path}: {reason}; make the slices again with 'nuclei3d prepare'"
-        ) from None
-    if array.shape != shape:
-        raise InputError(
-            f"{path} has shape {array.shape}, the manifest says {shape}; make the slices again with "
-            "'nuclei3d prepare'"
-        )
-    return array
-
-
-NUCLEI_FILE = "nuclei.csv"
-SUFFIXES = ("_img", "_lbl", "_flows")
-"""Of the files of a volume: intensities, labels, flows."""
-
-_MEND = "make the data set again with 'nuclei3d prepare'"
-
-
-def load_volumes(slices: Slices, part: str) -> VolumeSet:
-    """Open the volumes of ``train``, ``validation`` or ``test``; voxels are mapped from their files.
-
-    Raises
-    ------
-    InputError
-        If a file is missing, unreadable or of another shape than the manifest says.
-    """
-    folder = slices.folder
-    try:
-        with (folder / MANIFEST_FILE).open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] == part]
-        with (folder / NUCLEI_FILE).open(newline="", encoding="utf-8") as file:
-            nuclei: dict[str, list[list[float]]] = {row["file"]: [] for row in rows}
-            for row in csv.DictReader(file):
-                if row["file"] in nuclei:
-                    names = ("z", "y", "x", "volume_um3", "contrast")
-                    nuclei[row["file"]].append([float(row[name] or "nan") for name in names])
-        infos = tuple(_info_volumes(row) for row in rows)
-        step, offset = (np.array([float(row[name]) for row in rows]) for name in ("step", "offset"))
-        power = [[float(row[f"flow_power_{axis}"] or "nan") for axis in "zyx"] for row in rows]
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == expected:
+                return np.frombuffer(file.read(_HEADER), "<f8")
     except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}; {_MEND}") from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}: the manifest is damaged ({error}); {_MEND}") from None
-    tables = []
-    for info in infos:
-        table = np.array(nuclei[info.file], dtype=np.float32).reshape(-1, 5)
-        tables.append(NucleusTable(table[:, :3], table[:, 3], table[:, 4]))
-    arrays = [_map(folder, info) for info in infos]
-    return VolumeSet(
-        infos=infos,
-        step=step,
-        offset=offset,
-        nuclei=tuple(tables),
-        flow_power=np.array(power).reshape(-1, 3),
-        read=arrays.__getitem__,
-    )
+        raise InputError(f"cannot read {path}: {error.strerror}; {_MEND}") from None
+    shape = " x ".join(map(str, info.shape))
+    raise InputError(f"{path} has {size} bytes, not the {expected} of the manifest's {shape}; {_MEND}")
 
 
-def _info_volumes(row: dict[str, str]) -> VolumeInfo:
-    return VolumeInfo(
-        file=row["file"],
-        embryo=row["embryo"],
-        frame=row["frame"],
-        nuclei=int(row["nuclei"]),
-        min_contrast=float(row["min_contrast"] or "nan"),
-        norm_low=float(row["norm_low"]),
-        norm_high=float(row["norm_high"]),
-        shape=(int(row["depth"]), int(row["height"]), int(row["width"])),
-        voxel_size=VoxelSize.of([float(row[f"voxel_{axis}_um"]) for axis in "zyx"]),
-    )
+def _read_arrays(folder: Path, info: SampleInfo) -> SampleArrays:
+    with _path(folder, info).open("rb") as file:
+        # planes are read, not mapped: what the system caches then does not count as this process' memory
+        data = file.read() if info.is_plane else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    count = math.prod(info.shape)
+    labels = np.frombuffer(data, _label_type(info), count, _HEADER)
+    pixels = np.frombuffer(data, "<u2", count, _HEADER + labels.nbytes)
+    flows = np.frombuffer(data, np.int8, offset=_HEADER + labels.nbytes + pixels.nbytes)
+    shape = info.shape
+    return SampleArrays(pixels.reshape(shape), labels.reshape(shape), flows.reshape(*shape, -1))
 
 
-def _map(folder: Path, info: VolumeInfo) -> VolumeArrays:
-    maps = []
-    for suffix in SUFFIXES:
-        path = folder / f"{info.file}{suffix}.npy"
+def _read_nuclei(folder: Path, infos: Sequence[SampleInfo]) -> tuple[SampleNuclei, ...]:
+    """Read the tables of the nuclei of volumes; those of planes are empty."""
+    found: dict[str, list[list[float]]] = {info.file: [] for info in infos}
+    if infos and not infos[0].is_plane:
+        path = folder / NUCLEI_FILE
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {error}; {_MEND}") from None
-        if array.shape[:3] != info.shape:
-            raise InputError(f"{path} has shape {array.shape}, the manifest says {info.shape}; {_MEND}")
-        # a plain view of the map: what compiled code takes
-        maps.append(np.asarray(array))
-    return VolumeArrays(maps[0], maps[1], maps[2])
-
-
-@dataclass(frozen=True)
-class Training:
-    """A network to train and its examples.
-
-    Attributes
-    ----------
-    network
-        To start from.
-    start_digest
-        Digest of where its weights come from.
-    spec
-        Of a 3D network; None for a 2D one.
-    examples
-        What it is trained on.
-    infos, weights
-        The planes (volumes) that crops are drawn from, and how often.
-    planes
-        The same for a 2D network.
-    plan
-        What there is, in words.
-    """
-
-    network: nn.Module
-    start_digest: str
-    spec: VolumeSpec | None
-    examples: Examples
-    infos: Sequence[ImageInfo]
-    weights: NDArray[np.float64]
-    planes: PlaneSet | None
-    plan: str
-
-
-def open_training(params: Params, described: Slices) -> Training:
-    """Open the data set and make the network.
-
-    Raises
-    ------
-    InputError
-        If the data set was prepared for the other kind of network, is unusable, or the weights to start from
-        are.
-    """
-    wanted = params.train.network
-    if described.network != wanted:
-        raise InputError(
-            f"{described.folder} was prepared for train.network '{described.network}', not '{wanted}'; run "
-            f"'nuclei3d prepare --set train.network={wanted}', or train with "
-            f"--set train.network={described.network}"
-        )
-    return _open_volumes(params, described) if wanted == "full3d" else _open_planes(params, described)
-
-
-def _open_planes(params: Params, described: Slices) -> Training:
-    settings = params.train
-    network: nn.Module = new_network(settings.diameter_px, params.seed)
-    digest = "scratch"
-    if settings.start_from is not None:
-        weights, digest = _start_weights(settings.start_from)
-        started = network_from_state(read_state(weights), where=str(weights))
-        with torch.no_grad():
-            started.get_parameter("diam_mean").fill_(settings.diameter_px)
-        network = started
-    planes = load_planes(described, "train", settings.memory_limit_gb)
-    validation = load_planes(described, "validation", settings.memory_limit_gb)
-    if not len(planes):
-        raise InputError(
-            f"{described.folder} holds no training planes; make the slices again with 'nuclei3d prepare'"
-        )
-    sparse = sum(info.nuclei < settings.min_train_masks for info in planes.infos)
-    if sparse:
-        weight = settings.sampling.sparse
-        say(
-            f"{sparse} of {len(planes)} planes show fewer than {settings.min_train_masks} nuclei"
-            + (f"; they are drawn with weight {weight:g}" if weight else "; they are left out")
-            + " (train.sampling.sparse)"
-        )
-    return Training(
-        network,
-        digest,
-        None,
-        PlaneExamples(
-            planes, validation, settings, planes_diameter_px=described.diameter_px, seed=params.seed
-        ),
-        planes.infos,
-        plane_weights(planes.infos, settings.sampling, settings.min_train_masks),
-        planes,
-        f"{len(planes)} planes, {len(validation)} for validation",
-    )
-
-
-def _open_volumes(params: Params, described: Slices) -> Training:
-    settings = params.train
-    spec = volume_spec(params, described)
-    network, digest = new_volume_network(spec, params.seed), "scratch"
-    if settings.start_from is not None:
-        _, digest = _start_weights(settings.start_from)
-        network = _volume_start(Path(settings.start_from), spec)
-    volumes, validation = (load_volumes(described, part) for part in ("train", "validation"))
-    if not len(volumes):
-        raise InputError(f"{described.folder} holds no training volumes; make them with 'nuclei3d prepare'")
-    patch = " x ".join(map(str, spec.patch))
-    return Training(
-        network,
-        digest,
-        spec,
-        VolumeExamples(
-            volumes,
-            validation,
-            settings,
-            spec=spec,
-            nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-            seed=params.seed,
-        ),
-        volumes.infos,
-        volume_weights(volumes.infos, settings.sampling),
-        None,
-        f"{len(volumes)} volumes, {len(validation)} for validation, in patches of {patch} voxels; a 3D "
-        f"network of {count_parameters(network) / 1e6:.2g} M parameters for anisotropy {spec.anisotropy:.3g} "
-        f"({describe(spec.architecture)})",
-    )
-
-
-def volume_spec(params: Params, described: Slices) -> VolumeSpec:
-    """Shape the 3D network after the voxel size of the data set and the size of its nuclei."""
-    settings, wanted = params.train, params.train.full3d
-    try:
-        depth_um = float(described.summary["voxel_z_um"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{described.folder}/summary.json does not say the voxel size along z; make the data set again "
-            "with 'nuclei3d prepare'"
-        ) from None
-    edge_um = float(described.summary["nucleus_diameter_um"]) / settings.diameter_px
-    anisotropy = round(depth_um / edge_um, 4)
-    architecture = plan_architecture(anisotropy, wanted.profile, wanted.pooling, wanted.style)
-    multiple = architecture.multiple
-    patch = wanted.patch or plan_patch(architecture, settings.diameter_px, anisotropy, wanted.patch_diameters)
-    if any(size % factor for size, factor in zip(patch, multiple, strict=True)):
-        raise InputError(
-            f"train.full3d.patch {list(patch)} does not suit the network: (z, y, x) must be multiples of "
-            f"{list(multiple)}"
-        )
-    targets: Targets = "tanh" if described.summary.get("targets") == "tanh" else "heat"
-    return VolumeSpec(architecture, anisotropy, patch, targets)
-
-
-def _start_weights(start_from: str) -> tuple[Path, str]:
-    """Find the weights to start from, and digest them."""
-    path = Path(start_from)
-    require_model(path, "train.start_from")
-    weights = load_model(path).path if path.is_dir() else path
-    return weights, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _volume_start(path: Path, spec: VolumeSpec) -> VolumeNetwork:
-    network = load_model(path).network
-    if not same_architecture(network, spec):
-        raise InputError(
-            f"train.start_from: {path} holds another network than this training shapes "
-            f"({describe(spec.architecture)}, targets {spec.targets}); give a 3D model trained at about the "
-            "same voxel size with the same train.full3d.profile, or null"
-        )
-    started = new_volume_network(spec, 0)
-    started.load_state_dict(network.state_dict())
-    return started
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if row["file"] in found:
+                        found[row["file"]].append([float(row[name] or "nan") for name in _NUCLEI_COLUMNS[2:]])
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; {_MEND}") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); {_MEND}") from None
+    tables = (np.array(found[info.file], dtype=np.float32).reshape(-1, 5) for info in infos)
+    return tuple(SampleNuclei(table[:, :3], table[:, 3], table[:, 4]) for table in tables)

@@ -1,20 +1,12 @@
-"""A network with its optimiser and the mean of its weights: what does a step, is saved and restored.
-
-Learning rates as functions of the step.
-
-The gradients of a batch on a GPU, recorded once as a CUDA graph and then replayed.
-
-A step over a small batch is some thousand short kernels, which Python launches more slowly than a GPU runs
-them. A graph launches them all at once; what it computes is the same.
-"""
+"""A network with its optimiser and the mean of its weights: what does a step, is saved and restored."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +14,7 @@ from torch import Tensor, nn
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.training.batches import Batch
+from nuclei3d.training.losses import Loss
 from nuclei3d.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
 
 
@@ -59,7 +52,10 @@ Compute = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class RecordedGradients:
-    """Computes gradients by replaying a graph, batch by batch of the shape that came first.
+    """Computes gradients on a GPU by replaying a CUDA graph, batch by batch of the shape that came first.
+
+    A step over a small batch is some thousand short kernels, which Python launches more slowly than a GPU
+    runs them. A graph launches them all at once; what it computes is the same.
 
     Parameters
     ----------
@@ -96,7 +92,7 @@ class RecordedGradients:
         if _shapes(batch) != _shapes(self._batch):
             # the last batch of an epoch may be smaller
             return self._compute(batch)
-        for kept, new in zip(_tensors(self._batch), _tensors(batch), strict=True):
+        for kept, new in zip(self._batch.tensors, batch.tensors, strict=True):
             kept.copy_(new, non_blocking=True)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -114,14 +110,7 @@ class RecordedGradients:
         return result
 
     def _record(self, batch: Batch) -> None:
-        kept = Batch(
-            batch.images.clone(),
-            batch.foreground.clone(),
-            batch.flows.clone(),
-            None if batch.weights is None else batch.weights.clone(),
-            batch.labels,
-            batch.planes,
-        )
+        kept = batch.copied(Tensor.clone)
         for parameter in self._parameters:
             parameter.grad = None
         # the threads that cut crops take page-locked memory meanwhile: only this thread is recorded
@@ -131,29 +120,8 @@ class RecordedGradients:
         self._batch = kept
 
 
-def _tensors(batch: Batch) -> Sequence[Tensor]:
-    tensors = (batch.images, batch.foreground, batch.flows, batch.weights)
-    return [tensor for tensor in tensors if tensor is not None]
-
-
 def _shapes(batch: Batch) -> list[torch.Size]:
-    return [tensor.shape for tensor in _tensors(batch)]
-
-
-class LossParts(Protocol):
-    """The loss of a batch: scalar tensors, of which `total` is minimised and the others are reported."""
-
-    @property
-    def flow(self) -> Tensor:
-        """Of the flows."""
-
-    @property
-    def probability(self) -> Tensor:
-        """Of the foreground."""
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
+    return [tensor.shape for tensor in batch.tensors]
 
 
 @dataclass(frozen=True)
@@ -215,7 +183,7 @@ class Learner:
         network: nn.Module,
         params: TrainParams,
         arithmetic: Arithmetic,
-        loss_of: Callable[[Tensor, Batch], LossParts],
+        loss_of: Callable[[Tensor, Batch], Loss],
     ) -> None:
         self.network = network.to(device=arithmetic.device)
         self.network.to(memory_format=arithmetic.layout)  # type: ignore[call-overload]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -92,8 +92,7 @@ def train_network(
     Parameters
     ----------
     network
-        It is moved to the device and changed. Its first output is what the examples' loss wants, for
-        `nuclei3d.training.examples.PlaneExamples` that of a CPnet.
+        It is moved to the device and changed. Its first output is what the examples' loss wants.
     examples
         What to learn and to be judged by; without validation data the training loss chooses the best epoch.
     params
@@ -112,7 +111,7 @@ def train_network(
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    learner = Learner(network, params, choose_arithmetic(params, device, examples.axes), examples.loss)
+    learner = Learner(network, params, choose_arithmetic(params, device, examples.grid.axes), examples.loss)
     return _Loop(learner, examples, params, callbacks or Callbacks()).run(start)
 
 
@@ -172,12 +171,13 @@ class _Loop:
                 f"first epoch it was {first.train_loss:.3g}; {_MEND}"
             )
         judged = self.learner.judged_network()
-        report = self.examples.validate(judged, report, self.learner.arithmetic)
+        more = self.examples.validate(judged, self.learner.arithmetic)
         every = self.params.validate_volumes_every
         validate_volumes = self.callbacks.validate_volumes
         if validate_volumes is not None and every and report.epoch % every == 0:
-            report = replace(report, volume_ap=validate_volumes(judged))
-        report = replace(report, seconds=time.perf_counter() - began)
+            more["volume_ap"] = validate_volumes(judged)
+        more["seconds"] = time.perf_counter() - began
+        report = EpochReport(report.epoch, {**report.measured, **more})
         score = _score(report, in_volumes=validate_volumes is not None and every > 0)
         is_best = score > state.best_score
         return (
@@ -214,8 +214,8 @@ class _Loop:
             batch = batch.to(device)
             output, losses = learner.step(batch, rate, step)
             self.examples.observe(output, batch)
-            sums += losses.double() * len(batch.planes)
-            unseen += len(batch.planes)
+            sums += losses.double() * len(batch.samples)
+            unseen += len(batch.samples)
             step += 1
             if step % look_every == 0:
                 loss = float(losses.sum())
@@ -227,15 +227,15 @@ class _Loop:
         flow, probability = (float(value) / crops for value in sums)
         if not math.isfinite(flow + probability):
             raise DivergedError(f"training diverged: the loss is no number in epoch {epoch + 1}; {_MEND}")
-        return EpochReport(
-            epoch=epoch + 1,
-            train_loss=flow + probability,
-            train_flow_loss=flow,
-            train_probability_loss=probability,
-            learning_rate=rate,
-            crops_per_second=crops / (time.perf_counter() - began),
-            waited_seconds=waited,
-        )
+        measured = {
+            "train_loss": flow + probability,
+            "train_flow_loss": flow,
+            "train_probability_loss": probability,
+            "learning_rate": rate,
+            "crops_per_second": crops / (time.perf_counter() - began),
+            "waited_seconds": waited,
+        }
+        return EpochReport(epoch + 1, measured)
 
 
 _MEND = "lower train.learning_rate, or set train.gradient_clip (try 5)"

@@ -1,7 +1,4 @@
-"""The loss of the 3D network, and the figures that tell whether every axis is learned.
-
-The loss of Cellpose (Stringer et al., Nature Methods 2021), with optional weights per pixel.
-"""
+"""The loss of the networks, and the figures that tell whether a 3D one learns every axis."""
 
 from __future__ import annotations
 
@@ -14,66 +11,44 @@ from torch import Tensor
 from nuclei3d.config.sections import Full3dParams
 from nuclei3d.networks.cpnet import FLOW_SCALE
 
-
-@dataclass(frozen=True)
-class Loss:
-    """The two parts of the loss, scalar tensors; `total` is what is minimised."""
-
-    flow: Tensor
-    probability: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of both."""
-        return self.flow + self.probability
-
-
-def cellpose_loss(output: Tensor, flows: Tensor, foreground: Tensor, weights: Tensor | None = None) -> Loss:
-    """Compute Cellpose's loss: half the mean squared error of 5 x flow, plus cross-entropy of the logit.
-
-    Parameters
-    ----------
-    output
-        (B, 3, Y, X): 5 x flow in y, 5 x flow in x, logit. Computed in float32 whatever its type.
-    flows
-        (B, 2, Y, X), unit vectors; 0 on the background.
-    foreground
-        bool (B, Y, X).
-    weights
-        (B, Y, X), factors of both errors of a pixel. The mean is over pixels, not over weights, so heavier
-        nuclei do not make the background lighter.
-    """
-    output = output.float()
-    target = foreground.float()
-    if weights is None:
-        return Loss(
-            flow=F.mse_loss(output[:, :2], FLOW_SCALE * flows) / 2,
-            probability=F.binary_cross_entropy_with_logits(output[:, 2], target),
-        )
-    squared = (output[:, :2] - FLOW_SCALE * flows).square() * weights[:, None]
-    entropy = F.binary_cross_entropy_with_logits(output[:, 2], target, reduction="none") * weights
-    return Loss(flow=squared.mean() / 2, probability=entropy.mean())
-
-
-def losses_of_crops(output: Tensor, flows: Tensor, foreground: Tensor) -> Tensor:
-    """Compute the unweighted loss of each crop by itself; parameters as `cellpose_loss`.
-
-    Returns
-    -------
-    Tensor
-        float32 (B, 2): the parts flow and probability.
-    """
-    output = output.float()
-    squared = (output[:, :2] - FLOW_SCALE * flows).square().mean(dim=(1, 2, 3)) / 2
-    entropy = F.binary_cross_entropy_with_logits(output[:, 2], foreground.float(), reduction="none")
-    return torch.stack([squared, entropy.mean(dim=(1, 2))], dim=1)
-
-
 AXES = ("z", "y", "x")
 
 
 @dataclass(frozen=True)
-class VolumeLoss:
+class LossTerms:
+    """What the loss is made of; the defaults are Cellpose's (Stringer et al., Nature Methods 2021).
+
+    Attributes
+    ----------
+    flow, probability, dice
+        Weights of the error of the flows, of the foreground's cross-entropy, and of its Dice loss.
+    flow_axes
+        Weights of the axes of the flow, (z, y, x), whose error is then that inside nuclei. None: half the
+        mean squared error of 5 x flow everywhere, all axes alike.
+    """
+
+    flow: float = 1.0
+    probability: float = 1.0
+    dice: float = 0.0
+    flow_axes: tuple[float, ...] | None = None
+
+    @classmethod
+    def of_volumes(cls, params: Full3dParams, variances: tuple[float, float, float]) -> LossTerms:
+        """Give the terms of a 3D network.
+
+        With `params.balance_axes` each axis' error is divided by three times the mean square of its flow, one
+        of `variances` (1 in all if they are equal), so that predicting 0 costs as much on every axis;
+        without, the errors of the axes are summed as they are.
+        """
+        axes = tuple(1 / (3 * variance) if params.balance_axes else 1.0 for variance in variances)
+        return cls(params.flow_weight, params.probability_weight, params.dice_weight, axes)
+
+
+CELLPOSE_TERMS = LossTerms()
+
+
+@dataclass(frozen=True)
+class Loss:
     """The parts of the loss, scalar tensors, each with its weight; `total` is what is minimised."""
 
     flow: Tensor
@@ -91,58 +66,77 @@ class VolumeLoss:
         return self.flow + self.probability
 
 
-def volume_loss(
+def network_loss(
     output: Tensor,
     flows: Tensor,
     foreground: Tensor,
-    params: Full3dParams,
-    variances: tuple[float, float, float],
     weights: Tensor | None = None,
-) -> VolumeLoss:
-    """Compute the loss: error of the flows inside nuclei, cross-entropy and Dice of the foreground.
+    terms: LossTerms = CELLPOSE_TERMS,
+) -> Loss:
+    """Compute the loss of a batch; on a GPU, without waiting for it.
 
     Parameters
     ----------
     output
-        (B, 4, Z, Y, X): 5 x flow along (z, y, x), logit. Computed in float32 whatever its type.
+        (B, components + 1, ...): 5 x flow in (y, x) or (z, y, x), logit. Of any type; computed in float32.
     flows
-        (B, 3, Z, Y, X); 0 on the background.
+        (B, components, ...); 0 on the background.
     foreground
-        bool (B, Z, Y, X).
-    params
-        Weights of the parts.
-    variances
-        Mean square of the flows along (z, y, x). With `params.balance_axes` each axis' error is divided by
-        three times its own (1 in all if the variances are equal), so that predicting 0 costs as much on
-        every axis; without, the errors of the axes are summed as they are.
+        bool (B, ...).
     weights
-        (B, Z, Y, X), factors of the errors of a voxel, or None.
+        (B, ...), factors of the errors of a pixel, or None. Means are over pixels, not over weights, so
+        heavier nuclei do not make the background lighter.
+    terms
+        What to sum up.
     """
     output = output.float()
     target = foreground.float()
-    inside = target if weights is None else target * weights
-    scale = [1 / (3 * variance) if params.balance_axes else 1.0 for variance in variances]
-    squared = (output[:, :3] / FLOW_SCALE - flows).square() * inside[:, None]
-    voxels = target.sum().clamp(min=1)
-    by_axis = squared.sum(dim=(0, 2, 3, 4)) / voxels
-    flow = by_axis[0] * scale[0] + by_axis[1] * scale[1] + by_axis[2] * scale[2]
-    entropy = F.binary_cross_entropy_with_logits(output[:, 3], target, weight=weights)
-    likely = torch.sigmoid(output[:, 3])
-    dice = 1 - (2 * (likely * target).sum() + 1) / (likely.sum() + target.sum() + 1)
-    return VolumeLoss(
-        params.flow_weight * flow, params.probability_weight * entropy, params.dice_weight * dice
-    )
+    components = flows.shape[1]
+    logit = output[:, components]
+    if terms.flow_axes is None:
+        squared = (output[:, :components] - FLOW_SCALE * flows).square()
+        flow = (squared if weights is None else squared * weights[:, None]).mean() / 2
+    else:
+        inside = target if weights is None else target * weights
+        squared = (output[:, :components] / FLOW_SCALE - flows).square() * inside[:, None]
+        by_axis = squared.sum(dim=(0, 2, 3, 4)) / target.sum().clamp(min=1)
+        z, y, x = (error * weight for error, weight in zip(by_axis, terms.flow_axes, strict=True))
+        flow = z + y + x
+    if terms.flow_axes is None and weights is not None:
+        # as below, but with the gradients that trainings on planes have always had, to the last bit
+        entropy = (F.binary_cross_entropy_with_logits(logit, target, reduction="none") * weights).mean()
+    else:
+        entropy = F.binary_cross_entropy_with_logits(logit, target, weight=weights)
+    dice = torch.zeros_like(entropy)
+    if terms.dice:
+        likely = torch.sigmoid(logit)
+        dice = 1 - (2 * (likely * target).sum() + 1) / (likely.sum() + target.sum() + 1)
+    return Loss(terms.flow * flow, terms.probability * entropy, terms.dice * dice)
+
+
+def losses_of_crops(output: Tensor, flows: Tensor, foreground: Tensor) -> Tensor:
+    """Compute Cellpose's loss of each crop of planes by itself; parameters as `network_loss`.
+
+    Returns
+    -------
+    Tensor
+        float32 (B, 2): the parts flow and probability.
+    """
+    output = output.float()
+    squared = (output[:, :2] - FLOW_SCALE * flows).square().mean(dim=(1, 2, 3)) / 2
+    entropy = F.binary_cross_entropy_with_logits(output[:, 2], foreground.float(), reduction="none")
+    return torch.stack([squared, entropy.mean(dim=(1, 2))], dim=1)
 
 
 class FlowFigures:
-    """Sums up, batch after batch, what `figures` gives."""
+    """Sums up, batch after batch, how well a 3D network does along each axis."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
     @torch.no_grad()
     def add(self, output: Tensor, flows: Tensor, foreground: Tensor) -> None:
-        """Take in a batch; arguments as in `volume_loss`."""
+        """Take in a batch; arguments as in `network_loss`."""
         inside = foreground[:, None]
         predicted = torch.where(inside, output[:, :3].float() / FLOW_SCALE, 0.0)
         true = torch.where(inside, flows, 0.0)
@@ -161,7 +155,7 @@ class FlowFigures:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def figures(self) -> dict[str, float]:
-        """Give the figures of all batches.
+        """Give the figures of all batches; none before the first.
 
         Returns
         -------
@@ -169,7 +163,7 @@ class FlowFigures:
             ``flow_mse_z``, ``_y``, ``_x``: mean squared error of the flow inside nuclei; ``flow_cosine_z``,
             ...: sum of products over the root of the product of the sums of squares, 1 for a flow that is
             right up to its length, 0 for one that knows nothing; ``dice`` of the voxels whose logit is above
-            0. Empty before the first batch.
+            0.
         """
         if self._sums is None:
             return {}

@@ -1,9 +1,10 @@
-"""Which planes are drawn, how often, and how much each nucleus counts in the loss."""
+"""Which samples are drawn, how often, and how much each nucleus counts in the loss."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,41 +12,30 @@ from scipy import ndimage
 
 from nuclei3d.config.sections import LossParams, SamplingParams
 from nuclei3d.errors import InputError
-from nuclei3d.training.samples import ImageInfo, PlaneInfo, PlaneSet, VolumeInfo, VolumeSet
+from nuclei3d.training.samples import SampleInfo, SampleSet
 
 _ORDER_STREAM = np.uint64(2**63)
 
 
-def plane_weights(infos: Sequence[PlaneInfo], params: SamplingParams, min_nuclei: int) -> NDArray[np.float64]:
-    """Compute how often each plane is drawn: float64 (planes,), sum 1.
+def sample_weights(
+    infos: Sequence[SampleInfo], params: SamplingParams, min_nuclei: int
+) -> NDArray[np.float64]:
+    """Compute how often each sample is drawn: float64 (samples,), sum 1.
+
+    A crop of a volume is to show every nucleus alike often, so the weight of a volume is the number of nuclei
+    (at least 1), times the weights of `params` that are not about planes.
 
     Raises
     ------
     InputError
-        If no plane has a weight above 0.
+        If no sample has a weight above 0.
     """
-    views = {"xy": params.xy, "xz": params.xz, "yz": params.yz}
+    planes = np.array([info.is_plane for info in infos], dtype=bool)
     nuclei = np.array([info.nuclei for info in infos], dtype=np.float64)
-    weights = np.array([views[info.view] for info in infos], dtype=np.float64)
-    weights *= np.maximum(nuclei, 1) ** params.nuclei_power
-    weights[nuclei < min_nuclei] *= params.sparse
-    return _shares(infos, weights, params)
-
-
-def volume_weights(infos: Sequence[VolumeInfo], params: SamplingParams) -> NDArray[np.float64]:
-    """Compute how often each volume is drawn: float64 (volumes,), sum 1.
-
-    A patch is to show every nucleus alike often, so the weight is the number of nuclei (at least 1), times
-    the weights of `params` that are not about planes.
-    """
-    nuclei = np.array([max(info.nuclei, 1) for info in infos], dtype=np.float64)
-    return _shares(infos, nuclei ** (1 + params.nuclei_power), params)
-
-
-def _shares(
-    infos: Sequence[ImageInfo], weights: NDArray[np.float64], params: SamplingParams
-) -> NDArray[np.float64]:
-    """Weight by contrast, balance embryos or frames, and divide by the sum."""
+    by_view = {"xy": params.xy, "xz": params.xz, "yz": params.yz, "volume": 1.0}
+    weights = np.array([by_view[info.view] for info in infos], dtype=np.float64)
+    weights *= np.maximum(nuclei, 1) ** (params.nuclei_power if planes.all() else 1 + params.nuclei_power)
+    weights[planes & (nuclei < min_nuclei)] *= params.sparse
     if params.contrast_power:
         contrast = np.array([info.min_contrast for info in infos], dtype=np.float64)
         known = np.isfinite(contrast) & (contrast > 0)
@@ -70,11 +60,11 @@ def _shares(
 
 
 def epoch_order(weights: NDArray[np.float64], crops: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Draw the planes of one epoch in their order: int64 (crops,).
+    """Draw the samples of one epoch in their order: int64 (crops,).
 
-    Planes of equal weight are drawn in turns, each once before any comes again, as stock Cellpose does;
-    otherwise each plane's number of draws is its expectation, rounded at random (systematic sampling), so
-    that rare kinds of planes come in every epoch.
+    Samples of equal weight are drawn in turns, each once before any comes again, as stock Cellpose does;
+    otherwise each one's number of draws is its expectation, rounded at random (systematic sampling), so that
+    rare kinds of planes come in every epoch.
     """
     rng = np.random.Generator(
         np.random.Philox(
@@ -88,15 +78,10 @@ def epoch_order(weights: NDArray[np.float64], crops: int, seed: int, epoch: int)
     return np.asarray(rng.permutation(chosen), dtype=np.int64)
 
 
-def plane_contrasts(image: NDArray[np.float32], labels: NDArray[np.uint16]) -> NDArray[np.float64]:
-    """Measure the contrast of each nucleus in a plane.
+def plane_contrasts(image: NDArray[np.float32], labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Measure the contrast of each nucleus in a plane (Y, X).
 
     The median inside, less the median of the unlabelled pixels around, over 1.4826 times the MAD of these.
-
-    Parameters
-    ----------
-    image, labels
-        (Y, X).
 
     Returns
     -------
@@ -119,57 +104,40 @@ def plane_contrasts(image: NDArray[np.float32], labels: NDArray[np.uint16]) -> N
     return contrasts
 
 
-def nucleus_weights(planes: PlaneSet, params: LossParams) -> list[NDArray[np.float32]] | None:
-    """Compute the weight of every nucleus of every plane in the loss.
+def nucleus_weights(samples: SampleSet, params: LossParams) -> list[NDArray[np.float32]] | None:
+    """Compute the weight of every nucleus of every sample in the loss, by contrast or size.
 
     Returns
     -------
-    list of float32 (largest label + 1,), one per plane, or None
+    list of float32 (largest label + 1,), one per sample, or None
         Entry 0 (background) is 1; None if all weights are 1.
     """
-    if params.weight_by == "none" or params.power == 0:
+    if params.weight_by == "none" or params.power == 0 or not len(samples):
         return None
-    values: list[NDArray[np.float64]] = []
-    for plane in range(len(planes)):
-        labels = planes.read(plane).labels
-        if params.weight_by == "size":
-            areas = np.bincount(labels.ravel()).astype(np.float64)
-            areas[(areas == 0) | (np.arange(len(areas)) == 0)] = np.nan
-            values.append(areas)
-        else:
-            values.append(plane_contrasts(planes.plane_image(plane), labels))
-    return contrast_weights(values, params)
-
-
-def volume_nucleus_weights(volumes: VolumeSet, params: LossParams) -> list[NDArray[np.float32]] | None:
-    """Compute the weight of every nucleus of every volume in the loss, by contrast or size in 3D.
-
-    Returns
-    -------
-    list of float32 (nuclei + 1,), one per volume, or None
-        Entry 0 (background) is 1; None if all weights are 1.
-    """
-    tables = [
-        table.volumes_um3 if params.weight_by == "size" else table.contrasts for table in volumes.nuclei
-    ]
-    return contrast_weights([np.append(np.nan, table).astype(np.float64) for table in tables], params)
-
-
-def contrast_weights(
-    values: Sequence[NDArray[np.float64]], params: LossParams
-) -> list[NDArray[np.float32]] | None:
-    """Turn the contrast or size of every nucleus (entry 0 is the background) into its weight in the loss."""
-    if params.weight_by == "none" or params.power == 0 or not len(values):
-        return None
+    values = [_nucleus_values(samples, number, params.weight_by) for number in range(len(samples))]
     finite = np.concatenate(values)
     finite = finite[np.isfinite(finite) & (finite > 0)]
     if not len(finite):
         return None
     middle = float(np.median(finite))
     weights = []
-    for plane_values in values:
-        ratio = np.maximum(np.nan_to_num(plane_values, nan=middle), 1e-3 * middle) / middle
+    for sample_values in values:
+        ratio = np.maximum(np.nan_to_num(sample_values, nan=middle), 1e-3 * middle) / middle
         weight = np.clip(ratio**-params.power, 1 / params.max_weight, params.max_weight)
         weight[0] = 1.0
         weights.append(weight.astype(np.float32))
     return weights
+
+
+def _nucleus_values(samples: SampleSet, number: int, weight_by: str) -> NDArray[np.float64]:
+    """Give contrast or size by label; nan for the background."""
+    if not samples.infos[number].is_plane:
+        table = samples.nuclei[number]
+        known = table.volumes_um3 if weight_by == "size" else table.contrasts
+        return np.append(np.nan, known).astype(np.float64)
+    labels = samples.read(number).labels[0]
+    if weight_by == "contrast":
+        return plane_contrasts(samples.normalised(number)[0], labels)
+    areas = np.bincount(labels.ravel()).astype(np.float64)
+    areas[(areas == 0) | (np.arange(len(areas)) == 0)] = np.nan
+    return areas

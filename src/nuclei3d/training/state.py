@@ -4,88 +4,88 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-FORMAT = 1
+FORMAT = 2
+
+_FIGURES = (*(f"flow_{figure}_{axis}" for figure in ("mse", "cosine") for axis in "zyx"), "dice")
+
+METRICS = (
+    "train_loss",
+    "train_flow_loss",
+    "train_probability_loss",
+    "validation_loss",
+    "validation_flow_loss",
+    "validation_probability_loss",
+    "validation_loss_xy",
+    "validation_loss_xz",
+    "validation_loss_yz",
+    *(f"train_{name}" for name in _FIGURES),
+    *(f"validation_{name}" for name in _FIGURES),
+    "found_faintest",
+    "found_faint",
+    "found_middle",
+    "found_bright",
+    "found_brightest",
+    "volume_ap",
+    "learning_rate",
+    "crops_per_second",
+    "seconds",
+    "waited_seconds",
+)
+"""What an epoch is measured by, in the order of history.csv.
+
+train_... are means over the crops of the epoch, validation_... over the fixed validation crops, also by view.
+The figures of the flow and `dice` are those of a 3D network (`nuclei3d.training.losses.FlowFigures`).
+found_... is the mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's
+contrast; volume_ap the average precision at IoU 0.5 on the validation volumes. The learning rate is that of
+the last step; crops_per_second is of training alone; waited_seconds is how much of `seconds`, the time of the
+whole epoch, the network waited for crops.
+"""
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch did; nan where something was not measured.
+    """What one epoch did.
 
     Attributes
     ----------
     epoch
         Counted from 1.
-    train_loss, train_flow_loss, train_probability_loss
-        Means over the crops of the epoch.
-    validation_loss, validation_flow_loss, validation_probability_loss
-        On the fixed validation crops.
-    validation_loss_xy, validation_loss_xz, validation_loss_yz
-        The same by view.
-    train_flow_mse_z, train_flow_cosine_z, train_dice and alike, validation_flow_mse_z and alike
-        Of a 3D network: how well the flow is learned along each axis, and the foreground
-        (`nuclei3d.training.losses.FlowFigures`).
-    found_faintest, found_faint, found_middle, found_bright, found_brightest
-        Mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's contrast.
-    volume_ap
-        Average precision at IoU 0.5 on the validation volumes.
-    learning_rate
-        At the last step.
-    crops_per_second
-        Of training alone.
-    seconds, waited_seconds
-        Time of the whole epoch, and how much of it the network waited for crops.
+    measured
+        Values by name (`METRICS`); what was not measured is absent or nan.
     """
 
     epoch: int
-    train_loss: float
-    train_flow_loss: float
-    train_probability_loss: float
-    validation_loss: float = math.nan
-    validation_flow_loss: float = math.nan
-    validation_probability_loss: float = math.nan
-    validation_loss_xy: float = math.nan
-    validation_loss_xz: float = math.nan
-    validation_loss_yz: float = math.nan
-    train_flow_mse_z: float = math.nan
-    train_flow_mse_y: float = math.nan
-    train_flow_mse_x: float = math.nan
-    train_flow_cosine_z: float = math.nan
-    train_flow_cosine_y: float = math.nan
-    train_flow_cosine_x: float = math.nan
-    train_dice: float = math.nan
-    validation_flow_mse_z: float = math.nan
-    validation_flow_mse_y: float = math.nan
-    validation_flow_mse_x: float = math.nan
-    validation_flow_cosine_z: float = math.nan
-    validation_flow_cosine_y: float = math.nan
-    validation_flow_cosine_x: float = math.nan
-    validation_dice: float = math.nan
-    found_faintest: float = math.nan
-    found_faint: float = math.nan
-    found_middle: float = math.nan
-    found_bright: float = math.nan
-    found_brightest: float = math.nan
-    volume_ap: float = math.nan
-    learning_rate: float = math.nan
-    crops_per_second: float = math.nan
-    seconds: float = math.nan
-    waited_seconds: float = math.nan
+    measured: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """Give one value, nan if it was not measured."""
+        return self.measured.get(name, math.nan)
 
     def metrics(self) -> dict[str, float]:
-        """Give the measured numbers by name, without the epoch."""
-        return {
-            name: value for name, value in asdict(self).items() if name != "epoch" and not math.isnan(value)
-        }
+        """Give the measured numbers by name, in the order of `METRICS`."""
+        return {name: self[name] for name in METRICS if not math.isnan(self[name])}
 
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the crops of the epoch."""
+        return self["train_loss"]
 
-REPORT_FIELDS = tuple(field.name for field in fields(EpochReport))
+    @property
+    def validation_loss(self) -> float:
+        """Mean loss on the validation crops, or nan."""
+        return self["validation_loss"]
+
+    @property
+    def volume_ap(self) -> float:
+        """Average precision on the validation volumes, or nan."""
+        return self["volume_ap"]
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,6 @@ class TrainingState:
             best_score=plain["best_score"],
             best=best,
         )
-
-    def without_best(self) -> TrainingState:
-        """Give the same state with empty best weights."""
-        return replace(self, best={})
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:

@@ -222,10 +222,11 @@ def test_a_package_of_a_3d_network_runs_without_nuclei3d(tmp_path: Path) -> None
     assert "5.75 times as far apart in z" in text
     assert "4.31 x 0.75 x 0.75 um" in text
     made_by = described["weights"]["pytorch_state_dict"]["architecture"]
+    module = Path(made_by["source"]).stem
     (parts / "use.py").write_text(
         "import sys; sys.modules['nuclei3d'] = sys.modules['cellpose'] = None\n"
-        "import json, numpy as np, torch, volume_network\n"
-        f"network = volume_network.{made_by['callable']}(**json.load(open('arguments.json')))\n"
+        f"import json, numpy as np, torch, {module}\n"
+        f"network = {module}.{made_by['callable']}(**json.load(open('arguments.json')))\n"
         "network.load_state_dict(torch.load('weights.pt', weights_only=True)); network.eval()\n"
         "scripted = torch.jit.load('weights_torchscript.pt')\n"
         "image = torch.from_numpy(np.load('input.npy'))\n"
@@ -250,6 +251,8 @@ def test_a_package_of_a_3d_network_runs_without_nuclei3d(tmp_path: Path) -> None
         ({"masks": Path("absent"), "formats": ["cellpose"]}, "give --model"),
         ({"masks": Path("absent"), "formats": ["seg"]}, "give --images"),
         ({"masks": Path("absent")}, "absent does not exist"),
+        ({"model": "absent", "formats": ["cellpose-training"]}, "give --slices"),
+        ({"slices": Path("absent")}, "absent is no slice data set"),
     ],
 )
 def test_what_is_missing_is_told(tmp_path: Path, options: dict[str, Any], message: str) -> None:

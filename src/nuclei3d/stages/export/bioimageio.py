@@ -1,11 +1,4 @@
-"""The network as a package of bioimage.io, which `bioimageio test` accepts.
-
-What a bioimage.io package says of a network, whatever its kind.
-
-The 2D network in a bioimage.io package: planes in, flows in the plane out.
-
-The 3D network in a bioimage.io package: volumes in, flows in space out.
-"""
+"""A network as a package of bioimage.io, which `bioimageio test` accepts."""
 
 from __future__ import annotations
 
@@ -25,17 +18,75 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.errors import InputError
-from nuclei3d.networks import unet3d as volume_network
+from nuclei3d.networks import unet3d
 from nuclei3d.networks.cpnet import CHANNELS
 from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, Model, ModelInfo
 from nuclei3d.networks.planning import plan_patch
 from nuclei3d.networks.unet3d import VolumeSpec
 from nuclei3d.stages.export import plane_network
 
+_CELLPOSE = (
+    "Stringer, Wang, Michaelos, Pachitariu: Cellpose: a generalist algorithm for cellular segmentation. "
+    "Nature Methods 18 (2021)",
+    "10.1038/s41592-020-01018-x",
+)
+_NNUNET = (
+    "Isensee, Jaeger, Kohl, Petersen, Maier-Hein: nnU-Net: a self-configuring method for deep learning-based "
+    "biomedical image segmentation. Nature Methods 18 (2021)",
+    "10.1038/s41592-020-01008-z",
+)
+_DOCUMENTATION = """# {name}
+
+Trained by nuclei3d {version}. {text}
+## Validation
+
+{card}
+"""
+_OF_PLANES = """Cellpose's CNN, retrained on planes of 3D embryos. The package holds the network of
+one plane: it gives flows and logits, not masks. nuclei3d runs it over the planes of three views of a volume,
+fuses the flows in 3D and follows them to nuclei.
+
+## Input
+
+Channel 0: a plane in which nuclei are {diameter_px:.3g} px across{diameter_um}. The volume's percentile
+{lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume, never per plane; their
+distance is at least {noise:g} standard deviations of the noise. Channel 1: zeros.
+
+## Output
+
+5 x the flow in y, 5 x the flow in x (unit vectors to the centre of the nucleus), and the logit of being
+inside one. Logits above {logit:g} count as inside.
+"""
+_OF_VOLUMES = """A residual 3D U-Net in the manner of Cellpose's CNN, trained on 3D embryos; pooling
+and kernels follow the voxel size. The package gives flows and logits, not masks: nuclei3d runs it over
+overlapping patches of a volume, blends them, and follows the flows to nuclei.
+
+## Input
+
+A volume on a grid on which nuclei are {diameter_px:.3g} voxels across in y and x, and voxels lie
+{anisotropy:.4g} times as far apart in z as in x{voxels}. Resample to that.
+The volume's percentile {lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume,
+never per patch; their distance is at least {noise:g} standard deviations of the noise.
+
+Sizes are multiples of {multiple} (z, y, x); fill up with zeros. It was trained on patches of {patch}; smaller
+ones are worse at nuclei, which are then cut. Blend patches that overlap by a nucleus.
+
+## Output
+
+5 x the flow in z, y and x ({flows}), and the logit of being inside a nucleus. Logits above {logit:g} count as
+inside.
+"""
+_FLOWS = {
+    "heat": "unit vectors in um, not in voxels, to the centre of the nucleus",
+    "tanh": "along each axis tanh of the distance to the centre of the nucleus over 5 voxels",
+}
+_EXAMPLE_PX = 64
+_EXAMPLE_DIAMETERS = 3.0
+
 
 @dataclass(frozen=True)
 class SpaceAxis:
-    """An axis in space of a network's input; its outputs have the same.
+    """An axis in space of input and output.
 
     Attributes
     ----------
@@ -55,22 +106,14 @@ class SpaceAxis:
 
 @dataclass(frozen=True)
 class Contents:
-    """A network as a package describes it.
+    """A network as a package describes it: one input, one output, axes in the order of the arrays.
 
     Attributes
     ----------
-    description
-        One sentence.
     citations
         Text and DOI of each.
     documentation
         Markdown, without the model's card.
-    input_name, input_description, input_channels
-        Of the one input.
-    output_description, output_channels
-        Of the one output.
-    axes
-        In the order of the arrays.
     example
         Input (1, channel, *axes), float32, on which the package is tested.
     source, make, arguments
@@ -95,45 +138,22 @@ class Contents:
     packages: Sequence[str] = ()
 
 
-CELLPOSE = (
-    "Stringer, Wang, Michaelos, Pachitariu: Cellpose: a generalist algorithm for cellular segmentation. "
-    "Nature Methods 18 (2021)",
-    "10.1038/s41592-020-01018-x",
-)
-
-
-_EDGE_PX = 64
-_DOCUMENTATION = """Cellpose's CNN, retrained on planes of 3D embryos. The package holds the network of
-one plane: it gives flows and logits, not masks. nuclei3d runs it over the planes of three views of a volume,
-fuses the flows in 3D and follows them to nuclei.
-
-## Input
-
-Channel 0: a plane in which nuclei are {diameter_px:.3g} px across{diameter_um}. The volume's percentile
-{lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume, never per plane; their
-distance is at least {noise:g} standard deviations of the noise. Channel 1: zeros.
-
-## Output
-
-5 x the flow in y, 5 x the flow in x (unit vectors to the centre of the nucleus), and the logit of being
-inside one. Logits above {logit:g} count as inside.
-"""
-
-
 def plane_contents(info: ModelInfo) -> Contents:
-    """Describe the package of a 2D network."""
+    """Describe the package of a 2D network: planes in, flows in the plane out."""
     known = info.nucleus_diameter_um
     pixel_um = None if known is None else known / info.diameter_px
+    # four bright discs in noise
+    y, x = np.mgrid[:_EXAMPLE_PX, :_EXAMPLE_PX]
+    image = np.random.default_rng(0).normal(0.1, 0.03, y.shape)
+    for centre in ((16, 16), (18, 46), (44, 20), (46, 48)):
+        image += 0.8 * (np.hypot(y - centre[0], x - centre[1]) < 7)
     return Contents(
         description="Flows and logits of nuclei in planes of embryos: Cellpose's CNN retrained by nuclei3d.",
-        citations=[CELLPOSE],
-        documentation=_DOCUMENTATION.format(
+        citations=[_CELLPOSE],
+        documentation=_OF_PLANES.format(
             diameter_px=info.diameter_px,
             diameter_um=f" ({known:.3g} um in the training)" if known is not None else "",
-            lower=info.lower_percentile,
-            upper=info.upper_percentile,
-            noise=info.noise_floor,
-            logit=info.cellprob_threshold,
+            **_normalisation(info),
         ),
         input_name="plane",
         input_description="a plane, normalised as the documentation says, and an empty channel",
@@ -142,7 +162,7 @@ def plane_contents(info: ModelInfo) -> Contents:
         output_channels=["flow_y", "flow_x", "logit"],
         # three poolings by two
         axes=[SpaceAxis("y", 16, 8, pixel_um), SpaceAxis("x", 16, 8, pixel_um)],
-        example=_example(),
+        example=np.stack([image, 0 * image])[None].astype(np.float32),
         source=Path(plane_network.__file__),
         make=plane_network.PlaneNetwork.__name__,
         arguments={
@@ -156,49 +176,8 @@ def plane_contents(info: ModelInfo) -> Contents:
     )
 
 
-def _example() -> NDArray[np.float32]:
-    """Give a plane (1, 2, y, x) with four bright discs in noise."""
-    y, x = np.mgrid[:_EDGE_PX, :_EDGE_PX]
-    image = np.random.default_rng(0).normal(0.1, 0.03, y.shape)
-    for centre in ((16, 16), (18, 46), (44, 20), (46, 48)):
-        image += 0.8 * (np.hypot(y - centre[0], x - centre[1]) < 7)
-    plane: NDArray[np.float32] = np.stack([image, 0 * image])[None].astype(np.float32)
-    return plane
-
-
-_EXAMPLE_DIAMETERS = 3.0
-_NNUNET = (
-    "Isensee, Jaeger, Kohl, Petersen, Maier-Hein: nnU-Net: a self-configuring method for deep learning-based "
-    "biomedical image segmentation. Nature Methods 18 (2021)",
-    "10.1038/s41592-020-01008-z",
-)
-_DOCUMENTATION_volume = """A residual 3D U-Net in the manner of Cellpose's CNN, trained on 3D embryos; pooling
-and kernels follow the voxel size. The package gives flows and logits, not masks: nuclei3d runs it over
-overlapping patches of a volume, blends them, and follows the flows to nuclei.
-
-## Input
-
-A volume on a grid on which nuclei are {diameter_px:.3g} voxels across in y and x, and voxels lie
-{anisotropy:.4g} times as far apart in z as in x{voxels}. Resample to that.
-The volume's percentile {lower:g} is 0 and its percentile {upper:g} is 1, both taken over the whole volume,
-never per patch; their distance is at least {noise:g} standard deviations of the noise.
-
-Sizes are multiples of {multiple} (z, y, x); fill up with zeros. It was trained on patches of {patch}; smaller
-ones are worse at nuclei, which are then cut. Blend patches that overlap by a nucleus.
-
-## Output
-
-5 x the flow in z, y and x ({flows}), and the logit of being inside a nucleus. Logits above {logit:g} count as
-inside.
-"""
-_FLOWS = {
-    "heat": "unit vectors in um, not in voxels, to the centre of the nucleus",
-    "tanh": "along each axis tanh of the distance to the centre of the nucleus over 5 voxels",
-}
-
-
 def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
-    """Describe the package of a 3D network."""
+    """Describe the package of a 3D network: volumes in, flows in space out."""
     known = info.nucleus_diameter_um
     edge_um = None if known is None else known / info.diameter_px
     deep_um = None if edge_um is None else spec.anisotropy * edge_um
@@ -208,18 +187,15 @@ def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
     multiple = spec.architecture.multiple
     return Contents(
         description="Flows and logits of nuclei in volumes of embryos: a 3D network trained by nuclei3d.",
-        citations=[CELLPOSE, _NNUNET],
-        documentation=_DOCUMENTATION_volume.format(
+        citations=[_CELLPOSE, _NNUNET],
+        documentation=_OF_VOLUMES.format(
             diameter_px=info.diameter_px,
             anisotropy=spec.anisotropy,
             voxels=voxels,
-            lower=info.lower_percentile,
-            upper=info.upper_percentile,
-            noise=info.noise_floor,
             multiple=" x ".join(map(str, multiple)),
             patch=" x ".join(map(str, spec.patch)),
             flows=_FLOWS[spec.targets],
-            logit=info.cellprob_threshold,
+            **_normalisation(info),
         ),
         input_name="volume",
         input_description="a volume, resampled and normalised as the documentation says",
@@ -231,10 +207,19 @@ def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
             for name, step, edge in zip("zyx", multiple, (deep_um, edge_um, edge_um), strict=True)
         ],
         example=_example_volume(info, spec),
-        source=Path(volume_network.__file__),
-        make=volume_network.described_network.__name__,
+        source=Path(unet3d.__file__),
+        make=unet3d.described_network.__name__,
         arguments=json.loads(json.dumps(asdict(spec))),
     )
+
+
+def _normalisation(info: ModelInfo) -> dict[str, float]:
+    return {
+        "lower": info.lower_percentile,
+        "upper": info.upper_percentile,
+        "noise": info.noise_floor,
+        "logit": info.cellprob_threshold,
+    }
 
 
 def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
@@ -249,27 +234,6 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
         ]
         image += 0.8 * (np.sqrt(sum(np.square(axis) for axis in away)) < 0.45 * info.diameter_px)
     return image[None, None].astype(np.float32)
-
-
-_DOCUMENTATION_bioimageio = """# {name}
-
-Trained by nuclei3d {version}. {text}
-## Validation
-
-{card}
-"""
-
-
-class _FirstOutput(nn.Module):
-    """A network as it is traced: of Cellpose's several outputs the first alone."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, data: torch.Tensor) -> Any:
-        output = self.network(data)
-        return output[0] if isinstance(output, tuple) else output
 
 
 def check_installed() -> None:
@@ -310,7 +274,14 @@ def _describe(model: Model, folder: Path) -> Any:
     info = model.info
     contents = plane_contents(info) if info.full3d is None else volume_contents(info, info.full3d)
     _write_tensors(model.network, contents, folder)
-    (folder / "README.md").write_text(_documentation(model, contents), encoding="utf-8")
+    card = model.path.parent / CARD_FILE
+    documentation = _DOCUMENTATION.format(
+        name=info.name,
+        version=__version__,
+        text=contents.documentation,
+        card=card.read_text(encoding="utf-8") if card.is_file() else "Not described by whoever exported it.",
+    )
+    (folder / "README.md").write_text(documentation, encoding="utf-8")
     attachments = []
     if (model.path.parent / INFO_FILE).is_file():
         (folder / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -330,6 +301,18 @@ def _describe(model: Model, folder: Path) -> Any:
     )
 
 
+class _FirstOutput(nn.Module):
+    """A network as it is traced: of Cellpose's several outputs the first alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, data: torch.Tensor) -> Any:
+        output = self.network(data)
+        return output[0] if isinstance(output, tuple) else output
+
+
 def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None:
     """Write weights, TorchScript, and the example with what the network makes of it."""
     example = torch.from_numpy(contents.example)
@@ -345,7 +328,6 @@ def _input(contents: Contents, folder: Path) -> Any:
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.model import v0_5
 
-    names = [v0_5.Identifier(name) for name in contents.input_channels]
     space = [
         v0_5.SpaceInputAxis(
             id=v0_5.AxisId(axis.name),
@@ -357,7 +339,7 @@ def _input(contents: Contents, folder: Path) -> Any:
     return v0_5.InputTensorDescr(
         id=v0_5.TensorId(contents.input_name),
         description=contents.input_description,
-        axes=[v0_5.BatchAxis(), v0_5.ChannelAxis(channel_names=names), *space],
+        axes=[v0_5.BatchAxis(), _channels(contents.input_channels), *space],
         test_tensor=FileDescr(source=folder / "input.npy"),
         data=v0_5.IntervalOrRatioDataDescr(type="float32"),
     )
@@ -367,7 +349,6 @@ def _output(contents: Contents, folder: Path) -> Any:
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.model import v0_5
 
-    names = [v0_5.Identifier(name) for name in contents.output_channels]
     seen = v0_5.TensorId(contents.input_name)
     space = [
         v0_5.SpaceOutputAxis(
@@ -380,10 +361,16 @@ def _output(contents: Contents, folder: Path) -> Any:
     return v0_5.OutputTensorDescr(
         id=v0_5.TensorId("flows"),
         description=contents.output_description,
-        axes=[v0_5.BatchAxis(), v0_5.ChannelAxis(channel_names=names), *space],
+        axes=[v0_5.BatchAxis(), _channels(contents.output_channels), *space],
         test_tensor=FileDescr(source=folder / "output.npy"),
         data=v0_5.IntervalOrRatioDataDescr(type="float32"),
     )
+
+
+def _channels(names: Sequence[str]) -> Any:
+    from bioimageio.spec.model import v0_5
+
+    return v0_5.ChannelAxis(channel_names=[v0_5.Identifier(name) for name in names])
 
 
 def _scale(axis: SpaceAxis) -> dict[str, Any]:
@@ -416,14 +403,4 @@ def _weights(contents: Contents, folder: Path) -> Any:
         torchscript=v0_5.TorchscriptWeightsDescr(
             source=folder / "weights_torchscript.pt", pytorch_version=version, parent="pytorch_state_dict"
         ),
-    )
-
-
-def _documentation(model: Model, contents: Contents) -> str:
-    card = model.path.parent / CARD_FILE
-    return _DOCUMENTATION_bioimageio.format(
-        name=model.info.name,
-        version=__version__,
-        text=contents.documentation,
-        card=card.read_text(encoding="utf-8") if card.is_file() else "Not described by whoever exported it.",
     )

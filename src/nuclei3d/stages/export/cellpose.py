@@ -1,23 +1,28 @@
-"""A model and masks as Cellpose 3 reads them.
-
-Masks as regions of interest of ImageJ.
-"""
+"""A model, masks and training planes as Cellpose 3 reads them, and masks as regions of ImageJ."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import torch
 from numpy.typing import NDArray
 
-from nuclei3d.console import say
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels, trace_outlines
+from nuclei3d.images.embryos import PARTS
 from nuclei3d.images.frames import check_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import Model
+from nuclei3d.stages.training_data import load_samples, plane_flows, read_slices
+from nuclei3d.training.samples import SampleSet
 
 
 def write_rois(path: Path, labels: NDArray[np.integer[Any]]) -> Path:
@@ -128,3 +133,71 @@ def _warn_of_axes(name: str, shape: tuple[int, ...]) -> None:
             f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
             f"{shape[2]}, so it will show image and masks turned against each other"
         )
+
+
+def write_training_files(stem: Path, image: NDArray[Any], labels: NDArray[np.unsignedinteger[Any]]) -> Path:
+    """Write a plane as Cellpose's training reads it: image, labels, and flows, so that it starts at once.
+
+    Parameters
+    ----------
+    stem
+        The files are ``<stem>_img.tif``, ``<stem>_lbl.tif`` and ``<stem>_img_flows.tif``.
+    image, labels
+        (Y, X); labels 1..n.
+
+    Returns
+    -------
+    Path
+        The image.
+    """
+    labels = labels.astype(np.uint16, copy=False)
+    targets = np.stack([labels, labels > 0, *plane_flows(labels)]).astype(np.float32)
+    for suffix, array in (("_img", image), ("_lbl", labels), ("_img_flows", targets)):
+        path = stem.with_name(f"{stem.name}{suffix}.tif")
+        tifffile.imwrite(path, array, compression="zlib", photometric="minisblack", metadata=None)
+    return stem.with_name(f"{stem.name}_img.tif")
+
+
+def write_training_set(slices: Path, folder: Path) -> list[Path]:
+    """Write the planes of a prepared data set as `write_training_files` does, into a folder for each part.
+
+    Intensities that are no integers of up to 16 bits come back to 1/65535 of a plane's range, as they are
+    stored, and the user is told.
+
+    Raises
+    ------
+    InputError
+        If `slices` is no data set of planes.
+    """
+    described = read_slices(slices)
+    if described.network != "views2d":
+        raise InputError(f"{slices} holds volumes for a 3D network; Cellpose's training takes planes only")
+    written: list[Path] = []
+    for part in PARTS:
+        (folder / part).mkdir()
+        samples = load_samples(described, part, memory_limit_gb=0)
+        # a frame has one type, which a constant plane alone does not tell
+        rounded = {
+            (info.embryo, info.frame)
+            for info, step, offset in zip(samples.infos, samples.step, samples.offset, strict=True)
+            if (step, offset) != (1, 0)
+        }
+
+        def write(index: int, samples: SampleSet = samples, rounded: Set[tuple[str, str]] = rounded) -> Path:
+            info, (pixels, labels, _) = samples.infos[index], samples.read(index)
+            image: NDArray[Any] = pixels[0]
+            if (info.embryo, info.frame) in rounded:
+                image = (image * samples.step[index] + samples.offset[index]).astype(np.float32)
+            return write_training_files(folder / info.file, image, labels[0])
+
+        # zlib and the flows leave the interpreter lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("export", total=len(samples)) as bar:
+            for path in pool.map(write, range(len(samples))):
+                written.append(path)
+                bar.advance(1)
+        if rounded:
+            say(
+                f"{part}: images of {len(rounded)} frames are no 16-bit integers and come rounded to 1/65535 "
+                "of each plane's range; nuclei3d prepare --set prepare.cellpose_files=true does not round"
+            )
+    return written

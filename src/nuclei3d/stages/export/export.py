@@ -1,4 +1,4 @@
-"""export: a model for Cellpose or bioimage.io, masks for Cellpose's GUI or ImageJ."""
+"""export: a model, masks or training planes for Cellpose, bioimage.io and ImageJ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nuclei3d.networks.folder import Model
     from nuclei3d.stages.pairing import Entry
 
-Format = Literal["cellpose", "bioimageio", "seg", "rois"]
+Format = Literal["cellpose", "bioimageio", "seg", "rois", "cellpose-training"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 OF_MODELS: tuple[Format, ...] = ("cellpose", "bioimageio")
 _Item = TypeVar("_Item")
@@ -52,9 +52,10 @@ def export(
     model: str | None = None,
     masks: Path | None = None,
     images: Path | None = None,
+    slices: Path | None = None,
     formats: Sequence[str] = (),
 ) -> ExportResult:
-    """Write a model or masks for other programs.
+    """Write a model, masks or training planes for other programs.
 
     Parameters
     ----------
@@ -68,11 +69,14 @@ def export(
         Labels such as ``predict`` writes, a folder or a file; for the formats of masks.
     images
         Their images; for ``seg``.
+    slices
+        Data set made by ``prepare``; for ``cellpose-training``.
     formats
         ``cellpose``: weights of a 2D network that Cellpose's command line and GUI load. ``bioimageio``: a
         package of the network. ``seg``: a folder of images with ``_seg.npy`` that Cellpose's GUI opens.
-        ``rois``: zip files for ImageJ's ROI manager. None: ``cellpose`` for a model, and for masks ``rois``,
-        with images ``seg`` too.
+        ``rois``: zip files for ImageJ's ROI manager. ``cellpose-training``: TIFF pairs with flows, for
+        ``python -m cellpose --train``. None: what was given decides (a model ``cellpose``, masks ``rois``,
+        with images ``seg`` too, slices ``cellpose-training``).
 
     Raises
     ------
@@ -80,7 +84,7 @@ def export(
         If a format is unknown, lacks its input or is not for this kind of model, model or masks cannot be
         read, or `out` holds something.
     """
-    wanted = _formats(formats, model, masks, images)
+    wanted = _choose_formats(formats, model, masks, images, slices)
     loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
     if loaded is not None and "cellpose" in wanted:
         _check_for_cellpose(loaded)
@@ -99,6 +103,10 @@ def export(
                 written = _write_model(loaded, name, place)
             elif name == "seg":
                 written = _write_seg(pairs, params, place)
+            elif slices is not None and name == "cellpose-training":
+                from nuclei3d.stages.export.cellpose import write_training_set
+
+                written = write_training_set(slices, place)
             else:
                 written = _write_rois(entries, place)
             files[name] = tuple(out / path.relative_to(folder) for path in written)
@@ -108,32 +116,37 @@ def export(
     return ExportResult(out, files)
 
 
-def _formats(
-    formats: Sequence[str], model: str | None, masks: Path | None, images: Path | None
+def _choose_formats(
+    formats: Sequence[str], model: str | None, masks: Path | None, images: Path | None, slices: Path | None
 ) -> list[Format]:
     """Check the formats against what was given, or choose those that it allows."""
-    if model is None and masks is None:
-        raise InputError("nothing to export: give a model (--model), or masks (--masks)")
+    if model is None and masks is None and slices is None:
+        raise InputError("nothing to export: give a model (--model), masks (--masks), or slices (--slices)")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"unknown format '{unknown[0]}'; known: {', '.join(FORMATS)}")
-    wanted = [name for name in FORMATS if name in formats]
-    if not wanted:
+    if not formats:
         chosen: dict[Format, object] = {
             "cellpose": model,
             "seg": masks and images,
             "rois": masks,
+            "cellpose-training": slices,
         }
         return [name for name, given in chosen.items() if given]
+    wanted = [name for name in FORMATS if name in formats]
     for name in wanted:
         if name in OF_MODELS and model is None:
             raise InputError(f"the format {name} is one of models; give --model")
-        if name not in OF_MODELS and masks is None:
+        if name in ("seg", "rois") and masks is None:
             raise InputError(
                 f"the format {name} is one of masks; give --masks (nuclei3d predict writes them)"
             )
         if name == "seg" and images is None:
             raise InputError("the format seg holds images with their masks; give --images")
+        if name == "cellpose-training" and slices is None:
+            raise InputError(
+                f"the format {name} holds training planes; give --slices (from nuclei3d prepare)"
+            )
     return wanted
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import SearchParams
-from nuclei3d.errors import InputError
-from nuclei3d.images.layout import missing
+from nuclei3d.errors import InputError, missing
 
 if TYPE_CHECKING:
     from nuclei3d.images.embryos import EmbryoFrame
