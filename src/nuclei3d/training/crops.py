@@ -236,30 +236,20 @@ def _turn_matrix(
 
 
 @njit(cache=True, nogil=True)
-def _interpolate(pixels: NDArray[np.uint16], z: float, y: float, x: float) -> float:
-    """Interpolate at (z, y, x), voxel centres at integers; held constant beyond the outermost centres."""
-    depth, height, width = pixels.shape
-    z = min(max(z, 0.0), depth - 1.0)
+def _bilinear(pixels: NDArray[np.uint16], y: float, x: float) -> float:
+    """Interpolate at (y, x), pixel centres at integers; held constant beyond the outermost centres."""
+    height, width = pixels.shape
     y = min(max(y, 0.0), height - 1.0)
     x = min(max(x, 0.0), width - 1.0)
-    z0 = min(int(z), max(depth - 2, 0))
     y0 = min(int(y), max(height - 2, 0))
     x0 = min(int(x), max(width - 2, 0))
     y1 = min(y0 + 1, height - 1)
     x1 = min(x0 + 1, width - 1)
-    fz = z - z0
     fy = y - y0
     fx = x - x0
-    near = (pixels[z0, y0, x0] * (1 - fx) + pixels[z0, y0, x1] * fx) * (1 - fy) + (
-        pixels[z0, y1, x0] * (1 - fx) + pixels[z0, y1, x1] * fx
-    ) * fy
-    if fz == 0.0:
-        return float(near)
-    z1 = min(z0 + 1, depth - 1)
-    far = (pixels[z1, y0, x0] * (1 - fx) + pixels[z1, y0, x1] * fx) * (1 - fy) + (
-        pixels[z1, y1, x0] * (1 - fx) + pixels[z1, y1, x1] * fx
-    ) * fy
-    return float(near * (1 - fz) + far * fz)
+    upper = pixels[y0, x0] * (1 - fx) + pixels[y0, x1] * fx
+    lower = pixels[y1, x0] * (1 - fx) + pixels[y1, x1] * fx
+    return float(upper * (1 - fy) + lower * fy)
 
 
 @njit(cache=True, nogil=True)
@@ -299,8 +289,14 @@ def cut_crop(
         z = plan.centre_z + plan.flip_z * (k + 0.5 - size_z / 2) / plan.scale_z - 0.5
         if z < -0.5 or z > depth - 0.5:
             continue
-        z0 = math.floor(z)
+        within = min(max(z, 0.0), depth - 1.0)
+        near_z = min(int(within), max(depth - 2, 0))
+        near = pixels[near_z]
+        far = pixels[min(near_z + 1, depth - 1)]
+        share = within - near_z
         nearest_z = min(max(math.floor(z + 0.5), 0), depth - 1)
+        first_z = max(math.floor(z), 0)
+        end_z = min(math.floor(z) + 2, depth)
         for i in range(size_y):
             dy = i + 0.5 - size_y / 2
             for j in range(size_x):
@@ -313,15 +309,17 @@ def cut_crop(
                     value = 0.0
                     for sub_y in (-0.25, 0.25):
                         for sub_x in (-0.25, 0.25):
-                            value += _interpolate(
-                                pixels,
-                                z,
-                                y + a00 * sub_y + a01 * sub_x,
-                                x + a10 * sub_y + a11 * sub_x,
-                            )
+                            at_y = y + a00 * sub_y + a01 * sub_x
+                            at_x = x + a10 * sub_y + a11 * sub_x
+                            part = _bilinear(near, at_y, at_x)
+                            if share != 0.0:
+                                part = part * (1 - share) + _bilinear(far, at_y, at_x) * share
+                            value += part
                     value *= 0.25
                 else:
-                    value = _interpolate(pixels, z, y, x)
+                    value = _bilinear(near, y, x)
+                    if share != 0.0:
+                        value = value * (1 - share) + _bilinear(far, y, x) * share
                 image[k, i, j] = value * gain + bias
                 row = min(max(math.floor(y + 0.5), 0), height - 1)
                 column = min(max(math.floor(x + 0.5), 0), width - 1)
@@ -335,7 +333,7 @@ def cut_crop(
                 flow_y = 0.0
                 flow_x = 0.0
                 total = 0.0
-                for nz in range(max(z0, 0), min(z0 + 2, depth)):
+                for nz in range(first_z, end_z):
                     weight_z = 1.0 - abs(z - nz)
                     for ny in range(max(y0, 0), min(y0 + 2, height)):
                         weight_y = weight_z * (1.0 - abs(y - ny))
