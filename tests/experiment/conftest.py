@@ -27,7 +27,6 @@ def params(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "MLFLOW_EXPERIMENT_NAME",
         "DVC_STAGE",
         "DVC_ROOT",
-        "NUCLEI3D_PARENT_RUN_ID",
     ):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)

@@ -145,16 +145,16 @@ def describe_model(
     params: Params, described: Slices, spec: VolumeSpec | None, run_id: str | None
 ) -> ModelInfo:
     """Gather what model.json holds; the thresholds are the defaults."""
-    from nuclei3d.experiment.provenance import trace_lineage
+    from nuclei3d.experiment.provenance import trace_provenance
     from nuclei3d.networks.folder import ModelInfo
 
-    lineage = trace_lineage(params, {"slices": described.folder}, device=params.train.device)
+    provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
     origin: dict[str, str] = {
-        "git_commit": lineage.git_commit,
-        "git_dirty": str(lineage.git_dirty).lower(),
-        "seed": str(lineage.seed),
-        "device": lineage.device,
-        **{f"{name}_md5": md5 for name, md5 in lineage.input_md5.items()},
+        "git_commit": provenance.git_commit,
+        "git_dirty": str(provenance.git_dirty).lower(),
+        "seed": str(provenance.seed),
+        "device": provenance.device,
+        **{f"{name}_md5": md5 for name, md5 in provenance.input_md5.items()},
     }
     if run_id is not None:
         origin["run_id"] = run_id
@@ -171,7 +171,7 @@ def describe_model(
         diameter_px=params.train.diameter_px,
         nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
         voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
-        versions=dict(lineage.versions),
+        versions=dict(provenance.versions),
         lineage=origin,
         **normalization,
     )
