@@ -112,22 +112,22 @@ def _is_3d(params: Params, model: str) -> bool:
 
 
 def _find_champion(params: Params, model: str) -> Baseline | None:
-    """Find the registered model that is champion, unless it has the weights of the one that is evaluated."""
+    """Find the champion, or the one before it where the champion has the weights of the evaluated model."""
     from nuclei3d.experiment.provenance import md5_of_input
-    from nuclei3d.experiment.registry import champion_version, fetch_model
+    from nuclei3d.experiment.registry import champions, fetch_model
     from nuclei3d.networks.folder import INFO_FILE, read_info
 
-    version = champion_version(params)
-    if version is None:
-        return None
-    uri = f"models:/{params.tracking.registered_name}/{version}"
-    folder = fetch_model(uri, params)
-    info = read_info(folder / INFO_FILE)
     own = Path(model)
     if own.is_dir():
         own = own / read_info(own / INFO_FILE).name
-    if own.is_file() and md5_of_input(own) == md5_of_input(folder / info.name):
-        say(f"the champion, version {version}, is this very model: that baseline is left out")
+    for version in champions(params):
+        uri = f"models:/{params.tracking.registered_name}/{version}"
+        folder = fetch_model(uri, params)
+        info = read_info(folder / INFO_FILE)
+        if not own.is_file() or md5_of_input(own) != md5_of_input(folder / info.name):
+            break
+        say(f"version {version} of the registered model is this very model: it is no baseline")
+    else:
         return None
     if info.kind == "full3d":
         mode = "full3d"
