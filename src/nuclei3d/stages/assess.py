@@ -117,10 +117,10 @@ def _find_champion(params: Params, model: str) -> Baseline | None:
     from nuclei3d.experiment.registry import champions, fetch_model
     from nuclei3d.networks.folder import INFO_FILE, read_info
 
-    own = Path(model)
-    if own.is_dir():
+    versions, own = champions(params), Path(model)
+    if versions and own.is_dir():
         own = own / read_info(own / INFO_FILE).name
-    for version in champions(params):
+    for version in versions:
         uri = f"models:/{params.tracking.registered_name}/{version}"
         folder = fetch_model(uri, params)
         info = read_info(folder / INFO_FILE)
@@ -192,23 +192,23 @@ class AssessFolders:
         return cls(out / "predictions", out / "baselines", out / "evaluation")
 
 
-def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> dict[str, Any]:
-    """Predict the held-out frames, a folder per embryo.
+def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> bool:
+    """Predict the held-out frames, a folder per embryo; tell whether all of them had been done before.
 
     Frames that were done before with the same model are kept; masks of frames that are no longer held out
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.assess import keep_only
     from nuclei3d.stages.tracked import predict_tracked
 
     frames = _images_by_embryo(params, data)
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
     with stage_run("predict", params, inputs=inputs):
-        for embryo, images in frames.items():
-            predict_tracked(params, images, model, predictions / embryo)
+        results = [
+            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+        ]
     keep_only(frames, predictions)
-    return {"out": str(predictions), "frames": {embryo: len(images) for embryo, images in frames.items()}}
+    return all(frame.done_before for result in results for frame in result.frames)
 
 
 def predict_baselines_held_out(params: Params, data: Path, model: str, baselines: Path) -> dict[str, str]:
