@@ -53,7 +53,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The override that names an MLflow store of this test's own, in an environment that says nothing of one."""
+    """The override that names an MLflow store of this test's own; the environment says nothing of one."""
     for variable in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
