@@ -104,7 +104,7 @@ def evaluate_tracked(
             method=method,
             only=only,
         )
-        run.metrics({f"test/{name}": value for name, value in result.headline.items()})
+        run.metrics({f"test/{name}": value for name, value in result.scores.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()
             run.artifact(file, "" if folder == "." else folder)
