@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.tables import notes, summary_sentences
+from nuclei3d.report.page import notes, summary_sentences
 from nuclei3d.scoring.assessment import assess_volume
 from nuclei3d.scoring.summary import summarise
 

@@ -31,7 +31,7 @@ class Made:
     done_before: bool = False
 
     @property
-    def headline(self) -> dict[str, float]:
+    def scores(self) -> dict[str, float]:
         return headline(self.metrics)
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.errors import InputError
@@ -22,8 +21,8 @@ from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import no_progress_bars, open_store
 from nuclei3d.images.layout import missing
 from nuclei3d.networks.folder import ModelInfo, read_info
-from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.scoring.metrics import Tally, stack_tallies
+from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.metrics import Tally
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -328,40 +327,36 @@ def judge(
     old, new = champion["volumes"], challenger["volumes"]
     if _truths(old) != _truths(new):
         reason = f"not evaluated on the same held-out volumes as the {champion_name}"
-        return Verdict(False, reason, None, None, None)
+        return Verdict(False, reason)
     names = list(old)
-    units = resampling_units([str(old[name].get("embryo", name)) for name in names])
-    drawn = bootstrap_weights(units, _REPLICATES, np.random.default_rng(seed))
-    weights = np.vstack([np.ones(len(names)), drawn])
-    # The same draws for both: what makes an embryo hard for one makes it hard for the other.
-    before, after = (_ap(volumes, names, weights) for volumes in (old, new))
-    difference = float(after[0] - before[0])
-    if units.count < 2:
+    compared = compare_paired(
+        *(
+            average_precision_of([Tally.from_json(volumes[name]["counts"]) for name in names])
+            for volumes in (old, new)
+        ),
+        [str(old[name].get("embryo", name)) for name in names],
+        replicates=_REPLICATES,
+        rng=np.random.default_rng(seed),
+    )
+    ap = compared.differences["ap_0.50"]
+    difference = ap.difference
+    if not compared.resampled:
         reason = (
             f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} "
             f"in AP at .5, {difference:+.4f}, is real"
         )
-        return Verdict(False, reason, difference, None, None)
-    low, high = (float(bound) for bound in percentile_interval(after[1:] - before[1:]))
-    better = difference > 0 and low > 0
+        return Verdict(False, reason, difference)
+    better = difference > 0 and ap.low > 0
     reason = (
         f"{'better' if better else 'not better'} than the {champion_name} on the same {len(names)} held-out "
-        f"volumes: AP at .5 {after[0]:.4f} against {before[0]:.4f}, difference {difference:+.4f} with 95 % "
-        f"interval {low:+.4f} to {high:+.4f} over {units.words}"
+        f"volumes: AP at .5 {ap.b:.4f} against {ap.a:.4f}, difference {difference:+.4f} with 95 % "
+        f"interval {ap.low:+.4f} to {ap.high:+.4f} over {compared.units.words}"
     )
-    return Verdict(better, reason, difference, low, high)
+    return Verdict(better, reason, difference, ap.low, ap.high)
 
 
 def _truths(volumes: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
     return {name: (volume.get("truth_digest"), volume.get("n_true")) for name, volume in volumes.items()}
-
-
-def _ap(volumes: Mapping[str, Any], names: list[str], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give AP at .5 of each replicate, shape (replicates,)."""
-    tallies = stack_tallies([Tally.from_json(volumes[name]["counts"]) for name in names])
-    total = tallies.total(weights)
-    whole = total.n_true + total.n_pred - total.tp_half
-    return np.divide(total.tp_half, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
 def _compare_with_champion(

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 #: Fewer embryos than this are cut into blocks of time: so few units cannot show how embryos vary.
 FEWEST_EMBRYOS = 4
 
+#: Fewer units than this make an interval that should not be taken literally.
+FEW_UNITS = 6
 _Z95 = 1.959963984540054
 
 
@@ -37,6 +39,11 @@ class Units:
     unit_of: NDArray[np.int64]
     count: int
     words: str
+
+    @property
+    def few(self) -> bool:
+        """Whether they are so few that an interval is rough."""
+        return self.count < FEW_UNITS
 
 
 def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "time"] = "auto") -> Units:

@@ -74,7 +74,7 @@ def evaluate_tracked(
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
         result = evaluate(params, truth, pred, out, **options)
-        run.metrics({f"test/{name}": value for name, value in result.headline.items()})
+        run.metrics({f"test/{name}": value for name, value in result.scores.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()
             run.artifact(file, "" if folder == "." else folder)
