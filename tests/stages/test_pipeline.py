@@ -163,7 +163,8 @@ def test_a_job_that_was_stopped_or_had_ended_ends_the_same(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = ["simulate.embryos=[a, b, c]", "simulate.frames=1", "simulate.shape=[8, 64, 64]"]
-    quick = ["train.epochs=1", "train.crops_per_epoch=4", "train.batch_size=2", "evaluate.bootstrap=20"]
+    quick = ["train.epochs=1", "train.crops_per_epoch=4", "train.batch_size=2", "calibrate.volumes=0"]
+    quick += ["evaluate.bootstrap=20", "evaluate.report=false"]
     params = load_params(None, [*settings, *small, "simulate.nuclei=6", "prepare.min_nuclei=1", *quick])
     simulate(params, tmp_path / "data")
 

@@ -146,7 +146,7 @@ def test_the_sheet_shows_crops_of_every_kind(slices, tmp_path):
 
 def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
     first = train(params_of(), slices, tmp_path / "m")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    weights = (tmp_path / "m" / "small").read_bytes()
 
     def fail(report):
         raise AssertionError("an epoch was trained")
@@ -158,7 +158,7 @@ def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
     assert not train(params_of(), slices, tmp_path / "m", on_epoch=fail).done_before
     (tmp_path / "m" / "small").write_bytes(b"")
     assert not train(params_of(), slices, tmp_path / "m", on_epoch=fail).done_before
-    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert (tmp_path / "m" / "small").read_bytes() == weights
     epochs = []
     train(params_of(), slices, tmp_path / "m", resume=False, on_epoch=lambda r: epochs.append(r.epoch))
     assert epochs == [1, 2]
