@@ -110,10 +110,10 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     result = PipelineResult(
         out=out,
         metrics=scores,
-        name=registered and registered.name,
-        version=registered and registered.version,
-        champion=registered and registered.champion,
-        reason=registered and registered.reason,
+        name=None if registered is None else registered.name,
+        version=None if registered is None else registered.version,
+        champion=None if registered is None else registered.champion,
+        reason=None if registered is None else registered.reason,
         skipped=tuple(stage for stage, done in done_before.items() if done),
         run_id=run.run_id,
     )
