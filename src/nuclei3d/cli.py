@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -43,7 +42,7 @@ class _Command(TyperCommand):
     So each line of MLproject can name all options.
     """
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Leave out options without a value, and part texts with several."""
         valued = {
             name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
@@ -59,7 +58,7 @@ class _Command(TyperCommand):
             for text in texts:
                 if text and not (word == "--set" and text.endswith("=")):
                     kept += [word, text]
-        return super().parse_args(context, kept)
+        return super().parse_args(ctx, kept)
 
 
 def _print_version(wanted: bool) -> None:
