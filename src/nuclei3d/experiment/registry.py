@@ -73,10 +73,8 @@ def judge(
         return Verdict(False, reason, None, None, None)
     names = list(old)
     compared = compare_paired(
-        *(
-            average_precision_of([Tally.from_json(volumes[name]["counts"]) for name in names])
-            for volumes in (old, new)
-        ),
+        average_precision_of([Tally.from_json(old[name]["counts"]) for name in names]),
+        average_precision_of([Tally.from_json(new[name]["counts"]) for name in names]),
         [str(old[name].get("embryo", name)) for name in names],
         replicates=_REPLICATES,
         rng=np.random.default_rng(seed),
