@@ -1,7 +1,7 @@
 """The held-out embryos of a data set, predicted with a model and its rivals, then evaluated.
 
-dvc.yaml and the runs of MLflow call the second half of it `evaluate`, as the command is called that does it
-for any two folders.
+To *assess* is to predict the held-out embryos and to *evaluate* the predictions; `evaluate` alone does the
+latter for any two folders of labels. The runs of MLflow are called `predict` and `evaluate`.
 """
 
 from __future__ import annotations
