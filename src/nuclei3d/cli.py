@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from nuclei3d import __version__
 from nuclei3d.console import emit_json, say
@@ -28,6 +31,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+# How several values stand in one text, for options that may be repeated.
+_SEVERAL = {"--set": re.compile(r"\s+(?=(?:seed|\w+\.[\w.]+)=)"), "--format": re.compile(r"\s+")}
+
+
+class _Command(TyperCommand):
+    """A command for which an option without a value (``--host ""``, ``--set train.epochs=``) is not given.
+
+    So each line of MLproject can name all options.
+    """
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Leave out options without a value, and part texts with several."""
+        valued = {
+            name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
+        }
+        kept: list[str] = []
+        words = iter(args)
+        for word in words:
+            value = next(words, None) if word in valued else None
+            if value is None:
+                kept.append(word)
+                continue
+            texts = _SEVERAL[word].split(value.strip()) if word in _SEVERAL else [value]
+            for text in texts:
+                if text and not (word == "--set" and text.endswith("=")):
+                    kept += [word, text]
+        return super().parse_args(context, kept)
 
 
 def _print_version(wanted: bool) -> None:
@@ -428,6 +460,17 @@ def run(
     finish(run_pipeline(load(params, overrides), data, out), as_json)
 
 
+def params(
+    section: Annotated[
+        str | None, typer.Argument(help="One section, such as train.augment.", metavar="SECTION")
+    ] = None,
+) -> None:
+    """Print what each parameter means, its default and its values."""
+    from nuclei3d.config.reference import describe_parameters
+
+    sys.stdout.write(describe_parameters(section))
+
+
 for _command in (
     simulate,
     prepare,
@@ -445,8 +488,9 @@ for _command in (
     export,
     view,
     run,
+    params,
 ):
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 
 
 def main() -> None:

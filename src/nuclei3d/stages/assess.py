@@ -94,8 +94,8 @@ def assess(
     return evaluate_held_out(params, data, folders, baselines, slices=slices, model=Path(model))
 
 
-def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> dict[str, Any]:
-    """Predict the held-out frames, a folder per embryo.
+def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> bool:
+    """Predict the held-out frames, a folder per embryo; tell whether all of them had been done before.
 
     Frames that were done before with the same model are kept; masks of frames that are no longer held out
     are removed, for the evaluation would take them in.
@@ -106,10 +106,11 @@ def predict_held_out(params: Params, data: Path, model: str, predictions: Path) 
     frames = _images_by_embryo(params, data)
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
     with stage_run("predict", params, inputs=inputs):
-        for embryo, images in frames.items():
-            predict_tracked(params, images, model, predictions / embryo)
+        results = [
+            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+        ]
     _keep_only(frames, predictions)
-    return {"out": str(predictions), "frames": {embryo: len(images) for embryo, images in frames.items()}}
+    return all(frame.done_before for result in results for frame in result.frames)
 
 
 def predict_baselines_held_out(params: Params, data: Path, model: str, baselines: Path) -> dict[str, str]:
@@ -259,22 +260,22 @@ def _is_3d(params: Params, model: str) -> bool:
 
 
 def _find_champion(params: Params, model: str) -> _Baseline | None:
-    """Find the registered model that is champion, unless it has the weights of the one that is evaluated."""
+    """Find the champion, or the one before it where the champion has the weights of the evaluated model."""
     from nuclei3d.experiment.provenance import md5_of_input
-    from nuclei3d.experiment.registry import champion_version, fetch_model
+    from nuclei3d.experiment.registry import champions, fetch_model
     from nuclei3d.networks.folder import INFO_FILE, read_info
 
-    version = champion_version(params)
-    if version is None:
-        return None
-    uri = f"models:/{params.tracking.registered_name}/{version}"
-    folder = fetch_model(uri, params)
-    info = read_info(folder / INFO_FILE)
-    own = Path(model)
-    if own.is_dir():
+    versions, own = champions(params), Path(model)
+    if versions and own.is_dir():
         own = own / read_info(own / INFO_FILE).name
-    if own.is_file() and md5_of_input(own) == md5_of_input(folder / info.name):
-        say(f"the champion, version {version}, is this very model: that baseline is left out")
+    for version in versions:
+        uri = f"models:/{params.tracking.registered_name}/{version}"
+        folder = fetch_model(uri, params)
+        info = read_info(folder / INFO_FILE)
+        if not own.is_file() or md5_of_input(own) != md5_of_input(folder / info.name):
+            break
+        say(f"version {version} of the registered model is this very model: it is no baseline")
+    else:
         return None
     if info.kind == "full3d":
         mode = "full3d"
