@@ -329,13 +329,9 @@ def judge(
         reason = f"not evaluated on the same held-out volumes as the {champion_name}"
         return Verdict(False, reason)
     names = list(old)
-    before, after = (
-        average_precision_of([Tally.from_json(volumes[name]["counts"]) for name in names])
-        for volumes in (old, new)
-    )
     compared = compare_paired(
-        before,
-        after,
+        average_precision_of([Tally.from_json(old[name]["counts"]) for name in names]),
+        average_precision_of([Tally.from_json(new[name]["counts"]) for name in names]),
         [str(old[name].get("embryo", name)) for name in names],
         replicates=_REPLICATES,
         rng=np.random.default_rng(seed),

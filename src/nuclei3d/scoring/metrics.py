@@ -127,19 +127,16 @@ class Metrics:
     def by_name(self) -> dict[str, Floats]:
         """Give each scalar metric under its name; AP and F1 as ``ap_0.50``, ``f1_0.50`` and so on."""
         named: dict[str, Floats] = {}
-        for position, threshold in enumerate(self.thresholds):
-            named[f"ap_{threshold:.2f}"] = self.ap[..., position]
-        for position, threshold in enumerate(self.thresholds):
-            named[f"f1_{threshold:.2f}"] = self.f1[..., position]
-        for name in _SCALARS:
-            named[name] = getattr(self, name)
-        return named
+        for name, values in (("ap", self.ap), ("f1", self.f1)):
+            for position, threshold in enumerate(self.thresholds):
+                named[f"{name}_{threshold:.2f}"] = values[..., position]
+        return named | {name: getattr(self, name) for name in _SCALARS}
 
     def as_json(self) -> dict[str, Any]:
         """Give a single set of scores as metrics.json wants it: counts as integers, undefined as None."""
         tree: dict[str, Any] = {
-            "ap": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.ap, strict=True)},
-            "f1": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.f1, strict=True)},
+            name: {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, values, strict=True)}
+            for name, values in (("ap", self.ap), ("f1", self.f1))
         }
         for name in _SCALARS:
             value = number_or_none(getattr(self, name))
@@ -148,17 +145,7 @@ class Metrics:
 
 
 COUNTS = ("splits", "merges", "n_true", "n_pred")
-_SCALARS = (
-    "pq",
-    "seg",
-    "det",
-    "mucov",
-    "true_cover",
-    "foreground_iou",
-    "precision",
-    "recall",
-    *COUNTS,
-)
+_SCALARS = ("pq", "seg", "det", "mucov", "true_cover", "foreground_iou", "precision", "recall", *COUNTS)
 
 
 def tally_of(table: OverlapTable, thresholds: Sequence[float] = THRESHOLDS) -> Tally:

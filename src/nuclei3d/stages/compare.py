@@ -97,7 +97,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     same_bins = first.edges is None or second.edges is None or first.edges == second.edges
     thresholds = [threshold for threshold in first.thresholds if threshold in second.thresholds]
     compared = compare_paired(
-        *(_statistics(evaluation, names, thresholds, same_bins) for evaluation in (first, second)),
+        _statistics(first, names, thresholds, same_bins),
+        _statistics(second, names, thresholds, same_bins),
         [first.volumes[name]["embryo"] for name in names],
         replicates=params.evaluate.bootstrap,
         over=params.evaluate.resample,

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -269,7 +269,7 @@ def _map(
     results: list[Result] = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(words, total=len(pairs)))
-        found = map(work, pairs, *more)
+        found: Iterable[Result] = map(work, pairs, *more)
         if workers > 1:
             # spawned, not forked: threads of numerical libraries do not survive a fork
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
@@ -365,7 +365,8 @@ def _metrics(
     def lead(rival: Sequence[Assessment]) -> dict[str, Any] | None:
         """Give the lead of the model in AP at .5 over a baseline."""
         compared = compare_paired(
-            *(average_precision_of([a.tally for a in assessments]) for assessments in (rival, own)),
+            average_precision_of([assessment.tally for assessment in rival]),
+            average_precision_of([assessment.tally for assessment in own]),
             embryos,
             replicates=params.evaluate.bootstrap,
             over=params.evaluate.resample,

@@ -323,9 +323,7 @@ def pair_volumes(
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     if only is not None:
         wanted = {path.resolve() for path in only}
-        # An array of labels lies inside the zarr that is named.
-        places = {id(entry): entry.frame.path.resolve() for entry in truths}
-        truths = [e for e in truths if wanted & {places[id(e)], *places[id(e)].parents}]
+        truths = [entry for entry in truths if _is_within(entry.frame.path.resolve(), wanted)]
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -348,7 +346,7 @@ def pair_volumes(
     pairs = []
     for name, (entry, prediction) in zip(names, matched, strict=True):
         image = image_of.get(id(entry))
-        size = given or _first_voxel_size(entry, image, prediction)
+        size = given or first_voxel_size(entry, image, prediction)
         if size is None and params.evaluate.min_true_volume_um3:
             raise InputError(
                 f"evaluate.min_true_volume_um3 needs a voxel size, and none of the files of {name} has one; "
@@ -376,6 +374,11 @@ def pair_volumes(
         [entry.key for entry in truths if id(entry) not in paired],
         [entry.key for entry in predictions if id(entry) not in paired],
     )
+
+
+def _is_within(path: Path, wanted: Collection[Path]) -> bool:
+    # An array of labels lies inside the zarr that is named.
+    return any(place in wanted for place in (path, *path.parents))
 
 
 def _find_images(
@@ -410,7 +413,8 @@ def _by_truth(
     return {id(entry): other for entry, other in pairs}
 
 
-def _first_voxel_size(*entries: Entry | None) -> VoxelSize | None:
+def first_voxel_size(*entries: Entry | None) -> VoxelSize | None:
+    """Give the voxel size of the first entry whose file states one."""
     return next((e.frame.voxel_size for e in entries if e is not None and e.frame.voxel_size), None)
 
 
@@ -422,7 +426,7 @@ def _say_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> No
             "contrast is not measured; give it with --set data.voxel_size_um=[z,y,x]"
         )
     for pair in pairs:
-        stated, path = _first_voxel_size(pair.truth, pair.image), pair.truth.frame.path
+        stated, path = first_voxel_size(pair.truth, pair.image), pair.truth.frame.path
         if given is not None and stated is not None and stated.differs_from(given):
             say(f"{path}: the file says voxels of {stated}, the given {given} is used instead")
             return
