@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,35 @@ def _no_store_left_behind() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database, made once: that takes seconds."""
+    from nuclei3d.config import load_params
+    from nuclei3d.experiment.store import open_store
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_store(load_params(None, [f"tracking.uri=sqlite:///{path}"]).tracking)
+    return path
+
+
+@pytest.fixture
+def own_store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The override that names an MLflow store of this test's own; the environment says nothing of one."""
+    for variable in (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+        "DVC_STAGE",
+        "DVC_ROOT",
+    ):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    database = tmp_path / "store" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(empty_database, database)
+    return f"tracking.uri=sqlite:///{database}"
 
 
 @pytest.fixture

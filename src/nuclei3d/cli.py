@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperCommand
 
 from nuclei3d import __version__
 from nuclei3d.console import emit_json, say
@@ -28,6 +30,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+# How several values stand in one text, for options that may be repeated.
+_SEVERAL = {"--set": re.compile(r"\s+(?=(?:seed|\w+\.[\w.]+)=)"), "--format": re.compile(r"\s+")}
+
+
+class _Command(TyperCommand):
+    """A command for which an option without a value (``--host ""``, ``--set train.epochs=``) is not given.
+
+    So each line of MLproject can name all options.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Leave out options without a value, and part texts with several."""
+        valued = {
+            name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
+        }
+        kept: list[str] = []
+        words = iter(args)
+        for word in words:
+            value = next(words, None) if word in valued else None
+            if value is None:
+                kept.append(word)
+                continue
+            texts = _SEVERAL[word].split(value.strip()) if word in _SEVERAL else [value]
+            for text in texts:
+                if text and not (word == "--set" and text.endswith("=")):
+                    kept += [word, text]
+        return super().parse_args(ctx, kept)
 
 
 def _print_version(wanted: bool) -> None:
@@ -472,7 +503,7 @@ for _command in (
     run,
     params,
 ):
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 
 
 def main() -> None:

@@ -1,15 +1,9 @@
-"""Outlines of labels in a plane.
+"""Volumes and labels on grids of voxels: resampling, normalisation, boxes and outlines of labels.
 
-Bounding boxes and sizes of labels, and the work on many labels shared between threads.
+Resampling puts voxel centres at half-integer positions (``align_corners=False``): voxel ``i`` of ``n`` covers
+the interval ``[i / n, (i + 1) / n]`` of the box, so that nothing shifts when the grid changes.
 
-Resampling of volumes and labels between grids that cover the same box.
-
-All functions put voxel centres at half-integer positions (``align_corners=False``): voxel ``i`` of ``n``
-covers the interval ``[i / n, (i + 1) / n]`` of the box, so that nothing shifts when the grid changes.
-
-Intensity normalisation: one robust range for a whole volume, aware of the camera's noise.
-
-A network sees ``(I - low) / (high - low)``. The range is measured once per frame, on the raw voxels before
+A network sees ``(I - low) / (high - low)``. That range is measured once per frame, on the raw voxels before
 any resampling, so that a plane, a tile or a block is normalised exactly as the whole frame is, in training as
 in prediction. Percentiles alone blow the noise of a nearly empty frame up to full contrast, and a network
 then answers with dozens of false nuclei; the range is therefore never less than a multiple of the noise.
@@ -30,6 +24,215 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
+
+LOWER_PERCENTILE = 1.0
+UPPER_PERCENTILE = 99.8
+#: Default least range in standard deviations of the noise; pure noise alone spans about 5 between the
+#: default percentiles, frames with visible nuclei 20 and more (BBBC050: 21 to 125).
+NOISE_FLOOR = 10.0
+
+_MAX_SAMPLES = 16_000_000
+
+
+def isotropic_shape(shape: Sequence[int], voxel_size: VoxelSize, voxel_um: float) -> tuple[int, int, int]:
+    """Give the shape (z, y, x) of the grid of cubic voxels, of edge `voxel_um`, that covers the same box."""
+    z, y, x = (
+        max(1, round(size * edge / voxel_um)) for size, edge in zip(shape, voxel_size.zyx, strict=True)
+    )
+    return z, y, x
+
+
+def resize_linear(volume: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.float32]:
+    """Resample an image to another number of voxels, linearly.
+
+    Along an axis that grows the values are interpolated linearly between voxel centres and held constant
+    beyond the outermost ones. Along an axis that shrinks each new voxel is the mean of the old ones that
+    it covers, parts weighted by their length, so that noise is averaged and nothing is aliased; at exactly
+    half the size this is the same as linear interpolation.
+
+    Parameters
+    ----------
+    volume
+        Array of any number of axes and any real dtype; the result is always a copy.
+    shape
+        Wanted shape, one size per axis.
+    """
+    shape = _checked_shape(volume.shape, shape)
+    result = resize_tensor(torch.from_numpy(np.array(volume, dtype=np.float32)), shape)
+    return np.ascontiguousarray(result.numpy())
+
+
+def resize_tensor(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resample a float32 tensor as `resize_linear` does, on its device; where nothing changes, the same."""
+    # Shrinking axes first keeps the intermediate arrays small.
+    for axis in sorted(range(volume.ndim), key=lambda axis: shape[axis] / volume.shape[axis]):
+        if volume.shape[axis] != shape[axis]:
+            volume = _resize_axis(volume, axis, shape[axis])
+    return volume
+
+
+def resize_nearest(labels: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.generic]:
+    """Resample labels of any shape and dtype; each new voxel takes the old one at its centre. A copy."""
+    shape = _checked_shape(labels.shape, shape)
+    result = labels
+    for axis, (old, new) in enumerate(zip(labels.shape, shape, strict=True)):
+        if old != new:
+            result = np.take(result, nearest_indices(old, new), axis=axis)
+    return np.array(result, copy=result is labels, order="C")
+
+
+def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
+    """Index of the old voxel (of `old`) that holds the centre of each new voxel (of `new`)."""
+    # Integers throughout: floating point would round some exact ties down and some up.
+    return np.asarray(((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new), dtype=np.intp)
+
+
+def linear_taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Give the old voxels and weights that make up each new voxel along one axis.
+
+    Returns
+    -------
+    indices, weights : arrays (taps, new)
+        Weights sum to 1 over the taps.
+    """
+    scale = old / new
+    if scale <= 1:
+        centre = np.clip((np.arange(new) + 0.5) * scale - 0.5, 0, old - 1)
+        lower = np.minimum(centre.astype(np.intp), max(old - 2, 0))
+        fraction = (centre - lower).astype(np.float32)
+        return np.stack([lower, np.minimum(lower + 1, old - 1)]), np.stack([1 - fraction, fraction])
+    start = np.arange(new) * scale
+    first = np.floor(start + 1e-9).astype(np.intp)
+    taps = first + np.arange(int(np.ceil(scale)) + 1)[:, None]
+    covered = np.minimum(taps + 1, start + scale) - np.maximum(taps, start)
+    weights = np.maximum(covered, 0)
+    weights /= weights.sum(axis=0)
+    return np.minimum(taps, old - 1), weights.astype(np.float32)
+
+
+def _resize_axis(volume: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    indices, weights = linear_taps(volume.shape[axis], size)
+    along = [1] * volume.ndim
+    along[axis] = size
+    result: torch.Tensor | None = None
+    for index, weight in zip(indices, weights, strict=True):
+        if not weight.any():
+            continue
+        there = torch.from_numpy(index).to(volume.device)
+        part = volume.index_select(axis, there).mul_(torch.from_numpy(weight).view(along).to(volume.device))
+        result = part if result is None else result.add_(part)
+    assert result is not None
+    return result
+
+
+def _checked_shape(old: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
+    wanted = tuple(int(size) for size in new)
+    if len(wanted) != len(old) or min(wanted, default=1) < 1 or min(old, default=1) < 1:
+        raise ValueError(f"cannot resample an array of shape {tuple(old)} to {wanted}")
+    return wanted
+
+
+@dataclass(frozen=True)
+class IntensityRange:
+    """The intensities that become 0 and 1.
+
+    Attributes
+    ----------
+    low, high
+        In the image's own units; ``high > low``.
+    noise
+        Standard deviation of the noise, in the image's own units (0 where none was found).
+    """
+
+    low: float
+    high: float
+    noise: float = 0.0
+
+    def apply(self, image: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Normalise an image (or part of one) of any shape; values are not clipped."""
+        result = image.astype(np.float32)
+        result -= np.float32(self.low)
+        result *= np.float32(1.0 / (self.high - self.low))
+        return result
+
+
+def measure_range(
+    image: NDArray[np.generic],
+    lower_percentile: float = LOWER_PERCENTILE,
+    upper_percentile: float = UPPER_PERCENTILE,
+    noise_floor: float = NOISE_FLOOR,
+    *,
+    sampled: bool = False,
+) -> IntensityRange:
+    """Measure the robust intensity range of a whole volume; a constant image becomes 0 everywhere.
+
+    Parameters
+    ----------
+    image
+        Volume (z, y, x) or plane (y, x), any real dtype, finite. Of more than 16 million voxels every
+        k-th plane is used.
+    lower_percentile, upper_percentile
+        Percentiles that become 0 and 1.
+    noise_floor
+        The range is at least this many standard deviations of the noise.
+    sampled
+        The image consists of the `sampled_planes` of a larger volume already.
+    """
+    step = 1 if sampled or image.ndim != 3 else sampled_planes(image.shape).step
+    values = image[::step]
+    if not _is_counted(values):
+        values = values.astype(np.float32)
+    low, high = _percentiles(values, (lower_percentile, upper_percentile))
+    noise = measure_noise(values)
+    high = max(high, low + noise_floor * noise)
+    if not high > low:
+        # More than 99.8 % of the voxels are equal: whatever differs is still to be seen.
+        high = float(values.max())
+    if not high > low:
+        high = low + 1.0
+    return IntensityRange(low=low, high=high, noise=noise)
+
+
+def sampled_planes(shape: Sequence[int]) -> range:
+    """Say which planes of a volume (z, y, x) `measure_range` looks at.
+
+    Who has them alone, because the volume does not fit into memory, gets the range of the whole.
+    """
+    step = max(1, math.ceil(math.prod(shape) / _MAX_SAMPLES))
+    return range(0, shape[0], step)
+
+
+def measure_noise(image: NDArray[np.generic]) -> float:
+    """Estimate the standard deviation of pixel noise from differences between neighbours in x.
+
+    The median absolute difference ignores edges as long as they fill less than half of the image, and is
+    that of the background where most of the image is background; 0 for an image one voxel wide.
+    """
+    if image.shape[-1] < 2:
+        return 0.0
+    difference = np.diff(image.astype(np.int32 if _is_counted(image) else np.float32, copy=False), axis=-1)
+    np.abs(difference, out=difference)
+    (median,) = _percentiles(difference, (50.0,))
+    # 1.4826: median absolute deviation to standard deviation; the difference has twice the variance.
+    return median * 1.4826 / math.sqrt(2.0)
+
+
+def _is_counted(image: NDArray[np.generic]) -> bool:
+    """Say whether values can be counted one by one, as a camera's can."""
+    return image.dtype in (np.uint8, np.uint16)
+
+
+def _percentiles(values: NDArray[Any], wanted: Sequence[float]) -> list[float]:
+    """Give percentiles as `numpy.percentile` does; of non-negative integers ten times faster, by counting."""
+    if not np.issubdtype(values.dtype, np.integer):
+        return [float(value) for value in np.percentile(values, wanted)]
+    below = np.cumsum(np.bincount(values.ravel()))
+    found = []
+    for percentile in wanted:
+        rank = percentile / 100 * (values.size - 1)
+        first, second = np.searchsorted(below, [math.floor(rank), math.ceil(rank)], side="right")
+        found.append(float(first + (second - first) * (rank - math.floor(rank))))
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,273 +328,12 @@ def share_labels(
         list(pool.map(work, groups))
 
 
-def isotropic_shape(shape: Sequence[int], voxel_size: VoxelSize, voxel_um: float) -> tuple[int, int, int]:
-    """Give the shape of the cubic grid that covers the same box.
-
-    Parameters
-    ----------
-    shape
-        Shape (z, y, x) of the grid with voxels of `voxel_size`.
-    voxel_size
-        Voxel size of that grid in um.
-    voxel_um
-        Edge of the cubic voxels in um.
-
-    Returns
-    -------
-    tuple of int
-        Number of cubic voxels along (z, y, x), at least 1 each.
-    """
-    z, y, x = (
-        max(1, round(size * edge / voxel_um)) for size, edge in zip(shape, voxel_size.zyx, strict=True)
-    )
-    return z, y, x
-
-
-def resize_linear(volume: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.float32]:
-    """Resample an image to another number of voxels, linearly.
-
-    Along an axis that grows the values are interpolated linearly between voxel centres and held constant
-    beyond the outermost ones. Along an axis that shrinks each new voxel is the mean of the old ones that
-    it covers, parts weighted by their length, so that noise is averaged and nothing is aliased; at exactly
-    half the size this is the same as linear interpolation.
-
-    Parameters
-    ----------
-    volume
-        Array of any number of axes and any real dtype.
-    shape
-        Wanted shape, one size per axis.
-
-    Returns
-    -------
-    float32 array of that shape
-        A copy, also where the shape stays the same.
-    """
-    shape = _checked_shape(volume.shape, shape)
-    result = resize_tensor(torch.from_numpy(np.array(volume, dtype=np.float32)), shape)
-    return np.ascontiguousarray(result.numpy())
-
-
-def resize_tensor(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Resample a float32 tensor as `resize_linear` does, on its device; where nothing changes, the same."""
-    # Shrinking axes first keeps the intermediate arrays small.
-    for axis in sorted(range(volume.ndim), key=lambda axis: shape[axis] / volume.shape[axis]):
-        if volume.shape[axis] != shape[axis]:
-            volume = _resize_axis(volume, axis, shape[axis])
-    return volume
-
-
-def resize_nearest(labels: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.generic]:
-    """Resample labels to another number of voxels: each new voxel takes the old one at its centre.
-
-    Parameters
-    ----------
-    labels
-        Array of any number of axes and any dtype.
-    shape
-        Wanted shape, one size per axis.
-
-    Returns
-    -------
-    array of that shape and the same dtype
-        A copy, also where the shape stays the same.
-    """
-    shape = _checked_shape(labels.shape, shape)
-    result = labels
-    for axis, (old, new) in enumerate(zip(labels.shape, shape, strict=True)):
-        if old != new:
-            result = np.take(result, nearest_indices(old, new), axis=axis)
-    return np.array(result, copy=result is labels, order="C")
-
-
-def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
-    """Index of the old voxel (of `old`) that holds the centre of each new voxel (of `new`)."""
-    # Integers throughout: floating point would round some exact ties down and some up.
-    return np.asarray(((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new), dtype=np.intp)
-
-
-def linear_taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Give the old voxels and weights that make up each new voxel along one axis.
-
-    Returns
-    -------
-    indices, weights : arrays (taps, new)
-        Weights sum to 1 over the taps.
-    """
-    scale = old / new
-    if scale <= 1:
-        centre = np.clip((np.arange(new) + 0.5) * scale - 0.5, 0, old - 1)
-        lower = np.minimum(centre.astype(np.intp), max(old - 2, 0))
-        fraction = (centre - lower).astype(np.float32)
-        return np.stack([lower, np.minimum(lower + 1, old - 1)]), np.stack([1 - fraction, fraction])
-    start = np.arange(new) * scale
-    first = np.floor(start + 1e-9).astype(np.intp)
-    taps = first + np.arange(int(np.ceil(scale)) + 1)[:, None]
-    covered = np.minimum(taps + 1, start + scale) - np.maximum(taps, start)
-    weights = np.maximum(covered, 0)
-    weights /= weights.sum(axis=0)
-    return np.minimum(taps, old - 1), weights.astype(np.float32)
-
-
-def _resize_axis(volume: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    indices, weights = linear_taps(volume.shape[axis], size)
-    along = [1] * volume.ndim
-    along[axis] = size
-    result: torch.Tensor | None = None
-    for index, weight in zip(indices, weights, strict=True):
-        if not weight.any():
-            continue
-        there = torch.from_numpy(index).to(volume.device)
-        part = volume.index_select(axis, there).mul_(torch.from_numpy(weight).view(along).to(volume.device))
-        result = part if result is None else result.add_(part)
-    assert result is not None
-    return result
-
-
-def _checked_shape(old: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
-    wanted = tuple(int(size) for size in new)
-    if len(wanted) != len(old) or min(wanted, default=1) < 1 or min(old, default=1) < 1:
-        raise ValueError(f"cannot resample an array of shape {tuple(old)} to {wanted}")
-    return wanted
-
-
-LOWER_PERCENTILE = 1.0
-UPPER_PERCENTILE = 99.8
-NOISE_FLOOR = 10.0
-"""Default least range in standard deviations of the noise; pure noise alone spans about 5 between the
-default percentiles, frames with visible nuclei 20 and more (BBBC050: 21 to 125)."""
-
-_MAX_SAMPLES = 16_000_000
-
-
-@dataclass(frozen=True)
-class IntensityRange:
-    """The intensities that become 0 and 1.
-
-    Attributes
-    ----------
-    low, high
-        In the image's own units; ``high > low``.
-    noise
-        Standard deviation of the noise, in the image's own units (0 where none was found).
-    """
-
-    low: float
-    high: float
-    noise: float = 0.0
-
-    def apply(self, image: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Normalise an image (or part of one) of any shape; values are not clipped."""
-        result = image.astype(np.float32)
-        result -= np.float32(self.low)
-        result *= np.float32(1.0 / (self.high - self.low))
-        return result
-
-
-def measure_range(
-    image: NDArray[np.generic],
-    lower_percentile: float = LOWER_PERCENTILE,
-    upper_percentile: float = UPPER_PERCENTILE,
-    noise_floor: float = NOISE_FLOOR,
-    *,
-    sampled: bool = False,
-) -> IntensityRange:
-    """Measure the robust intensity range of a whole volume.
-
-    Parameters
-    ----------
-    image
-        Volume (z, y, x) or plane (y, x), any real dtype, finite. Of more than 16 million voxels every
-        k-th plane is used.
-    lower_percentile, upper_percentile
-        Percentiles that become 0 and 1.
-    noise_floor
-        The range is at least this many standard deviations of the noise.
-    sampled
-        The image consists of the `sampled_planes` of a larger volume already.
-
-    Returns
-    -------
-    IntensityRange
-        A constant image has the range (value, value + 1): it becomes 0 everywhere.
-    """
-    step = 1 if sampled or image.ndim != 3 else sampled_planes(image.shape).step
-    values = image[::step]
-    if not _is_counted(values):
-        values = values.astype(np.float32)
-    low, high = _percentiles(values, (lower_percentile, upper_percentile))
-    noise = measure_noise(values)
-    high = max(high, low + noise_floor * noise)
-    if not high > low:
-        # More than 99.8 % of the voxels are equal: whatever differs is still to be seen.
-        high = float(values.max())
-    if not high > low:
-        high = low + 1.0
-    return IntensityRange(low=low, high=high, noise=noise)
-
-
-def sampled_planes(shape: Sequence[int]) -> range:
-    """Say which planes of a volume (z, y, x) `measure_range` looks at.
-
-    Who has them alone, because the volume does not fit into memory, gets the range of the whole.
-    """
-    step = max(1, math.ceil(math.prod(shape) / _MAX_SAMPLES))
-    return range(0, shape[0], step)
-
-
-def measure_noise(image: NDArray[np.generic]) -> float:
-    """Estimate the standard deviation of pixel noise from differences between neighbours in x.
-
-    The median absolute difference ignores edges as long as they fill less than half of the image, and is
-    that of the background where most of the image is background.
-
-    Returns
-    -------
-    float
-        Noise in the image's units; 0 for an image one voxel wide.
-    """
-    if image.shape[-1] < 2:
-        return 0.0
-    difference = np.diff(image.astype(np.int32 if _is_counted(image) else np.float32, copy=False), axis=-1)
-    np.abs(difference, out=difference)
-    (median,) = _percentiles(difference, (50.0,))
-    # 1.4826: median absolute deviation to standard deviation; the difference has twice the variance.
-    return median * 1.4826 / math.sqrt(2.0)
-
-
-def _is_counted(image: NDArray[np.generic]) -> bool:
-    """Say whether values can be counted one by one, as a camera's can."""
-    return image.dtype in (np.uint8, np.uint16)
-
-
-def _percentiles(values: NDArray[Any], wanted: Sequence[float]) -> list[float]:
-    """Give percentiles as `numpy.percentile` does; of non-negative integers ten times faster, by counting."""
-    if not np.issubdtype(values.dtype, np.integer):
-        return [float(value) for value in np.percentile(values, wanted)]
-    below = np.cumsum(np.bincount(values.ravel()))
-    found = []
-    for percentile in wanted:
-        rank = percentile / 100 * (values.size - 1)
-        first, second = np.searchsorted(below, [math.floor(rank), math.ceil(rank)], side="right")
-        found.append(float(first + (second - first) * (rank - math.floor(rank))))
-    return found
-
-
 def trace_outlines(plane: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[np.float32]]]:
-    """Trace the labels of a plane as polygons.
+    """Trace the labels of a plane (Y, X) as polygons, in the order of the labels.
 
-    Parameters
-    ----------
-    plane
-        Labels (Y, X); 0 is background.
-
-    Returns
-    -------
-    list of (label, polygon)
-        In the order of the labels; a label in several pieces has several polygons. A polygon is (n, 2), x
-        before y, in the coordinates of ImageJ: the first pixel covers 0 to 1, its centre is at 0.5. It holds
-        the centres of exactly the pixels of its piece and of the holes therein.
+    A label in several pieces has several polygons. A polygon is (n, 2), x before y, in the coordinates of
+    ImageJ: the first pixel covers 0 to 1, its centre is at 0.5. It holds the centres of exactly the pixels of
+    its piece and of the holes therein.
     """
     from skimage.measure import find_contours, regionprops
 

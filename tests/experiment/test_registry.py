@@ -7,6 +7,8 @@ import os
 import site
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import tifffile
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.pyfunc import request_example
-from nuclei3d.experiment.registry import fetch_model
+from nuclei3d.experiment.registry import champions, fetch_model, judge
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import choose_device, new_network
@@ -41,20 +43,24 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "models" / NAME
 
 
-def write_metrics(path: Path, missed: int) -> Path:
-    """metrics.json of four frames with 16 nuclei each, the first `missed` of them not found."""
-    volumes: dict[str, Any] = {}
-    for frame in range(4):
+def metrics_of(missed: Sequence[int], digest: str = "d") -> dict[str, Any]:
+    """metrics.json of frames of one embryo; of its 16 nuclei each misses the first so many."""
+    volumes = {}
+    for frame, count in enumerate(missed):
         truth = np.kron(np.arange(1, 17, dtype=np.uint32).reshape(4, 4), np.ones((4, 4), np.uint32))[None]
-        tally = tally_of(overlap_table(truth, np.where(truth > missed, truth, 0)))
+        tally = tally_of(overlap_table(truth, np.where(truth > count, truth, 0)))
         volumes[f"E/{frame}"] = {
             **score(tally).as_json(),
             "embryo": "E",
-            "truth_digest": str(frame),
+            "truth_digest": f"{digest}{frame}",
             "counts": tally.as_json(),
         }
+    return {"ap": {"0.50": 1 - sum(missed) / (16 * len(missed))}, "f1": {}, "volumes": volumes}
+
+
+def write_metrics(path: Path, missed: int) -> Path:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"ap": {"0.50": 1 - missed / 16}, "f1": {}, "volumes": volumes}))
+    path.write_text(json.dumps(metrics_of([missed] * 4)))
     return path
 
 
@@ -73,7 +79,8 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
         return made.version, str(made.champion), made.reason
 
     assert register_with(4)[:2] == ("1", "1")
-    version, champion, reason = register_with(4)
+    assert champions(params) == ["1"]
+    version, champion, reason = register_with(5)
     assert (version, champion) == ("2", "1")
     assert "not better" in reason
     version, champion, reason = register_with(2)
@@ -82,6 +89,7 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
     version, champion, reason = register_with(8, force=True)
     assert (version, champion) == ("4", "4")
     assert reason.startswith("forced")
+    assert champions(params) == ["4", "3", "1"]
 
     noted = open_store(params.tracking).get_model_version(NAME, "3")
     assert "better than the champion" in noted.tags["nuclei3d.reason"]
@@ -99,7 +107,26 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
     assert version_of(params, "champion") == "2"
 
 
-@pytest.mark.parametrize("step", ["_describe", "_crown", "set_model_version_tag"])
+def test_the_same_model_with_the_same_scores_is_registered_once(
+    params: Params, model: Path, tmp_path: Path
+) -> None:
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+    first = register(params, model, metrics)
+    # what stands beside the model in the report is no part of its scores
+    metrics.write_text(json.dumps({**metrics_of([4] * 4), "baselines": {}}))
+    again = register(params, model, metrics)
+    assert again == replace(first, done_before=True)
+    better = register(params, model, write_metrics(tmp_path / "metrics.json", 2))
+    assert (better.version, better.champion) == ("2", "2")
+    # by force it comes back as what it is
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+    forced = register(params, model, metrics, force=True)
+    assert (forced.version, forced.champion) == ("1", "1")
+    assert register(params, model, metrics).reason.startswith("forced")
+    assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 2
+
+
+@pytest.mark.parametrize("step", ["_describe", "_promote", "set_model_version_tag"])
 def test_a_registration_that_was_killed_goes_on_with_its_version(
     params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -126,6 +153,40 @@ def test_a_registration_that_was_killed_goes_on_with_its_version(
     assert (made.version, made.champion) == ("1", "1")
     assert "first version" in made.reason
     assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 1
+
+
+def test_better_on_every_frame_is_better() -> None:
+    verdict = judge(metrics_of([6, 5, 6, 7, 6, 5]), metrics_of([2, 2, 1, 2, 3, 2]), "champion", seed=0)
+    assert verdict.better
+    # 35 and 12 of 96 nuclei missed and none invented: AP is the share found.
+    assert verdict.difference is not None
+    np.testing.assert_allclose(verdict.difference, (35 - 12) / 96)
+    assert verdict.low is not None
+    assert verdict.low > 0
+    assert "better than the champion" in verdict.reason
+
+
+def test_the_same_result_is_not_better() -> None:
+    same = metrics_of([3, 2, 4, 3, 2, 3])
+    assert not judge(same, same, "champion", seed=0).better
+
+
+def test_worse_is_not_better() -> None:
+    assert not judge(metrics_of([1] * 6), metrics_of([5] * 6), "champion", seed=0).better
+
+
+def test_better_here_and_worse_there_is_not_better() -> None:
+    verdict = judge(metrics_of([8, 0, 8, 0, 8, 0]), metrics_of([0, 0, 0, 7, 8, 8]), "champion", seed=0)
+    assert verdict.difference is not None
+    assert verdict.difference > 0
+    assert not verdict.better
+
+
+def test_other_embryos_settle_nothing() -> None:
+    verdict = judge(metrics_of([6] * 6), metrics_of([0] * 6, digest="other"), "champion", seed=0)
+    assert not verdict.better
+    assert "same held-out volumes" in verdict.reason
+    assert not judge(metrics_of([6] * 6), metrics_of([0] * 5), "champion", seed=0).better
 
 
 def test_what_cannot_be_registered_is_told_and_leaves_nothing(

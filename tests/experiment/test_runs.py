@@ -149,7 +149,7 @@ def test_a_job_that_was_killed_is_closed_and_its_parent_goes_on(params: Params, 
         "from nuclei3d.experiment.runs import stage_run\n"
         f"uri = 'tracking.uri={params.tracking.uri}'\n"
         "params = load_params(None, [uri, 'train.device=cpu', 'predict.device=cpu'])\n"
-        "with stage_run('pipeline', params, inputs={}) as job:\n"
+        "with stage_run('pipeline', params, inputs={}, job='mine') as job:\n"
         "    with stage_run('prepare', params, inputs={}) as child:\n"
         "        print(job.run_id, child.run_id, flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -160,8 +160,13 @@ def test_a_job_that_was_killed_is_closed_and_its_parent_goes_on(params: Params, 
     )
     assert done.returncode == -9, done.stderr
     job, child = done.stdout.split()
-    with stage_run("pipeline", params, inputs={}, resume=job) as again:
+    with stage_run("pipeline", params, inputs={}, job="another") as other:
+        pass
+    with stage_run("pipeline", params, inputs={}, job="mine") as again:
+        pass
+    with stage_run("pipeline", params, inputs={}, job="mine") as anew:
         pass
     assert again.run_id == job
+    assert len({job, other.run_id, anew.run_id}) == 3
     assert run_of(params, job).info.status == "FINISHED"
     assert run_of(params, child).info.status == "KILLED"

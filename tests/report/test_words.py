@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.tables import notes, summary_sentences
+from nuclei3d.report.page import build_page, notes, summary_sentences
 from nuclei3d.scoring.assessment import assess_volume
 from nuclei3d.scoring.summary import summarise
 
@@ -65,3 +65,14 @@ def test_notes_name_what_was_left_out_and_where_the_bins_come_from() -> None:
     assert "Contrast was not measured" in text
     metrics = metrics_of(1, 1, 1, contrast_edges=[1.0], contrast_edges_from="training labels")
     assert "quintiles of the training labels" in " ".join(notes(metrics))
+
+
+def test_recall_at_a_precision_is_given_with_its_interval() -> None:
+    at = {"recall_faint": 0.5, "recall_faint_interval": [0.25, 0.75], "recall": 0.8, "score": 0.4}
+    metrics = metrics_of(6, 2, 2, recall_at_precision={"0.90": at, "0.95": None}, volume_mean={})
+    metrics |= {"nuclei3d": "1", "by_embryo": {}, "by_stage": {}}
+    metrics["volumes"] = {
+        "E/t": metrics_of(6, 2, 2) | {"embryo": "E", "frame": "t", "counts": {"tp_half": 6}}
+    }
+    page = build_page(metrics, [], [], method="m")
+    assert '<td>0.500 <span class="range">0.250 to 0.750</span></td>' in page

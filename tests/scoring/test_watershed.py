@@ -8,8 +8,8 @@ import tifffile
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.metrics import score_volumes
 from nuclei3d.scoring.watershed import otsu_watershed
+from scores_fixture import score_volumes
 
 
 @pytest.mark.parametrize("size", [VoxelSize(0.5, 0.5, 0.5), VoxelSize(2.0, 0.5, 0.5)])
@@ -31,6 +31,14 @@ def test_a_constant_image_has_no_nuclei() -> None:
     labels = otsu_watershed(np.full((5, 6, 7), 9, dtype=np.uint8), VoxelSize(1, 1, 1), 3.0)
     assert labels.shape == (5, 6, 7)
     assert not labels.any()
+
+
+def test_a_percentile_between_two_grey_values_is_no_trouble() -> None:
+    # rounded to single precision it lies above the darkest voxels, whose root would be undefined
+    image = np.random.default_rng(0).integers(20, 40, (5, 20, 20)).astype(np.float64)
+    image.ravel()[:20] = np.linspace(19.1, 19.3, 20)
+    image[1:4, 5:15, 5:15] += 200
+    assert otsu_watershed(image, VoxelSize(1, 1, 1), 8.0).max() == 1
 
 
 def test_a_plane_is_refused() -> None:

@@ -39,8 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Path]]:
 
 
 def crown(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
-    version = None if folder is None else "4"
-    monkeypatch.setattr("nuclei3d.experiment.registry.champion_version", lambda params: version)
+    versions = [] if folder is None else ["4"]
+    monkeypatch.setattr("nuclei3d.experiment.registry.champions", lambda params: versions)
     monkeypatch.setattr("nuclei3d.experiment.registry.fetch_model", lambda uri, params: folder)
 
 
@@ -118,3 +118,17 @@ def test_the_champion_itself_and_no_champion_are_no_baselines(
         assert predict_baselines(params, FRAMES, str(model), tmp_path / "baselines") == {}
     assert calls == []
     assert (tmp_path / "baselines").is_dir()
+
+
+def test_beside_the_champion_stands_the_one_before_it(
+    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", "same")
+    folders = {"4": write_model(tmp_path / "champion", "same"), "3": write_model(tmp_path / "older", "old")}
+    monkeypatch.setattr("nuclei3d.experiment.registry.champions", lambda params: list(folders))
+    monkeypatch.setattr(
+        "nuclei3d.experiment.registry.fetch_model", lambda uri, params: folders[uri.rpartition("/")[2]]
+    )
+    out = tmp_path / "baselines"
+    params = load_params(None, ["evaluate.baselines=[champion]"])
+    assert predict_baselines(params, FRAMES, str(model), out) == {"champion (version 3)": out / "champion_3"}

@@ -54,19 +54,18 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: Path) -> None:
     result = compare(PARAMS, outs["worse"], outs["good"], tmp_path / "folder")
     assert result.verdict.startswith("B is really better than A")
-    by_name = {d.metric: d for d in result.differences}
-    gap = by_name["ap_0.50"]
+    gap = result.differences["ap_0.50"]
     # 105 nuclei, 10 missed
     assert gap.a == pytest.approx(95 / 105)
     assert gap.difference == pytest.approx(10 / 105)
-    assert gap.low is not None
-    assert gap.high is not None
     assert 0 < gap.low < 10 / 105 < gap.high
     assert gap.real
     # nobody invented anything
-    assert not by_name["precision"].real
+    assert not result.differences["precision"].real
     written = json.loads((tmp_path / "folder/compare.json").read_text())
     assert written["verdict"] == result.verdict
+    assert written["differences"][0]["metric"] == "ap_0.50"
+    assert written["differences"][0]["low"] == gap.low
     backwards = compare(PARAMS, outs["good"], outs["worse"] / "metrics.json")
     assert backwards.verdict.startswith("B is really worse than A")
 
@@ -81,9 +80,7 @@ def test_pairing_makes_the_interval_of_the_difference_narrower_than_those_of_the
 ) -> None:
     result = compare(PARAMS, outs["mixed"], outs["good"])
     metrics = json.loads((outs["mixed"] / "metrics.json").read_text())
-    gap = next(d for d in result.differences if d.metric == "ap_0.50")
-    assert gap.high is not None
-    assert gap.low is not None
+    gap = result.differences["ap_0.50"]
     low, high = metrics["intervals"]["ap_0.50"]
     assert gap.high - gap.low <= high - low + 1e-12
 

@@ -145,7 +145,7 @@ def test_label_volumes_without_images_are_scored_without_contrast(folders: Path,
     assert result.metrics["recall_by_contrast"] == []
     assert result.metrics["recall_faint"] is None
     assert result.metrics["baselines"] == {}
-    assert "recall_faint" not in result.headline
+    assert "recall_faint" not in result.scores
     assert result.as_json()["ap_0.50"] == 1
     assert (tmp_path / "out/report.html").is_file()
 

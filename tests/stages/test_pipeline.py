@@ -1,7 +1,7 @@
-"""The whole job: one parent run with a child per stage, and after a kill it goes on where it was."""
+"""The whole job: one parent run with a child per stage, and after a kill it ends the same."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,28 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.experiment.registry import Registered
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.assess import headline
 from nuclei3d.stages.run import PipelineResult, run_pipeline
+from nuclei3d.stages.simulate import simulate
 
 
 @dataclass
 class Made:
     """What a stand-in of a stage gives back."""
 
-    values: dict[str, Any]
-    metrics: dict[str, Any]
     out: Path
-
-    def as_json(self) -> dict[str, Any]:
-        return self.values
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return self.values
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    frames: tuple[Any, ...] = ()
+    done_before: bool = False
 
     @property
-    def headline(self) -> dict[str, float]:
+    def scores(self) -> dict[str, float]:
         return headline(self.metrics)
 
     @property
@@ -62,7 +59,7 @@ class Stages:
         summary = {"nucleus_diameter_um": 9.0, "diameter_px": 12.0, "voxel_um": 0.7, "training_nuclei": 5}
         summary |= {"planes": parts, "frames": parts, "md5": "feed", "data": str(data)}
         (out / "summary.json").write_text(json.dumps(summary))
-        return Made(summary, {}, out)
+        return Made(out, summary)
 
     def train(self, params: Params, slices: Path, out: Path, *, data: Path) -> Made:
         with stage_run("train", params, inputs={"slices": slices}):
@@ -70,7 +67,7 @@ class Stages:
             out.mkdir(parents=True, exist_ok=True)
             (out / "nuclei_3d").write_text(f"weights of {params.train.epochs} epochs")
             (out / "history.csv").write_text("epoch\n1\n")
-        return Made({"model": str(out)}, {}, out)
+        return Made(out)
 
     def predict(
         self, params: Params, inputs: list[Path], model: str, out: Path, *, overwrite: bool = False
@@ -79,7 +76,7 @@ class Stages:
         out.mkdir(parents=True, exist_ok=True)
         for path in inputs:
             (out / f"{path.stem}_masks.ome.tif").write_text((Path(model) / "nuclei_3d").read_text())
-        return Made({"frames": [str(path) for path in inputs]}, {}, out)
+        return Made(out, frames=(Made(out, done_before=True), Made(out)))
 
     def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **options: Any) -> Made:
         self._begin("evaluate")
@@ -87,12 +84,12 @@ class Stages:
         (out / "metrics.json").write_text("{}")
         self.predicted = sorted(path.name for path in pred.rglob("*_masks.ome.tif"))
         self.options = options
-        return Made({"out": str(out)}, {"ap": {"0.50": 0.9}, "splits": 2, "recall_faint": None}, out)
+        return Made(out, metrics={"ap": {"0.50": 0.9}, "splits": 2, "recall_faint": None})
 
-    def register(self, params: Params, model: Path, metrics: Path) -> Made:
+    def register(self, params: Params, model: Path, metrics: Path) -> Registered:
         with stage_run("register", params, inputs={"model": model}):
             self._begin("register")
-        return Made({"name": "nuclei_3d", "version": "7", "champion": "7", "reason": "first"}, {}, model)
+        return Registered("nuclei_3d", "7", "7", "first", done_before=True)
 
 
 @pytest.fixture
@@ -115,44 +112,32 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    for variable in (
-        "MLFLOW_TRACKING_URI",
-        "MLFLOW_RUN_ID",
-        "MLFLOW_EXPERIMENT_NAME",
-        "DVC_STAGE",
-        "DVC_ROOT",
-    ):
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
+def settings(own_store: str) -> list[str]:
     split = ["data.split.train=[a]", "data.split.validation=[b]", "data.split.test=[c]"]
-    store = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     # stock fusion has a test of its own: elsewhere the stand-in of `predict` is to be called once
     baselines = "evaluate.baselines=[otsu, champion]"
-    return [*split, store, "predict.device=cpu", "train.device=cpu", baselines]
+    return [*split, own_store, "predict.device=cpu", "train.device=cpu", baselines]
 
 
 ALL = ["prepare", "train", "predict", "evaluate", "register"]
 
 
-def test_the_job_is_one_run_with_a_child_per_stage_and_goes_on_after_a_kill(
+def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
     stages: Stages, data: Path, settings: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
 
-    def do(*more: str) -> tuple[PipelineResult, list[str]]:
-        stages.done.clear()
-        result = run_pipeline(load_params(None, [*settings, *more]), data, out)
-        return result, list(stages.done)
+    def do(*more: str) -> PipelineResult:
+        return run_pipeline(load_params(None, [*settings, *more]), data, out)
 
     for stage in ALL:
         stages.dies_in = stage
         with pytest.raises(KeyboardInterrupt):
             do()
-    # Each start did what was left, up to the stage in which it was stopped.
-    result, done = do()
-    assert done == ["register"]
-    assert result.skipped == ("prepare", "train", "predict", "baselines", "evaluate")
+    stages.done.clear()
+    result = do()
+    assert stages.done == ALL
+    assert result.skipped == ("register",)
     assert result.version == "7"
     assert result.metrics == {"ap_0.50": 0.9, "splits": 2}
     assert stages.predicted == ["t0_masks.ome.tif", "t1_masks.ome.tif"]
@@ -165,15 +150,39 @@ def test_the_job_is_one_run_with_a_child_per_stage_and_goes_on_after_a_kill(
     assert parent.info.run_id == result.run_id
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics == {"test/ap_0.50": 0.9, "test/splits": 2}
-    finished = [run.data.tags["nuclei3d.stage"] for run in runs if run.info.status == "FINISHED"]
-    assert sorted(finished) == sorted([*ALL, "pipeline"])
+    killed = [run.data.tags["nuclei3d.stage"] for run in runs if run.info.status == "KILLED"]
+    assert sorted(killed) == sorted(ALL)
+    assert {run.data.tags["nuclei3d.stage"] for run in runs} == {*ALL, "pipeline"}
     assert {run.data.tags.get("mlflow.parentRunId", result.run_id) for run in runs} == {result.run_id}
+    # A job that ended well is not gone on with, nor is another one.
+    assert len({result.run_id, do().run_id, do("train.epochs=3").run_id}) == 3
 
-    # Nothing changed, nothing done; then a parameter of the training changes.
-    assert do()[1] == []
-    assert do("train.epochs=3")[1] == ["train", "predict", "evaluate", "register"]
-    # The device changes the speed only.
-    assert do("train.epochs=3", "predict.device=auto")[1] == []
+
+@pytest.mark.slow  # trains, segments and registers
+def test_a_job_that_was_stopped_or_had_ended_ends_the_same(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["simulate.embryos=[a, b, c]", "simulate.frames=1", "simulate.shape=[8, 64, 64]"]
+    quick = ["train.epochs=1", "train.crops_per_epoch=4", "train.batch_size=2", "calibrate.volumes=0"]
+    quick += ["evaluate.bootstrap=20", "evaluate.report=false"]
+    params = load_params(None, [*settings, *small, "simulate.nuclei=6", "prepare.min_nuclei=1", *quick])
+    simulate(params, tmp_path / "data")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nuclei3d.stages.assess.evaluate_held_out", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(params, tmp_path / "data", tmp_path / "out")
+    model = (tmp_path / "out" / "models" / "nuclei_3d" / "nuclei_3d").read_bytes()
+    first = run_pipeline(params, tmp_path / "data", tmp_path / "out")
+    assert first.skipped == ("train", "predict")
+    again = run_pipeline(params, tmp_path / "data", tmp_path / "out")
+    assert again.skipped == ("train", "predict", "register")
+    assert replace(again, skipped=first.skipped, run_id=first.run_id) == first
+    assert (first.version, first.champion) == ("1", "1")
+    assert (tmp_path / "out" / "models" / "nuclei_3d" / "nuclei_3d").read_bytes() == model
 
 
 def test_masks_of_frames_that_are_no_longer_held_out_are_removed(
@@ -217,7 +226,8 @@ def test_missing_data_and_a_bad_output_folder_are_told(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         run_pipeline(params, data, tmp_path / "file")
-    assert not (tmp_path / "mlflow.db").exists()
+    client = open_store(params.tracking)
+    assert client.search_runs([item.experiment_id for item in client.search_experiments()]) == []
 
 
 def test_a_headline_leaves_out_what_is_undefined() -> None:

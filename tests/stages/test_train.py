@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -142,15 +143,24 @@ def test_the_sheet_shows_crops_of_every_kind(slices, tmp_path):
     assert min(height, width) > 500
 
 
-def test_a_finished_training_started_again_does_no_epoch(slices, tmp_path):
-    train(params_of(), slices, tmp_path / "m")
-    before = weights_of(tmp_path / "m")
+def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
+    first = train(params_of(), slices, tmp_path / "m")
+    weights = (tmp_path / "m" / "small").read_bytes()
 
     def fail(report):
         raise AssertionError("an epoch was trained")
 
-    train(params_of(), slices, tmp_path / "m", on_epoch=fail)
-    assert equal(before, weights_of(tmp_path / "m"))
+    again = train(params_of(device="auto", workers=1), slices, tmp_path / "m", on_epoch=fail)
+    assert again == replace(first, done_before=True)
+    # Another epoch is kept, or the model was changed by hand: that costs no epoch, but is no longer the same.
+    assert not train(params_of(select="last"), slices, tmp_path / "m", on_epoch=fail).done_before
+    assert not train(params_of(), slices, tmp_path / "m", on_epoch=fail).done_before
+    (tmp_path / "m" / "small").write_bytes(b"")
+    assert not train(params_of(), slices, tmp_path / "m", on_epoch=fail).done_before
+    assert (tmp_path / "m" / "small").read_bytes() == weights
+    epochs = []
+    train(params_of(), slices, tmp_path / "m", resume=False, on_epoch=lambda r: epochs.append(r.epoch))
+    assert epochs == [1, 2]
 
 
 def test_changed_parameters_or_slices_start_afresh_and_say_so(slices, tmp_path, capsys):
@@ -188,6 +198,7 @@ def test_a_constant_schedule_can_be_prolonged(slices, tmp_path):
 def test_a_damaged_checkpoint_starts_afresh(slices, tmp_path, capsys):
     train(params_of(epochs=1), slices, tmp_path / "m")
     expected = weights_of(tmp_path / "m")
+    (tmp_path / "m.checkpoint" / "finished.json").unlink()
     last = tmp_path / "m.checkpoint" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     train(params_of(epochs=1), slices, tmp_path / "m")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from nuclei3d.config import Params
 
 UNKNOWN = "unknown"
 _NAMED_PACKAGES = ("nuclei3d", "torch", "cellpose", "numpy", "scipy", "tifffile", "mlflow", "dvc")
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Lineage:
+class Provenance:
     """What one run was made from.
 
     Attributes
@@ -46,7 +46,7 @@ class Lineage:
     host: str
 
     def as_tags(self) -> dict[str, str]:
-        """Give the lineage as flat tags ``nuclei3d.<what>``."""
+        """Give it as flat tags ``nuclei3d.<what>``."""
         tags = {
             "nuclei3d.git_commit": self.git_commit,
             "nuclei3d.git_dirty": str(self.git_dirty).lower(),
@@ -63,28 +63,16 @@ class Lineage:
             tags["mlflow.source.git.commit"] = self.git_commit
         return tags
 
-    def as_json(self) -> dict[str, object]:
-        """Give the lineage as plain nested data."""
-        return {
-            "git_commit": self.git_commit,
-            "git_dirty": self.git_dirty,
-            "input_md5": dict(self.input_md5),
-            "versions": dict(self.versions),
-            "seed": self.seed,
-            "device": self.device,
-            "host": self.host,
-        }
 
-
-def trace_lineage(params: Params, inputs: Mapping[str, Path], *, device: str | None = None) -> Lineage:
+def trace_provenance(params: Params, inputs: Mapping[str, Path], *, device: str | None = None) -> Provenance:
     """Look up where the result about to be made comes from.
 
     What an input itself was made from is taken over: slices name their data set, a model its slices and data.
-    `device` is the wish in the parameters of the stage (``auto``, ``cpu``, ``cuda``); None means that the
-    stage computes on the CPU only.
+    `device` is the parameter of the stage (``auto``, ``cpu``, ``cuda``); None means that the stage computes
+    on the CPU only.
     """
     commit, dirty = git_state()
-    return Lineage(
+    return Provenance(
         git_commit=commit,
         git_dirty=dirty,
         input_md5=_inherited_md5(inputs) | {name: md5_of_input(path) for name, path in inputs.items()},
@@ -124,8 +112,8 @@ def md5_of_input(path: Path) -> str:
         return _md5_of_file(path)
     if not path.is_dir():
         return UNKNOWN
-    summarised = _md5_in_summary(path)
-    if summarised is not None:
+    summarised = _read_json(path / "summary.json").get("md5")
+    if isinstance(summarised, str):
         return summarised
     digest = hashlib.md5(usedforsecurity=False)
     for file in sorted(found for found in path.rglob("*") if found.is_file()):
@@ -176,8 +164,8 @@ def _read_json(path: Path) -> dict[str, object]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _device_name(wish: str | None) -> str:
-    if wish is None or wish == "cpu":
+def _device_name(device: str | None) -> str:
+    if device is None or device == "cpu":
         return "cpu"
     import torch
 
@@ -205,14 +193,6 @@ def _md5_in_dvc_file(path: Path) -> str | None:
         return None
 
 
-def _md5_in_summary(folder: Path) -> str | None:
-    md5 = _read_json(folder / "summary.json").get("md5")
-    return md5 if isinstance(md5, str) else None
-
-
 def _md5_of_file(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

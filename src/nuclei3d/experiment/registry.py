@@ -1,21 +1,16 @@
-"""Loading a model for the service: the same class that MLflow's own server runs.
-
-Whether a challenger is better than the champion on the same held-out embryos.
-
-The registry: versions of a model, the challenger, the champion, and the way back.
-"""
+"""The registry: versions of a model, the challenger, the champion, and the way back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.errors import InputError, missing
@@ -25,20 +20,68 @@ from nuclei3d.experiment.pyfunc import LoggedModel, log_served_model
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import no_progress_bars, open_store
 from nuclei3d.networks.folder import ModelInfo, read_info
-from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
-from nuclei3d.scoring.metrics import Tally, stack_tallies
+from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.metrics import Tally
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from nuclei3d.experiment.serving_model import NucleiModel
 
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+_SCHEME = "models:/"
+_SCHEMES = (_SCHEME, "runs:/", "mlflow-artifacts:/")
+_HISTORY_TAG = "nuclei3d.champions"
+_DIGEST_TAG = "nuclei3d.digest"
+_COMPLETE_TAG = "nuclei3d.complete"
+_REASON_TAG = "nuclei3d.reason"
+_METRICS_FILE = "metrics.json"
 _REPLICATES = 2000
 
 
 @dataclass(frozen=True)
+class Registered:
+    """What the registry holds now.
+
+    Attributes
+    ----------
+    name, version
+        The registered model and the version that the call was about.
+    champion
+        The version that is champion after it; None if there is none.
+    reason
+        Why the champion moved or stayed.
+    run_id
+        The MLflow run that logged the model; None after a roll-back.
+    done_before
+        Whether this very model with these very scores had been registered before.
+    """
+
+    name: str
+    version: str
+    champion: str | None
+    reason: str
+    run_id: str | None = None
+    done_before: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "is_champion": self.champion == self.version,
+            "champion": self.champion,
+            "reason": self.reason,
+            "uri": f"{_SCHEME}{self.name}/{self.version}",
+            "run_id": self.run_id,
+        }
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The outcome of a comparison.
+    """Whether a challenger is better than the champion.
 
     Attributes
     ----------
@@ -52,88 +95,40 @@ class Verdict:
 
     better: bool
     reason: str
-    difference: float | None
-    low: float | None
-    high: float | None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
-def judge(
-    champion: Mapping[str, Any], challenger: Mapping[str, Any], champion_name: str, *, seed: int
-) -> Verdict:
-    """Compare two metrics.json by a paired bootstrap over embryos, or blocks of time where those are few.
+def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
+    """Find what would make `register_model` fail before anything is written.
 
-    Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``);
-    otherwise the question has no answer and the champion stays. The challenger is better if the whole 95 %
-    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of
-    time is all there is, no interval can be given and the champion stays.
+    Raises
+    ------
+    InputError
+        As in `register_model`.
     """
-    old, new = champion["volumes"], challenger["volumes"]
-    if _truths(old) != _truths(new):
-        reason = f"not evaluated on the same held-out volumes as the {champion_name}"
-        return Verdict(False, reason, None, None, None)
-    names = list(old)
-    units = resampling_units([str(old[name].get("embryo", name)) for name in names])
-    drawn = bootstrap_weights(units, _REPLICATES, np.random.default_rng(seed))
-    weights = np.vstack([np.ones(len(names)), drawn])
-    # The same draws for both: what makes an embryo hard for one makes it hard for the other.
-    before, after = (_ap(volumes, names, weights) for volumes in (old, new))
-    difference = float(after[0] - before[0])
-    if units.count < 2:
-        reason = (
-            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} "
-            f"in AP at .5, {difference:+.4f}, is real"
+    refuse_second_model(params.predict)
+    if not params.tracking.enabled:
+        raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
+    if not folder.is_dir():
+        raise missing(
+            folder, f"{folder} is no model folder; give the folder that holds model.json and the weights"
         )
-        return Verdict(False, reason, difference, None, None)
-    low, high = (float(bound) for bound in percentile_interval(after[1:] - before[1:]))
-    better = difference > 0 and low > 0
-    reason = (
-        f"{'better' if better else 'not better'} than the {champion_name} on the same {len(names)} held-out "
-        f"volumes: AP at .5 {after[0]:.4f} against {before[0]:.4f}, difference {difference:+.4f} with 95 % "
-        f"interval {low:+.4f} to {high:+.4f} over {units.words}"
-    )
-    return Verdict(better, reason, difference, low, high)
+    read_info(folder / "model.json")
+    read_metrics(metrics)
 
 
-def _truths(volumes: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
-    return {name: (volume.get("truth_digest"), volume.get("n_true")) for name, volume in volumes.items()}
-
-
-def _ap(volumes: Mapping[str, Any], names: list[str], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give AP at .5 of each replicate, shape (replicates,)."""
-    tallies = stack_tallies([Tally.from_json(volumes[name]["counts"]) for name in names])
-    total = tallies.total(weights)
-    whole = total.n_true + total.n_pred - total.tp_half
-    return np.divide(total.tp_half, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
-CHAMPION = "champion"
-CHALLENGER = "challenger"
-_SCHEME = "models:/"
-_SCHEMES = (_SCHEME, "runs:/", "mlflow-artifacts:/")
-_HISTORY_TAG = "nuclei3d.champions"
-_DIGEST_TAG = "nuclei3d.digest"
-_COMPLETE_TAG = "nuclei3d.complete"
-_METRICS_IN_MODEL = "metrics.json"
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A registered version and what became of it.
-
-    Attributes
-    ----------
-    name, version
-        Its name and number in the registry.
-    champion
-        The version that is champion now; None if there is none.
-    verdict
-        Whether it was better than the champion before it, and why.
-    """
-
-    name: str
-    version: str
-    champion: str | None
-    verdict: Verdict
+def find_registered(params: Params, folder: Path, metrics: Path) -> Registered | None:
+    """Find the version of a model folder that was registered before with the same scores per volume."""
+    client = open_store(params.tracking)
+    name = params.tracking.registered_name
+    found = _version_of(client, name, _digest(folder, read_metrics(metrics)))
+    if found is None or _COMPLETE_TAG not in found.tags:
+        return None
+    champion = _alias(client, name, CHAMPION)
+    reason = found.tags[_REASON_TAG]
+    return Registered(name, str(found.version), champion, reason, found.run_id, done_before=True)
 
 
 def register_model(
@@ -141,9 +136,9 @@ def register_model(
 ) -> Registered:
     """Register a model folder as the challenger, and as the champion if it earned that.
 
-    The champion moves if there is none yet, if the challenger is better on the same held-out embryos
-    (`nuclei3d.experiment.registry.judge`), or by `force`. The reason is written on the version, as its
-    description and as the tag ``nuclei3d.reason``.
+    The champion moves if there is none yet, if the challenger is better on the same held-out embryos (see
+    `judge`), or by `force`. The reason is written on the version, as its description and as the tag
+    ``nuclei3d.reason``. A version of the same model and scores is gone on with: none is made twice.
 
     Parameters
     ----------
@@ -168,14 +163,14 @@ def register_model(
     client = open_store(params.tracking)
     name = params.tracking.registered_name
     before = _alias(client, name, CHAMPION)
-    digest = md5_of_input(folder) + md5_of_input(metrics)
-    version = _unfinished_version(client, name, digest)
-    if version is not None and version == before:
+    digest = _digest(folder, result)
+    found = _version_of(client, name, digest)
+    version = None if found is None else str(found.version)
+    if found is not None and version == before:
         # Killed after it had become champion: the verdict stands.
-        reason = client.get_model_version(name, version).tags["nuclei3d.reason"]
-        verdict = Verdict(True, reason, None, None, None)
+        verdict = Verdict(True, found.tags[_REASON_TAG])
     else:
-        verdict = _contest(client, name, before, result, params, force)
+        verdict = _compare_with_champion(client, name, before, result, params, force)
     if version is None:
         with no_progress_bars():
             logged = log_served_model(folder, metrics, info, params.predict)
@@ -183,29 +178,10 @@ def register_model(
     _describe(client, name, version, info, result, verdict)
     client.set_registered_model_alias(name, CHALLENGER, version)
     if verdict.better and before != version:
-        _crown(client, name, version, before)
+        _promote(client, name, version, before)
     client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
-    run.tags({"nuclei3d.registered": f"{name} version {version}", "nuclei3d.reason": verdict.reason})
-    return Registered(name, version, version if verdict.better else before, verdict)
-
-
-def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
-    """Find what would make `register_model` fail before anything is written.
-
-    Raises
-    ------
-    InputError
-        As in `register_model`.
-    """
-    refuse_second_model(params.predict)
-    if not params.tracking.enabled:
-        raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
-    if not folder.is_dir():
-        raise missing(
-            folder, f"{folder} is no model folder; give the folder that holds model.json and the weights"
-        )
-    read_info(folder / "model.json")
-    read_metrics(metrics)
+    run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: verdict.reason})
+    return Registered(name, version, version if verdict.better else before, verdict.reason, run.run_id)
 
 
 def roll_back(params: Params, version: str | None = None) -> Registered:
@@ -225,29 +201,37 @@ def roll_back(params: Params, version: str | None = None) -> Registered:
         if not earlier:
             raise InputError(f"{name} has no earlier champion to go back to; name a version")
         version = earlier[-1]
-    if not _version_exists(client, name, version):
-        raise InputError(
-            f"{name} has no version {version}; known: {', '.join(_versions(client, name)) or 'none'}"
-        )
+    known = _versions(client, name)
+    if version not in known:
+        raise InputError(f"{name} has no version {version}; known: {', '.join(known) or 'none'}")
     reason = f"rolled back from version {now}" if now else "made champion by hand"
     while version in history:
         history.pop()
     client.set_registered_model_alias(name, CHAMPION, version)
     client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
-    client.set_model_version_tag(name, version, "nuclei3d.reason", reason)
-    return Registered(name, version, version, Verdict(True, reason, None, None, None))
+    client.set_model_version_tag(name, version, _REASON_TAG, reason)
+    return Registered(name, version, version, reason)
+
+
+def champions(params: Params) -> list[str]:
+    """Give the version that is champion, then those that were before it, the latest first.
+
+    Empty if there is none, or tracking is switched off.
+    """
+    if not params.tracking.enabled:
+        return []
+    client = open_store(params.tracking)
+    name = params.tracking.registered_name
+    now = _alias(client, name, CHAMPION)
+    if now is None:
+        return []
+    known = _versions(client, name)
+    return list(dict.fromkeys([now, *(item for item in reversed(_history(client, name)) if item in known)]))
 
 
 def is_registered(model: str) -> bool:
     """Tell whether ``--model`` names something that MLflow keeps, rather than a path."""
     return model.startswith(_SCHEMES)
-
-
-def champion_version(params: Params) -> str | None:
-    """Give the version that is champion; None if there is none, or tracking is switched off."""
-    if not params.tracking.enabled:
-        return None
-    return _alias(open_store(params.tracking), params.tracking.registered_name, CHAMPION)
 
 
 def fetch_model(uri: str, params: Params) -> Path:
@@ -258,29 +242,47 @@ def fetch_model(uri: str, params: Params) -> Path:
     InputError
         If the registry has no such model, or what it has is none of this project's.
     """
-    return model_folder_in(download_served_model(uri, params))
-
-
-def download_served_model(uri: str, params: Params) -> Path:
-    """Give the local folder of the MLflow model behind a URI of the registry or of a run."""
-    client = open_store(params.tracking)
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    with no_progress_bars():
-        try:
-            return Path(download_artifacts(artifact_uri=uri))
-        except (MlflowException, OSError) as error:
-            names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
-
-
-def model_folder_in(package: Path) -> Path:
-    """Find the model folder inside the folder of an MLflow model."""
+    package = _download(open_store(params.tracking), uri)
     for found in sorted((package / "artifacts").rglob("model.json")):
         return found.parent
     raise InputError(f"the MLflow model in {package} holds no model.json; it was not registered by nuclei3d")
+
+
+def load_served_model(model: str, params: Params) -> NucleiModel:
+    """Load a model for the service.
+
+    The model folder is taken out of the registry and run by the installed package, not by the copy of the
+    code that was logged with it: so an older version can still be served after the package was renewed.
+
+    Parameters
+    ----------
+    model
+        A URI of MLflow, or a model folder.
+    params
+        `serve` has the limits and the root, `predict` the defaults of a request and the device.
+
+    Raises
+    ------
+    InputError
+        If there is no such model, or the parameters name a second one.
+    """
+    refuse_second_model(params.predict)
+    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    if not folder.is_dir():
+        raise missing(folder, f"{model} is no model folder; give one, or models:/name@champion")
+    from nuclei3d.experiment.serving_model import NucleiModel
+
+    served = NucleiModel()
+    served.open(
+        folder,
+        {
+            "root": params.serve.root,
+            "max_voxels": params.serve.max_voxels,
+            "device": params.predict.device,
+            "predict": params_as_dict(params.predict),
+        },
+    )
+    return served
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -292,7 +294,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         If it is missing or lacks what the registry compares: ``volumes``.
     """
     if path.is_dir():
-        path = path / _METRICS_IN_MODEL
+        path = path / _METRICS_FILE
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -311,25 +313,94 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return dict(result)
 
 
-def _contest(
-    client: MlflowClient, name: str, champion: str | None, result: dict[str, Any], params: Params, force: bool
+def judge(
+    champion: Mapping[str, Any], challenger: Mapping[str, Any], champion_name: str, *, seed: int
+) -> Verdict:
+    """Compare two metrics.json by a paired bootstrap over embryos, or blocks of time where those are few.
+
+    Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``);
+    otherwise the question has no answer and the champion stays. The challenger is better if the whole 95 %
+    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of
+    time is all there is, no interval can be given and the champion stays.
+    """
+    old, new = champion["volumes"], challenger["volumes"]
+    if _truths(old) != _truths(new):
+        reason = f"not evaluated on the same held-out volumes as the {champion_name}"
+        return Verdict(False, reason)
+    names = list(old)
+    compared = compare_paired(
+        average_precision_of([Tally.from_json(old[name]["counts"]) for name in names]),
+        average_precision_of([Tally.from_json(new[name]["counts"]) for name in names]),
+        [str(old[name].get("embryo", name)) for name in names],
+        replicates=_REPLICATES,
+        rng=np.random.default_rng(seed),
+    )
+    ap = compared.differences["ap_0.50"]
+    difference = ap.difference
+    if not compared.resampled:
+        reason = (
+            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} "
+            f"in AP at .5, {difference:+.4f}, is real"
+        )
+        return Verdict(False, reason, difference)
+    better = difference > 0 and ap.low > 0
+    reason = (
+        f"{'better' if better else 'not better'} than the {champion_name} on the same {len(names)} held-out "
+        f"volumes: AP at .5 {ap.b:.4f} against {ap.a:.4f}, difference {difference:+.4f} with 95 % "
+        f"interval {ap.low:+.4f} to {ap.high:+.4f} over {compared.units.words}"
+    )
+    return Verdict(better, reason, difference, ap.low, ap.high)
+
+
+def _truths(volumes: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
+    return {name: (volume.get("truth_digest"), volume.get("n_true")) for name, volume in volumes.items()}
+
+
+def _compare_with_champion(
+    client: MlflowClient,
+    name: str,
+    champion: str | None,
+    result: Mapping[str, Any],
+    params: Params,
+    force: bool,
 ) -> Verdict:
     if champion is None:
-        return Verdict(True, "first version: there was no champion", None, None, None)
-    uri = f"{_SCHEME}{name}/{champion}"
-    with no_progress_bars():
-        found = sorted((download_served_model(uri, params) / "artifacts").glob(_METRICS_IN_MODEL))
+        return Verdict(True, "first version: there was no champion")
+    package = _download(client, f"{_SCHEME}{name}/{champion}")
+    found = sorted((package / "artifacts").glob(_METRICS_FILE))
     if found:
         verdict = judge(read_metrics(found[0]), result, f"champion (version {champion})", seed=params.seed)
     else:
-        verdict = Verdict(
-            False, f"the champion (version {champion}) has no metrics to compare with", None, None, None
-        )
+        verdict = Verdict(False, f"the champion (version {champion}) has no metrics to compare with")
     if force and not verdict.better:
-        return Verdict(
-            True, f"forced; by itself: {verdict.reason}", verdict.difference, verdict.low, verdict.high
-        )
+        verdict = replace(verdict, better=True, reason=f"forced; by itself: {verdict.reason}")
     return verdict
+
+
+def _digest(folder: Path, result: Mapping[str, Any]) -> str:
+    """Digest a model folder and its scores per volume, which the registry compares; reports do not count."""
+    volumes = json.dumps(result["volumes"], sort_keys=True).encode()
+    return md5_of_input(folder) + hashlib.md5(volumes, usedforsecurity=False).hexdigest()
+
+
+def _version_of(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    """Find the version that was made, or begun by a killed process, with this model and these scores."""
+    found = client.search_model_versions(f"name = '{name}' AND tags.`{_DIGEST_TAG}` = '{digest}'")
+    return max(found, key=lambda item: int(item.version), default=None)
+
+
+def _download(client: MlflowClient, uri: str) -> Path:
+    """Give the local folder of the MLflow model behind a URI of the registry or of a run."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    with no_progress_bars():
+        try:
+            return Path(download_artifacts(artifact_uri=uri))
+        except (MlflowException, OSError) as error:
+            names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
 
 
 def _create_version(client: MlflowClient, name: str, logged: LoggedModel, run_id: str, digest: str) -> str:
@@ -348,23 +419,20 @@ def _create_version(client: MlflowClient, name: str, logged: LoggedModel, run_id
     return str(made.version)
 
 
-def _unfinished_version(client: MlflowClient, name: str, digest: str) -> str | None:
-    """Find the version that a killed process had begun with the same model and metrics."""
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(_DIGEST_TAG) == digest and _COMPLETE_TAG not in version.tags:
-            return str(version.version)
-    return None
-
-
 def _describe(
-    client: MlflowClient, name: str, version: str, info: ModelInfo, result: dict[str, Any], verdict: Verdict
+    client: MlflowClient,
+    name: str,
+    version: str,
+    info: ModelInfo,
+    result: Mapping[str, Any],
+    verdict: Verdict,
 ) -> None:
     ap = (result.get("ap") or {}).get("0.50")
     score = f"AP at .5 on the held-out embryos {ap:.3f}. " if isinstance(ap, int | float) else ""
     title = "Champion" if verdict.better else "Challenger"
     client.update_model_version(name, version, description=f"{score}{title}: {verdict.reason}.")
     tags = {
-        "nuclei3d.reason": verdict.reason,
+        _REASON_TAG: verdict.reason,
         "nuclei3d.kind": info.kind,
         "nuclei3d.volumes": ", ".join(sorted(result["volumes"])),
     }
@@ -379,7 +447,7 @@ def _describe(
         client.set_model_version_tag(name, version, key, str(value)[:5000])
 
 
-def _crown(client: MlflowClient, name: str, version: str, before: str | None) -> None:
+def _promote(client: MlflowClient, name: str, version: str, before: str | None) -> None:
     client.set_registered_model_alias(name, CHAMPION, version)
     history = _history(client, name)
     if before is not None and (not history or history[-1] != before):
@@ -412,47 +480,3 @@ def _history(client: MlflowClient, name: str) -> list[str]:
 def _versions(client: MlflowClient, name: str) -> list[str]:
     found = client.search_model_versions(f"name = '{name}'")
     return [str(item) for item in sorted(int(version.version) for version in found)]
-
-
-def _version_exists(client: MlflowClient, name: str, version: str) -> bool:
-    return version in _versions(client, name)
-
-
-def load_served_model(model: str, params: Params) -> NucleiModel:
-    """Load a model for the service.
-
-    The model folder is taken out of the registry and run by the installed package, not by the copy of the
-    code that was logged with it: so an older version can still be served after the package was renewed.
-
-    Parameters
-    ----------
-    model
-        A URI of MLflow, or a model folder.
-    params
-        `serve` has the limits and the root, `predict` the defaults of a request and the device.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or the parameters name a second one.
-    """
-    refuse_second_model(params.predict)
-    if is_registered(model):
-        folder = model_folder_in(download_served_model(model, params))
-    else:
-        folder = Path(model)
-        if not folder.is_dir():
-            raise missing(folder, f"{model} is no model folder; give one, or models:/name@champion")
-    from nuclei3d.experiment.serving_model import NucleiModel
-
-    served = NucleiModel()
-    served.open(
-        folder,
-        {
-            "root": params.serve.root,
-            "max_voxels": params.serve.max_voxels,
-            "device": params.predict.device,
-            "predict": params_as_dict(params.predict),
-        },
-    )
-    return served

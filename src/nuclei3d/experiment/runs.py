@@ -1,4 +1,4 @@
-"""One MLflow run per stage, with its lineage, that works under `mlflow run`, under DVC and bare."""
+"""One MLflow run per stage, with its provenance, that works under `mlflow run`, under DVC and bare."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import yaml
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.provenance import environment_listing, trace_lineage
+from nuclei3d.experiment.provenance import environment_listing, trace_provenance
 from nuclei3d.experiment.store import (
     experiment_id,
     open_store,
@@ -39,10 +40,10 @@ _SECTIONS = {
     "register": ("tracking",),
     "serve": ("serve",),
 }
-_MAX_METRICS_IN_BATCH = 900
+_MAX_ENTRIES_IN_BATCH = 100
 _MAX_VALUE_LENGTH = 5000
 _PROCESS_TAG = "nuclei3d.process"
-PARENT_RUN_VARIABLE = "NUCLEI3D_PARENT_RUN_ID"
+_JOB_TAG = "nuclei3d.job"
 
 
 class StageRun:
@@ -66,9 +67,9 @@ class StageRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        points = [Metric(name, float(value), now, step or 0) for name, value in values.items()]
-        for first in range(0, len(points), _MAX_METRICS_IN_BATCH):
-            self._send("log_batch", metrics=points[first : first + _MAX_METRICS_IN_BATCH])
+        self._send_batches(
+            "metrics", [Metric(name, float(value), now, step or 0) for name, value in values.items()]
+        )
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log settings; a name with a dot cannot collide with the parameters that `mlflow run` logs."""
@@ -76,9 +77,7 @@ class StageRun:
             return
         from mlflow.entities import Param
 
-        entries = [Param(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
-        for first in range(0, len(entries), 100):
-            self._send("log_batch", params=entries[first : first + 100])
+        self._send_batches("params", [Param(name, _short(value)) for name, value in values.items()])
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
@@ -86,9 +85,7 @@ class StageRun:
             return
         from mlflow.entities import RunTag
 
-        entries = [RunTag(name, str(value)[:_MAX_VALUE_LENGTH]) for name, value in values.items()]
-        for first in range(0, len(entries), 100):
-            self._send("log_batch", tags=entries[first : first + 100])
+        self._send_batches("tags", [RunTag(name, _short(value)) for name, value in values.items()])
 
     def note(self, text: str) -> None:
         """Set the description that the MLflow UI shows on top of the run (Markdown)."""
@@ -114,6 +111,10 @@ class StageRun:
         if self._flush():
             return
         say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
+
+    def _send_batches(self, kind: str, entries: Sequence[object]) -> None:
+        for first in range(0, len(entries), _MAX_ENTRIES_IN_BATCH):
+            self._send("log_batch", **{kind: entries[first : first + _MAX_ENTRIES_IN_BATCH]})
 
     def _send(self, method: str, *values: Any, **named: Any) -> None:
         if self._client is None:
@@ -150,14 +151,13 @@ def stage_run(
     *,
     inputs: Mapping[str, Path],
     name: str | None = None,
-    resume: str | None = None,
+    job: str | None = None,
 ) -> Iterator[StageRun]:
     """Open the MLflow run of a stage, log where its result comes from, and close it with its outcome.
 
     Under `mlflow run` the first stage of the process adopts the run that MLflow made. Inside another
-    `stage_run` (the pipeline), or with the environment variable NUCLEI3D_PARENT_RUN_ID, the new run is a
-    child; inside one of the same stage it is that very run. Otherwise it is a run of its own in the
-    experiment `tracking.experiment`.
+    `stage_run` (the pipeline) the new run is a child; inside one of the same stage it is that very run.
+    Otherwise it is a run of its own in the experiment `tracking.experiment`.
 
     Parameters
     ----------
@@ -168,8 +168,8 @@ def stage_run(
     inputs
         Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
         tags.
-    resume
-        Id of a run that a killed process left open, to go on with; a new one is made if it is not there.
+    job
+        What tells this job from all others; the last run of it, unless it finished, is gone on with.
 
     Raises
     ------
@@ -183,18 +183,19 @@ def stage_run(
         yield _open_runs[-1]
         return
     client = open_store(params.tracking)
-    lineage = trace_lineage(params, inputs, device=_device_wish(stage, params))
+    provenance = trace_provenance(params, inputs, device=_device_of(stage, params))
     close_abandoned(client)
-    run_id = _begin(client, params, name or stage, resume)
+    run_id = _begin(client, params, name or stage, job)
     run = StageRun(client, run_id, stage)
     _open_runs.append(run)
     try:
-        run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process()})
-        run.tags(lineage.as_tags())
+        run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process(), **provenance.as_tags()})
+        if job is not None:
+            run.tags({_JOB_TAG: job})
         run.params(_stage_params(stage, params))
         listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
         run.text(without_passwords(listing), "lineage/params.yaml")
-        run.text(json.dumps(lineage.as_json(), indent=2), "lineage/lineage.json")
+        run.text(json.dumps(asdict(provenance), indent=2), "lineage/lineage.json")
         run.text(environment_listing(), "lineage/environment.txt")
         yield run
     except BaseException as error:
@@ -208,6 +209,16 @@ def stage_run(
     run.finish()
     _end("FINISHED")
     _write_record(stage, run_id)
+
+
+def is_known(client: MlflowClient, run_id: str) -> bool:
+    """Tell whether the store has a run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
 
 
 def close_abandoned(client: MlflowClient) -> None:
@@ -237,22 +248,24 @@ def _process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}@{psutil.Process().create_time():.0f}"
 
 
-def _exists(client: MlflowClient, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
+def _unfinished_run(client: MlflowClient, params: Params, job: str | None) -> str | None:
+    if job is None:
+        return None
+    found = client.search_runs(
+        [experiment_id(client, params.tracking)],
+        f"tags.`{_JOB_TAG}` = '{job}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return next((str(run.info.run_id) for run in found if run.info.status != "FINISHED"), None)
 
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException:
-        return False
 
-
-def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) -> str:
+def _begin(client: MlflowClient, params: Params, name: str, job: str | None) -> str:
     """Start, adopt or go on with the run and give its id."""
     import mlflow
 
     around = mlflow.active_run()
     adopted = os.environ.get("MLFLOW_RUN_ID")
-    parent = os.environ.get(PARENT_RUN_VARIABLE)
     if around is not None:
         # parent_run_id is given although MLflow could find it: nested runs under `mlflow run` have been
         # seen to overwrite their parent (mlflow#15713).
@@ -264,7 +277,7 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
         )
     elif adopted:
         # The run was made by `mlflow run`, in the experiment of its choice: no set_experiment here.
-        if not _exists(client, adopted):
+        if not is_known(client, adopted):
             raise InputError(
                 f"the run {adopted} that `mlflow run` made is not in the store "
                 f"{without_passwords(store_uri(params.tracking))}; "
@@ -273,11 +286,8 @@ def _begin(client: MlflowClient, params: Params, name: str, resume: str | None) 
         run = mlflow.start_run()
         client.set_tag(run.info.run_id, "mlflow.runName", name)
         show_as_training(client, run.info.experiment_id)
-    elif resume is not None and _exists(client, resume):
-        run = mlflow.start_run(run_id=resume)
-    elif parent:
-        experiment = client.get_run(parent).info.experiment_id
-        run = mlflow.start_run(experiment_id=experiment, run_name=name, parent_run_id=parent)
+    elif unfinished := _unfinished_run(client, params, job):
+        run = mlflow.start_run(run_id=unfinished)
     else:
         run = mlflow.start_run(experiment_id=experiment_id(client, params.tracking), run_name=name)
     return str(run.info.run_id)
@@ -296,7 +306,7 @@ def _end(status: str) -> None:
 def _stage_params(stage: str, params: Params) -> dict[str, object]:
     """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
     tree = params_as_dict(params)
-    names = _SECTIONS.get(stage, tuple(key for key, value in tree.items() if isinstance(value, dict)))
+    sections = _SECTIONS.get(stage, tuple(tree))
     flat: dict[str, object] = {"run.seed": params.seed}
 
     def walk(prefix: str, node: Mapping[str, object]) -> None:
@@ -306,13 +316,11 @@ def _stage_params(stage: str, params: Params) -> dict[str, object]:
             else:
                 flat[f"{prefix}{key}"] = without_passwords(value) if isinstance(value, str) else value
 
-    for section in names:
-        if isinstance(tree.get(section), dict):
-            walk(f"{section}.", tree[section])
+    walk("", {name: tree[name] for name in sections if isinstance(tree[name], dict)})
     return flat
 
 
-def _device_wish(stage: str, params: Params) -> str | None:
+def _device_of(stage: str, params: Params) -> str | None:
     if stage == "train":
         return params.train.device
     if stage in ("predict", "search", "pipeline", "serve"):
@@ -341,3 +349,7 @@ def _is_refusal(error: Exception) -> bool:
     """Tell a request that the server refused (our mistake) from a server that does not answer."""
     code = getattr(error, "error_code", "")
     return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+
+
+def _short(value: object) -> str:
+    return str(value)[:_MAX_VALUE_LENGTH]

@@ -1,7 +1,4 @@
-"""Where runs and models are kept: finding, checking and opening the MLflow store.
-
-Making MLflow's SQLite database whole or not at all.
-"""
+"""Where runs and models are kept: finding, checking and opening the MLflow store."""
 
 from __future__ import annotations
 
@@ -23,31 +20,6 @@ from nuclei3d.outputs import whole_file
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-
-def make_sqlite_store(path: Path) -> None:
-    """Make the database of a new store; one that is there is left alone.
-
-    MLflow makes its tables in dozens of steps that are not one transaction. A process that is killed among
-    them leaves a database that MLflow refuses for ever after, and two that begin together trip over each
-    other. So it is made aside, under a lock, and renamed.
-    """
-    if path.exists() and path.stat().st_size > 0:
-        return
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and path.stat().st_size > 0:
-            return
-        with whole_file(path) as new:
-            _make_tables(f"sqlite:///{new.absolute()}")
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-
-
-def _make_tables(uri: str) -> None:
-    from mlflow import MlflowClient
-
-    MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-
-
 SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -55,9 +27,9 @@ _ANSWER_TIMEOUT_S = 5.0
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
-def project_folder(start: Path | None = None) -> Path:
-    """Give the project directory: the nearest one upwards with an MLproject or params.yaml, else `start`."""
-    here = (start or Path.cwd()).resolve()
+def project_folder() -> Path:
+    """Give the project directory: the nearest one upwards with an MLproject or params.yaml, else this one."""
+    here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder / "MLproject").is_file() or (folder / "params.yaml").is_file():
             return folder
@@ -98,7 +70,7 @@ def open_store(params: TrackingParams) -> MlflowClient:
     import mlflow
 
     if uri.startswith(SQLITE):
-        make_sqlite_store(Path(uri.removeprefix(SQLITE)))
+        _make_database(Path(uri.removeprefix(SQLITE)))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -141,6 +113,12 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
         return str(experiment.experiment_id)
 
 
+def show_as_training(client: MlflowClient, experiment: str) -> None:
+    """Have MLflow's UI open an experiment that we did not make with its runs, not as one of chat models."""
+    if _KIND[0] not in client.get_experiment(experiment).tags:
+        client.set_experiment_tag(experiment, *_KIND)
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Switch off MLflow's progress bars for a few files."""
@@ -156,10 +134,9 @@ def no_progress_bars() -> Iterator[None]:
             os.environ[name] = before
 
 
-def show_as_training(client: MlflowClient, experiment: str) -> None:
-    """Have MLflow's UI open an experiment that we did not make with its runs, not as one of chat models."""
-    if _KIND[0] not in client.get_experiment(experiment).tags:
-        client.set_experiment_tag(experiment, *_KIND)
+def without_passwords(text: str) -> str:
+    """Blot out the passwords of addresses such as ``postgresql://me:secret@host/runs``."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
 
 
 def _check_reachable(uri: str) -> None:
@@ -193,22 +170,42 @@ def _check_sqlite(path: Path) -> None:
         raise InputError(
             f"cannot make the folder {path.parent} for the tracking store: {error.strerror}"
         ) from None
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise InputError(f"cannot write the tracking store {path}; give another place with tracking.uri")
     if path.is_dir():
         raise InputError(
             f"the tracking store {path} is a folder; tracking.uri must name a file such as mlflow.db"
         )
-    if path.exists() and path.stat().st_size > 0:
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"cannot write the tracking store {path}; give another place with tracking.uri")
+    if _has_content(path):
         with path.open("rb") as file:
             if not file.read(16).startswith(b"SQLite format 3"):
                 raise InputError(f"{path} is no SQLite database; give another place with tracking.uri")
 
 
-def without_passwords(text: str) -> str:
-    """Blot out the passwords of addresses such as ``postgresql://me:secret@host/runs``."""
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
+def _make_database(path: Path) -> None:
+    """Make MLflow's database unless it is there.
+
+    MLflow makes its tables in dozens of steps that are not one transaction. A process that is killed among
+    them leaves a database that MLflow refuses for ever after, and two that begin together trip over each
+    other. So it is made aside, under a lock, and renamed.
+    """
+    from mlflow import MlflowClient
+
+    if _has_content(path):
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if _has_content(path):
+            return
+        with whole_file(path) as new:
+            uri = f"{SQLITE}{new.absolute()}"
+            MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+    lock.unlink(missing_ok=True)
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _quieten() -> None:

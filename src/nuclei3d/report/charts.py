@@ -1,21 +1,17 @@
-"""The charts of the report, from metrics.json and the history of the training.
+"""The charts of the report as inline SVG: small, sharp at any zoom, without a library in the browser.
 
-Colours and marks that the colour-blind can tell apart (Okabe and Ito 2008), and in greyscale by shape.
-
-Small CSV files behind the plots, in the shape that `dvc plots` draws.
-
-Charts as inline SVG: small, sharp at any zoom, and without a library in the reader's browser.
+Colours and marks can be told apart by the colour-blind (Okabe and Ito 2008), and in greyscale by shape.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -44,55 +40,6 @@ OUTLINES = {"true": "#56B4E9", "pred": "#F0E442", "missed": "#FF6A13", "false": 
 def style_of(position: int) -> MethodStyle:
     """Give the style of the method at a position; they repeat after the last."""
     return METHOD_STYLES[position % len(METHOD_STYLES)]
-
-
-def write_plot_data(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write ap_by_iou.csv, recall_by_contrast.csv, recall_by_depth.csv and counts.csv.
-
-    Parameters
-    ----------
-    metrics
-        The content of metrics.json.
-    """
-    folder.mkdir()
-    methods = {"model": metrics, **metrics["baselines"]}
-    _write(
-        folder / "ap_by_iou.csv",
-        ("iou", "method", "ap", "f1"),
-        [
-            (iou, name, scores["ap"][iou], scores["f1"][iou])
-            for name, scores in methods.items()
-            for iou in scores["ap"]
-        ],
-    )
-    for key, file, unit in (
-        ("recall_by_contrast", "recall_by_contrast.csv", "bin"),
-        ("recall_by_depth_um", "recall_by_depth.csv", "bin"),
-    ):
-        _write(
-            folder / file,
-            (unit, "from", "to", "method", "n", "recall", "precision"),
-            [
-                (number, entry["from"], entry["to"], name, entry["n"], entry["recall"], entry["precision"])
-                for name, scores in methods.items()
-                for number, entry in enumerate(scores[key], start=1)
-            ],
-        )
-    _write(
-        folder / "counts.csv",
-        ("volume", "embryo", "frame", "n_true", "n_pred"),
-        [
-            (name, volume["embryo"], volume["frame"], volume["n_true"], volume["n_pred"])
-            for name, volume in metrics["volumes"].items()
-        ],
-    )
-
-
-def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(["" if value is None else value for value in row] for row in rows)
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 12.0, 42.0
@@ -307,26 +254,45 @@ def ap_chart(methods: Mapping[str, Mapping[str, Any]]) -> str:
     return draw_chart(axes, series, "Average precision by IoU threshold")
 
 
-def contrast_chart(methods: Mapping[str, Mapping[str, Any]], quantity: str) -> str:
-    """Draw recall or precision by bin of contrast, faintest left, with intervals as whiskers."""
-    return _bin_chart(
-        methods,
-        "recall_by_contrast",
-        quantity,
-        lambda entry: _bounds_text(entry["from"], entry["to"]),
-        f"contrast, faintest {'true nuclei' if quantity == 'recall' else 'predictions'} left",
-    )
-
-
-def depth_chart(methods: Mapping[str, Mapping[str, Any]], unit: str) -> str:
-    """Draw recall by depth, nearest to the first plane left."""
-    return _bin_chart(
-        methods,
-        "recall_by_depth_um",
-        "recall",
-        lambda entry: _bounds_text(entry["from"], entry["to"]),
-        f"z of the nucleus ({unit}), first plane left",
-    )
+def bin_chart(
+    methods: Mapping[str, Mapping[str, Any]],
+    key: str,
+    quantity: Literal["recall", "precision"],
+    caption: str,
+) -> str:
+    """Draw recall or precision by bin of contrast or depth, with intervals as whiskers."""
+    interval = "interval" if quantity == "recall" else "precision_interval"
+    count = "n" if quantity == "recall" else "n_pred"
+    first = next(iter(methods.values()))[key]
+    bins = len(first)
+    series = []
+    for place, (name, scores) in enumerate(methods.items()):
+        entries = scores[key]
+        # Methods with other depth bins than the model cannot share its axis.
+        if [entry["to"] for entry in entries] != [entry["to"] for entry in first]:
+            continue
+        shift = (place - (len(methods) - 1) / 2) * 0.12
+        bounds = [entry[interval] or (None, None) for entry in entries]
+        series.append(
+            Series(
+                name,
+                style_of(place),
+                [k + shift for k in range(bins)],
+                [entry[quantity] for entry in entries],
+                low=[low for low, _ in bounds],
+                high=[high for _, high in bounds],
+                hints=[
+                    f"{name}: {quantity} {_text(entry[quantity])} of {entry[count]}, "
+                    f"95 % {_text(low)} to {_text(high)}"
+                    for entry, (low, high) in zip(entries, bounds, strict=True)
+                ],
+                line=False,
+                whiskers=True,
+            )
+        )
+    ticks = [(float(k), _bounds_text(entry["from"], entry["to"])) for k, entry in enumerate(first)]
+    axes = Axes(caption, quantity, (-0.5, bins - 0.5), x_ticks=ticks)
+    return draw_chart(axes, series, f"{quantity} by bin")
 
 
 def counts_charts(metrics: Mapping[str, Any]) -> list[str]:
@@ -400,47 +366,6 @@ def training_charts(history: Path) -> list[tuple[str, str]]:
             )
         )
     return charts
-
-
-def _bin_chart(
-    methods: Mapping[str, Mapping[str, Any]],
-    key: str,
-    quantity: str,
-    label: Callable[[Mapping[str, Any]], str],
-    caption: str,
-) -> str:
-    interval = "interval" if quantity == "recall" else "precision_interval"
-    count = "n" if quantity == "recall" else "n_pred"
-    first = next(iter(methods.values()))[key]
-    bins = len(first)
-    series = []
-    for place, (name, scores) in enumerate(methods.items()):
-        entries = scores[key]
-        # Methods with other depth bins than the model cannot share its axis.
-        if [entry["to"] for entry in entries] != [entry["to"] for entry in first]:
-            continue
-        shift = (place - (len(methods) - 1) / 2) * 0.12
-        bounds = [entry[interval] or (None, None) for entry in entries]
-        series.append(
-            Series(
-                name,
-                style_of(place),
-                [k + shift for k in range(bins)],
-                [entry[quantity] for entry in entries],
-                low=[low for low, _ in bounds],
-                high=[high for _, high in bounds],
-                hints=[
-                    f"{name}: {quantity} {_text(entry[quantity])} of {entry[count]}, "
-                    f"95 % {_text(low)} to {_text(high)}"
-                    for entry, (low, high) in zip(entries, bounds, strict=True)
-                ],
-                line=False,
-                whiskers=True,
-            )
-        )
-    ticks = [(float(k), label(entry)) for k, entry in enumerate(first)]
-    axes = Axes(caption, quantity, (-0.5, bins - 0.5), x_ticks=ticks)
-    return draw_chart(axes, series, f"{quantity} by bin")
 
 
 def _bounds_text(low: float | None, high: float | None) -> str:

@@ -1,21 +1,18 @@
-"""A sheet of training planes with the outlines of their labels.
-
-Pictures for the tracker and for slides: curves, outlines in three views, and the worst nuclei.
-"""
+"""Pictures for the runs and for slides: curves, outlines in three views, nuclei, training planes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.charts import OUTLINES, style_of
 from nuclei3d.report.tables import NucleusRow
+from nuclei3d.report.viewer import Arrays, ShownVolume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +20,39 @@ if TYPE_CHECKING:
 
     from nuclei3d.training.samples import SampleSet
 
-_VIEWS = (("xy", 0), ("xz", 1), ("yz", 2))
-_DPI = 110
+#: The views; the planes of the k-th are cut across axis k.
+VIEWS = ("xy", "xz", "yz")
+OUTLINE = "#e69f00"
+_MARKERS = "os^Dx"
+_WORST_SHOWN = 8
+_LEGEND = "blue: true, found   yellow dashed: predicted   orange: missed   pink dashed: false"
 
 
-@dataclass(frozen=True)
-class ShownVolume:
-    """A volume with its labels, and for each label whether it is matched."""
+def draw_figures(
+    folder: Path,
+    methods: Mapping[str, Mapping[str, Any]],
+    volumes: Sequence[ShownVolume],
+    rows: Sequence[NucleusRow],
+) -> None:
+    """Draw scores.png, overlay.png (the volume with the most errors) and worst_nuclei.png into a new folder.
 
-    name: str
-    voxel_size: VoxelSize
-    image: NDArray[Any] | None
-    truth: NDArray[np.uint32]
-    pred: NDArray[np.uint32]
-    found: frozenset[int]
-    right: frozenset[int]
+    Parameters
+    ----------
+    methods
+        metrics.json by method, the model first.
+    volumes, rows
+        The evaluated volumes, and all lines of their nuclei.csv.
+    """
+    folder.mkdir()
+    draw_scores(methods, folder / "scores.png")
+    errors = Counter(row.volume for row in rows if row.outcome != "found")
+    busiest = max(volumes, key=lambda volume: errors[volume.name])
+    draw_overlay(busiest, [row for row in rows if row.volume == busiest.name], folder / "overlay.png")
+    # the lowest best IoU; among equals the highest contrast first
+    true = [row for row in rows if row.outcome != "false"]
+    worst = sorted(true, key=lambda row: (row.best_iou, -np.nan_to_num(row.contrast)))[:_WORST_SHOWN]
+    if worst:
+        draw_nuclei(worst, {volume.name: volume for volume in volumes}, folder / "worst_nuclei.png")
 
 
 def draw_scores(methods: Mapping[str, Mapping[str, Any]], out: Path) -> None:
@@ -50,7 +65,9 @@ def draw_scores(methods: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     for place, (name, scores) in enumerate(methods.items()):
         style = style_of(place)
         ap = {float(key): value for key, value in scores["ap"].items() if value is not None}
-        panels[0].plot(list(ap), list(ap.values()), color=style.color, marker="os^Dx"[place % 5], label=name)
+        panels[0].plot(
+            list(ap), list(ap.values()), color=style.color, marker=_MARKERS[place % len(_MARKERS)], label=name
+        )
         if bins:
             _draw_bins(panels[1], scores["recall_by_contrast"], name, place, len(methods))
     panels[0].set(xlabel="IoU that a match needs", ylabel="average precision", ylim=(0, 1))
@@ -61,54 +78,50 @@ def draw_scores(methods: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     _save(figure, out)
 
 
-def draw_overlay(volume: ShownVolume, centre: Sequence[int], out: Path) -> None:
-    """Draw the three planes through a voxel (z, y, x) with all outlines into a PNG."""
+def draw_overlay(volume: ShownVolume, rows: Sequence[NucleusRow], out: Path) -> None:
+    """Draw the three planes through the first error, else nucleus, else the middle, with all outlines."""
     from matplotlib.figure import Figure
 
+    arrays = volume.read()
+    shown = [row for row in rows if row.outcome != "found"] or rows
+    centre = _voxel_of(shown[0], volume.voxel_size) if shown else [n // 2 for n in arrays[1].shape]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
-    for (view, axis), panel in zip(_VIEWS, figure.subplots(1, 3), strict=True):
-        box = [slice(None)] * 3
-        _draw_plane(panel, volume, axis, centre[axis], box)
-        panel.set_title(f"{view}, plane {centre[axis]}", fontsize=9)
-    figure.suptitle(f"{volume.name}    {_legend_text()}", fontsize=9)
+    for axis, panel in enumerate(figure.subplots(1, 3)):
+        _draw_plane(panel, volume, arrays, axis, centre[axis], [slice(None)] * 3)
+        panel.set_title(f"{VIEWS[axis]}, plane {centre[axis]}", fontsize=9)
+    figure.suptitle(f"{volume.name}    {_LEGEND}", fontsize=9)
     _save(figure, out)
 
 
-def draw_nuclei(shown: Sequence[tuple[ShownVolume, NucleusRow]], out: Path, radius_um: float) -> None:
-    """Draw nuclei, one a column, in xy (above) and xz (below), with outlines, into a PNG.
-
-    Parameters
-    ----------
-    radius_um
-        Half the width of the shown region.
-    """
+def draw_nuclei(rows: Sequence[NucleusRow], volumes: Mapping[str, ShownVolume], out: Path) -> None:
+    """Draw nuclei, one a column, in xy (above) and xz (below), with outlines, into a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.9 * max(len(shown), 2), 4.2), layout="constrained")
-    panels = figure.subplots(2, max(len(shown), 1), squeeze=False)
-    for column, (volume, row) in enumerate(shown):
-        centre = [
-            round(place / edge)
-            for place, edge in zip((row.z_um, row.y_um, row.x_um), volume.voxel_size.zyx, strict=True)
-        ]
+    # half the width of the shown region: a diameter of these nuclei
+    radius_um = float(np.median([(6 / np.pi * row.volume_um3) ** (1 / 3) for row in rows]))
+    arrays = {name: volumes[name].read() for name in dict.fromkeys(row.volume for row in rows)}
+    figure = Figure(figsize=(1.9 * max(len(rows), 2), 4.2), layout="constrained")
+    panels = figure.subplots(2, len(rows), squeeze=False)
+    for column, row in enumerate(rows):
+        volume = volumes[row.volume]
+        centre = _voxel_of(row, volume.voxel_size)
         box = [
             slice(max(c - round(radius_um / edge), 0), c + round(radius_um / edge) + 1)
             for c, edge in zip(centre, volume.voxel_size.zyx, strict=True)
         ]
-        for axis, panel in zip((0, 1), panels[:, column], strict=True):
-            _draw_plane(panel, volume, axis, centre[axis], box)
+        for axis, panel in enumerate(panels[:, column]):
+            _draw_plane(panel, volume, arrays[row.volume], axis, centre[axis], box)
         contrast = "" if np.isnan(row.contrast) else f"\ncontrast {row.contrast:.1f}"
         panels[0, column].set_title(
             f"{volume.name}\n{row.outcome} {row.label}, IoU {row.best_iou:.2f}{contrast}", fontsize=7
         )
-    figure.suptitle(_legend_text(), fontsize=8)
+    figure.suptitle(_LEGEND, fontsize=8)
     _save(figure, out)
 
 
-def worst_nuclei(rows: Sequence[NucleusRow], count: int) -> list[NucleusRow]:
-    """Choose the true nuclei with the lowest best IoU; among equals those of the highest contrast first."""
-    true = [row for row in rows if row.outcome != "false"]
-    return sorted(true, key=lambda row: (row.best_iou, -np.nan_to_num(row.contrast)))[:count]
+def _voxel_of(row: NucleusRow, voxel_size: VoxelSize) -> list[int]:
+    place_um = (row.z_um, row.y_um, row.x_um)
+    return [round(place / edge) for place, edge in zip(place_um, voxel_size.zyx, strict=True)]
 
 
 def _draw_bins(panel: Axes, bins: Sequence[Mapping[str, Any]], name: str, place: int, methods: int) -> None:
@@ -124,28 +137,32 @@ def _draw_bins(panel: Axes, bins: Sequence[Mapping[str, Any]], name: str, place:
         recall,
         errors,
         color=style.color,
-        marker="os^Dx"[place % 5],
+        marker=_MARKERS[place % len(_MARKERS)],
         linestyle="",
         capsize=3,
         label=name,
     )
 
 
-def _draw_plane(panel: Axes, volume: ShownVolume, axis: int, index: int, box: Sequence[slice]) -> None:
+def _draw_plane(
+    panel: Axes, volume: ShownVolume, arrays: Arrays, axis: int, index: int, box: Sequence[slice]
+) -> None:
+    image = arrays[0]
     cut = tuple(index if k == axis else box[k] for k in range(3))
     down, across = (k for k in range(3) if k != axis)
     aspect = volume.voxel_size.zyx[down] / volume.voxel_size.zyx[across]
-    truth, pred = volume.truth[cut], volume.pred[cut]
-    if volume.image is None:
+    truth, pred = arrays[1][cut], arrays[2][cut]
+    if image is None:
         panel.imshow(np.zeros(truth.shape), cmap="gray", vmin=0, vmax=1, aspect=aspect)
     else:
-        low, high = np.percentile(volume.image, (1, 99.8))
-        plane = np.sqrt(np.clip((volume.image[cut] - low) / max(high - low, 1e-12), 0, 1))
+        low, high = np.percentile(image, (1, 99.8))
+        plane = np.sqrt(np.clip((image[cut] - low) / max(high - low, 1e-12), 0, 1))
         panel.imshow(plane, cmap="gray", vmin=0, vmax=1, aspect=aspect)
-    for labels, matched, hit, miss in (
-        (truth, volume.found, "true", "missed"),
-        (pred, volume.right, "pred", "false"),
+    for labels, nuclei, hit, miss in (
+        (truth, volume.assessment.true, "true", "missed"),
+        (pred, volume.assessment.pred, "pred", "false"),
     ):
+        matched = set(nuclei.label[nuclei.matched].tolist())
         for label in np.unique(labels[labels > 0]):
             kind = hit if int(label) in matched else miss
             # Padding closes outlines at the border of the plane.
@@ -162,17 +179,9 @@ def _draw_plane(panel: Axes, volume: ShownVolume, axis: int, index: int, box: Se
     panel.set_axis_off()
 
 
-def _legend_text() -> str:
-    return "blue: true, found   yellow dashed: predicted   orange: missed   pink dashed: false"
-
-
 def _save(figure: Figure, out: Path) -> None:
     # Without the software tag the same figure gives the same bytes.
-    figure.savefig(out, dpi=_DPI, metadata={"Software": None})
-
-
-VIEWS = ("xy", "xz", "yz")
-OUTLINE = "#e69f00"
+    figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
 def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
@@ -204,5 +213,4 @@ def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
             for label in range(1, int(labels.max()) + 1):
                 axis.contour(labels[0] == label, levels=[0.5], colors=OUTLINE, linewidths=0.7)
             axis.set_title(f"{info.embryo} {info.frame} {view} {info.index}", fontsize=7)
-    # without the software tag the same planes give the same bytes
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    _save(figure, out)

@@ -16,6 +16,8 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.assessment import Assessment
 from nuclei3d.scoring.matching import relabel_sequential
 
+Arrays = tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]
+
 # A frame is shown with at most so many voxels; larger ones are thinned in y and x.
 _FRAME_VOXELS = 6_000_000
 _JPEG_QUALITY = 82
@@ -23,13 +25,13 @@ _SPRITE_WIDTH = 4096
 
 
 @dataclass(frozen=True)
-class ViewedVolume:
-    """What the viewer may show: how to read a volume, and what was found in it."""
+class ShownVolume:
+    """What was found in a volume, and how to read its image, truth and prediction."""
 
     name: str
     voxel_size: VoxelSize
     assessment: Assessment
-    read: Callable[[], tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]]
+    read: Callable[[], Arrays]
 
     @property
     def errors(self) -> int:
@@ -37,7 +39,7 @@ class ViewedVolume:
         return int((~self.assessment.true.matched).sum() + (~self.assessment.pred.matched).sum())
 
 
-def pack_volumes(volumes: Sequence[ViewedVolume], megabytes: float) -> list[dict[str, Any]]:
+def pack_volumes(volumes: Sequence[ShownVolume], megabytes: float) -> list[dict[str, Any]]:
     """Pack volumes until the budget is spent, those with the most errors first, and give them in order.
 
     Parameters
@@ -63,7 +65,7 @@ def pack_volumes(volumes: Sequence[ViewedVolume], megabytes: float) -> list[dict
     return [packed[place] for place in sorted(packed)]
 
 
-def pack_volume(volume: ViewedVolume) -> dict[str, Any]:
+def pack_volume(volume: ShownVolume) -> dict[str, Any]:
     """Pack one volume.
 
     Returns

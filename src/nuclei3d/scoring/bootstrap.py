@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from nuclei3d.scoring.matching import Floats, Integers
 
 #: Fewer embryos than this are cut into blocks of time: so few units cannot show how embryos vary.
 FEWEST_EMBRYOS = 4
 
+#: Fewer units than this make an interval that should not be taken literally.
+FEW_UNITS = 6
+_LEVEL = 0.95
+_TAILS = ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2)
 _Z95 = 1.959963984540054
 
 
@@ -34,9 +39,14 @@ class Units:
         What the units are, for the reader: ``5 embryos`` or ``6 blocks of time in 1 embryo``.
     """
 
-    unit_of: NDArray[np.int64]
+    unit_of: Integers
     count: int
     words: str
+
+    @property
+    def few(self) -> bool:
+        """Whether they are so few that an interval is rough."""
+        return self.count < FEW_UNITS
 
 
 def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "time"] = "auto") -> Units:
@@ -69,7 +79,7 @@ def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "ti
     return Units(unit_of, count, words)
 
 
-def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -> Floats:
     """Draw units with replacement; give how often each volume enters each replicate.
 
     Returns
@@ -81,24 +91,21 @@ def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -
     return drawn[:, units.unit_of].astype(np.float64)
 
 
-def percentile_interval(
-    samples: NDArray[np.float64], level: float = 0.95
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the central interval over the first axis; replicates in which a value is undefined are left out.
+def percentile_interval(samples: Floats) -> tuple[Floats, Floats]:
+    """Give the central 95 % interval over the first axis; replicates without a value are left out.
 
     Returns
     -------
     low, high
         The shape of one sample; nan where no replicate is defined.
     """
-    tails = [(1 - level) / 2, (1 + level) / 2]
     defined = np.isfinite(samples).any(axis=0)
     bounds = np.full((2, *samples.shape[1:]), np.nan)
     if samples.ndim == 1:
         if defined:
-            bounds[:] = np.nanquantile(samples, tails)
+            bounds[:] = np.nanquantile(samples, _TAILS)
     elif defined.any():
-        bounds[:, defined] = np.nanquantile(samples[:, defined], tails, axis=0)
+        bounds[:, defined] = np.nanquantile(samples[:, defined], _TAILS, axis=0)
     return bounds[0], bounds[1]
 
 

@@ -17,6 +17,7 @@ from scipy.ndimage import distance_transform_edt, find_objects
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.matching import Floats, Integers, Labels
 
 #: Depth of the rim that is left out of the inside, in um.
 RIM_UM = 1.0
@@ -29,9 +30,7 @@ _WIDENING = 1.5
 _WIDENINGS = 5
 
 
-def nucleus_contrast(
-    image: NDArray[np.number[Any]], labels: NDArray[np.integer[Any]], voxel_size: VoxelSize
-) -> NDArray[np.float64]:
+def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size: VoxelSize) -> Floats:
     """Measure the contrast of every labelled nucleus.
 
     Parameters
@@ -79,7 +78,7 @@ def nucleus_contrast(
     return contrast
 
 
-def contrast_edges(contrast: NDArray[np.float64], bins: int = 5) -> NDArray[np.float64]:
+def contrast_edges(contrast: Floats, bins: int = 5) -> Floats:
     """Give the inner edges, shape (bins - 1,), that cut the finite contrasts into equally full bins."""
     finite = contrast[np.isfinite(contrast)]
     if not len(finite):
@@ -87,7 +86,7 @@ def contrast_edges(contrast: NDArray[np.float64], bins: int = 5) -> NDArray[np.f
     return np.asarray(np.quantile(finite, np.linspace(0, 1, bins + 1)[1:-1]), dtype=np.float64)
 
 
-def contrast_bin(contrast: NDArray[np.float64], edges: Sequence[float]) -> NDArray[np.int64]:
+def contrast_bin(contrast: Floats, edges: Sequence[float]) -> Integers:
     """Give the bin of each contrast, 0 the faintest, -1 where the contrast is nan."""
     bins = np.searchsorted(np.asarray(edges, dtype=np.float64), contrast, side="right")
     return np.where(np.isnan(contrast), -1, bins).astype(np.int64)
@@ -110,9 +109,7 @@ def _grow(
     return tuple(grown)
 
 
-def _shell(
-    labels: NDArray[np.integer[Any]], label: int, voxel_size: VoxelSize, farthest_um: float
-) -> NDArray[np.bool_]:
+def _shell(labels: Labels, label: int, voxel_size: VoxelSize, farthest_um: float) -> NDArray[np.bool_]:
     distance = distance_transform_edt(labels != label, sampling=voxel_size.zyx)
     free = (labels == 0) & (distance >= SHELL_UM[0])
     outer = SHELL_UM[1]

@@ -19,6 +19,10 @@ from scipy.sparse.csgraph import connected_components
 
 from nuclei3d.errors import InputError
 
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Labels = NDArray[np.integer[Any]]
+
 # Voxels looked at in one go: bounds the working memory to some 100 MB whatever the size of the volume.
 _CHUNK_VOXELS = 1 << 22
 
@@ -39,13 +43,13 @@ class OverlapTable:
         Per overlapping pair: the number of shared voxels.
     """
 
-    true_labels: NDArray[np.int64]
-    true_sizes: NDArray[np.int64]
-    pred_labels: NDArray[np.int64]
-    pred_sizes: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    overlaps: NDArray[np.int64]
+    true_labels: Integers
+    true_sizes: Integers
+    pred_labels: Integers
+    pred_sizes: Integers
+    rows: Integers
+    columns: Integers
+    overlaps: Integers
 
     @property
     def n_true(self) -> int:
@@ -57,41 +61,31 @@ class OverlapTable:
         """Number of predicted nuclei."""
         return len(self.pred_labels)
 
-    @property
-    def foreground_intersection(self) -> int:
-        """Voxels that are foreground in both volumes."""
-        return int(self.overlaps.sum())
-
-    @property
-    def foreground_union(self) -> int:
-        """Voxels that are foreground in at least one volume."""
-        return int(self.true_sizes.sum() + self.pred_sizes.sum()) - self.foreground_intersection
-
     @cached_property
-    def ious(self) -> NDArray[np.float64]:
+    def ious(self) -> Floats:
         """Intersection over union of every overlapping pair."""
         unions = self.true_sizes[self.rows] + self.pred_sizes[self.columns] - self.overlaps
         return np.asarray(self.overlaps / unions, dtype=np.float64)
 
     @cached_property
-    def true_cover(self) -> NDArray[np.float64]:
+    def true_cover(self) -> Floats:
         """Share of the true nucleus that each overlapping pair covers."""
         return np.asarray(self.overlaps / self.true_sizes[self.rows], dtype=np.float64)
 
     @cached_property
-    def pred_cover(self) -> NDArray[np.float64]:
+    def pred_cover(self) -> Floats:
         """Share of the predicted nucleus that each overlapping pair covers."""
         return np.asarray(self.overlaps / self.pred_sizes[self.columns], dtype=np.float64)
 
     @cached_property
-    def best_true_iou(self) -> NDArray[np.float64]:
+    def best_true_iou(self) -> Floats:
         """Best IoU of each true nucleus with any prediction, 0 where nothing overlaps; shape (n_true,)."""
         best = np.zeros(self.n_true)
         np.maximum.at(best, self.rows, self.ious)
         return best
 
     @cached_property
-    def best_pred_iou(self) -> NDArray[np.float64]:
+    def best_pred_iou(self) -> Floats:
         """Best IoU of each predicted nucleus with any truth, 0 where nothing overlaps; shape (n_pred,)."""
         best = np.zeros(self.n_pred)
         np.maximum.at(best, self.columns, self.ious)
@@ -106,10 +100,9 @@ class Matching:
     order of the former; `ious` are the IoUs of the matched pairs.
     """
 
-    threshold: float
-    true_index: NDArray[np.int64]
-    pred_index: NDArray[np.int64]
-    ious: NDArray[np.float64]
+    true_index: Integers
+    pred_index: Integers
+    ious: Floats
 
     @property
     def tp(self) -> int:
@@ -117,7 +110,7 @@ class Matching:
         return len(self.true_index)
 
 
-def overlap_table(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]]) -> OverlapTable:
+def overlap_table(truth: Labels, prediction: Labels) -> OverlapTable:
     """Count the shared voxels of all pairs of labels in one pass.
 
     Runs of equal label pairs along the last axis are counted as wholes, so the cost of sorting depends on the
@@ -138,8 +131,8 @@ def overlap_table(truth: NDArray[np.integer[Any]], prediction: NDArray[np.intege
     if truth.shape != prediction.shape:
         raise InputError(f"truth and prediction differ in shape: {truth.shape} and {prediction.shape}")
     flat_truth, flat_prediction = truth.reshape(-1), prediction.reshape(-1)
-    keys: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
-    counts: list[NDArray[np.float64]] = [np.zeros(0)]
+    keys: list[Integers] = [np.zeros(0, dtype=np.int64)]
+    counts: list[Floats] = [np.zeros(0)]
     for start in range(0, len(flat_truth), _CHUNK_VOXELS):
         chunk = slice(start, start + _CHUNK_VOXELS)
         key = flat_truth[chunk].astype(np.int64)
@@ -182,22 +175,17 @@ def match(table: OverlapTable, threshold: float) -> Matching:
         matched += _match_crowded(rows[~lone], columns[~lone], ious[~lone], table.n_true, table.n_pred)
     true_index, pred_index, scores = (np.concatenate(part) for part in zip(*matched, strict=True))
     order = np.argsort(true_index)
-    return Matching(threshold, true_index[order], pred_index[order], scores[order])
+    return Matching(true_index[order], pred_index[order], scores[order])
 
 
-def match_all(table: OverlapTable, thresholds: Sequence[float]) -> list[Matching]:
-    """Match at each threshold; see `match`."""
-    return [match(table, threshold) for threshold in thresholds]
-
-
-def average_precision(table: OverlapTable, thresholds: Sequence[float]) -> NDArray[np.float64]:
+def average_precision(table: OverlapTable, thresholds: Sequence[float]) -> Floats:
     """AP = TP / (TP + FP + FN) of one volume at each threshold; nan where both volumes are empty."""
-    tp = np.array([matching.tp for matching in match_all(table, thresholds)], dtype=np.float64)
+    tp = np.array([match(table, threshold).tp for threshold in thresholds], dtype=np.float64)
     total = table.n_true + table.n_pred - tp
     return np.divide(tp, total, out=np.full(len(tp), np.nan), where=total > 0)
 
 
-def relabel_sequential(labels: NDArray[np.integer[Any]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+def relabel_sequential(labels: Labels) -> tuple[NDArray[np.uint32], Integers]:
     """Renumber labels to 1..n in ascending order, 0 kept.
 
     Returns
@@ -219,7 +207,7 @@ def relabel_sequential(labels: NDArray[np.integer[Any]]) -> tuple[NDArray[np.uin
     return np.searchsorted(originals, labels).astype(np.uint32), originals
 
 
-def _check_labels(labels: NDArray[np.integer[Any]], name: str) -> None:
+def _check_labels(labels: Labels, name: str) -> None:
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{name} labels must be integers, got {labels.dtype}")
     if labels.size and (int(labels.min()) < 0 or int(labels.max()) >= 1 << 31):
@@ -228,7 +216,7 @@ def _check_labels(labels: NDArray[np.integer[Any]], name: str) -> None:
         )
 
 
-def _table_of(keys: NDArray[np.int64], counts: NDArray[np.float64]) -> OverlapTable:
+def _table_of(keys: Integers, counts: Floats) -> OverlapTable:
     unique, inverse = np.unique(keys, return_inverse=True)
     voxels = np.bincount(inverse, weights=counts, minlength=len(unique)).astype(np.int64)
     true_of, pred_of = unique >> 32, unique & 0xFFFFFFFF
@@ -246,9 +234,7 @@ def _table_of(keys: NDArray[np.int64], counts: NDArray[np.float64]) -> OverlapTa
     )
 
 
-def _sizes(
-    labels: NDArray[np.int64], voxels: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _sizes(labels: Integers, voxels: Integers) -> tuple[Integers, Integers]:
     unique, inverse = np.unique(labels, return_inverse=True)
     sizes = np.bincount(inverse, weights=voxels, minlength=len(unique)).astype(np.int64)
     nuclei = unique > 0
@@ -256,12 +242,12 @@ def _sizes(
 
 
 def _match_crowded(
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    ious: NDArray[np.float64],
+    rows: Integers,
+    columns: Integers,
+    ious: Floats,
     n_true: int,
     n_pred: int,
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
+) -> list[tuple[Integers, Integers, Floats]]:
     """Solve the connected parts of the graph of admissible pairs one by one."""
     graph = coo_array((np.ones(len(rows)), (rows, columns + n_true)), shape=(n_true + n_pred,) * 2)
     _, part_of = connected_components(graph, directed=False)

@@ -32,11 +32,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nuclei3d.scoring.matching import OverlapTable, match_all, overlap_table
-
-Array = NDArray[np.float64]
+from nuclei3d.scoring.matching import Floats, OverlapTable, match
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
@@ -52,24 +49,24 @@ class Tally:
     `tp_half` and `matched_iou_half` are those at `MATCH_IOU`, whatever the thresholds.
     """
 
-    n_true: Array
-    n_pred: Array
-    tp: Array
-    matched_iou: Array
-    tp_half: Array
-    matched_iou_half: Array
-    majority_iou: Array
-    missed: Array
-    false: Array
-    double: Array
-    best_true_iou: Array
-    best_pred_iou: Array
-    foreground_intersection: Array
-    foreground_union: Array
-    splits: Array
-    merges: Array
+    n_true: Floats
+    n_pred: Floats
+    tp: Floats
+    matched_iou: Floats
+    tp_half: Floats
+    matched_iou_half: Floats
+    majority_iou: Floats
+    missed: Floats
+    false: Floats
+    double: Floats
+    best_true_iou: Floats
+    best_pred_iou: Floats
+    foreground_intersection: Floats
+    foreground_union: Floats
+    splits: Floats
+    merges: Floats
 
-    def total(self, weights: Array | None = None) -> Tally:
+    def total(self, weights: Floats | None = None) -> Tally:
         """Sum over the first axis.
 
         Parameters
@@ -86,6 +83,11 @@ class Tally:
         """Give the counts as plain numbers and lists."""
         return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
 
+    @property
+    def ap_half(self) -> Floats:
+        """AP at `MATCH_IOU`, whatever the thresholds."""
+        return ratio(self.tp_half, self.n_true + self.n_pred - self.tp_half)
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Tally:
         """Read what `as_json` wrote."""
@@ -100,78 +102,59 @@ class Metrics:
     """
 
     thresholds: tuple[float, ...]
-    ap: Array
-    f1: Array
-    pq: Array
-    seg: Array
-    det: Array
-    mucov: Array
-    true_cover: Array
-    foreground_iou: Array
-    precision: Array
-    recall: Array
-    splits: Array
-    merges: Array
-    n_true: Array
-    n_pred: Array
+    ap: Floats
+    f1: Floats
+    pq: Floats
+    seg: Floats
+    det: Floats
+    mucov: Floats
+    true_cover: Floats
+    foreground_iou: Floats
+    precision: Floats
+    recall: Floats
+    splits: Floats
+    merges: Floats
+    n_true: Floats
+    n_pred: Floats
 
     def ap_at(self, threshold: float) -> float:
         """AP at one of the thresholds, as a plain number."""
-        return float(self.ap[..., self._position(threshold)])
+        for position, known in enumerate(self.thresholds):
+            if math.isclose(known, threshold, abs_tol=1e-9):
+                return float(self.ap[..., position])
+        raise KeyError(f"threshold {threshold} is not among {self.thresholds}")
 
-    def f1_at(self, threshold: float) -> float:
-        """F1 at one of the thresholds, as a plain number."""
-        return float(self.f1[..., self._position(threshold)])
-
-    def by_name(self) -> dict[str, Array]:
+    def by_name(self) -> dict[str, Floats]:
         """Give each scalar metric under its name; AP and F1 as ``ap_0.50``, ``f1_0.50`` and so on."""
-        named: dict[str, Array] = {}
-        for position, threshold in enumerate(self.thresholds):
-            named[f"ap_{threshold:.2f}"] = self.ap[..., position]
-        for position, threshold in enumerate(self.thresholds):
-            named[f"f1_{threshold:.2f}"] = self.f1[..., position]
-        for name in _SCALARS:
-            named[name] = getattr(self, name)
-        return named
+        named: dict[str, Floats] = {}
+        for name, values in (("ap", self.ap), ("f1", self.f1)):
+            for position, threshold in enumerate(self.thresholds):
+                named[f"{name}_{threshold:.2f}"] = values[..., position]
+        return named | {name: getattr(self, name) for name in _SCALARS}
 
     def as_json(self) -> dict[str, Any]:
         """Give a single set of scores as metrics.json wants it: counts as integers, undefined as None."""
         tree: dict[str, Any] = {
-            "ap": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.ap, strict=True)},
-            "f1": {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, self.f1, strict=True)},
+            name: {f"{t:.2f}": number_or_none(v) for t, v in zip(self.thresholds, values, strict=True)}
+            for name, values in (("ap", self.ap), ("f1", self.f1))
         }
         for name in _SCALARS:
             value = number_or_none(getattr(self, name))
             tree[name] = int(value) if name in COUNTS and value is not None else value
         return tree
 
-    def _position(self, threshold: float) -> int:
-        for position, known in enumerate(self.thresholds):
-            if math.isclose(known, threshold, abs_tol=1e-9):
-                return position
-        raise KeyError(f"threshold {threshold} is not among {self.thresholds}")
-
 
 COUNTS = ("splits", "merges", "n_true", "n_pred")
-_SCALARS = (
-    "pq",
-    "seg",
-    "det",
-    "mucov",
-    "true_cover",
-    "foreground_iou",
-    "precision",
-    "recall",
-    *COUNTS,
-)
+_SCALARS = ("pq", "seg", "det", "mucov", "true_cover", "foreground_iou", "precision", "recall", *COUNTS)
 
 
 def tally_of(table: OverlapTable, thresholds: Sequence[float] = THRESHOLDS) -> Tally:
     """Reduce the table of overlaps of one volume to additive counts."""
-    matchings = match_all(table, [*thresholds, MATCH_IOU])
+    matchings = [match(table, threshold) for threshold in (*thresholds, MATCH_IOU)]
     tp = np.array([matching.tp for matching in matchings], dtype=np.float64)
     matched_iou = np.array([matching.ious.sum() for matching in matchings], dtype=np.float64)
     majority = table.true_cover > 0.5
+    shared = table.overlaps.sum()
     found_by = np.bincount(table.columns[majority], minlength=table.n_pred)
     parts_of = np.bincount(table.rows[table.pred_cover > 0.5], minlength=table.n_true)
     return Tally(
@@ -187,8 +170,8 @@ def tally_of(table: OverlapTable, thresholds: Sequence[float] = THRESHOLDS) -> T
         double=_number(np.maximum(found_by - 1, 0).sum()),
         best_true_iou=_number(table.best_true_iou.sum()),
         best_pred_iou=_number(table.best_pred_iou.sum()),
-        foreground_intersection=_number(table.foreground_intersection),
-        foreground_union=_number(table.foreground_union),
+        foreground_intersection=_number(shared),
+        foreground_union=_number(table.true_sizes.sum() + table.pred_sizes.sum() - shared),
         splits=_number(np.count_nonzero(parts_of > 1)),
         merges=_number(np.count_nonzero(found_by > 1)),
     )
@@ -206,48 +189,22 @@ def score(tally: Tally, thresholds: Sequence[float] = THRESHOLDS) -> Metrics:
     penalty = 10 * tally.missed + tally.false + 5 * tally.double
     return Metrics(
         thresholds=tuple(thresholds),
-        ap=_ratio(tally.tp, both[..., None] - tally.tp),
-        f1=_ratio(2 * tally.tp, np.broadcast_to(both[..., None], tally.tp.shape)),
-        pq=_ratio(2 * tally.matched_iou_half, both),
-        seg=_ratio(tally.majority_iou, n_true),
-        det=1 - _ratio(np.minimum(penalty, 10 * n_true), 10 * n_true),
+        ap=ratio(tally.tp, both[..., None] - tally.tp),
+        f1=ratio(2 * tally.tp, np.broadcast_to(both[..., None], tally.tp.shape)),
+        pq=ratio(2 * tally.matched_iou_half, both),
+        seg=ratio(tally.majority_iou, n_true),
+        det=1 - ratio(np.minimum(penalty, 10 * n_true), 10 * n_true),
         # Nuclei there are and none predicted: the mean over no predictions is 0, not undefined.
-        mucov=np.where((n_pred == 0) & (n_true > 0), 0.0, _ratio(tally.best_pred_iou, n_pred)),
-        true_cover=_ratio(tally.best_true_iou, n_true),
-        foreground_iou=_ratio(tally.foreground_intersection, tally.foreground_union),
-        precision=_ratio(tally.tp_half, n_pred),
-        recall=_ratio(tally.tp_half, n_true),
+        mucov=np.where((n_pred == 0) & (n_true > 0), 0.0, ratio(tally.best_pred_iou, n_pred)),
+        true_cover=ratio(tally.best_true_iou, n_true),
+        foreground_iou=ratio(tally.foreground_intersection, tally.foreground_union),
+        precision=ratio(tally.tp_half, n_pred),
+        recall=ratio(tally.tp_half, n_true),
         splits=tally.splits,
         merges=tally.merges,
         n_true=n_true,
         n_pred=n_pred,
     )
-
-
-def score_volumes(
-    truths: Sequence[NDArray[np.integer[Any]]],
-    predictions: Sequence[NDArray[np.integer[Any]]],
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> Metrics:
-    """Score predictions against truth without files, pooled over volumes.
-
-    Parameters
-    ----------
-    truths, predictions
-        Labelled volumes (Z, Y, X) in the same order; 0 is background.
-
-    Raises
-    ------
-    InputError
-        If a pair differs in shape or is not of integers.
-    """
-    tallies = [
-        tally_of(overlap_table(truth, prediction), thresholds)
-        for truth, prediction in zip(truths, predictions, strict=True)
-    ]
-    if not tallies:
-        raise ValueError("score_volumes wants at least one volume")
-    return score(stack_tallies(tallies).total(), thresholds)
 
 
 def number_or_none(value: Any) -> float | None:
@@ -256,10 +213,11 @@ def number_or_none(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _number(value: Any) -> Array:
+def _number(value: Any) -> Floats:
     return np.asarray(value, dtype=np.float64)
 
 
-def _ratio(part: Array, whole: Array) -> Array:
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """Divide; nan where there is nothing to divide by."""
     part, whole = np.broadcast_arrays(part, whole)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nuclei3d.scoring.assessment import (
     Assessment,
@@ -20,9 +19,10 @@ from nuclei3d.scoring.assessment import (
     score_bins,
 )
 from nuclei3d.scoring.bootstrap import Units, bootstrap_weights, percentile_interval, resampling_units
+from nuclei3d.scoring.matching import Floats
 from nuclei3d.scoring.metrics import COUNTS, THRESHOLDS, Metrics, number_or_none, score, stack_tallies
 
-#: Precisions at which the recall is told where the model gives scores.
+#: Precisions at which the recall is given where the model gives scores.
 TARGET_PRECISIONS = (0.9, 0.95)
 #: Stages of an embryo by its number of true nuclei: first number of each.
 STAGES = (0, 8, 32, 128, 512)
@@ -121,7 +121,7 @@ def summarise(
     pooled = score(tallies.total(), thresholds)
     each = score(tallies, thresholds).by_name()
     units = resampling_units(embryos, over)
-    weights: NDArray[np.float64] | None = None
+    weights = None
     intervals = {}
     if replicates and units.count > 1:
         weights = bootstrap_weights(units, replicates, rng)
@@ -148,45 +148,6 @@ def summarise(
         centre_um=_mean(np.concatenate([assessment.centre_distance_um for assessment in assessments])),
         surface_um=_mean(np.concatenate([assessment.true.surface_um for assessment in assessments])),
     )
-
-
-@dataclass(frozen=True)
-class Lead:
-    """How far the AP at .5 of one method is above that of another, with the 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-
-
-def lead_of(
-    model: Sequence[Assessment],
-    rival: Sequence[Assessment],
-    embryos: Sequence[str],
-    *,
-    replicates: int,
-    over: Literal["auto", "embryo", "time"] = "auto",
-    rng: np.random.Generator,
-) -> Lead | None:
-    """Compare two methods on the same volumes by a paired bootstrap.
-
-    The same units are drawn for both, so that what varies between embryos cancels out. None if there is
-    only one unit, or nothing to find.
-    """
-    units = resampling_units(embryos, over)
-    if units.count < 2 or not replicates:
-        return None
-    weights = bootstrap_weights(units, replicates, rng)
-    pooled: list[NDArray[np.float64]] = []
-    drawn: list[NDArray[np.float64]] = []
-    for assessments in (model, rival):
-        tallies = stack_tallies([assessment.tally for assessment in assessments])
-        for sums, values in ((tallies.total(), pooled), (tallies.total(weights), drawn)):
-            whole = sums.n_true + sums.n_pred - sums.tp_half
-            values.append(np.divide(sums.tp_half, whole, out=np.full(whole.shape, np.nan), where=whole > 0))
-    low, high = percentile_interval(drawn[0] - drawn[1])
-    lead = Lead(float(pooled[0] - pooled[1]), float(low), float(high))
-    return None if np.isnan([lead.difference, lead.low, lead.high]).any() else lead
 
 
 def by_embryo(
@@ -253,35 +214,30 @@ def _recall_at(
     assessments: Sequence[Assessment],
     target: float,
     edges: Sequence[float] | None,
-    weights: NDArray[np.float64] | None,
+    weights: Floats | None,
 ) -> dict[str, Any] | None:
     everywhere = recall_at_precision(assessments, target)
     if everywhere is None:
         return None
     faint = None if edges is None else recall_at_precision(assessments, target, edges=edges)
+
+    def interval(edges: Sequence[float] | None) -> list[float] | None:
+        if weights is None:
+            return None
+        drawn = resampled_recall_at_precision(assessments, target, weights, edges=edges)
+        assert drawn is not None  # the scores are there, or there would be no recall
+        low, high = percentile_interval(drawn[0])
+        return interval_as_json((float(low), float(high)))
+
     return {
         "recall_faint": faint[0] if faint else None,
-        "recall_faint_interval": _interval_at(assessments, target, edges, weights) if faint else None,
+        "recall_faint_interval": interval(edges) if faint else None,
         "recall": everywhere[0],
-        "recall_interval": _interval_at(assessments, target, None, weights),
+        "recall_interval": interval(None),
         "score": everywhere[1],
     }
 
 
-def _interval_at(
-    assessments: Sequence[Assessment],
-    target: float,
-    edges: Sequence[float] | None,
-    weights: NDArray[np.float64] | None,
-) -> list[float] | None:
-    if weights is None:
-        return None
-    drawn = resampled_recall_at_precision(assessments, target, weights, edges=edges)
-    assert drawn is not None  # the scores are there, or there would be no recall
-    low, high = percentile_interval(drawn[0])
-    return interval_as_json((float(low), float(high)))
-
-
-def _mean(values: NDArray[np.float64]) -> float:
+def _mean(values: Floats) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")

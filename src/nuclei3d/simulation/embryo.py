@@ -1,7 +1,7 @@
 """Synthetic embryos with exact labels: nuclei that divide and move, seen through a light-sheet microscope.
 
-Cells live and divide in `simulation_cells`, become bodies of chromatin and labels in `simulation_bodies`, and
-are photographed in `simulation_imaging`.
+Cells live and divide (`cells`), become bodies of chromatin and labels (`bodies`), and are photographed
+(`imaging`).
 """
 
 from __future__ import annotations

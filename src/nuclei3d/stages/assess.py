@@ -1,6 +1,7 @@
-"""The held-out embryos of a data set: predicted with a model, then evaluated.
+"""The held-out embryos of a data set, predicted with a model and its rivals, then evaluated.
 
-What held-out frames are predicted with beside the model: Cellpose's own fusion, and the champion.
+To *assess* is to predict the held-out embryos and to *evaluate* the predictions; `evaluate` alone does the
+latter for any two folders of labels. The runs of MLflow are called `predict` and `evaluate`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,165 @@ if TYPE_CHECKING:
 
 STOCK_FUSION = "stock fusion of the same network"
 
+#: The few main numbers, for `dvc metrics`; metrics.json has all of them, per volume too.
+HEADLINE_FILE = "headline.json"
+_HEADLINE = (
+    "ap_0.50",
+    "ap_0.75",
+    "f1_0.50",
+    "precision",
+    "recall",
+    "recall_faint",
+    "recall_bright",
+    "seg",
+    "det",
+    "splits",
+    "merges",
+)
 
-class Baseline(NamedTuple):
+
+@dataclass(frozen=True)
+class AssessFolders:
+    """Where an assessment puts its results.
+
+    Attributes
+    ----------
+    predictions
+        Masks of the model, a folder per embryo.
+    baselines
+        Those of the baselines that are predictions too, a folder each.
+    evaluation
+        metrics.json, nuclei.csv, report.
+    """
+
+    predictions: Path
+    baselines: Path
+    evaluation: Path
+
+    @classmethod
+    def below(cls, out: Path) -> AssessFolders:
+        """Give the usual names below a folder."""
+        return cls(out / "predictions", out / "baselines", out / "evaluation")
+
+
+def assess(
+    params: Params,
+    data: Path,
+    model: str,
+    folders: AssessFolders,
+    *,
+    slices: Path | None = None,
+) -> EvaluateResult:
+    """Predict the held-out (test) frames of a data set and evaluate them.
+
+    Parameters
+    ----------
+    params
+        `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
+    data
+        The data set.
+    model
+        A model folder, weights file, or URI.
+    folders
+        Where the masks go, a folder per embryo, and metrics.json and the report.
+    slices
+        The slice data set of the training, whose bins of contrast the evaluation then takes.
+    """
+    predict_held_out(params, data, model, folders.predictions)
+    baselines = predict_baselines_held_out(params, data, model, folders.baselines)
+    return evaluate_held_out(params, data, folders, baselines, slices=slices, model=Path(model))
+
+
+def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> bool:
+    """Predict the held-out frames, a folder per embryo; tell whether all of them had been done before.
+
+    Frames that were done before with the same model are kept; masks of frames that are no longer held out
+    are removed, for the evaluation would take them in.
+    """
+    from nuclei3d.experiment.runs import stage_run
+    from nuclei3d.stages.tracked import predict_tracked
+
+    frames = _images_by_embryo(params, data)
+    inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
+    with stage_run("predict", params, inputs=inputs):
+        results = [
+            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+        ]
+    _keep_only(frames, predictions)
+    return all(frame.done_before for result in results for frame in result.frames)
+
+
+def predict_baselines_held_out(params: Params, data: Path, model: str, baselines: Path) -> dict[str, str]:
+    """Predict the held-out frames with the baselines; give their folders by name."""
+    made = predict_baselines(params, _images_by_embryo(params, data), model, baselines)
+    return {name: str(folder) for name, folder in made.items()}
+
+
+def evaluate_held_out(
+    params: Params,
+    data: Path,
+    folders: AssessFolders,
+    baselines: Mapping[str, str],
+    *,
+    slices: Path | None = None,
+    model: Path | None = None,
+) -> EvaluateResult:
+    """Evaluate the predictions of the held-out frames; the main numbers also go to `HEADLINE_FILE`."""
+    from nuclei3d.stages.tracked import evaluate_tracked
+
+    history = None if model is None else model / "history.csv"
+    named = {"data": data, "slices": slices, "model": model}
+    result = evaluate_tracked(
+        params,
+        data,
+        folders.predictions,
+        folders.evaluation,
+        images=data,
+        baselines={name: Path(folder) for name, folder in baselines.items()},
+        summary=slices,
+        history=history if history is not None and history.is_file() else None,
+        only=[frame.label_path for frame in _held_out(params, data) if frame.label_path is not None],
+        origin={name: path for name, path in named.items() if path is not None and path.exists()},
+    )
+    with whole_file(folders.evaluation / HEADLINE_FILE) as partial:
+        partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Give the few numbers of a metrics.json that a reader looks at first; undefined ones are left out."""
+    from nuclei3d.stages.evaluate import flat_scores
+
+    scores = flat_scores(metrics)
+    return {name: scores[name] for name in _HEADLINE if name in scores}
+
+
+def _held_out(params: Params, data: Path) -> tuple[EmbryoFrame, ...]:
+    from nuclei3d.images.embryos import find_embryos, split_embryos
+
+    frames = split_embryos(find_embryos(data), params.data.split).test
+    if not frames:
+        raise InputError(f"no labelled test frames in {data}; name test embryos in data.split.test")
+    return frames
+
+
+def _images_by_embryo(params: Params, data: Path) -> dict[str, list[Path]]:
+    images: dict[str, list[Path]] = {}
+    for frame in _held_out(params, data):
+        images.setdefault(frame.embryo, []).append(frame.image_path)
+    return images
+
+
+def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
+    """Remove masks of frames that are not among these: an evaluation of the folder would take them in."""
+    for masks in predictions.glob("*/*_masks.ome.tif"):
+        stem = masks.name.removesuffix("_masks.ome.tif")
+        if stem not in {frame_stem(path) for path in frames.get(masks.parent.name, [])}:
+            masks.unlink()
+            masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
+
+
+class _Baseline(NamedTuple):
     """A baseline that is a prediction: its name in the report, its folder, its model and mode."""
 
     name: str
@@ -73,7 +231,7 @@ def predict_baselines(
                 baseline.model,
                 out / baseline.folder / embryo,
             )
-        keep_only(frames, out / baseline.folder)
+        _keep_only(frames, out / baseline.folder)
         made[baseline.name] = out / baseline.folder
     for folder in out.iterdir():
         if folder not in made.values():
@@ -81,23 +239,13 @@ def predict_baselines(
     return made
 
 
-def keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
-    """Remove masks of frames that are not among these: an evaluation of the folder would take them in."""
-    for masks in predictions.glob("*/*_masks.ome.tif"):
-        wanted = {frame_stem(path) for path in frames.get(masks.parent.name, [])}
-        stem = masks.name.removesuffix("_masks.ome.tif")
-        if stem not in wanted:
-            masks.unlink()
-            masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
-
-
-def _wanted(params: Params, model: str) -> list[Baseline]:
+def _wanted(params: Params, model: str) -> list[_Baseline]:
     wanted = []
     if "stock_fusion" in params.evaluate.baselines and params.predict.mode != "cellpose":
         if _is_3d(params, model):
             say("Cellpose has no fusion for a 3D network: that baseline is left out")
         else:
-            wanted.append(Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
+            wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):
         wanted.append(champion)
     return wanted
@@ -111,175 +259,26 @@ def _is_3d(params: Params, model: str) -> bool:
     return params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d")
 
 
-def _find_champion(params: Params, model: str) -> Baseline | None:
-    """Find the registered model that is champion, unless it has the weights of the one that is evaluated."""
+def _find_champion(params: Params, model: str) -> _Baseline | None:
+    """Find the champion, or the one before it where the champion has the weights of the evaluated model."""
     from nuclei3d.experiment.provenance import md5_of_input
-    from nuclei3d.experiment.registry import champion_version, fetch_model
+    from nuclei3d.experiment.registry import champions, fetch_model
     from nuclei3d.networks.folder import INFO_FILE, read_info
 
-    version = champion_version(params)
-    if version is None:
-        return None
-    uri = f"models:/{params.tracking.registered_name}/{version}"
-    folder = fetch_model(uri, params)
-    info = read_info(folder / INFO_FILE)
-    own = Path(model)
-    if own.is_dir():
+    versions, own = champions(params), Path(model)
+    if versions and own.is_dir():
         own = own / read_info(own / INFO_FILE).name
-    if own.is_file() and md5_of_input(own) == md5_of_input(folder / info.name):
-        say(f"the champion, version {version}, is this very model: that baseline is left out")
+    for version in versions:
+        uri = f"models:/{params.tracking.registered_name}/{version}"
+        folder = fetch_model(uri, params)
+        info = read_info(folder / INFO_FILE)
+        if not own.is_file() or md5_of_input(own) != md5_of_input(folder / info.name):
+            break
+        say(f"version {version} of the registered model is this very model: it is no baseline")
+    else:
         return None
     if info.kind == "full3d":
         mode = "full3d"
     else:
         mode = "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
-    return Baseline(f"champion (version {version})", f"champion_{version}", uri, mode)
-
-
-#: The few main numbers, for `dvc metrics`; metrics.json has all of them, per volume too.
-HEADLINE_FILE = "headline.json"
-
-
-def assess(
-    params: Params,
-    data: Path,
-    model: str,
-    folders: AssessFolders,
-    *,
-    slices: Path | None = None,
-) -> EvaluateResult:
-    """Predict the held-out (test) frames of a data set and evaluate them.
-
-    Parameters
-    ----------
-    params
-        `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
-    data
-        The data set.
-    model
-        A model folder, weights file, or URI.
-    folders
-        Where the masks go, a folder per embryo, and metrics.json and the report.
-    slices
-        The slice data set of the training, whose bins of contrast the evaluation then takes.
-    """
-    predict_held_out(params, data, model, folders.predictions)
-    baselines = predict_baselines_held_out(params, data, model, folders.baselines)
-    return evaluate_held_out(params, data, folders, baselines, slices=slices, model=Path(model))
-
-
-@dataclass(frozen=True)
-class AssessFolders:
-    """Where an assessment puts its results.
-
-    Attributes
-    ----------
-    predictions
-        Masks of the model, a folder per embryo.
-    baselines
-        Those of the baselines that are predictions too, a folder each.
-    evaluation
-        metrics.json, nuclei.csv, report.
-    """
-
-    predictions: Path
-    baselines: Path
-    evaluation: Path
-
-    @classmethod
-    def below(cls, out: Path) -> AssessFolders:
-        """Give the usual names below a folder."""
-        return cls(out / "predictions", out / "baselines", out / "evaluation")
-
-
-def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> dict[str, Any]:
-    """Predict the held-out frames, a folder per embryo.
-
-    Frames that were done before with the same model are kept; masks of frames that are no longer held out
-    are removed, for the evaluation would take them in.
-    """
-    from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.assess import keep_only
-    from nuclei3d.stages.tracked import predict_tracked
-
-    frames = _images_by_embryo(params, data)
-    inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
-    with stage_run("predict", params, inputs=inputs):
-        for embryo, images in frames.items():
-            predict_tracked(params, images, model, predictions / embryo)
-    keep_only(frames, predictions)
-    return {"out": str(predictions), "frames": {embryo: len(images) for embryo, images in frames.items()}}
-
-
-def predict_baselines_held_out(params: Params, data: Path, model: str, baselines: Path) -> dict[str, str]:
-    """Predict the held-out frames with the baselines; give their folders by name."""
-    from nuclei3d.stages.assess import predict_baselines
-
-    made = predict_baselines(params, _images_by_embryo(params, data), model, baselines)
-    return {name: str(folder) for name, folder in made.items()}
-
-
-def _held_out(params: Params, data: Path) -> tuple[EmbryoFrame, ...]:
-    from nuclei3d.images.embryos import find_embryos, split_embryos
-
-    frames = split_embryos(find_embryos(data), params.data.split).test
-    if not frames:
-        raise InputError(f"no labelled test frames in {data}; name test embryos in data.split.test")
-    return frames
-
-
-def _images_by_embryo(params: Params, data: Path) -> dict[str, list[Path]]:
-    images: dict[str, list[Path]] = {}
-    for frame in _held_out(params, data):
-        images.setdefault(frame.embryo, []).append(frame.image_path)
-    return images
-
-
-def evaluate_held_out(
-    params: Params,
-    data: Path,
-    folders: AssessFolders,
-    baselines: Mapping[str, str],
-    *,
-    slices: Path | None = None,
-    model: Path | None = None,
-) -> EvaluateResult:
-    """Evaluate the predictions of the held-out frames; the main numbers also go to `HEADLINE_FILE`."""
-    from nuclei3d.stages.tracked import evaluate_tracked
-
-    history = None if model is None else model / "history.csv"
-    named = {"data": data, "slices": slices, "model": model}
-    origin = {name: path for name, path in named.items() if path is not None and path.exists()}
-    result = evaluate_tracked(
-        params,
-        data,
-        folders.predictions,
-        folders.evaluation,
-        images=data,
-        baselines={name: Path(folder) for name, folder in baselines.items()},
-        summary=slices,
-        history=history if history is not None and history.is_file() else None,
-        only=[frame.label_path for frame in _held_out(params, data) if frame.label_path is not None],
-        origin=origin,
-    )
-    with whole_file(folders.evaluation / HEADLINE_FILE) as partial:
-        partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")
-    return result
-
-
-def headline(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Give the few numbers of a metrics.json that a reader looks at first; undefined ones are left out."""
-    numbers = {
-        "ap_0.50": scores.get("ap", {}).get("0.50"),
-        "ap_0.75": scores.get("ap", {}).get("0.75"),
-        "f1_0.50": scores.get("f1", {}).get("0.50"),
-        "precision": scores.get("precision"),
-        "recall": scores.get("recall"),
-        "recall_faint": scores.get("recall_faint"),
-        "recall_bright": scores.get("recall_bright"),
-        "seg": scores.get("seg"),
-        "det": scores.get("det"),
-        "splits": scores.get("splits"),
-        "merges": scores.get("merges"),
-    }
-    return {name: value for name, value in numbers.items() if value is not None}
+    return _Baseline(f"champion (version {version})", f"champion_{version}", uri, mode)

@@ -37,11 +37,21 @@ def training_fingerprint(params: TrainParams, seed: int, slices_digest: str, sta
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
+def checkpoint_folder(model: Path) -> Path:
+    """Give the folder of the checkpoints of a model folder."""
+    return model.with_name(model.name + ".checkpoint")
+
+
+def finished_file(model: Path) -> Path:
+    """Give the file that says what the finished training of a model folder was made from, and its result."""
+    return checkpoint_folder(model) / "finished.json"
+
+
 class Checkpoints:
     """Writes and reads the checkpoints of the training of one model folder; every file appears whole."""
 
     def __init__(self, model: Path, fingerprint: str) -> None:
-        self.folder = model.with_name(model.name + ".checkpoint")
+        self.folder = checkpoint_folder(model)
         self._last = self.folder / "last.pt"
         self._fingerprint = fingerprint
 

@@ -1,266 +1,49 @@
-"""The stage that compares predicted with true labels: metrics.json, nuclei.csv, figures and the report.
-
-The heavy part of the evaluation: every method on every volume, several volumes at a time.
-
-What the evaluation writes.
-"""
+"""The stage that compares predicted with true labels: metrics.json, nuclei.csv, plots, figures, report."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
+from nuclei3d.grid import available_threads
+from nuclei3d.images.frames import frame_stem
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
-from nuclei3d.report.charts import write_plot_data
-from nuclei3d.report.figures import ShownVolume, draw_nuclei, draw_overlay, draw_scores, worst_nuclei
+from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
-from nuclei3d.report.tables import NucleusRow, nucleus_rows, write_nuclei
-from nuclei3d.report.viewer import ViewedVolume, pack_volumes
+from nuclei3d.report.tables import nucleus_rows, write_nuclei, write_plot_data
+from nuclei3d.report.viewer import ShownVolume, pack_volumes
 from nuclei3d.scoring.assessment import Assessment, assess_volume
+from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.contrast import contrast_edges
+from nuclei3d.scoring.metrics import score
+from nuclei3d.scoring.summary import Summary, by_embryo, by_stage, summarise
 from nuclei3d.scoring.watershed import otsu_watershed
-from nuclei3d.stages.pairing import (
-    OTSU,
-    TrainingFacts,
-    VolumePair,
-    digest_of,
-    pair_volumes,
-    read_scores,
-    read_training_facts,
-)
+from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 
-if TYPE_CHECKING:
-    from nuclei3d.scoring.summary import Summary
+#: Name of the baseline that the evaluation makes itself.
+OTSU = "Otsu + watershed"
 
-Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
-
-
-def assess_pairs(
-    params: Params, pairs: Sequence[VolumePair], facts: TrainingFacts, method: str
-) -> tuple[dict[str, list[Assessment]], list[str]]:
-    """Assess the model, the given baselines and, where there are images, Otsu's watershed.
-
-    Each process holds one volume at a time.
-
-    Parameters
-    ----------
-    facts
-        The diameter of nuclei for the watershed; None there: the median of the true nuclei.
-    method
-        Name of the model.
-
-    Returns
-    -------
-    assessed
-        Per method its assessments, in the order of `pairs`; the model first.
-    digests
-        Fingerprints of the true labels.
-    """
-    results = _map("evaluate", partial(_assess_methods, params=params, method=method), pairs)
-    digests = [digest for digest, _ in results]
-    assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
-    diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
-    possible = all(pair.physical and pair.image is not None for pair in pairs)
-    if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
-        tasks = [(pair, own.true.contrast) for pair, own in zip(pairs, assessed[method], strict=True)]
-        work = partial(_assess_otsu, params=params, diameter_um=diameter_um)
-        assessed[OTSU] = _map("Otsu baseline", work, tasks)
-    return assessed, digests
-
-
-def _map(words: str, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-    voxels = sum(int(np.prod(_pair_of(task).truth.frame.shape)) for task in tasks)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(usable, len(tasks)) if voxels >= _WORTH_PROCESSES else 1
-    results: list[Result] = []
-    with progress_bar(words, total=len(tasks)) as bar:
-        if workers == 1:
-            for task in tasks:
-                results.append(work(task))
-                bar.advance()
-        else:
-            # spawned, not forked: threads of numerical libraries do not survive a fork
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for result in pool.map(work, tasks):
-                    results.append(result)
-                    bar.advance()
-    return results
-
-
-def _pair_of(task: object) -> VolumePair:
-    pair = task[0] if isinstance(task, tuple) else task
-    assert isinstance(pair, VolumePair)
-    return pair
-
-
-def _assess_methods(pair: VolumePair, params: Params, method: str) -> tuple[str, dict[str, Assessment]]:
-    true = pair.read_truth()
-    image = pair.read_image() if pair.physical else None
-    found: dict[str, Assessment] = {}
-    for name, entry in {method: pair.pred, **pair.baselines}.items():
-        found[name] = assess_volume(
-            true,
-            pair.read_prediction(entry, true.shape),
-            pair.voxel_size,
-            image=image,
-            scores=read_scores(entry),
-            thresholds=params.evaluate.thresholds,
-            surfaces=params.evaluate.surface_distances,
-            true_contrast=found[method].true.contrast if found else None,
-        )
-    return digest_of(true), found
-
-
-def _assess_otsu(
-    task: tuple[VolumePair, NDArray[np.float64]], params: Params, diameter_um: float
-) -> Assessment:
-    pair, true_contrast = task
-    image = pair.read_image()
-    assert image is not None
-    return assess_volume(
-        pair.read_truth(),
-        otsu_watershed(image, pair.voxel_size, diameter_um),
-        pair.voxel_size,
-        image=image,
-        thresholds=params.evaluate.thresholds,
-        surfaces=params.evaluate.surface_distances,
-        true_contrast=true_contrast,
-    )
-
-
-def _median_diameter_um(assessments: Sequence[Assessment]) -> float | None:
-    volumes = np.concatenate([assessment.true.volume_um3 for assessment in assessments])
-    return float((6 / np.pi * np.median(volumes)) ** (1 / 3)) if len(volumes) else None
-
-
-_WORST_SHOWN = 8
-
-
-def write_evaluation(
-    params: Params,
-    folder: Path,
-    metrics: dict[str, Any],
-    pairs: Sequence[VolumePair],
-    assessments: Sequence[Assessment],
-    edges: Sequence[float] | None,
-    method: str,
-    history: Path | None,
-) -> None:
-    """Write metrics.json, nuclei.csv, plots, figures and report.html into an empty folder.
-
-    Parameters
-    ----------
-    metrics
-        The content of metrics.json.
-    assessments
-        Of the model, in the order of `pairs`.
-    edges
-        Inner edges of the contrast bins; None where contrast was not measured.
-    method
-        Name of the model.
-    history
-        history.csv of its training.
-    """
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
-    rows = [
-        row
-        for pair, assessment in zip(pairs, assessments, strict=True)
-        for row in nucleus_rows(pair.name, pair.embryo, pair.frame, assessment, edges)
-    ]
-    write_nuclei(folder / "nuclei.csv", rows)
-    write_plot_data(folder / "plots", metrics)
-    _draw_figures(folder / "figures", metrics, pairs, assessments, rows, method)
-    if params.evaluate.report:
-        viewed = [
-            ViewedVolume(pair.name, pair.voxel_size, assessment, partial(_read_all, pair))
-            for pair, assessment in zip(pairs, assessments, strict=True)
-        ]
-        page = build_page(
-            metrics,
-            rows,
-            pack_volumes(viewed, params.evaluate.viewer_megabytes),
-            method=method,
-            title=f"How good is {method}?",
-            unit="um" if all(pair.physical for pair in pairs) else "voxels",
-            history=history,
-        )
-        (folder / "report.html").write_text(page, encoding="utf-8")
-
-
-def _draw_figures(
-    folder: Path,
-    metrics: Mapping[str, Any],
-    pairs: Sequence[VolumePair],
-    assessments: Sequence[Assessment],
-    rows: Sequence[NucleusRow],
-    method: str,
-) -> None:
-    """Draw the scores, the volume with the most errors in three views, and the worst nuclei."""
-    folder.mkdir()
-    draw_scores({method: metrics, **metrics["baselines"]}, folder / "scores.png")
-
-    def shown(name: str) -> ShownVolume:
-        place = [pair.name for pair in pairs].index(name)
-        pair, assessment = pairs[place], assessments[place]
-        image, truth, pred = _read_all(pair)
-        true, predicted = assessment.true, assessment.pred
-        return ShownVolume(
-            name=pair.name,
-            voxel_size=pair.voxel_size,
-            image=image,
-            truth=truth,
-            pred=pred,
-            found=frozenset(true.label[true.matched].tolist()),
-            right=frozenset(predicted.label[predicted.matched].tolist()),
-        )
-
-    errors = Counter(row.volume for row in rows if row.outcome != "found")
-    busiest = max((pair.name for pair in pairs), key=lambda name: errors[name])
-    volume = shown(busiest)
-    of_volume = [row for row in rows if row.volume == busiest]
-    wrong = [row for row in of_volume if row.outcome != "found"] or of_volume
-    middle = (
-        [n // 2 for n in volume.truth.shape]
-        if not wrong
-        else [
-            round(place / edge)
-            for place, edge in zip(
-                (wrong[0].z_um, wrong[0].y_um, wrong[0].x_um), volume.voxel_size.zyx, strict=True
-            )
-        ]
-    )
-    draw_overlay(volume, middle, folder / "overlay.png")
-    worst = worst_nuclei(rows, _WORST_SHOWN)
-    if worst:
-        volumes = {name: shown(name) for name in dict.fromkeys(row.volume for row in worst)}
-        radius_um = float(np.median([(6 / np.pi * row.volume_um3) ** (1 / 3) for row in worst]))
-        draw_nuclei([(volumes[row.volume], row) for row in worst], folder / "worst_nuclei.png", radius_um)
-
-
-def _read_all(
-    pair: VolumePair,
-) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
-    """Read the image (if there is one), the truth and the prediction of a pair."""
-    truth = pair.read_truth()
-    return pair.read_image(), truth, pair.read_prediction(pair.pred, truth.shape)
 
 
 @dataclass(frozen=True)
@@ -272,7 +55,7 @@ class EvaluateResult:
     metrics
         The content of metrics.json.
     files
-        What was written, metrics.json first; for the tracker's artifacts.
+        What was written, metrics.json first; for the artifacts of the run.
     """
 
     out: Path
@@ -280,9 +63,9 @@ class EvaluateResult:
     files: tuple[Path, ...]
 
     @property
-    def headline(self) -> dict[str, float]:
+    def scores(self) -> dict[str, float]:
         """The pooled numbers under flat names, such as ``ap_0.50``, for curves and tables of runs."""
-        return headline_of(self.metrics)
+        return flat_scores(self.metrics)
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -291,8 +74,19 @@ class EvaluateResult:
             "out": str(self.out),
             "report": str(report) if report in self.files else None,
             "volumes": len(self.metrics["volumes"]),
-            **self.headline,
+            **self.scores,
         }
+
+
+def flat_scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Give the pooled numbers of a metrics.json under flat names; undefined ones are left out."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name in ("ap", "f1"):
+            flat.update({f"{name}_{key}": number for key, number in value.items() if number is not None})
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat
 
 
 def evaluate(
@@ -340,27 +134,22 @@ def evaluate(
         If nothing pairs, it is in doubt what pairs, shapes differ, a file is damaged or `out` is no place
         for an evaluation.
     """
-    from nuclei3d.scoring.summary import summarise
-    from nuclei3d.stages.evaluate import assess_pairs, write_evaluation
-
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
     facts = read_training_facts(summary)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
-    pairs = sorted(pairing.pairs, key=lambda pair: [p.embryo for p in pairing.pairs].index(pair.embryo))
     if alone := pairing.truths_alone:
         say(f"{len(alone)} true volumes have no prediction and are left out: {_few(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {_few(alone)}")
-    assessed, digests = assess_pairs(params, pairs, facts, method)
-    embryos = [pair.embryo for pair in pairs]
+    assessed, digests = _assess(params, pairing.pairs, facts, method)
     edges, edges_from = _contrast_edges(params, assessed[method], facts)
     summaries = {
         name: summarise(
             assessments,
-            embryos,
+            [pair.embryo for pair in pairing.pairs],
             thresholds=params.evaluate.thresholds,
             contrast_edges=edges,
             replicates=params.evaluate.bootstrap,
@@ -370,15 +159,15 @@ def evaluate(
         )
         for name, assessments in assessed.items()
     }
-    metrics = _metrics(params, pairs, assessed, summaries, digests, method)
+    metrics = _metrics(params, pairing.pairs, assessed, summaries, digests, method)
     metrics["contrast_edges"] = None if edges is None else list(edges)
     metrics["contrast_edges_from"] = edges_from
     metrics["unpaired"] = {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone}
     with whole_folder(out) as folder:
-        write_evaluation(params, folder, metrics, pairs, assessed[method], edges, method, history)
+        _write(params, folder, metrics, pairing.pairs, assessed[method], method, history)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.sort(key=lambda name: name != "metrics.json")
-    _say_result(metrics, summaries, method, out)
+    _say_result(summaries, method, len(pairing.pairs), out)
     return EvaluateResult(out, metrics, tuple(out / name for name in names))
 
 
@@ -403,22 +192,143 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
     return baselines
 
 
-def headline_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Give the pooled numbers of a metrics.json under flat names; undefined ones are left out."""
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        if name in ("ap", "f1"):
-            flat.update({f"{name}_{key}": number for key, number in value.items() if number is not None})
-        elif isinstance(value, int | float):
-            flat[name] = value
-    return flat
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What summary.json of a slice data set fixes for the evaluation; None where it is not known."""
+
+    contrast_edges: tuple[float, ...] | None = None
+    nucleus_diameter_um: float | None = None
+
+
+def read_training_facts(summary: Path | None) -> TrainingFacts:
+    """Read the bins of contrast and the diameter of nuclei from a slice data set or its summary.json."""
+    if summary is None:
+        return TrainingFacts()
+    path = summary / "summary.json" if summary.is_dir() else summary
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        edges = tuple(float(edge) for edge in tree["contrast_quintiles"])
+        diameter_um = float(tree["nucleus_diameter_um"])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; nuclei3d prepare writes it") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is no summary.json of nuclei3d prepare") from None
+    if list(edges) != sorted(edges) or diameter_um <= 0:
+        raise InputError(f"{path}: contrast_quintiles must ascend and nucleus_diameter_um be positive")
+    return TrainingFacts(edges, diameter_um)
+
+
+def read_scores(prediction: Entry) -> dict[int, float] | None:
+    """Read the scores that `nuclei3d predict` writes beside its masks; None where there are none."""
+    stem = frame_stem(prediction.frame.path)
+    path = prediction.frame.path.with_name(stem.removesuffix("_masks") + "_nuclei.csv")
+    if prediction.frame.time is not None or not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"label", "score"} <= rows[0].keys():
+        return None
+    try:
+        scores = {int(row["label"]): float(row["score"]) for row in rows if row["score"]}
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{path}: cannot read the columns label and score; remove the file or have predict write it again"
+        ) from None
+    return scores if all(math.isfinite(value) for value in scores.values()) else None
+
+
+def _assess(
+    params: Params, pairs: Sequence[VolumePair], facts: TrainingFacts, method: str
+) -> tuple[dict[str, list[Assessment]], list[str]]:
+    """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
+
+    Returns
+    -------
+    assessed
+        Per method its assessments, in the order of `pairs`.
+    digests
+        Fingerprints of the true labels.
+    """
+    results = _map("evaluate", partial(_assess_methods, params, method), pairs)
+    digests = [digest for digest, _ in results]
+    assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
+    diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
+    possible = all(pair.physical and pair.image is not None for pair in pairs)
+    if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
+        contrasts = [own.true.contrast for own in assessed[method]]
+        assessed[OTSU] = _map("Otsu baseline", partial(_assess_otsu, params, diameter_um), pairs, contrasts)
+    return assessed, digests
+
+
+def _map(
+    words: str, work: Callable[..., Result], pairs: Sequence[VolumePair], *more: Sequence[Any]
+) -> list[Result]:
+    """Work on pairs in several processes where that pays; each holds one volume at a time."""
+    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
+    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
+    results: list[Result] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(words, total=len(pairs)))
+        found: Iterable[Result] = map(work, pairs, *more)
+        if workers > 1:
+            # spawned, not forked: threads of numerical libraries do not survive a fork
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            found = pool.map(work, pairs, *more)
+        for result in found:
+            results.append(result)
+            bar.advance()
+    return results
+
+
+def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
+    true = pair.read_truth()
+    image = pair.read_image() if pair.physical else None
+    found: dict[str, Assessment] = {}
+    for name, entry in {method: pair.pred, **pair.baselines}.items():
+        found[name] = assess_volume(
+            true,
+            pair.read_prediction(entry, true.shape),
+            pair.voxel_size,
+            image=image,
+            scores=read_scores(entry),
+            thresholds=params.evaluate.thresholds,
+            surfaces=params.evaluate.surface_distances,
+            true_contrast=found[method].true.contrast if found else None,
+        )
+    return _digest_of(true), found
+
+
+def _assess_otsu(
+    params: Params, diameter_um: float, pair: VolumePair, true_contrast: NDArray[np.float64]
+) -> Assessment:
+    image = pair.read_image()
+    assert image is not None
+    return assess_volume(
+        pair.read_truth(),
+        otsu_watershed(image, pair.voxel_size, diameter_um),
+        pair.voxel_size,
+        image=image,
+        thresholds=params.evaluate.thresholds,
+        surfaces=params.evaluate.surface_distances,
+        true_contrast=true_contrast,
+    )
+
+
+def _digest_of(labels: NDArray[np.uint32]) -> str:
+    """Give a short fingerprint, by which two evaluations know that they used the same truth."""
+    digest = hashlib.blake2b(repr(labels.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(labels, dtype="<u4").data)
+    return digest.hexdigest()
+
+
+def _median_diameter_um(assessments: Sequence[Assessment]) -> float | None:
+    volumes = np.concatenate([assessment.true.volume_um3 for assessment in assessments])
+    return float((6 / np.pi * np.median(volumes)) ** (1 / 3)) if len(volumes) else None
 
 
 def _contrast_edges(
     params: Params, assessments: Sequence[Assessment], facts: TrainingFacts
 ) -> tuple[tuple[float, ...] | None, str | None]:
-    from nuclei3d.scoring.contrast import contrast_edges
-
     contrast = np.concatenate([assessment.true.contrast for assessment in assessments])
     if not np.isfinite(contrast).any():
         return None, None
@@ -436,38 +346,44 @@ def _metrics(
     method: str,
 ) -> dict[str, Any]:
     """Put metrics.json together; the layout is the contract of the project."""
-    from nuclei3d import __version__
-    from nuclei3d.scoring.metrics import score
-    from nuclei3d.scoring.summary import by_embryo, by_stage
-
-    thresholds = params.evaluate.thresholds
-    assessments = assessed[method]
-    counts = summaries[method].contrast_counts
+    thresholds, embryos = params.evaluate.thresholds, [pair.embryo for pair in pairs]
+    own, counts = assessed[method], summaries[method].contrast_counts
     volumes = {}
-    for index, (pair, assessment) in enumerate(zip(pairs, assessments, strict=True)):
+    for index, (pair, assessment) in enumerate(zip(pairs, own, strict=True)):
+        binned = None
+        if counts is not None:
+            binned = {name: part[index].astype(int).tolist() for name, part in vars(counts).items()}
         volumes[pair.name] = {
             **score(assessment.tally, thresholds).as_json(),
             "embryo": pair.embryo,
             "frame": pair.frame,
             "truth_digest": digests[index],
             "counts": assessment.tally.as_json(),
-            "contrast_counts": None
-            if counts is None
-            else {
-                part: getattr(counts, part)[index].astype(int).tolist()
-                for part in ("true", "found", "pred", "right")
-            },
+            "contrast_counts": binned,
         }
-    embryos = [pair.embryo for pair in pairs]
+
+    def lead(rival: Sequence[Assessment]) -> dict[str, Any] | None:
+        """Give the lead of the model in AP at .5 over a baseline."""
+        compared = compare_paired(
+            average_precision_of([assessment.tally for assessment in rival]),
+            average_precision_of([assessment.tally for assessment in own]),
+            embryos,
+            replicates=params.evaluate.bootstrap,
+            over=params.evaluate.resample,
+            rng=np.random.default_rng(params.seed),
+        )
+        ap = compared.differences["ap_0.50"]
+        if np.isnan([ap.difference, ap.low, ap.high]).any():
+            return None
+        return {"ap_0.50": ap.difference, "interval": [ap.low, ap.high]}
+
     return {
         "nuclei3d": __version__,
         **summaries[method].as_json(),
-        "by_embryo": {
-            name: scores.as_json() for name, scores in by_embryo(assessments, embryos, thresholds).items()
-        },
-        "by_stage": {name: scores.as_json() for name, scores in by_stage(assessments, thresholds).items()},
+        "by_embryo": {name: pool.as_json() for name, pool in by_embryo(own, embryos, thresholds).items()},
+        "by_stage": {name: pool.as_json() for name, pool in by_stage(own, thresholds).items()},
         "baselines": {
-            name: {**item.as_json(), "behind_model": _lead(params, assessments, assessed[name], embryos)}
+            name: {**item.as_json(), "behind_model": lead(assessed[name])}
             for name, item in summaries.items()
             if name != method
         },
@@ -475,33 +391,52 @@ def _metrics(
     }
 
 
-def _lead(
-    params: Params, model: Sequence[Assessment], rival: Sequence[Assessment], embryos: Sequence[str]
-) -> dict[str, Any] | None:
-    """Give the lead of the model in AP at .5 over a baseline as plain data."""
-    from nuclei3d.scoring.summary import lead_of
+def _write(
+    params: Params,
+    folder: Path,
+    metrics: dict[str, Any],
+    pairs: Sequence[VolumePair],
+    assessments: Sequence[Assessment],
+    method: str,
+    history: Path | None,
+) -> None:
+    """Write metrics.json, nuclei.csv, plots, figures and report.html into an empty folder."""
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    rows = [
+        row
+        for pair, assessment in zip(pairs, assessments, strict=True)
+        for row in nucleus_rows(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
+    ]
+    write_nuclei(folder / "nuclei.csv", rows)
+    write_plot_data(folder / "plots", metrics)
+    volumes = [
+        ShownVolume(pair.name, pair.voxel_size, assessment, pair.read)
+        for pair, assessment in zip(pairs, assessments, strict=True)
+    ]
+    draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, rows)
+    if params.evaluate.report:
+        page = build_page(
+            metrics,
+            rows,
+            pack_volumes(volumes, params.evaluate.viewer_megabytes),
+            method=method,
+            unit="um" if all(pair.physical for pair in pairs) else "voxels",
+            history=history,
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
 
-    lead = lead_of(
-        model,
-        rival,
-        embryos,
-        replicates=params.evaluate.bootstrap,
-        over=params.evaluate.resample,
-        rng=np.random.default_rng(params.seed),
-    )
-    return None if lead is None else {"ap_0.50": lead.difference, "interval": [lead.low, lead.high]}
 
-
-def _say_result(metrics: Mapping[str, Any], summaries: Mapping[str, Summary], method: str, out: Path) -> None:
+def _say_result(summaries: Mapping[str, Summary], method: str, volumes: int, out: Path) -> None:
     for name, item in summaries.items():
         scores = {
             "AP .5": item.pooled.ap[0],
             "precision": item.pooled.precision,
             "recall": item.pooled.recall,
+            "recall of the faintest": item.recall_faint,
         }
-        scores["recall of the faintest"] = np.asarray(item.recall_faint)
         words = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not np.isnan(value))
-        say(f"{name}: {words}" if name != method else f"{name}, {len(metrics['volumes'])} volumes: {words}")
+        say(f"{name}: {words}" if name != method else f"{name}, {volumes} volumes: {words}")
     say(f"evaluation in {out}")
 
 

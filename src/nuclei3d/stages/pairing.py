@@ -1,21 +1,14 @@
-"""What the evaluation reads: pairs of volumes, their images, scores, and facts about the training data.
-
-Which predicted volume belongs to which true one, in any two folders of label volumes.
-"""
+"""Which volumes of several folders stand for the same frame: truth, predictions, images, baselines."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +66,11 @@ class Entry:
         return "_".join((*self.folders, self.stem))
 
     @property
+    def rooted_key(self) -> str:
+        """The key with the name of the root before it."""
+        return f"{self.root}_{self.key}"
+
+    @property
     def embryo(self) -> str:
         """The embryo: the folder, else what is left of the stem without its number, else the root."""
         return "/".join(self.folders) or _TRAILING_TIME.sub("", self.stem) or self.root
@@ -94,12 +92,12 @@ def find_label_entries(source: Path) -> list[Entry]:
 
     Where some lie in folders called `labels`, only those count; where some end in `_masks`, only those.
     """
-    return _find_entries(source, "labels", _LABEL_WORDS, marked=_MARKED)
+    return _find_entries(source, "labels", _LABEL_WORDS)
 
 
 def find_image_entries(source: Path, channel: str | int | None = None) -> list[Entry]:
     """Find the images at or below a path, passing over what is named as labels."""
-    entries = _find_entries(source, "images", _IMAGE_WORDS, marked=None, channel=channel)
+    entries = _find_entries(source, "images", _IMAGE_WORDS, channel)
     return [entry for entry in entries if not _LABEL_WORDS.search(frame_stem(entry.frame.path))]
 
 
@@ -116,27 +114,13 @@ def pair_entries(
     if len(first) == len(second) == 1 and not by_name_only and not (first[0].folders and second[0].folders):
         return [(first[0], second[0])]
 
-    def by_key(entry: Entry) -> str:
-        return entry.key
-
-    def rooted(entry: Entry) -> str:
-        return f"{entry.root}_{entry.key}"
-
-    def by_stem(entry: Entry) -> str:
-        return entry.stem
-
-    ways: list[tuple[Callable[[Entry], str], Callable[[Entry], str]]] = [
-        (by_key, by_key),
-        (rooted, by_key),
-        (by_key, rooted),
-    ]
+    ways = [("key", "key"), ("rooted_key", "key"), ("key", "rooted_key")]
     if not all(entry.folders for entry in (*first, *second)):
-        ways.append((by_stem, by_stem))
+        ways.append(("stem", "stem"))
     partner: dict[int, int] = {}
     for first_name, second_name in ways:
-        taken = set(partner.values())
-        left = _unique(first_name, ((i, e) for i, e in enumerate(first) if i not in partner))
-        right = _unique(second_name, ((j, e) for j, e in enumerate(second) if j not in taken))
+        left = _unique(first, first_name, set(partner))
+        right = _unique(second, second_name, set(partner.values()))
         partner.update({left[name]: right[name] for name in left.keys() & right.keys()})
     return [(first[i], second[partner[i]]) for i in sorted(partner)]
 
@@ -184,18 +168,17 @@ def _of_different_embryos(one: Entry, other: Entry) -> bool:
     return one.home.name != other.home.name and beside.is_dir() and not beside.samefile(other.home)
 
 
-def _unique(name_of: Callable[[Entry], str], entries: Iterable[tuple[int, Entry]]) -> dict[str, int]:
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, entry in entries:
-        places[name_of(entry)].append(place)
-    return {name: found[0] for name, found in places.items() if len(found) == 1}
+def _unique(entries: Sequence[Entry], name: str, taken: Collection[int]) -> dict[str, int]:
+    """Give the places of the entries that are not taken by their names, of those with a name of their own."""
+    names = {place: getattr(entry, name) for place, entry in enumerate(entries) if place not in taken}
+    count = Counter(names.values())
+    return {name: place for place, name in names.items() if count[name] == 1}
 
 
 def _find_entries(
     source: Path,
-    container: str,
+    container: Literal["labels", "images"],
     words: re.Pattern[str],
-    marked: re.Pattern[str] | None,
     channel: str | int | None = None,
 ) -> list[Entry]:
     if not source.exists():
@@ -205,15 +188,15 @@ def _find_entries(
     if not lone:
         held = [path for path in paths if container in path.relative_to(source).parts[:-1]]
         paths = held or paths
-        if marked is not None:
-            paths = [path for path in paths if marked.search(frame_stem(path))] or paths
+        if container == "labels":
+            paths = [path for path in paths if _MARKED.search(frame_stem(path))] or paths
     if not paths:
         raise InputError(f"{source} holds no .tif, .tiff or .zarr volume; give a folder that does")
     root = _without_containers(source.resolve().parent if lone else source.resolve())
     entries = []
     for path in paths:
         folders = () if lone else path.relative_to(source).parts[:-1]
-        array = find_label_array(path) if marked is not None and is_zarr(path) else path
+        array = find_label_array(path) if container == "labels" and is_zarr(path) else path
         entries += [
             Entry(
                 frame=frame,
@@ -235,12 +218,9 @@ def _without_containers(folder: Path) -> Path:
 
 def _stem(frame: Frame, path: Path, words: re.Pattern[str]) -> str:
     # The frame's own name says its time; inside a zarr it may be named after an inner array.
-    name = frame.name if frame.path == path else frame_stem(path) + _time_suffix(frame)
+    time = "" if frame.time is None else f"_t{frame.time:03d}"
+    name = frame.name if frame.path == path else frame_stem(path) + time
     return words.sub("", name) or name
-
-
-def _time_suffix(frame: Frame) -> str:
-    return "" if frame.time is None else f"_t{frame.time:03d}"
 
 
 def _volumes_below(folder: Path) -> list[Path]:
@@ -249,10 +229,6 @@ def _volumes_below(folder: Path) -> list[Path]:
         found += list_volumes(Path(here))
         folders[:] = [name for name in folders if not name.startswith(".") and not is_zarr(Path(here, name))]
     return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
-
-
-#: Name of the baseline that the evaluation makes itself.
-OTSU = "Otsu + watershed"
 
 
 @dataclass(frozen=True)
@@ -298,6 +274,11 @@ class VolumePair:
         _check_shape(labels.shape, shape, method, self.truth)
         return labels
 
+    def read(self) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
+        """Read the image, the truth and the prediction of the model."""
+        truth = self.read_truth()
+        return self.read_image(), truth, self.read_prediction(self.pred, truth.shape)
+
     def read_image(self) -> NDArray[Any] | None:
         """Read and check the image; None where there is none."""
         if self.image is None:
@@ -310,19 +291,11 @@ class VolumePair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """The pairs, and what found no partner (paths, for the reader)."""
+    """The pairs, embryo by embryo, and the names of what found no partner."""
 
     pairs: list[VolumePair]
     truths_alone: list[str]
     predictions_alone: list[str]
-
-
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What summary.json of a slice data set fixes for the evaluation; None where it is not known."""
-
-    contrast_edges: tuple[float, ...] | None = None
-    nucleus_diameter_um: float | None = None
 
 
 def pair_volumes(
@@ -349,7 +322,7 @@ def pair_volumes(
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     if only is not None:
         wanted = {path.resolve() for path in only}
-        truths = [entry for entry in truths if wanted & {*_with_parents(entry.frame.path.resolve())}]
+        truths = [entry for entry in truths if _is_within(entry.frame.path.resolve(), wanted)]
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -359,12 +332,12 @@ def pair_volumes(
             "end, and lies in a folder of the embryo's name or has that name before its own"
         )
     image_of = _find_images(truths, truth, images, params.data.channel)
-    others = {name: dict(_by_truth(truths, find_label_entries(path))) for name, path in baselines.items()}
+    others = {name: _by_truth(truths, find_label_entries(path)) for name, path in baselines.items()}
     for name, found in others.items():
-        missing = [entry for entry, _ in matched if id(entry) not in found]
-        if missing:
+        lacking = [entry for entry, _ in matched if id(entry) not in found]
+        if lacking:
             raise InputError(
-                f"the baseline '{name}' ({baselines[name]}) has no volume for {_examples(missing)}; "
+                f"the baseline '{name}' ({baselines[name]}) has no volume for {_examples(lacking)}; "
                 "baselines must hold all volumes that are evaluated"
             )
     given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
@@ -372,7 +345,7 @@ def pair_volumes(
     pairs = []
     for name, (entry, prediction) in zip(names, matched, strict=True):
         image = image_of.get(id(entry))
-        size = given or _first_voxel_size(entry, image, prediction)
+        size = given or first_voxel_size(entry, image, prediction)
         if size is None and params.evaluate.min_true_volume_um3:
             raise InputError(
                 f"evaluate.min_true_volume_um3 needs a voxel size, and none of the files of {name} has one; "
@@ -392,70 +365,26 @@ def pair_volumes(
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
             )
         )
-    _tell_voxel_sizes(pairs, given)
-    paired_truths = {id(entry) for entry, _ in matched}
-    paired_predictions = {id(prediction) for _, prediction in matched}
+    _say_voxel_sizes(pairs, given)
+    order = list(dict.fromkeys(pair.embryo for pair in pairs))
+    paired = {id(entry) for pair in matched for entry in pair}
     return Pairing(
-        pairs,
-        [entry.key for entry in truths if id(entry) not in paired_truths],
-        [entry.key for entry in predictions if id(entry) not in paired_predictions],
+        sorted(pairs, key=lambda pair: order.index(pair.embryo)),
+        [entry.key for entry in truths if id(entry) not in paired],
+        [entry.key for entry in predictions if id(entry) not in paired],
     )
 
 
-def read_scores(prediction: Entry) -> dict[int, float] | None:
-    """Read the scores that `nuclei3d predict` writes beside its masks; None where there are none."""
-    stem = frame_stem(prediction.frame.path)
-    path = prediction.frame.path.with_name(stem.removesuffix("_masks") + "_nuclei.csv")
-    if prediction.frame.time is not None or not path.is_file():
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"label", "score"} <= rows[0].keys():
-        return None
-    try:
-        scores = {int(row["label"]): float(row["score"]) for row in rows if row["score"]}
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{path}: cannot read the columns label and score; remove the file or have predict write it again"
-        ) from None
-    return scores if all(math.isfinite(value) for value in scores.values()) else None
-
-
-def read_training_facts(summary: Path | None) -> TrainingFacts:
-    """Read the bins of contrast and the diameter of nuclei from a slice data set or its summary.json."""
-    if summary is None:
-        return TrainingFacts()
-    path = summary / "summary.json" if summary.is_dir() else summary
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        edges = tuple(float(edge) for edge in tree["contrast_quintiles"])
-        diameter_um = float(tree["nucleus_diameter_um"])
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; nuclei3d prepare writes it") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no summary.json of nuclei3d prepare") from None
-    if list(edges) != sorted(edges) or diameter_um <= 0:
-        raise InputError(f"{path}: contrast_quintiles must ascend and nucleus_diameter_um be positive")
-    return TrainingFacts(edges, diameter_um)
-
-
-def digest_of(labels: NDArray[np.uint32]) -> str:
-    """Give a short fingerprint of labels, by which two evaluations know that they used the same truth."""
-    digest = hashlib.blake2b(repr(labels.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(labels, dtype="<u4").data)
-    return digest.hexdigest()
-
-
-def _with_parents(path: Path) -> tuple[Path, ...]:
-    # an array of labels lies inside the zarr that is named
-    return (path, *path.parents)
+def _is_within(path: Path, wanted: Collection[Path]) -> bool:
+    # An array of labels lies inside the zarr that is named.
+    return any(place in wanted for place in (path, *path.parents))
 
 
 def _find_images(
     truths: Sequence[Entry], truth: Path, images: Path | None, channel: str | int | None
 ) -> dict[int, Entry]:
     if images is not None:
-        found = dict(_by_truth(truths, find_image_entries(images, channel)))
+        found = _by_truth(truths, find_image_entries(images, channel))
         if not found:
             raise InputError(
                 f"no image of {images} has the name of a true volume such as {_examples(truths)}; images are "
@@ -473,18 +402,22 @@ def _find_images(
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}
-    return {id(entry): image for entry, image in pair_entries(truths, beside, by_name_only=True)}
+    return _by_truth(truths, beside, by_name_only=True)
 
 
-def _by_truth(truths: Sequence[Entry], others: Sequence[Entry]) -> list[tuple[int, Entry]]:
-    return [(id(entry), other) for entry, other in pair_entries(truths, others)]
+def _by_truth(
+    truths: Sequence[Entry], others: Sequence[Entry], *, by_name_only: bool = False
+) -> dict[int, Entry]:
+    pairs = pair_entries(truths, others, by_name_only=by_name_only)
+    return {id(entry): other for entry, other in pairs}
 
 
-def _first_voxel_size(*entries: Entry | None) -> VoxelSize | None:
+def first_voxel_size(*entries: Entry | None) -> VoxelSize | None:
+    """Give the voxel size of the first entry whose file states one."""
     return next((e.frame.voxel_size for e in entries if e is not None and e.frame.voxel_size), None)
 
 
-def _tell_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> None:
+def _say_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> None:
     unknown = [pair for pair in pairs if not pair.physical]
     if unknown:
         say(
@@ -492,7 +425,7 @@ def _tell_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> N
             "contrast is not measured; give it with --set data.voxel_size_um=[z,y,x]"
         )
     for pair in pairs:
-        stated, path = _first_voxel_size(pair.truth, pair.image), pair.truth.frame.path
+        stated, path = first_voxel_size(pair.truth, pair.image), pair.truth.frame.path
         if given is not None and stated is not None and stated.differs_from(given):
             say(f"{path}: the file says voxels of {stated}, the given {given} is used instead")
             return
@@ -506,13 +439,10 @@ def _names(entries: Sequence[Entry]) -> list[str]:
 def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry, truth: Entry) -> None:
     if found != expected:
         raise InputError(
-            f"{entry.frame.path} has {_by(found)} voxels and {truth.frame.path} {_by(expected)}; both must "
-            "lie on the same grid, so write the prediction at the resolution of the labels"
+            f"{entry.frame.path} has {' x '.join(map(str, found))} voxels and {truth.frame.path} "
+            f"{' x '.join(map(str, expected))}; both must lie on the same grid, so write the prediction at "
+            "the resolution of the labels"
         )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _examples(entries: Sequence[Entry]) -> str:

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nuclei3d.config import Params
 from nuclei3d.console import say
 
-
-@dataclass(frozen=True)
-class RegisterResult:
-    """What the registry holds now.
-
-    Attributes
-    ----------
-    name, version
-        The registered model and the version that this call was about.
-    champion
-        The version that is champion after it; None if there is none.
-    reason
-        Why the champion moved or stayed.
-    run_id
-        The MLflow run that logged the model; None after a roll-back.
-    """
-
-    name: str
-    version: str
-    champion: str | None
-    reason: str
-    run_id: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "is_champion": self.champion == self.version,
-            "champion": self.champion,
-            "reason": self.reason,
-            "uri": f"models:/{self.name}/{self.version}",
-            "run_id": self.run_id,
-        }
+if TYPE_CHECKING:
+    from nuclei3d.experiment.registry import Registered
 
 
-def register(params: Params, model: Path, metrics: Path, *, force: bool = False) -> RegisterResult:
+def register(params: Params, model: Path, metrics: Path, *, force: bool = False) -> Registered:
     """Register a model folder as the newest version: the challenger, and champion if it is better.
+
+    A model that was registered before with the same scores is not registered again.
 
     Parameters
     ----------
@@ -64,20 +33,23 @@ def register(params: Params, model: Path, metrics: Path, *, force: bool = False)
     InputError
         If the model or the metrics cannot be read, or the tracking store does not answer.
     """
-    from nuclei3d.experiment.registry import check_registrable, register_model
+    from nuclei3d.experiment.registry import check_registrable, find_registered, register_model
     from nuclei3d.experiment.runs import stage_run
 
     metrics = metrics / "metrics.json" if metrics.is_dir() else metrics
     check_registrable(params, model, metrics)
-    with stage_run("register", params, inputs={"model": model, "metrics": metrics}) as run:
-        made = register_model(params, model, metrics, run, force=force)
-    say(f"registered {made.name} version {made.version}: {made.verdict.reason}")
+    made = None if force else find_registered(params, model, metrics)
+    if made is None:
+        with stage_run("register", params, inputs={"model": model, "metrics": metrics}) as run:
+            made = register_model(params, model, metrics, run, force=force)
+    before = " before" if made.done_before else ""
+    say(f"registered{before} {made.name} version {made.version}: {made.reason}")
     if made.champion is not None:
         say(f"champion of {made.name} is version {made.champion}")
-    return RegisterResult(made.name, made.version, made.champion, made.verdict.reason, run.run_id)
+    return made
 
 
-def roll_back(params: Params, version: str | None = None) -> RegisterResult:
+def roll_back(params: Params, version: str | None = None) -> Registered:
     """Make an earlier version the champion again: the one before, or the version given.
 
     Raises
@@ -85,8 +57,8 @@ def roll_back(params: Params, version: str | None = None) -> RegisterResult:
     InputError
         If there is no such version.
     """
-    from nuclei3d.experiment.registry import roll_back as give_back
+    from nuclei3d.experiment import registry
 
-    made = give_back(params, version)
-    say(f"champion of {made.name} is version {made.version} again ({made.verdict.reason})")
-    return RegisterResult(made.name, made.version, made.champion, made.verdict.reason, None)
+    made = registry.roll_back(params, version)
+    say(f"champion of {made.name} is version {made.version} again ({made.reason})")
+    return made

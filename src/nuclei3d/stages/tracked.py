@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
+from nuclei3d.experiment.provenance import md5_of_input
+from nuclei3d.experiment.runs import stage_run
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 def simulate_tracked(params: Params, out: Path) -> SimulateResult:
     """Simulate embryos; see `nuclei3d.stages.simulate.simulate`."""
-    from nuclei3d.experiment.provenance import md5_of_input
-    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.simulate import simulate
 
     with stage_run("simulate", params, inputs={}) as run:
@@ -29,28 +29,15 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
 
 def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
-    from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.images.embryos import PARTS
     from nuclei3d.stages.prepare import prepare
 
     with stage_run("prepare", params, inputs={"data": data}) as run:
         result = prepare(params, data, out)
         summary = result.summary
-        run.metrics(
-            {
-                "nucleus_diameter_um": summary["nucleus_diameter_um"],
-                "diameter_px": summary["diameter_px"],
-                "voxel_um": summary["voxel_um"],
-                "training_nuclei": summary["training_nuclei"],
-                **{
-                    f"{unit}/{part}": summary[unit][part]
-                    for unit in ("planes", "volumes")
-                    for part in PARTS
-                    if unit in summary
-                },
-                **{f"frames/{part}": summary["frames"][part] for part in PARTS},
-            }
-        )
+        numbers = ("nucleus_diameter_um", "diameter_px", "voxel_um", "training_nuclei")
+        run.metrics({name: summary[name] for name in numbers})
+        for unit in ("planes", "volumes", "frames"):
+            run.metrics({f"{unit}/{part}": count for part, count in summary.get(unit, {}).items()})
         run.tags({"nuclei3d.slices_md5": summary["md5"]})
         for name in ("slices.png", "summary.json", "manifest.csv"):
             if (out / name).is_file():
@@ -62,7 +49,6 @@ def predict_tracked(
     params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
 ) -> PredictResult:
     """Segment volumes; see `nuclei3d.stages.predict.predict`. The masks stay where they are."""
-    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.predict import predict
 
     known = {"model": Path(model)} if Path(model).exists() else {}
@@ -77,35 +63,18 @@ def evaluate_tracked(
     pred: Path,
     out: Path,
     *,
-    images: Path | None = None,
-    baselines: Mapping[str, Path] | None = None,
-    summary: Path | None = None,
-    history: Path | None = None,
-    method: str = "this model",
-    only: Collection[Path] | None = None,
     origin: Mapping[str, Path] | None = None,
+    **options: Any,
 ) -> EvaluateResult:
     """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts.
 
-    `origin` names what the predictions were made from (data, slices, model), for the lineage.
+    `origin` names what the predictions were made from (data, slices, model), for the provenance.
     """
-    from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.evaluate import evaluate
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
-        result = evaluate(
-            params,
-            truth,
-            pred,
-            out,
-            images=images,
-            baselines=baselines,
-            summary=summary,
-            history=history,
-            method=method,
-            only=only,
-        )
-        run.metrics({f"test/{name}": value for name, value in result.headline.items()})
+        result = evaluate(params, truth, pred, out, **options)
+        run.metrics({f"test/{name}": value for name, value in result.scores.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()
             run.artifact(file, "" if folder == "." else folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nuclei3d.config import Params
+from nuclei3d import __version__
+from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -36,7 +38,7 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, whole_file
-from nuclei3d.stages.checkpoints import Checkpoints, training_fingerprint, write_history
+from nuclei3d.stages.checkpoints import Checkpoints, finished_file, training_fingerprint, write_history
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -67,6 +69,8 @@ class TrainResult:
         Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
     run_id
         MLflow run, if tracking is on.
+    done_before
+        Whether the same training had been finished before; its model was kept.
     """
 
     model: Path
@@ -75,6 +79,7 @@ class TrainResult:
     stopped: str
     metrics: dict[str, float]
     run_id: str | None
+    done_before: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -93,7 +98,8 @@ def train(
     """Train a network on prepared planes (a 3D network: on volumes) and write a model folder.
 
     After every epoch a checkpoint is written beside the model folder; started again with the same parameters
-    and slices, the training goes on from there, on a CPU to the same weights bit by bit.
+    and slices, the training goes on from there, on a CPU to the same weights bit by bit. A training that was
+    finished with them is kept as it is.
 
     Parameters
     ----------
@@ -133,6 +139,10 @@ def train(
     device = choose_device(params.train.device)
     described = read_slices(slices)
     refuse_foreign_folder(out, "model.json", "model folder")
+    cause = _cause_of_model(params, described, data)
+    if resume and (finished := _find_finished(out, cause)) is not None:
+        say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
+        return finished
     training = open_training(params, described)
     network = training.network
     fingerprint = training_fingerprint(params.train, params.seed, described.digest, training.start_digest)
@@ -172,7 +182,47 @@ def train(
         f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
         + (f" ({outcome.stopped})" if outcome.stopped else "")
     )
-    return TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
+    result = TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
+    if outcome.state.epoch >= params.train.epochs or on_epoch is None:
+        _note_finished(result, cause)
+    return result
+
+
+def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str:
+    """Digest everything that decides the model folder, thresholds included."""
+    from nuclei3d.experiment.provenance import md5_of_input
+
+    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler"}
+    sections = [
+        params_as_dict(section)
+        for section in (params.data, params.normalization, params.train, params.calibrate, params.predict)
+    ]
+    chosen = [{key: value for key, value in section.items() if key not in machine} for section in sections]
+    start = params.train.start_from
+    start_md5 = None if start is None else md5_of_input(Path(start))
+    cause = [__version__, chosen, params.seed, described.digest, start_md5, data and str(data.resolve())]
+    return hashlib.md5(json.dumps(cause, default=str).encode(), usedforsecurity=False).hexdigest()
+
+
+def _find_finished(out: Path, cause: str) -> TrainResult | None:
+    """Find the result of the training that left the model folder as it is now."""
+    from nuclei3d.experiment.provenance import md5_of_input
+
+    try:
+        record = json.loads(finished_file(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if record.get("cause") != cause or record.get("model_md5") != md5_of_input(out):
+        return None
+    return TrainResult(**{**record["result"], "model": out, "done_before": True})
+
+
+def _note_finished(result: TrainResult, cause: str) -> None:
+    from nuclei3d.experiment.provenance import md5_of_input
+
+    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": result.as_json()}
+    with whole_file(finished_file(result.model)) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -393,15 +443,15 @@ def _describe_model(
     params: Params, described: Slices, spec: VolumeSpec | None, run_id: str | None
 ) -> ModelInfo:
     """Gather what model.json holds; the thresholds are the defaults."""
-    from nuclei3d.experiment.provenance import trace_lineage
+    from nuclei3d.experiment.provenance import trace_provenance
 
-    lineage = trace_lineage(params, {"slices": described.folder}, device=params.train.device)
+    provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
     origin: dict[str, str] = {
-        "git_commit": lineage.git_commit,
-        "git_dirty": str(lineage.git_dirty).lower(),
-        "seed": str(lineage.seed),
-        "device": lineage.device,
-        **{f"{name}_md5": md5 for name, md5 in lineage.input_md5.items()},
+        "git_commit": provenance.git_commit,
+        "git_dirty": str(provenance.git_dirty).lower(),
+        "seed": str(provenance.seed),
+        "device": provenance.device,
+        **{f"{name}_md5": md5 for name, md5 in provenance.input_md5.items()},
     }
     if run_id is not None:
         origin["run_id"] = run_id
@@ -418,7 +468,7 @@ def _describe_model(
         diameter_px=params.train.diameter_px,
         nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
         voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
-        versions=dict(lineage.versions),
+        versions=dict(provenance.versions),
         lineage=origin,
         **normalization,
     )

@@ -11,7 +11,13 @@ from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import check_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.stages.pairing import Entry, find_image_entries, find_label_entries, pair_entries
+from nuclei3d.stages.pairing import (
+    Entry,
+    find_image_entries,
+    find_label_entries,
+    first_voxel_size,
+    pair_entries,
+)
 
 
 def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool = True) -> Any:
@@ -39,7 +45,9 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
     if importlib.util.find_spec("napari") is None:
         raise InputError("nuclei3d view needs napari; install it with: pip install 'nuclei3d[view]'")
     entry, layers = choose_layers(image, masks, params.data.channel)
-    size = _voxel_size(params, entry, layers)
+    given = params.data.voxel_size_um
+    stated = first_voxel_size(entry, *(layer for _, layer in layers))
+    size = VoxelSize.of(given) if given is not None else stated or VoxelSize(1, 1, 1)
     volume = entry.frame.read()
     check_image(volume, str(entry.frame.path))
     labels = [(name, layer.read_labels()) for name, layer in layers]
@@ -73,10 +81,3 @@ def choose_layers(
         if all(id(entry) in found for found in partners):
             return entry, [(path.name, found[id(entry)]) for path, found in zip(masks, partners, strict=True)]
     raise InputError(f"no volume of {image} has masks of its name in {', '.join(map(str, masks))}")
-
-
-def _voxel_size(params: Params, entry: Entry, layers: Sequence[tuple[str, Entry]]) -> VoxelSize:
-    if params.data.voxel_size_um is not None:
-        return VoxelSize.of(params.data.voxel_size_um)
-    stated = [other.frame.voxel_size for other in (entry, *(layer for _, layer in layers))]
-    return next((size for size in stated if size is not None), VoxelSize(1, 1, 1))

@@ -10,13 +10,13 @@ from imagecodecs import jpeg_decode
 from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.viewer import ViewedVolume, pack_volume, pack_volumes
+from nuclei3d.report.viewer import ShownVolume, pack_volume, pack_volumes
 from nuclei3d.scoring.assessment import assess_volume
 
 SIZE = VoxelSize(2, 0.5, 0.5)
 
 
-def viewed(name: str, missed: int = 0, shape: tuple[int, int, int] = (5, 40, 48)) -> ViewedVolume:
+def viewed(name: str, missed: int = 0, shape: tuple[int, int, int] = (5, 40, 48)) -> ShownVolume:
     truth = np.zeros(shape, dtype=np.uint32)
     for label in range(1, 5):
         truth[1:3, 5:15, 10 * label - 8 : 10 * label] = 100 * label
@@ -24,7 +24,7 @@ def viewed(name: str, missed: int = 0, shape: tuple[int, int, int] = (5, 40, 48)
     ramp = np.linspace(0, 1, shape[2])
     image = np.broadcast_to(1000 * ramp, shape) + 200 * np.arange(shape[0])[:, None, None]
     assessment = assess_volume(truth, pred, SIZE)
-    return ViewedVolume(name, SIZE, assessment, lambda: (image, truth, pred))
+    return ShownVolume(name, SIZE, assessment, lambda: (image, truth, pred))
 
 
 def labels_of(packed: dict[str, Any], side: str) -> NDArray[np.uint16]:
@@ -80,5 +80,5 @@ def test_the_budget_keeps_the_volumes_with_most_errors_in_their_order() -> None:
 def test_without_an_image_there_is_none() -> None:
     volume = viewed("a")
     _, truth, pred = volume.read()
-    bare = ViewedVolume("a", SIZE, volume.assessment, lambda: (None, truth, pred))
+    bare = ShownVolume("a", SIZE, volume.assessment, lambda: (None, truth, pred))
     assert pack_volume(bare)["image"] is None
