@@ -428,6 +428,17 @@ def run(
     finish(run_pipeline(load(params, overrides), data, out), as_json)
 
 
+def params(
+    section: Annotated[
+        str | None, typer.Argument(help="One section, such as train.augment.", metavar="SECTION")
+    ] = None,
+) -> None:
+    """Print what each parameter means, its default and its values."""
+    from nuclei3d.config.reference import describe_parameters
+
+    sys.stdout.write(describe_parameters(section))
+
+
 for _command in (
     simulate,
     prepare,
@@ -445,6 +456,7 @@ for _command in (
     export,
     view,
     run,
+    params,
 ):
     app.command()(_command)
 

@@ -15,11 +15,11 @@ train:
   epochs: 20        # the recipe's
   learning_rate: 0.001
   # how crops are changed
-  augment: {flips: true, dim_share: 0.0}   # nothing else
+  augment: {flips: true, dim_share: 0.05}  # nothing else
 
 # where nuclei are looked for
 predict:
-    mode: ortho
+  mode: ortho
 """
 
 
@@ -27,7 +27,9 @@ def test_only_the_values_change(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text(TEXT)
     write_values(file, {"train.epochs": 35, "train.learning_rate": 2e-5, "train.augment.dim_share": 0.25})
-    expected = TEXT.replace("epochs: 20 ", "epochs: 35 ").replace("0.001", "2.0e-05").replace("0.0}", "0.25}")
+    expected = (
+        TEXT.replace("epochs: 20 ", "epochs: 35 ").replace("0.001", "2.0e-05").replace("0.05}", "0.25}")
+    )
     assert file.read_text() == expected
 
 

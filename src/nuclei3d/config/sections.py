@@ -1,31 +1,4 @@
-"""All parameters of the project as one validated object.
-
-What all sections of the parameters share.
-
-Parameters of the raw embryos: voxel size, channel and split.
-
-Parameters of the synthetic embryos.
-
-Parameters of the intensity normalisation, the same in training and prediction.
-
-Parameters of the slice data set.
-
-Parameters of the fully 3D network and its training.
-
-Parameters of the network, its training and the augmentation.
-
-Parameters of the choice of thresholds on the validation embryos.
-
-Parameters of prediction in 3D.
-
-Parameters of the evaluation.
-
-Parameters of the search for training parameters.
-
-Parameters of MLflow tracking and registry.
-
-Parameters of the HTTP service.
-"""
+"""The sections of params.yaml, one class each, and `Params`, which holds them all."""
 
 from __future__ import annotations
 

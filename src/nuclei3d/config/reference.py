@@ -1,0 +1,107 @@
+"""The parameters as a page for readers, made from their classes: docs/parameters.md, `nuclei3d params`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from nuclei3d.config.sections import Params
+from nuclei3d.errors import InputError
+
+_HEAD = """# Parameters
+
+Made from the classes in src/nuclei3d/config by `nuclei3d params`; a test holds them to each other. Each value
+may stand in params.yaml or be given as `--set section.key=value`; what is left out has the default.
+"""
+_WORDS = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true or false"}
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+
+
+def describe_parameters(section: str | None = None) -> str:
+    """Describe all sections in Markdown, or one such as ``train`` or ``train.augment``.
+
+    Raises
+    ------
+    InputError
+        If there is no such section.
+    """
+    sections = _sections("", Params)
+    if section is None:
+        return "\n".join([_HEAD, *(_page(name, kind) for name, kind in sections.items())])
+    if section not in sections:
+        raise InputError(
+            f"there is no section '{section}'; choose one of {', '.join(filter(None, sections))}"
+        )
+    return "\n".join(
+        _page(name, kind) for name, kind in sections.items() if f"{name}.".startswith(f"{section}.")
+    )
+
+
+def _sections(name: str, kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    found = {name: kind}
+    for key, field in kind.model_fields.items():
+        if isinstance(field.default, BaseModel) and key not in field.default.model_fields_set:
+            inner = type(field.default)
+            if field.annotation is inner:
+                found |= _sections(f"{name}.{key}".lstrip("."), inner)
+    return found
+
+
+def _page(name: str, kind: type[BaseModel]) -> str:
+    schema = kind.model_json_schema()
+    rows = [
+        f"| `{key}` | `{_as_text(schema['properties'][key].get('default'))}` "
+        f"| {_allowed(schema['properties'][key], schema)} |"
+        for key, field in kind.model_fields.items()
+        if field.annotation not in _sections("", kind).values()
+    ]
+    title = f"## {name}" if name else "## At the top"
+    return "\n".join(
+        [title, "", _prose(kind), "", "| parameter | default | values |", "|---|---|---|", *rows, ""]
+    )
+
+
+def _prose(kind: type[BaseModel]) -> str:
+    """Give a class's docstring, its list of attributes as a list in Markdown."""
+    text = re.sub(r"\n*Attributes\n-+\n", "\n\n", inspect.cleandoc(kind.__doc__ or ""))
+    lines: list[str] = []
+    for line in text.replace("``", "`").splitlines():
+        if re.fullmatch(r"[a-z][a-z0-9_]*(, [a-z][a-z0-9_]*)*", line):
+            lines.append(f"- {', '.join(f'`{name}`' for name in line.split(', '))}:")
+        else:
+            lines.append(line.replace("    ", "  ", 1) if line.startswith("    ") else line)
+    return "\n".join(lines)
+
+
+def _as_text(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _allowed(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """Say in words what a JSON schema admits."""
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    if "anyOf" in node:
+        return " or ".join(dict.fromkeys(_allowed(each, schema) for each in node["anyOf"]))
+    if "enum" in node or "const" in node:
+        return ", ".join(f"`{value}`" for value in node.get("enum", [node.get("const")]))
+    if node.get("type") == "array":
+        items = node.get("prefixItems") or [node["items"]]
+        inner = " or ".join(dict.fromkeys(_allowed(each, schema) for each in items))
+        return f"{len(items)} of: {inner}" if "prefixItems" in node else f"list of: {inner}"
+    if node.get("type") == "object":
+        return f"{node['title']}: {', '.join(node['properties'])}" if "properties" in node else "mapping"
+    if node.get("type") == "null":
+        return "none"
+    words = [_WORDS[node["type"]], *(f"{word} {node[key]:g}" for key, word in _BOUNDS.items() if key in node)]
+    return " ".join(words)
