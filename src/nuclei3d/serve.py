@@ -285,7 +285,7 @@ def take_apart(body: Path, folder: Path, limits: VolumeLimits) -> tuple[list[Pat
     params = tree.get("params") or {}
     if not isinstance(params, dict):
         raise InputError("'params' must be an object with names and values")
-    wishes = read_request_params(params)
+    asked = read_request_params(params)
     records = _records(tree) if given[0] == _FORMATS[0] else _split(tree.pop(_FORMATS[1]))
     tree.clear()
     if not records:
@@ -299,9 +299,9 @@ def take_apart(body: Path, folder: Path, limits: VolumeLimits) -> tuple[list[Pat
             file = folder / f"{number}.tif"
             file.write_bytes(decode_volume(volume))
         record.clear()
-        open_frame(file, wishes, limits.max_voxels)
+        open_frame(file, asked, limits.max_voxels)
         files.append(file)
-    return files, wishes
+    return files, asked
 
 
 def _records(tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -332,7 +332,7 @@ class ServedModel(Protocol):
     version: dict[str, str]
 
     def segment_file(
-        self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
+        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
         """Segment the volume in a file; see `nuclei3d.experiment.serving_model.NucleiModel`."""
 
@@ -418,13 +418,13 @@ class Service:
         gone = asyncio.create_task(until_disconnect(request))
         try:
             async with self._parsing:
-                files, wishes = await asyncio.to_thread(take_apart, body, folder, self.model.limits)
+                files, asked = await asyncio.to_thread(take_apart, body, folder, self.model.limits)
 
             def work(progress: Progress) -> bytes:
                 predictions = []
                 for item in files:
                     progress(0.0)
-                    predictions.append(self.model.segment_file(item, wishes, progress))
+                    predictions.append(self.model.segment_file(item, asked, progress))
                 return json.dumps({"predictions": predictions}).encode()
 
             future = asyncio.wrap_future(self.turns.compute(place, work))

@@ -14,7 +14,8 @@ from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.unet3d import Architecture, VolumeNetwork, VolumeSpec
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.segmenter import predict_flows, segment_volume
+from nuclei3d.segmentation.network_pass import Networks
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from solid_oracle import SPEC, SolidOracle
 from volumes_fixture import draw_volume
@@ -52,14 +53,13 @@ def ap_of(truth: np.ndarray, labels: np.ndarray, iou: float = 0.75) -> float:
 def test_exact_flows_of_both_give_every_touching_nucleus_back(anisotropy, fusion):
     size = VoxelSize(anisotropy, 1.0, 1.0)
     truth = draw_volume(np.random.default_rng(0), size, (round(44 / anisotropy), 44, 50), 6)[1]
-    result = segment_volume(
-        truth.astype(np.float32),
-        size,
-        OracleNetwork(separate=False),
+    result = Segmenter(
+        Networks(
+            OracleNetwork(separate=False), volume=LabelReader(VolumeSpec(TINY, anisotropy, (8, 16, 16)))
+        ),
         replace(MIXED, fusion=fusion),
         CPU,
-        volume_network=LabelReader(VolumeSpec(TINY, anisotropy, (8, 16, 16))),
-    )
+    ).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
@@ -81,11 +81,11 @@ def test_networks_of_other_scale_and_other_planes_meet_on_the_grid_of_the_views(
     image = (truth > 0).astype(np.float32)
     networks = (OracleNetwork(separate=True), SolidOracle(SPEC))
     settings = replace(settings, volume=solid)
-    flows = predict_flows(image, size, networks[0], settings, CPU, volume_network=networks[1])
-    alone = predict_flows(image, size, networks[0], replace(settings, mode="ortho", volume=None), CPU)
+    flows = Segmenter(Networks(networks[0], volume=networks[1]), settings, CPU).flows(image, size)
+    alone = Segmenter(networks[0], replace(settings, mode="ortho", volume=None), CPU).flows(image, size)
     assert flows.shape == alone.shape
     assert flows.voxel_size == alone.voxel_size
-    result = segment_volume(image, size, networks[0], settings, CPU, volume_network=networks[1])
+    result = Segmenter(Networks(networks[0], volume=networks[1]), settings, CPU).segment(image, size)
     assert ap_of(truth, result.labels) == 1.0
 
 
@@ -94,8 +94,8 @@ def test_the_3d_network_gives_the_way_in_z_that_xy_planes_do_not_show():
     truth = draw_volume(np.random.default_rng(1), size, (22, 44, 44), 6)[1]
     image, settings = truth.astype(np.float32), replace(MIXED, views=("xy",))
     flat, solid = OracleNetwork(separate=False), LabelReader(VolumeSpec(TINY, 2.0, (8, 16, 16)))
-    flow = predict_flows(image, size, flat, settings, CPU, volume_network=solid).flow
-    alone = predict_flows(image, size, flat, replace(settings, mode="ortho", volume=None), CPU).flow
+    flow = Segmenter(Networks(flat, volume=solid), settings, CPU).flows(image, size).flow
+    alone = Segmenter(flat, replace(settings, mode="ortho", volume=None), CPU).flows(image, size).flow
     exact = flows_3d(truth.astype(np.int32), size)
     assert not alone[0].any()
     np.testing.assert_allclose(flow[0], exact[0], atol=1e-3)
@@ -126,7 +126,7 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
     settings = replace(MIXED, volume=replace(SOLID, intensity_range=IntensityRange(0.0, 4.0)))
     flat, solid = Brightest().train(), BrightestVolume(SPEC).train()
     seen: list[float] = []
-    predict_flows(image, VoxelSize(2, 1, 1), flat, settings, CPU, seen.append, volume_network=solid)
+    Segmenter(Networks(flat, volume=solid), settings, CPU).flows(image, VoxelSize(2, 1, 1), seen.append)
     assert (flat.seen, solid.seen) == pytest.approx((2.0, 0.5))
     assert flat.training
     assert solid.training
@@ -145,7 +145,7 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
 )
 def test_what_does_not_mix_is_refused_in_one_line(network, volume, settings, message):
     with pytest.raises(InputError, match=message) as raised:
-        segment_volume(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1), network, settings, CPU, volume_network=volume
+        Segmenter(Networks(network, volume=volume), settings, CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )
     assert "\n" not in str(raised.value)

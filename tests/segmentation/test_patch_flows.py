@@ -14,7 +14,7 @@ from nuclei3d.networks.unet3d import Architecture, VolumeNetwork, VolumeSpec, ne
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation import patches as patch_flows
 from nuclei3d.segmentation.patches import PatchTiling, directions_from_tanh, predict_patch_flows, volume_grid
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from volumes_fixture import draw_volume
 
@@ -58,7 +58,7 @@ def ap_of(truth, labels):
 def test_exact_flows_give_every_nucleus_back(anisotropy):
     size = VoxelSize(anisotropy, 1.0, 1.0)
     truth = drawn_labels(size, (round(44 / anisotropy), 44, 50))
-    result = segment_volume(truth.astype(np.float32), size, Oracle(anisotropy), SETTINGS, CPU)
+    result = Segmenter(Oracle(anisotropy), SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
@@ -69,7 +69,7 @@ def test_patches_are_blended_into_the_same_nuclei(monkeypatch):
     truth = drawn_labels(size, (40, 70, 66), nuclei=14)
     monkeypatch.setitem(patch_flows.MAX_VOXELS, "cpu", 20 * 40 * 40)
     network = Oracle(2.0, patch=(12, 24, 24))
-    result = segment_volume(truth.astype(np.float32), size, network, SETTINGS, CPU)
+    result = Segmenter(network, SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert len(network.shapes) > 4
     assert ap_of(truth, result.labels) == 1.0
 
@@ -116,7 +116,7 @@ def test_planes_closer_than_in_training_are_found_all_the_same():
     settings = replace(SETTINGS, intensity_range=IntensityRange(0.0, 1.0))
     # one nucleus value for all, so that averaging planes invents no labels
     truth[truth > 1] = 0
-    result = segment_volume(truth.astype(np.float32), size, Oracle(2.0), settings, CPU)
+    result = Segmenter(Oracle(2.0), settings, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
 
 
@@ -178,14 +178,14 @@ def test_tanh_of_the_distance_leads_to_the_centre():
 )
 def test_a_mode_for_another_kind_of_network_is_refused_in_one_line(network, mode, message):
     with pytest.raises(InputError, match=message) as raised:
-        segment_volume(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1), network(), replace(SETTINGS, mode=mode), CPU
+        Segmenter(network(), replace(SETTINGS, mode=mode), CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )
     assert "\n" not in str(raised.value)
 
 
 def test_the_engine_for_planes_is_refused():
     with pytest.raises(InputError, match="openvino"):
-        segment_volume(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1), Oracle(2.0), replace(SETTINGS, engine="openvino"), CPU
+        Segmenter(Oracle(2.0), replace(SETTINGS, engine="openvino"), CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )

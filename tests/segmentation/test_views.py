@@ -20,7 +20,7 @@ from nuclei3d.segmentation.plane_network import (
     PlaneNetwork,
     tile_starts,
 )
-from nuclei3d.segmentation.segmenter import predict_flows, segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.segmentation.views import VIEW_AXIS, VIEWS, FlowAccumulator, computed_indices, predict_view
 
@@ -242,8 +242,8 @@ def test_nothing_is_lost_by_leaving_empty_space_out():
     results, pixels = [], []
     for skip in (True, False):
         oracle = OracleNetwork(separate=False)
-        result = segment_volume(
-            truth.astype(np.float32), VoxelSize(1, 1, 1), oracle, replace(settings, skip_empty=skip), CPU
+        result = Segmenter(oracle, replace(settings, skip_empty=skip), CPU).segment(
+            truth.astype(np.float32), VoxelSize(1, 1, 1)
         )
         results.append(result.labels)
         pixels.append(sum(shape[0] * shape[2] * shape[3] for shape in oracle.shapes))
@@ -275,10 +275,10 @@ def test_bfloat16_changes_flows_by_a_percent_at_most():
     image = np.random.default_rng(0).normal(0.3, 0.2, (6, 48, 48)).astype(np.float32)
     network = new_network(12, seed=0)
     common = dict(diameter_px=12, nucleus_diameter_um=12, intensity_range=IntensityRange(0, 1))
-    fine = predict_flows(
-        image, VoxelSize(2, 1, 1), network, SegmentationSettings(precision="float32", **common), CPU
+    fine = Segmenter(network, SegmentationSettings(precision="float32", **common), CPU).flows(
+        image, VoxelSize(2, 1, 1)
     )
-    coarse = predict_flows(
-        image, VoxelSize(2, 1, 1), network, SegmentationSettings(precision="bfloat16", **common), CPU
+    coarse = Segmenter(network, SegmentationSettings(precision="bfloat16", **common), CPU).flows(
+        image, VoxelSize(2, 1, 1)
     )
     assert np.abs(fine.flow - coarse.flow).max() < 0.03 * np.abs(fine.flow).max()

@@ -474,6 +474,9 @@ class CalibrateParams(Section):
 
 Mode = Literal["auto", "ortho", "stitch", "cellpose", "full3d", "mixed"]
 View = Literal["xy", "xz", "yz"]
+Fusion = Literal["mean", "consensus"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Engine = Literal["auto", "torch", "openvino"]
 
 
 class SegmentationParams(Section):
@@ -493,21 +496,21 @@ class SegmentationParams(Section):
     diameter_um: PositiveFloat | None = None
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
     view_weights: tuple[PositiveFloat, ...] | None = None
-    fusion: Literal["mean", "consensus"] = "mean"
+    fusion: Fusion = "mean"
     orthogonal_step: Annotated[int, Field(ge=1)] = 1
     cellprob_threshold: float | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     min_volume_um3: Annotated[float, Field(ge=0)] | None = None
     max_volume_um3: PositiveFloat | None = None
     flip_average: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
     stitch_max_gap: Annotated[int, Field(ge=0)] = 1
     flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
 
 
 class PredictParams(SegmentationParams):
-    """How a volume is segmented, with which further models, and on which machine.
+    """What is said of a segmentation, further models, and the machine that computes it.
 
     `orthogonal_model` is another 2D model for xz and yz, of the same `diameter_px`. `volume_model` is a 3D
     model beside a 2D one: mode mixed fuses its flows with those of the views; `volume_weight` is the trust in
@@ -521,7 +524,7 @@ class PredictParams(SegmentationParams):
     orthogonal_model: Path | None = None
     volume_model: Path | None = None
     volume_weight: PositiveFloat = 1.0
-    engine: Literal["auto", "torch", "openvino"] = "auto"
+    engine: Engine = "auto"
     memory_gb: PositiveFloat | None = None
     workers: Annotated[int, Field(ge=1)] = 1
     scheduler: str | None = None

@@ -50,7 +50,9 @@ class RequestParams(SegmentationParams):
         InputError
             If they do not go together.
         """
-        given = {name: getattr(self, name) for name in self.model_fields_set & set(PredictParams.model_fields)}
+        given = {
+            name: getattr(self, name) for name in self.model_fields_set & set(PredictParams.model_fields)
+        }
         try:
             return PredictParams.model_validate(defaults.model_dump() | given)
         except ValidationError as error:

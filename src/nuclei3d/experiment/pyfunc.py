@@ -37,6 +37,7 @@ _REQUIRED = (
     "pandas",
     "pydantic",
     "pyyaml",
+    "ruamel.yaml",
     "rich",
     "psutil",
 )

@@ -285,10 +285,52 @@ def single_frame(path: Path, *, channel: str | int | None = None) -> Frame:
     """
     frames = find_frames(path, channel=channel)
     if len(frames) > 1:
-        raise InputError(
-            f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
-        )
+        raise _several(path, len(frames))
     return frames[0]
+
+
+def _several(path: Path, count: int) -> InputError:
+    return InputError(f"{path} holds {count} frames where one is wanted; save each in a file of its own")
+
+
+def read_volume(
+    path: str | Path,
+    *,
+    channel: str | int | None = None,
+    voxel_size_um: tuple[float, float, float] | None = None,
+) -> tuple[NDArray[Any], VoxelSize]:
+    """Read the one volume of a file.
+
+    Parameters
+    ----------
+    path
+        TIFF, OME-TIFF or OME-Zarr.
+    channel
+        Name or number, where there are several.
+    voxel_size_um
+        Edges (z, y, x); wins over what the file states.
+
+    Returns
+    -------
+    image : array (z, y, x)
+    voxel_size : VoxelSize
+        As `Segmenter.segment` takes it; its numbers are ``voxel_size.zyx``.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it holds no single volume, or its voxel size is unknown.
+
+    Examples
+    --------
+    >>> from nuclei3d import read_volume
+    >>> image, voxel_size = read_volume("embryo.tif", voxel_size_um=(2.0, 0.174, 0.174))
+    """
+    given = VoxelSize.of(voxel_size_um) if voxel_size_um is not None else None
+    frames = find_frames(Path(path), channel=channel, voxel_size=given)
+    if len(frames) > 1:
+        raise _several(Path(path), len(frames))
+    return frames[0].read(), frames[0].require_voxel_size()
 
 
 def single_label_frame(path: Path) -> Frame:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
-from nuclei3d.segmentation.nuclei import Nucleus
+from nuclei3d.segmentation.masks import Nucleus
 from nuclei3d.segmentation.plane_network import grow_to_lattice
 
 Box = tuple[slice, slice, slice]

@@ -339,6 +339,7 @@ def train(
     """
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.networks.cpnet import choose_device
+    from nuclei3d.segmentation.segmenter import Segmenter
     from nuclei3d.stages.augment import draw_augmentation_sheet
     from nuclei3d.stages.calibrate import (
         read_validation_volumes,
@@ -373,7 +374,8 @@ def train(
         _say_plan(training, params, device, described)
 
         def judge(judged: nn.Module) -> float:
-            return volumes_ap(judged, volumes.judging, validation_settings(info, params), device)
+            judging = Segmenter(judged, validation_settings(info, params), device)
+            return volumes_ap(judging, volumes.judging)
 
         outcome = _train(
             training,
@@ -388,7 +390,8 @@ def train(
         network.eval()
         metrics = final_metrics(outcome)
         if volumes.calibrating:
-            info, chosen = with_thresholds(network, info, params, volumes.calibrating, device)
+            segmenter = Segmenter(network, validation_settings(info, params), device)
+            info, chosen = with_thresholds(info, params.calibrate, segmenter, volumes.calibrating)
             metrics |= {"calibrated_ap": chosen.ap, "uncalibrated_ap": chosen.ap_default}
         write_model(out, network, info, outcome, params, described)
         write_drawn(out, training, params.seed, outcome.state.epoch)
