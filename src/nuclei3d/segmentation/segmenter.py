@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,6 @@ class Segmenter:
         if isinstance(model, str | os.PathLike):
             model = load_model(model)
         self.models: Models | None = None
-        wanted = "auto"
         if isinstance(settings, SegmentationSettings):
             self.settings = settings
             if isinstance(model, Model):
@@ -165,9 +164,8 @@ class Segmenter:
                 orthogonal.network if orthogonal else None,
                 volume.network if volume else None,  # type: ignore[arg-type]
             )
-            wanted = settings.device
-        _check_networks(self._networks, self.settings)
-        self.device = device if isinstance(device, torch.device) else choose_device(device or wanted)
+            device = device or settings.device
+        self.device = device if isinstance(device, torch.device) else choose_device(device or "auto")
 
     def segment(
         self,
@@ -189,23 +187,26 @@ class Segmenter:
         Raises
         ------
         InputError
-            If image, voxel size and diameter do not fit together.
+            If image, voxel size and diameter do not fit together, or mode or engine are not for the networks.
         """
         import numpy as np
 
         from nuclei3d.segmentation.masks import measure_nuclei
+        from nuclei3d.segmentation.network_pass import predict_flows
+        from nuclei3d.segmentation.settings import check_scale
+        from nuclei3d.segmentation.stock import segment_with_cellpose
 
         started = time.perf_counter()
         voxel_size = _voxel_size(voxel_size_um)
+        seconds: dict[str, float] = {}
         if self.settings.is_stock:
-            from nuclei3d.segmentation.stock import segment_with_cellpose
-
-            self._check_scale(image, voxel_size)
-            seconds: dict[str, float] = {}
+            check_scale(image.shape, voxel_size, self.settings)
             labels = segment_with_cellpose(image, voxel_size, self._networks.main, self.settings, self.device)
             scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
         else:
-            flows, seconds = self._predict_flows(image, voxel_size, progress)
+            flows, seconds = predict_flows(
+                image, voxel_size, self._networks, self.settings, self.device, progress
+            )
             labelling = time.perf_counter()
             labels, scores = self.label(flows, image.shape)
             seconds["masks"] = time.perf_counter() - labelling
@@ -231,9 +232,12 @@ class Segmenter:
         FlowField
             On the view grid (`nuclei3d.segmentation.settings.view_grid`).
         """
+        from nuclei3d.segmentation.network_pass import predict_flows
+
         if self.settings.is_stock:
             raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
-        return self._predict_flows(image, _voxel_size(voxel_size_um), progress)[0]
+        voxel_size = _voxel_size(voxel_size_um)
+        return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)[0]
 
     def label(
         self, flows: FlowField, shape: tuple[int, ...], masks: MaskSettings | None = None
@@ -256,26 +260,10 @@ class Segmenter:
         scores : float32 array (n + 1,)
             Score of each nucleus; entry 0 is 0.
         """
-        from dataclasses import replace
-
         from nuclei3d.segmentation.dynamics import label_flows
 
         settings = self.settings if masks is None else replace(self.settings, masks=masks)
         return label_flows(flows, shape, settings)
-
-    def _predict_flows(
-        self, image: NDArray[Any], voxel_size: VoxelSize, progress: Callable[[float], None] | None
-    ) -> tuple[FlowField, dict[str, float]]:
-        from nuclei3d.segmentation.network_pass import predict_flows
-
-        self._check_scale(image, voxel_size)
-        return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)
-
-    def _check_scale(self, image: NDArray[Any], voxel_size: VoxelSize) -> None:
-        from nuclei3d.segmentation.settings import check_scale
-
-        for each in self.settings.passes:
-            check_scale(image.shape, voxel_size, each)
 
 
 def _voxel_size(edges: VoxelSize | Sequence[float]) -> VoxelSize:
@@ -323,19 +311,3 @@ def _check_orthogonal(model: Model, orthogonal: Model) -> None:
             f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
             f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
         )
-
-
-def _check_networks(networks: Networks, settings: SegmentationSettings) -> None:
-    from nuclei3d.networks.unet3d import VolumeNetwork
-
-    solid = isinstance(networks.main, VolumeNetwork)
-    if settings.is_3d and not solid:
-        raise InputError("mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch")
-    if solid and not settings.is_3d:
-        raise InputError(
-            f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
-        )
-    if settings.mode == "mixed" and (
-        settings.volume is None or not isinstance(networks.volume, VolumeNetwork)
-    ):
-        raise InputError("mode 'mixed' needs a 3D network beside the 2D one: give it, or use ortho")
