@@ -53,7 +53,7 @@ class ThresholdModel:
                 {"label": 1, "z_um": 1.0, "y_um": 2.0, "x_um": 3.0, "volume_um3": 4.0, "mean_intensity": 5.0}
                 | {"score": self.score}
             ],
-            "parameters": asked.model_dump(mode="json", exclude_none=True),
+            "parameters": asked.model_dump(mode="json", exclude_unset=True),
             "model": self.version,
             "seconds": {"network": 0.0},
         }
