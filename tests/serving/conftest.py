@@ -109,7 +109,7 @@ def _serving(
     finally:
         if isinstance(model, ThresholdModel):
             model.go.set()
-        service.turns.close()
+        service.queue.close()
         server.should_exit = True
         thread.join(10)
 

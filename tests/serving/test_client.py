@@ -66,8 +66,8 @@ def test_a_service_that_is_not_there_is_one_line() -> None:
 def test_a_busy_service_is_tried_again(serving: Serving, image: Image, capsys: Any) -> None:
     with serving(queue=0) as running:
         running.model.go.clear()
-        place = running.service.turns.take_place()
-        threading.Timer(0.7, lambda: running.service.turns.leave(place)).start()
+        place = running.service.queue.take_place()
+        threading.Timer(0.7, lambda: running.service.queue.leave(place)).start()
         running.model.go.set()
         found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     np.testing.assert_array_equal(found.labels, image > 100)

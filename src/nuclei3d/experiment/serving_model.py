@@ -60,7 +60,7 @@ class NucleiModel(PythonModel):
         self.model.network.to(self.device)
         self.version = {"name": self.model.info.name} | _registered_version(folder)
         # Requests come in threads; the network's work is done for one of them at a time.
-        self._turn = threading.Lock()
+        self._device_lock = threading.Lock()
 
     def predict(
         self,
@@ -113,7 +113,7 @@ class NucleiModel(PythonModel):
         check_image(image, "the volume")
         # not by the Segmenter: an unknown diameter is explained by this volume's voxels
         settings = segmentation_settings(self.model.info, chosen, voxel_size)
-        with self._turn:
+        with self._device_lock:
             result = Segmenter(self.model, settings, self.device).segment(image, voxel_size, progress)
         with tempfile.TemporaryDirectory(prefix="nuclei3d-") as folder:
             masks = Path(folder) / "masks.ome.tif"
