@@ -152,6 +152,17 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     assert notes.read_text() == "first line\nno newline at the end"
 
 
+def test_a_second_command_on_a_journal_is_refused(tmp_path: Path) -> None:
+    first = start_elsewhere(tmp_path, workers=1)
+    journal = tmp_path / "search" / "study.journal"
+    while first.poll() is None and not (journal.exists() and b'"worker"' in journal.read_bytes()):
+        time.sleep(0.02)
+    with pytest.raises(InputError, match=r"another search works on .*study\.journal.*--workers"):
+        run(tmp_path, trials=6)
+    assert first.wait(120) == 0, "the first one goes on undisturbed"
+    assert run(tmp_path, trials=6).failed == 0
+
+
 def test_missing_slices_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no slice data set"):
         search(parameters(), tmp_path / "nowhere", tmp_path / "search", trials=2)
@@ -254,9 +265,11 @@ def test_tables_plots_and_the_best_models_are_left(tmp_path: Path) -> None:
 
 
 def test_several_workers_share_one_study(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^there are no slices$"):
+        run(tmp_path, objective=search_toys.unusable_input, workers=2)
     result = run(tmp_path, trials=7, workers=2)
     assert result.finished + result.pruned == 7
-    assert len(rows(tmp_path)) == 7
+    assert len([row for row in rows(tmp_path) if row["state"] != "failed"]) == 7
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_trial_run_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config.sections import SearchParams
-from nuclei3d.stages.search.objective import new_pruner
+from nuclei3d.stages.search.worker import new_pruner
 
 SEARCH = SearchParams(first_rung=0.5, reduction=2)
 

@@ -91,7 +91,7 @@ def test_a_restart_goes_on_below_the_same_parent(tmp_path: Path, store: str) -> 
 def test_runs_left_open_are_closed_and_missing_ones_made(tmp_path: Path, store: str) -> None:
     chosen = parameters(store, tmp_path.name)
     values = {"train.epochs": 3}
-    with search_runs(chosen, {}, None, "a mark") as runs:
+    with search_runs(chosen, {}, None) as runs:
         runs.begin(TrialRecord("0000", "running", "", values))
         runs.begin(TrialRecord("0001", "running", "", values))
         runs.reconcile(
@@ -113,17 +113,3 @@ def test_runs_left_open_are_closed_and_missing_ones_made(tmp_path: Path, store: 
     client = mlflow.MlflowClient(store)
     curve = client.get_metric_history(found["0002"].info.run_id, "compared")
     assert [(point.step, point.value) for point in curve] == [(125, -1.0), (250, -0.5)]
-
-
-def test_a_parent_that_the_study_never_knew_is_closed(tmp_path: Path, store: str) -> None:
-    chosen = parameters(store, tmp_path.name)
-    with search_runs(chosen, {}, None, "one mark") as runs:
-        client = mlflow.MlflowClient(store)
-        first = client.get_run(str(runs.parent_id))
-    # as a kill leaves it: running, with the tags that it was born with, and nobody remembers it
-    born_with = {"nuclei3d.search": first.data.tags["nuclei3d.search"]}
-    orphan = client.create_run(first.info.experiment_id, tags=born_with)
-    with search_runs(chosen, {}, None, "one mark") as runs:
-        assert client.get_run(orphan.info.run_id).info.status == "KILLED"
-        assert client.get_run(str(runs.parent_id)).info.status == "RUNNING"
-    assert client.get_run(first.info.run_id).info.status == "FINISHED"

@@ -1,44 +1,24 @@
-"""What a trial of the search computes: a training, then its value on whole validation volumes in 3D.
-
-What is searched and how: the task that every worker of a search shares.
-
-When a trial is given up on the way.
-"""
+"""What a trial of the search computes: a training, then its value on whole validation volumes in 3D."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import TPESampler
-from optuna.trial import FrozenTrial, TrialState
-
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.images.layout import missing
-from nuclei3d.stages.search.space import SearchSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
-    from optuna.study import Study
-
     from nuclei3d.images.embryos import EmbryoFrame
     from nuclei3d.scoring.assessment import Assessment
     from nuclei3d.training.state import EpochReport
 
-# Trials are compared by the share of their own epochs that is done, in thousandths (see docs/search.md).
-STEPS = 1000
-
-# Parameters of train and predict that say where and how fast, not what is computed.
-_WITHOUT_EFFECT = ("name", "device", "workers", "memory_limit_gb", "memory_gb", "scheduler")
+_FAINTEST = 0
 
 
 @dataclass(frozen=True)
@@ -63,137 +43,6 @@ class TrialJob:
 
 #: Trains and validates; reports every epoch; gives what is maximised.
 Objective = Callable[[TrialJob, "Callable[[EpochReport], None]"], float]
-
-
-@dataclass(frozen=True)
-class SearchTask:
-    """What every worker of a search knows; it can be sent to another process.
-
-    Attributes
-    ----------
-    params
-        As in params.yaml.
-    slices, out, data
-        Inputs, and the folder of the search.
-    storage
-        Address of the storage; None: a journal in `out`.
-    study
-        Name of the study.
-    trials
-        Finished and pruned trials wanted in all.
-    objective
-        What a trial computes.
-    """
-
-    params: Params
-    slices: Path
-    out: Path
-    data: Path | None
-    storage: str | None
-    study: str
-    trials: int
-    objective: Objective
-
-    def seed_of(self, trials_so_far: int) -> int:
-        """Give the seed of the next draw: a restarted search must not draw the same values again."""
-        return int(np.random.SeedSequence([self.params.seed, trials_so_far]).generate_state(1)[0])
-
-
-def new_sampler(search: SearchParams, trials: int, seed: int) -> TPESampler:
-    """Make the sampler: random trials, then tree-structured Parzen estimators (Bergstra et al. 2011)."""
-    return TPESampler(n_startup_trials=search.startup_trials or min(10, max(1, trials // 3)), seed=seed)
-
-
-def fingerprint(task: SearchTask, space: SearchSpace, slices_md5: str) -> str:
-    """Describe, as JSON, all that makes trials comparable: trials of different kinds do not share a study."""
-    tree = params_as_dict(task.params)
-    for name in space.distributions:
-        *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node.pop(key, None)
-    for key in _WITHOUT_EFFECT:
-        tree["train"].pop(key, None)
-        tree["predict"].pop(key, None)
-    search = task.params.search
-    described = {
-        "slices": slices_md5,
-        "seed": task.params.seed,
-        "data": tree["data"],
-        "train": tree["train"],
-        "calibrate": tree["calibrate"],
-        "predict": tree["predict"],
-        "search.objective": search.objective,
-        "search.precision": search.precision if search.objective == "faint_recall" else None,
-        "search.volumes": search.volumes,
-        "search.prune_on": search.prune_on,
-        "ranges": {name: str(found) for name, found in space.distributions.items()},
-    }
-    return json.dumps(described, sort_keys=True)
-
-
-def differences(known: str, wanted: str) -> str:
-    """Name the settings in which two fingerprints differ."""
-    old, new = _flat(json.loads(known)), _flat(json.loads(wanted))
-    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names[:3])
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-class LivingTrialsPruner(BasePruner):
-    """A pruner that compares a trial with those that live or ended well, not with those that failed.
-
-    A trial that is run again inherits the values of the attempt that died. Counted twice, they would fill the
-    better half of every comparison with one and the same training, and the trial would race against itself.
-
-    Parameters
-    ----------
-    inner
-        The pruner that decides.
-    """
-
-    def __init__(self, inner: BasePruner) -> None:
-        self._inner = inner
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Tell whether the trial is to be given up at its last step."""
-        return self._inner.prune(cast("Study", _LivingTrials(study)), trial)
-
-
-class _LivingTrials:
-    """A study without its failed trials."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-
-    def get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        found = self._study.get_trials(deepcopy=deepcopy, states=states)
-        return [trial for trial in found if trial.state != TrialState.FAIL]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-
-def new_pruner(search: SearchParams) -> BasePruner:
-    """Make the pruner: asynchronous successive halving (Li et al. 2020) on the share of epochs done."""
-    if not search.prune:
-        return NopPruner()
-    halving = SuccessiveHalvingPruner(
-        min_resource=max(1, round(STEPS * search.first_rung)), reduction_factor=search.reduction
-    )
-    return LivingTrialsPruner(halving)
-
-
-_FAINTEST = 0
 
 
 def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -> float:

@@ -1,14 +1,21 @@
-"""The space of a search: which parameters are tried, and between which values."""
+"""The space of a search: which parameters are tried, between which values, and what is held fixed."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel
+from optuna import Trial
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import validate_params
@@ -16,13 +23,12 @@ from nuclei3d.config.sections import Range
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
 Value = bool | int | float | str | None
 
 # Parameters of prepare would need other slices; a search never computes those again.
 SEARCHED_SECTIONS = ("train", "predict")
+# Parameters of these that say where and how fast, not what is computed.
+_WITHOUT_EFFECT = ("name", "device", "workers", "memory_limit_gb", "memory_gb", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,18 @@ class SearchSpace:
 
     distributions: Mapping[str, BaseDistribution]
     start: Mapping[str, Value]
+
+    def draw(self, trial: Trial) -> dict[str, Value]:
+        """Give a trial its values: those it was queued with, else new ones."""
+        drawn: dict[str, Value] = {}
+        for name, found in self.distributions.items():
+            if isinstance(found, CategoricalDistribution):
+                drawn[name] = trial.suggest_categorical(name, found.choices)
+            elif isinstance(found, IntDistribution):
+                drawn[name] = trial.suggest_int(name, found.low, found.high, log=found.log)
+            elif isinstance(found, FloatDistribution):
+                drawn[name] = trial.suggest_float(name, found.low, found.high, log=found.log)
+        return drawn
 
 
 def search_space(params: Params) -> SearchSpace:
@@ -57,11 +75,9 @@ def search_space(params: Params) -> SearchSpace:
     distributions = {}
     start = {}
     for name, found in ranges.items():
-        kind, value = _look_up(params, name)
-        widened = _widened(name, found, value)
-        _check_ends(params, name, widened, kind)
-        distributions[name] = _distribution(widened, kind)
-        start[name] = value
+        start[name] = _start_value(params, name)
+        widened = _widened(name, found, start[name])
+        distributions[name] = _distribution(params, name, widened)
     return SearchSpace(distributions, start)
 
 
@@ -83,40 +99,57 @@ def params_with(params: Params, values: Mapping[str, Value]) -> Params:
     return validate_params(tree, "the search")
 
 
-def _look_up(params: Params, name: str) -> tuple[type, Value]:
-    """Give the type of a parameter (int, float, bool or str) and its value."""
-    section: BaseModel = params
-    keys = name.split(".")
-    if keys[0] not in SEARCHED_SECTIONS:
+def fingerprint(params: Params, space: SearchSpace, slices_md5: str) -> str:
+    """Describe, as JSON, all that makes trials comparable: trials of different kinds do not share a study."""
+    search = params.search
+    sections = params.model_dump(mode="json", include={"data", "train", "calibrate", "predict"})
+    without = {f"{section}.{key}" for section in SEARCHED_SECTIONS for key in _WITHOUT_EFFECT}
+    described = {
+        name: value
+        for name, value in _flat(sections).items()
+        if name not in without and name not in space.distributions
+    }
+    described |= {
+        "slices": slices_md5,
+        "seed": params.seed,
+        "search.objective": search.objective,
+        "search.precision": search.precision if search.objective == "faint_recall" else None,
+        "search.volumes": search.volumes,
+        "search.prune_on": search.prune_on,
+    }
+    described |= {f"ranges.{name}": str(found) for name, found in space.distributions.items()}
+    return json.dumps(described, sort_keys=True)
+
+
+def differences(known: str, wanted: str) -> str:
+    """Name the settings in which two fingerprints differ."""
+    old, new = json.loads(known), json.loads(wanted)
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names[:3])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _start_value(params: Params, name: str) -> Value:
+    if name.split(".")[0] not in SEARCHED_SECTIONS:
         raise InputError(
             f"search.more: '{name}' cannot be searched; only parameters of the sections "
             f"{' and '.join(SEARCHED_SECTIONS)} can, because the slices are not made again"
         )
-    for key in keys[:-1]:
-        inner = getattr(section, key, None)
-        if not isinstance(inner, BaseModel):
-            raise InputError(f"search.more: there is no parameter '{name}'; '{key}' is no section")
-        section = inner
-    fields = type(section).model_fields
-    if keys[-1] not in fields:
-        close = difflib.get_close_matches(keys[-1], fields, n=1)
-        hint = (
-            f"did you mean '{'.'.join([*keys[:-1], close[0]])}'?" if close else f"known: {', '.join(fields)}"
-        )
-        raise InputError(f"search.more: there is no parameter '{name}'; {hint}")
-    value = getattr(section, keys[-1])
-    if isinstance(value, BaseModel | tuple):
+    known = _flat(params.model_dump(mode="json", include=set(SEARCHED_SECTIONS)))
+    if name in known and not isinstance(known[name], list):
+        value: Value = known[name]
+        return value
+    if name in known or any(other.startswith(f"{name}.") for other in known):
         raise InputError(f"search.more: '{name}' is no single value and cannot be searched")
-    return _kind(fields[keys[-1]].annotation), value
-
-
-def _kind(annotation: Any) -> type:
-    if isinstance(annotation, type) and issubclass(annotation, bool | int | float):
-        return annotation
-    inner = [
-        _kind(part) for part in get_args(annotation) if part is not NoneType and not isinstance(part, str)
-    ]
-    return next((kind for kind in inner if kind is not str), str)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    raise InputError(f"search.more: there is no parameter '{name}'; {hint}")
 
 
 def _widened(name: str, found: Range, value: Value) -> Range:
@@ -144,7 +177,13 @@ def _widened(name: str, found: Range, value: Value) -> Range:
     return wider
 
 
-def _check_ends(params: Params, name: str, found: Range, kind: type) -> None:
+def _distribution(params: Params, name: str, found: Range) -> BaseDistribution:
+    """Make Optuna's distribution, if the parameter can take the ends of the range or all choices."""
+    *sections, key = name.split(".")
+    section: Any = params
+    for part in sections:
+        section = getattr(section, part)
+    kind = _kind(type(section).model_fields[key].annotation)
     for value in found.choices if found.choices is not None else (found.low, found.high):
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise InputError(f"the range of {name} holds {value:g}, but {name} is a whole number")
@@ -152,15 +191,6 @@ def _check_ends(params: Params, name: str, found: Range, kind: type) -> None:
             params_with(params, {name: int(value) if kind is int and isinstance(value, float) else value})
         except InputError as error:
             raise InputError(f"the range of {name} in the section search holds {value}: {error}") from None
-
-
-def _distribution(found: Range, kind: type) -> BaseDistribution:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
     if found.choices is not None:
         return CategoricalDistribution(found.choices)
     assert found.low is not None
@@ -168,3 +198,11 @@ def _distribution(found: Range, kind: type) -> BaseDistribution:
     if kind is int:
         return IntDistribution(int(found.low), int(found.high), log=found.log)
     return FloatDistribution(found.low, found.high, log=found.log)
+
+
+def _kind(annotation: Any) -> type:
+    """Give the type of number in an annotation such as ``Annotated[int, ...] | None``; else str."""
+    if isinstance(annotation, type) and issubclass(annotation, bool | int | float):
+        return annotation
+    parts = [part for part in get_args(annotation) if part is not NoneType and not isinstance(part, str)]
+    return next((kind for kind in map(_kind, parts) if kind is not str), str)
