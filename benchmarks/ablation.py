@@ -47,7 +47,7 @@ from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.assessment import assess_volume
 from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
 from nuclei3d.scoring.contrast import contrast_bin
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
@@ -165,7 +165,7 @@ def measure(arm: str, fold: int, data: Path, out: Path, profile: Profile) -> lis
     volumes = []
     for frame in frames:
         volume = read_labelled(frame, params.data)
-        found = segment_volume(volume.image, volume.voxel_size, model.network, settings, device)
+        found = Segmenter(model.network, settings, device).segment(volume.image, volume.voxel_size)
         assessed = assess_volume(
             volume.labels,
             found.labels,

@@ -28,7 +28,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.scoring.matching import match, overlap_table
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.predict import predict
 
@@ -62,7 +62,7 @@ def compare(model: Model, frames: list[Path], modes: list[str]) -> dict[str, dic
             image, labels, voxel_size = native if anisotropy is None else upsampled(*native, anisotropy)
             for mode in modes:
                 settings = replace(segmentation_settings(model.info, PredictParams()), mode=mode)
-                result = segment_volume(image, voxel_size, model.network, settings, device)
+                result = Segmenter(model.network, settings, device).segment(image, voxel_size)
                 table = overlap_table(labels, result.labels)
                 hits = match(table, 0.5).tp
                 key = (mode, "native" if anisotropy is None else f"{anisotropy:g}")

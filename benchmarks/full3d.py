@@ -216,18 +216,16 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
 
     A mixed arm predicts with the models of two others.
     """
+    from dataclasses import replace
+
     from nuclei3d.flows import flows_3d
     from nuclei3d.grid import resize_nearest
     from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
     from nuclei3d.images.writing import write_image, write_labels
-    from nuclei3d.networks.cpnet import choose_device
     from nuclei3d.networks.folder import load_model
-    from nuclei3d.segmentation.network_pass import Networks, predict_flows
-    from nuclei3d.segmentation.segmenter import label_flows
-    from nuclei3d.segmentation.settings import segmentation_settings
+    from nuclei3d.segmentation.segmenter import Segmenter
     from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
     from nuclei3d.stages.evaluate import evaluate
-    from nuclei3d.stages.segmenters import SecondModels
 
     first, beside, fusion = MIXED.get(arm, (arm, None, "mean"))
     trained = [first] if beside is None else [first, beside]
@@ -237,21 +235,18 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
     folder = out / slug(arm)
     folder.mkdir(exist_ok=True)
     model, *others = (load_model(out / slug(name) / "model") for name in trained)
-    second = SecondModels(volume=others[0] if others else None)
-    device = choose_device("auto")
+    wished = params.predict.model_copy(update={"volume_model": others[0].path.parent if others else None})
     wanted = params.calibrate.model_copy(update={"volumes": 4})
-    calibrating = params.model_copy(update={"calibrate": wanted})
-    volumes = read_calibration_volumes(calibrating, source)
-    info, _ = with_thresholds(model.network, model.info, calibrating, volumes, device, second)
-    settings = segmentation_settings(info, params.predict, volume=second.volume_info)
+    volumes = read_calibration_volumes(params.model_copy(update={"calibrate": wanted}), source)
+    info, _ = with_thresholds(model.info, wanted, Segmenter(model, wished, "auto"), volumes)
+    segmenter = Segmenter(replace(model, info=info), wished, "auto")
     sums = np.zeros((3, 3))
     seconds = voxels = 0.0
     for frame in split_embryos(find_embryos(source), params.data.split).test:
         volume = read_labelled(frame, params.data)
         started = clock(profile)
-        networks = Networks(model.network, volume=second.volume_network)
-        flows, _ = predict_flows(volume.image, volume.voxel_size, networks, settings, device)
-        labels, _ = label_flows(flows, volume.image.shape, settings)
+        flows = segmenter.flows(volume.image, volume.voxel_size)
+        labels, _ = segmenter.label(flows, volume.image.shape)
         seconds += clock(profile) - started
         voxels += volume.image.size
         true_labels = resize_nearest(volume.labels, flows.shape).astype(np.uint32)
@@ -286,7 +281,7 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         **{f"cosine_{axis}": float(value) for axis, value in zip("zyx", cosines, strict=True)},
         "seconds_per_mvox": seconds / voxels * 1e6,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if segmenter.device.type == "cuda" else None,
         # steps of two networks are not of one kind: there is no sum
         "steps": steps if beside is None else None,
         "train_seconds": sum(float((out / slug(name) / "train_seconds").read_text()) for name in trained),

@@ -25,8 +25,9 @@ from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_flows
 from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
 from shapes import touching_nuclei
 

@@ -22,7 +22,8 @@ from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import available_threads
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.settings import MaskSettings
 from shapes import touching_nuclei
 from timing import measure_in_turns, ratio_of
 

@@ -32,7 +32,7 @@ from nuclei3d.networks.folder import load_model
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.openvino_network import has_openvino
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.segmentation.stock import segment_with_cellpose
 from timing import Timing, measure, measure_in_turns, ratio_of
@@ -59,7 +59,7 @@ def memory_of(which: str, diameter: float) -> float:
 
     def run(volume: NDArray[np.uint16]) -> int:
         if which == "ours":
-            return len(segment_volume(volume, CUBIC, network, settings, device).nuclei)
+            return len(Segmenter(network, settings, device).segment(volume, CUBIC).nuclei)
         from cellpose.models import CellposeModel
 
         model = CellposeModel(gpu=False, pretrained_model=False, diam_mean=diameter)
@@ -106,10 +106,10 @@ def compare(
 ) -> None:
     """Time ours and stock by turns on one volume; note speed-up and average precision."""
     image, truth = volume
-    segment_volume(image[:24, :64, :64], CUBIC, network, settings, device)
+    Segmenter(network, settings, device).segment(image[:24, :64, :64], CUBIC)
     both = measure_in_turns(
         {
-            "ours": (lambda: segment_volume(image, CUBIC, network, settings, device), repeats[0]),
+            "ours": (lambda: Segmenter(network, settings, device).segment(image, CUBIC), repeats[0]),
             "stock": (lambda: segment_with_cellpose(image, CUBIC, network, settings, device), repeats[1]),
         }
     )

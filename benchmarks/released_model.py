@@ -36,10 +36,15 @@ from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.matching import match, overlap_table
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds
-from nuclei3d.stages.calibrate import choose_for, predict_labelled, read_calibration_volumes
+from nuclei3d.stages.calibrate import (
+    choose_for,
+    predict_labelled,
+    read_calibration_volumes,
+    validation_settings,
+)
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
@@ -152,7 +157,6 @@ def pool_thresholds(
     params: Params, info: ModelInfo, data: Path, out: Path, frames_per_embryo: int
 ) -> tuple[ModelInfo, Thresholds]:
     """Choose the thresholds of the last network on frames that each fold's network has not trained on."""
-    device = choose_device(params.predict.device)
     seen: list[LabelledFlow] = []
     for fold in FOLDS:
         model = load_model(out / fold.name / "model")
@@ -162,8 +166,9 @@ def pool_thresholds(
             update={"calibrate": params.calibrate.model_copy(update={"volumes": count})}
         )
         volumes = read_calibration_volumes(unseen, data)
-        seen += predict_labelled(model.network, model.info, params, volumes, device)
-    return choose_for(info, params, seen)
+        segmenter = Segmenter(model, validation_settings(model.info, params), params.predict.device)
+        seen += predict_labelled(segmenter, volumes)
+    return choose_for(info, params.calibrate, validation_settings(info, params), seen)
 
 
 def evaluate_held_out(params: Params, data: Path, out: Path, name: str, least_um3: float) -> dict[str, Any]:
@@ -266,7 +271,7 @@ def compact_agreement(params: Params, data: Path, out: Path) -> dict[str, Any]:
         frame = split_embryos(find_embryos(data), fold_params(params, fold).data.split).test[-1]
         volume = read_labelled(frame, params.data)
         masks = [
-            segment_volume(volume.image, volume.voxel_size, model.network, settings, device).labels
+            Segmenter(model.network, settings, device).segment(volume.image, volume.voxel_size).labels
             for model in (trained, released)
         ]
         table = overlap_table(*masks)

@@ -31,7 +31,7 @@ from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.stages.predict_blocks import required_gb
 from timing import measure
@@ -50,13 +50,14 @@ def time_per_voxel(
     piece, _ = draw_volume((50, 100, 200), diameter, 1.0, rng)
     settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
     device = torch.device("cpu")
-    segment_volume(piece[:20], CUBIC, network, settings, device)
+    Segmenter(network, settings, device).segment(piece[:20], CUBIC)
     rows = {}
     for size in sizes:
         side = max(1, round((size * 1e6 / piece.size) ** (1 / 3)))
         image = np.tile(piece, (side, side, side))
         timing, _ = measure(
-            lambda image=image: len(segment_volume(image, CUBIC, network, settings, device).nuclei), repeats
+            lambda image=image: len(Segmenter(network, settings, device).segment(image, CUBIC).nuclei),
+            repeats,
         )
         rows[f"{image.size / 1e6:g}"] = {
             "us_per_voxel": round(1e6 * timing.median / image.size, 4),

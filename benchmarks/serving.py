@@ -144,25 +144,18 @@ class InProcess:
     """The same prediction without a service."""
 
     def __init__(self, model: Path) -> None:
-        from nuclei3d.config import Params
-        from nuclei3d.networks.cpnet import choose_device
         from nuclei3d.networks.folder import load_model
-        from nuclei3d.segmentation.settings import segmentation_settings
+        from nuclei3d.segmentation.segmenter import Segmenter
 
         loaded = load_model(model)
-        self._network = loaded.network
         self.diameter_px = loaded.info.diameter_px
-        self._settings = segmentation_settings(loaded.info, Params().predict)
-        self._device = choose_device("auto")
+        self._segmenter = Segmenter(loaded)
 
     def segment(self, image: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
         """Segment an array; the time counts neither reading nor writing."""
-        from nuclei3d.images.voxel_size import VoxelSize
-        from nuclei3d.segmentation.segmenter import segment_volume
-
         start = time.perf_counter()
-        size = VoxelSize.of(VOXEL_SIZE_UM)
-        found = segment_volume(image, size, self._network, self._settings, self._device)
+        found = self._segmenter.segment(image, VOXEL_SIZE_UM)
+        assert found.nuclei is not None  # a service measures them as well
         return found.labels, time.perf_counter() - start
 
 

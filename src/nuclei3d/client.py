@@ -10,12 +10,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.config.sections import PredictParams
@@ -23,11 +22,29 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.invocation import RequestParams, refuse_second_model
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.nuclei import Nucleus
 from nuclei3d.segmentation.segmenter import Segmentation
+
+if TYPE_CHECKING:
+    from nuclei3d.segmentation.masks import Nucleus
 
 _AGAIN = (502, 503)
 _CONNECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class RemoteSegmentation(Segmentation):
+    """What a service answers.
+
+    Attributes
+    ----------
+    parameters
+        Those that took effect.
+    model
+        Name and version of the model.
+    """
+
+    parameters: Mapping[str, Any]
+    model: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class RemoteModel:
     ----------
     url
         Such as ``http://host:5050``.
+    predict
+        What it says (None: the service's default) is sent; the device is the service's own business.
     token
         Bearer token; None takes it from the environment variable NUCLEI3D_TOKEN, if there is one.
     patience_s
@@ -47,38 +66,32 @@ class RemoteModel:
     """
 
     url: str
+    predict: PredictParams = field(default_factory=PredictParams)
     token: str | None = None
     patience_s: float = 300.0
     timeout_s: float = 3600.0
 
     def segment(
-        self, image: NDArray[Any], voxel_size: VoxelSize, predict: PredictParams
-    ) -> tuple[Segmentation, dict[str, Any]]:
-        """Have a volume segmented.
+        self,
+        image: NDArray[Any],
+        voxel_size_um: VoxelSize | Sequence[float],
+        progress: Callable[[float], None] | None = None,
+    ) -> RemoteSegmentation:
+        """Have a volume segmented; parameters as those of `Segmenter.segment`.
 
-        Parameters
-        ----------
-        image
-            (Z, Y, X), any integer or float type.
-        voxel_size
-            Its voxel size; sent along, so that the service need not read it from the file.
-        predict
-            What it says (None: the service's default) is sent; the device is the service's own business.
-
-        Returns
-        -------
-        segmentation, told
-            As `nuclei3d.segmentation.segmenter.segment_volume` gives it; and what the service says of
-            itself: ``parameters`` (the effective ones) and ``model``.
+        The voxel size is sent along, so that the service need not read it from the file.
 
         Raises
         ------
         InputError
-            If the wishes name a second model, the service refuses the request, or it stays busy or away for
-            `patience_s`.
+            If the parameters name a further model, the service refuses the request, or it stays busy or away
+            for `patience_s`.
         """
-        refuse_second_model(predict)
-        answer = self._post(_request_body(image, voxel_size, predict))
+        import tifffile
+
+        refuse_second_model(self.predict)
+        size = voxel_size_um if isinstance(voxel_size_um, VoxelSize) else VoxelSize.of(voxel_size_um)
+        answer = self._post(_request_body(image, size, self.predict))
         try:
             prediction = answer["predictions"][0]
             labels = tifffile.imread(io.BytesIO(base64.b64decode(prediction["labels"])))
@@ -88,8 +101,19 @@ class RemoteModel:
             raise InputError(
                 f"{self.url} answered no nuclei ({type(error).__name__}); does it serve nuclei3d?"
             ) from None
-        told = {"parameters": prediction.get("parameters", {}), "model": prediction.get("model", {})}
-        return Segmentation(labels=labels, nuclei=nuclei, seconds=prediction.get("seconds", {})), told
+        if progress is not None:
+            progress(1.0)
+        scores = np.zeros(1 + max((nucleus.label for nucleus in nuclei), default=0), np.float32)
+        for nucleus in nuclei:
+            scores[nucleus.label] = nucleus.score
+        return RemoteSegmentation(
+            labels=labels,
+            scores=scores,
+            seconds=prediction.get("seconds", {}),
+            _measure=lambda: nuclei,
+            parameters=prediction.get("parameters", {}),
+            model=prediction.get("model", {}),
+        )
 
     def _post(self, body: bytes) -> Mapping[str, Any]:
         import requests
@@ -101,7 +125,7 @@ class RemoteModel:
         address = f"{self.url.rstrip('/')}/invocations"
         end = time.monotonic() + self.patience_s
         pause = 1.0
-        told = False
+        said = False
         while True:
             try:
                 response = requests.post(
@@ -126,14 +150,16 @@ class RemoteModel:
                 wait = _retry_after(response.headers.get("Retry-After"), pause)
             if time.monotonic() + wait > end:
                 raise InputError(f"{self.url} {reason}; start the service or try again later")
-            if not told:
+            if not said:
                 say(f"{self.url} {reason}; trying again for up to {self.patience_s:g} s")
-                told = True
+                said = True
             time.sleep(wait)
             pause = min(2 * pause, 30.0)
 
 
 def _nucleus(record: Mapping[str, Any]) -> Nucleus:
+    from nuclei3d.segmentation.masks import Nucleus
+
     known: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
     return Nucleus(**known)
 
@@ -144,6 +170,8 @@ def is_service(model: str) -> bool:
 
 
 def _request_body(image: NDArray[Any], voxel_size: VoxelSize, predict: PredictParams) -> bytes:
+    import tifffile
+
     file = io.BytesIO()
     if image.dtype == np.bool_:
         image = image.astype(np.uint8)

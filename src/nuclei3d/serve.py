@@ -1,10 +1,7 @@
-"""Running the service until it is told to stop.
+"""The HTTP service: the endpoints of MLflow's scoring server, with a queue, limits and a token.
 
-Turns at the device: jobs wait in a line of limited length and are computed one at a time.
-
-The body of a request: received to disk within limits, then taken apart.
-
-The HTTP service: the endpoints of MLflow's scoring server, with a line, limits and a token.
+The body of a request is received to disk within limits, then taken apart and checked; jobs wait in a queue of
+limited length and are computed one at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ from nuclei3d.experiment.invocation import (
 Progress = Callable[[float], None]
 
 
-class LineFullError(Exception):
+class QueueFullError(Exception):
     """No place is left; `retry_after_s` says when one may be."""
 
     def __init__(self, retry_after_s: int) -> None:
@@ -64,7 +61,7 @@ class ClosedError(Exception):
 
 @dataclass(eq=False)
 class Place:
-    """A place in the line, taken before the work is known, given back by `Turns.leave`."""
+    """A place in the queue, taken before the work is known, given back by `JobQueue.leave`."""
 
     future: Future[Any] = field(default_factory=Future)
     abandoned: threading.Event = field(default_factory=threading.Event)
@@ -76,8 +73,8 @@ class Place:
             raise AbandonedError
 
 
-class Turns:
-    """One worker thread for one device, and the line before it.
+class JobQueue:
+    """One worker thread for one device, and the jobs that wait for it.
 
     Parameters
     ----------
@@ -88,7 +85,7 @@ class Turns:
     def __init__(self, waiting: int) -> None:
         self._places = waiting + 1
         self._taken: set[Place] = set()
-        self._line: deque[Place] = deque()
+        self._waiting: deque[Place] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._mean_s = 1.0
@@ -111,7 +108,7 @@ class Turns:
 
         Raises
         ------
-        LineFullError
+        QueueFullError
             If none is free.
         ClosedError
             If the service is stopping.
@@ -120,18 +117,18 @@ class Turns:
             if self._closed:
                 raise ClosedError
             if len(self._taken) >= self._places:
-                raise LineFullError(self.retry_after_s)
+                raise QueueFullError(self.retry_after_s)
             place = Place()
             self._taken.add(place)
             return place
 
     def compute(self, place: Place, work: Callable[[Progress], Any]) -> Future[Any]:
-        """Put the work of a place into the line; it is called with the progress function to call."""
+        """Put the work of a place into the queue; it is called with the progress function to call."""
         with self._changed:
             if self._closed:
                 raise ClosedError
             place.work = work
-            self._line.append(place)
+            self._waiting.append(place)
             self._changed.notify()
         return place.future
 
@@ -140,15 +137,15 @@ class Turns:
         place.abandoned.set()
         with self._changed:
             self._taken.discard(place)
-            if place in self._line:
-                self._line.remove(place)
+            if place in self._waiting:
+                self._waiting.remove(place)
 
     def close(self) -> None:
         """Take no more requests and send those away that wait; the one being computed goes on."""
         with self._changed:
             self._closed = True
-            waiting = list(self._line)
-            self._line.clear()
+            waiting = list(self._waiting)
+            self._waiting.clear()
             self._changed.notify()
         for place in waiting:
             place.future.set_exception(ClosedError())
@@ -156,11 +153,11 @@ class Turns:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._line:
+                while not self._waiting:
                     if self._closed:
                         return
                     self._changed.wait()
-                place = self._line.popleft()
+                place = self._waiting.popleft()
             self._do(place)
 
     def _do(self, place: Place) -> None:
@@ -285,7 +282,7 @@ def take_apart(body: Path, folder: Path, limits: VolumeLimits) -> tuple[list[Pat
     params = tree.get("params") or {}
     if not isinstance(params, dict):
         raise InputError("'params' must be an object with names and values")
-    wishes = read_request_params(params)
+    asked = read_request_params(params)
     records = _records(tree) if given[0] == _FORMATS[0] else _split(tree.pop(_FORMATS[1]))
     tree.clear()
     if not records:
@@ -299,9 +296,9 @@ def take_apart(body: Path, folder: Path, limits: VolumeLimits) -> tuple[list[Pat
             file = folder / f"{number}.tif"
             file.write_bytes(decode_volume(volume))
         record.clear()
-        open_frame(file, wishes, limits.max_voxels)
+        open_frame(file, asked, limits.max_voxels)
         files.append(file)
-    return files, wishes
+    return files, asked
 
 
 def _records(tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -332,7 +329,7 @@ class ServedModel(Protocol):
     version: dict[str, str]
 
     def segment_file(
-        self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
+        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
         """Segment the volume in a file; see `nuclei3d.experiment.serving_model.NucleiModel`."""
 
@@ -353,12 +350,12 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not an error of ours
 
 
 class Service:
-    """A model, the line before it, and the rules of admission."""
+    """A model, the queue before it, and the rules of admission."""
 
     def __init__(self, model: ServedModel, params: ServeParams, token: str | None = None) -> None:
         self.model = model
         self.params = params
-        self.turns = Turns(params.queue)
+        self.queue = JobQueue(params.queue)
         self._token = token
         # Taking a body apart holds all of it in memory: one at a time.
         self._parsing = asyncio.Semaphore(1)
@@ -386,8 +383,8 @@ class Service:
         limit = self.params.max_body_mb * 1_000_000
         _check_head(request, limit)
         try:
-            place = self.turns.take_place()
-        except LineFullError as error:
+            place = self.queue.take_place()
+        except QueueFullError as error:
             raise _busy(str(error), error.retry_after_s) from None
         except ClosedError:
             raise _stopping() from None
@@ -409,7 +406,7 @@ class Service:
                 f"not done within {self.params.timeout_s:g} s; send a smaller volume",
             ) from None
         finally:
-            self.turns.leave(place)
+            self.queue.leave(place)
 
     async def _work(self, request: Request, place: Place, folder: Path, limit: int, arrival: float) -> bytes:
         body = folder / "body.json"
@@ -418,16 +415,16 @@ class Service:
         gone = asyncio.create_task(until_disconnect(request))
         try:
             async with self._parsing:
-                files, wishes = await asyncio.to_thread(take_apart, body, folder, self.model.limits)
+                files, asked = await asyncio.to_thread(take_apart, body, folder, self.model.limits)
 
             def work(progress: Progress) -> bytes:
                 predictions = []
                 for item in files:
                     progress(0.0)
-                    predictions.append(self.model.segment_file(item, wishes, progress))
+                    predictions.append(self.model.segment_file(item, asked, progress))
                 return json.dumps({"predictions": predictions}).encode()
 
-            future = asyncio.wrap_future(self.turns.compute(place, work))
+            future = asyncio.wrap_future(self.queue.compute(place, work))
             left = self.params.timeout_s - (time.monotonic() - arrival)
             waiting: Iterable[asyncio.Future[Any]] = (future, gone)
             done, _ = await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
@@ -457,9 +454,9 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        if service.turns.accepting:
+        if service.queue.accepting:
             return _json({"ready": True})
-        headers = {"Retry-After": str(service.turns.retry_after_s)}
+        headers = {"Retry-After": str(service.queue.retry_after_s)}
         return Response(json.dumps({"ready": False}), 503, headers, media_type="application/json")
 
     @app.get("/version")
@@ -529,7 +526,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would raise the signal once more at the end; being told to stop is no failure here.
-        self._service.turns.close()
+        self._service.queue.close()
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True

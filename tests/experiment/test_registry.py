@@ -23,12 +23,11 @@ from nuclei3d.experiment.pyfunc import request_example
 from nuclei3d.experiment.registry import champions, fetch_model, judge
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
-from nuclei3d.networks.cpnet import choose_device, new_network
+from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.scoring.metrics import score, tally_of
-from nuclei3d.segmentation.segmenter import segment_volume
-from nuclei3d.segmentation.settings import segmentation_settings
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.register import register, roll_back
 
 NAME = "nuclei_3d"
@@ -266,14 +265,8 @@ def test_it_loads_and_predicts_where_the_package_is_not_installed(
     file = tmp_path / "example.ome.tif"
     file.write_bytes(frame["volume"][0])
     (volume,) = find_frames(file)
-    loaded = load_model(fetch_model("models:/nuclei_3d/1", params))
-    expected = segment_volume(
-        volume.read(),
-        volume.require_voxel_size(),
-        loaded.network,
-        segmentation_settings(loaded.info, params.predict),
-        choose_device("cpu"),
-    )
+    segmenter = Segmenter(fetch_model("models:/nuclei_3d/1", params), params.predict, "cpu")
+    expected = segmenter.segment(volume.read(), volume.require_voxel_size())
     found = tifffile.imread(io.BytesIO(base64.b64decode(told["answer"]["labels"])))
     np.testing.assert_array_equal(found, expected.labels)
     assert len(told["answer"]["nuclei"]) == len(expected.nuclei)

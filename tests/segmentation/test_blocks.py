@@ -17,7 +17,7 @@ from nuclei3d.segmentation.blocks import (
     merge_nuclei,
     plan_blocks,
 )
-from nuclei3d.segmentation.nuclei import measure_nuclei
+from nuclei3d.segmentation.masks import measure_nuclei
 
 VOXELS = VoxelSize(2.0, 1.0, 1.0)
 

@@ -12,10 +12,11 @@ from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import find_boxes, isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.dynamics import MaskSettings, masks_2d_from_flows, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_2d_from_flows, masks_from_flows
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.segmentation.masks import score_labels
+from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 DIAMETER = 22.0

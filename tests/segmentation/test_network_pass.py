@@ -23,7 +23,7 @@ from nuclei3d.segmentation.network_pass import (
     volume_grid,
 )
 from nuclei3d.segmentation.network_runner import MAX_VOXELS
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from solid_oracle import SPEC, SolidOracle
 from volumes_fixture import draw_volume
@@ -55,7 +55,7 @@ def ap_of(truth, labels):
 def test_exact_flows_give_every_nucleus_back(anisotropy):
     size = VoxelSize(anisotropy, 1.0, 1.0)
     truth = drawn_labels(size, (round(44 / anisotropy), 44, 50))
-    result = segment_volume(truth.astype(np.float32), size, VolumeOracle(anisotropy), SETTINGS, CPU)
+    result = Segmenter(VolumeOracle(anisotropy), SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
@@ -66,7 +66,7 @@ def test_patches_are_blended_into_the_same_nuclei(monkeypatch):
     truth = drawn_labels(size, (40, 70, 66), nuclei=14)
     monkeypatch.setitem(MAX_VOXELS, "cpu", 20 * 40 * 40)
     network = VolumeOracle(2.0, patch=(12, 24, 24))
-    result = segment_volume(truth.astype(np.float32), size, network, SETTINGS, CPU)
+    result = Segmenter(network, SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert len(network.shapes) > 4
     assert ap_of(truth, result.labels) == 1.0
 
@@ -100,7 +100,7 @@ def test_planes_closer_than_in_training_are_found_all_the_same():
     settings = replace(SETTINGS, intensity_range=IntensityRange(0.0, 1.0))
     # one nucleus value for all, so that averaging planes invents no labels
     truth[truth > 1] = 0
-    result = segment_volume(truth.astype(np.float32), size, VolumeOracle(2.0), settings, CPU)
+    result = Segmenter(VolumeOracle(2.0), settings, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
 
 
@@ -162,20 +162,16 @@ def test_tanh_of_the_distance_leads_to_the_centre():
 )
 def test_a_mode_for_another_kind_of_network_is_refused_in_one_line(network, mode, message):
     with pytest.raises(InputError, match=message) as raised:
-        segment_volume(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1), network(), replace(SETTINGS, mode=mode), CPU
+        Segmenter(network(), replace(SETTINGS, mode=mode), CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )
     assert "\n" not in str(raised.value)
 
 
 def test_the_engine_for_planes_is_refused():
     with pytest.raises(InputError, match="openvino"):
-        segment_volume(
-            np.zeros((8, 32, 32)),
-            VoxelSize(2, 1, 1),
-            VolumeOracle(2.0),
-            replace(SETTINGS, engine="openvino"),
-            CPU,
+        Segmenter(VolumeOracle(2.0), replace(SETTINGS, engine="openvino"), CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )
 
 
@@ -184,14 +180,11 @@ def test_the_engine_for_planes_is_refused():
 def test_exact_flows_of_both_give_every_touching_nucleus_back(anisotropy, fusion):
     size = VoxelSize(anisotropy, 1.0, 1.0)
     truth = draw_volume(np.random.default_rng(0), size, (round(44 / anisotropy), 44, 50), 6)[1]
-    result = segment_volume(
-        truth.astype(np.float32),
-        size,
-        OracleNetwork(separate=False),
+    result = Segmenter(
+        Networks(OracleNetwork(separate=False), volume=VolumeOracle(anisotropy)),
         replace(MIXED, fusion=fusion),
         CPU,
-        volume_network=VolumeOracle(anisotropy),
-    )
+    ).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
@@ -217,7 +210,7 @@ def test_networks_of_other_scale_and_other_planes_meet_on_the_grid_of_the_views(
     alone = flows_of(image, size, networks[0], replace(settings, mode="ortho", volume=None))
     assert flows.shape == alone.shape
     assert flows.voxel_size == alone.voxel_size
-    result = segment_volume(image, size, networks[0], settings, CPU, volume_network=networks[1])
+    result = Segmenter(Networks(networks[0], volume=networks[1]), settings, CPU).segment(image, size)
     assert ap_of(truth, result.labels) == 1.0
 
 
@@ -277,7 +270,7 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
 )
 def test_what_does_not_mix_is_refused_in_one_line(network, volume, settings, message):
     with pytest.raises(InputError, match=message) as raised:
-        segment_volume(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1), network, settings, CPU, volume_network=volume
+        Segmenter(Networks(network, volume=volume), settings, CPU).segment(
+            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
         )
     assert "\n" not in str(raised.value)

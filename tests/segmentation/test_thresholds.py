@@ -8,8 +8,8 @@ import pytest
 from nuclei3d.flows import flows_3d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.dynamics import label_flows
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.segmenter import label_flows
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.segmentation.thresholds import LabelledFlow, choose_thresholds
 

@@ -21,7 +21,7 @@ from nuclei3d.segmentation.network_pass import (
     whole_planes,
 )
 from nuclei3d.segmentation.network_runner import NetworkRunner
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
 
@@ -194,8 +194,8 @@ def test_nothing_is_lost_by_leaving_empty_space_out():
     results, pixels = [], []
     for skip in (True, False):
         oracle = OracleNetwork(separate=False)
-        result = segment_volume(
-            truth.astype(np.float32), VoxelSize(1, 1, 1), oracle, replace(settings, skip_empty=skip), CPU
+        result = Segmenter(oracle, replace(settings, skip_empty=skip), CPU).segment(
+            truth.astype(np.float32), VoxelSize(1, 1, 1)
         )
         results.append(result.labels)
         pixels.append(sum(shape[0] * shape[2] * shape[3] for shape in oracle.shapes))

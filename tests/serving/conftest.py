@@ -36,13 +36,13 @@ class ThresholdModel:
         self.score: float | None = 0.5
 
     def segment_file(
-        self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
+        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
         self.begun += 1
         while not self.go.wait(0.005):
             if progress is not None:
                 progress(0.5)
-        frame, voxel_size = open_frame(file, wishes, self.limits.max_voxels)
+        frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "labels.tif"
             write_labels(out, (frame.read() > 100).astype(np.uint32), voxel_size)
@@ -53,7 +53,7 @@ class ThresholdModel:
                 {"label": 1, "z_um": 1.0, "y_um": 2.0, "x_um": 3.0, "volume_um3": 4.0, "mean_intensity": 5.0}
                 | {"score": self.score}
             ],
-            "parameters": wishes.model_dump(mode="json", exclude_none=True),
+            "parameters": asked.model_dump(mode="json", exclude_unset=True),
             "model": self.version,
             "seconds": {"network": 0.0},
         }
@@ -109,7 +109,7 @@ def _serving(
     finally:
         if isinstance(model, ThresholdModel):
             model.go.set()
-        service.turns.close()
+        service.queue.close()
         server.should_exit = True
         thread.join(10)
 

@@ -137,7 +137,7 @@ def test_a_full_line_answers_503_with_retry_after_and_health_stays_quick(
     with serving(queue=1) as running:
         running.model.go.clear()
         first, second = running.post_later(records(volume)), running.post_later(records(volume))
-        running.wait_for(lambda: running.model.begun == 1 and not running.service.turns.accepting)
+        running.wait_for(lambda: running.model.begun == 1 and not running.service.queue.accepting)
         refused = running.post(records(volume))
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
@@ -165,10 +165,10 @@ def test_an_abandoned_request_is_not_computed(serving: Serving, volume: str) -> 
         first = running.post_later(records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         line = send_and_hang_up(running.url, records(volume))
-        turns = running.service.turns
-        running.wait_for(lambda: len(turns._line) == 1)
+        queue = running.service.queue
+        running.wait_for(lambda: len(queue._waiting) == 1)
         line.close()
-        running.wait_for(lambda: len(turns._line) == 0)
+        running.wait_for(lambda: len(queue._waiting) == 0)
         running.model.go.set()
         running.wait_for(lambda: bool(first))
         assert running.post(records(volume)).status_code == 200
@@ -181,7 +181,7 @@ def test_a_request_abandoned_while_it_is_computed_is_stopped(serving: Serving, v
         line = send_and_hang_up(running.url, records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         line.close()
-        running.wait_for(lambda: running.service.turns.accepting)
+        running.wait_for(lambda: running.service.queue.accepting)
 
 
 def test_a_request_that_takes_too_long_is_stopped(serving: Serving, volume: str) -> None:
@@ -201,8 +201,8 @@ def test_a_stopping_service_finishes_what_it_computes_and_sends_the_others_away(
         first = running.post_later(records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         second = running.post_later(records(volume))
-        running.wait_for(lambda: len(running.service.turns._line) == 1)
-        running.service.turns.close()
+        running.wait_for(lambda: len(running.service.queue._waiting) == 1)
+        running.service.queue.close()
         running.server.should_exit = True
         running.wait_for(lambda: bool(second))
         assert second[0].status_code == 503

@@ -24,20 +24,20 @@ VOXEL_SIZE = VoxelSize(2.0, 0.3, 0.3)
 def test_an_image_of_any_type_comes_back_as_labels(serving: Serving, image: Image, dtype: str) -> None:
     sent = image.astype(dtype) if dtype != "bool" else image > 100
     with serving() as running:
-        found, told = RemoteModel(running.url).segment(sent, VOXEL_SIZE, PredictParams(mode="stitch"))
+        found = RemoteModel(running.url, PredictParams(mode="stitch")).segment(sent, VOXEL_SIZE)
     np.testing.assert_array_equal(found.labels, (sent > 100).astype(np.uint32))
     assert found.labels.dtype == np.uint32
     assert found.nuclei[0].volume_um3 == 4.0
-    assert told["model"]["version"] == "3"
-    assert told["parameters"]["mode"] == "stitch"
-    assert told["parameters"]["voxel_size_um"] == [2.0, 0.3, 0.3]
-    assert "device" not in told["parameters"]
+    assert found.model["version"] == "3"
+    assert found.parameters["mode"] == "stitch"
+    assert found.parameters["voxel_size_um"] == [2.0, 0.3, 0.3]
+    assert "device" not in found.parameters
 
 
 def test_a_volume_of_three_planes_is_not_taken_for_a_colour_picture(serving: Serving) -> None:
     image = np.arange(3 * 20 * 20, dtype=np.uint16).reshape(3, 20, 20)
     with serving() as running:
-        found, _ = RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+        found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     np.testing.assert_array_equal(found.labels, image > 100)
 
 
@@ -46,32 +46,30 @@ def test_the_token_comes_from_the_environment(
 ) -> None:
     with serving(token="sesame") as running:
         monkeypatch.setenv("NUCLEI3D_TOKEN", "sesame")
-        RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+        RemoteModel(running.url).segment(image, VOXEL_SIZE)
         monkeypatch.delenv("NUCLEI3D_TOKEN")
         with pytest.raises(InputError, match=r"401.*token"):
-            RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+            RemoteModel(running.url).segment(image, VOXEL_SIZE)
 
 
 def test_a_refusal_is_told_in_the_words_of_the_service(serving: Serving, image: Image) -> None:
     with serving(max_voxels=10) as running, pytest.raises(InputError, match=r"400.*this service takes 10"):
-        RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+        RemoteModel(running.url).segment(image, VOXEL_SIZE)
 
 
 def test_a_service_that_is_not_there_is_one_line() -> None:
     with pytest.raises(InputError, match="start the service") as caught:
-        RemoteModel("http://127.0.0.1:9", patience_s=0.5).segment(
-            np.zeros((2, 4, 4), np.uint8), VOXEL_SIZE, PredictParams()
-        )
+        RemoteModel("http://127.0.0.1:9", patience_s=0.5).segment(np.zeros((2, 4, 4), np.uint8), VOXEL_SIZE)
     assert "\n" not in str(caught.value)
 
 
 def test_a_busy_service_is_tried_again(serving: Serving, image: Image, capsys: Any) -> None:
     with serving(queue=0) as running:
         running.model.go.clear()
-        place = running.service.turns.take_place()
-        threading.Timer(0.7, lambda: running.service.turns.leave(place)).start()
+        place = running.service.queue.take_place()
+        threading.Timer(0.7, lambda: running.service.queue.leave(place)).start()
         running.model.go.set()
-        found, _ = RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+        found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     np.testing.assert_array_equal(found.labels, image > 100)
     assert "is busy (503)" in capsys.readouterr().err
 
@@ -95,7 +93,7 @@ def test_another_kind_of_server_is_recognised(answer: bytes) -> None:
     try:
         with pytest.raises(InputError, match="does it serve nuclei3d"):
             RemoteModel(f"http://127.0.0.1:{server.server_port}").segment(
-                np.zeros((2, 4, 4), np.uint8), VOXEL_SIZE, PredictParams()
+                np.zeros((2, 4, 4), np.uint8), VOXEL_SIZE
             )
     finally:
         server.shutdown()
@@ -105,7 +103,7 @@ def test_another_kind_of_server_is_recognised(answer: bytes) -> None:
 def test_an_unknown_score_survives_the_way(serving: Serving, image: Image) -> None:
     with serving() as running:
         running.model.score = None
-        found, _ = RemoteModel(running.url).segment(image, VOXEL_SIZE, PredictParams())
+        found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     assert math.isnan(found.nuclei[0].score)
 
 

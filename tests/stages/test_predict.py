@@ -21,8 +21,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
-from nuclei3d.stages.predict import predict
-from nuclei3d.stages.segmenters import COLUMNS
+from nuclei3d.stages.predict import COLUMNS, predict
 
 VOXELS = VoxelSize(2.0, 0.5, 0.5)
 CENTRES_UM = ((16.0, 8.0, 9.0), (15.0, 20.0, 22.0), (20.0, 9.0, 24.0))

@@ -106,11 +106,10 @@ def test_the_service_ends_well_when_told_to(model: Path, tmp_path: Path) -> None
         file = tmp_path / "example.ome.tif"
         file.write_bytes(frame["volume"][0])
         (volume,) = find_frames(file)
-        found, told = RemoteModel(f"http://127.0.0.1:{port}").segment(
-            volume.read(), volume.require_voxel_size(), Params().predict
-        )
+        remote_model = RemoteModel(f"http://127.0.0.1:{port}")
+        found = remote_model.segment(volume.read(), volume.require_voxel_size())
         np.testing.assert_array_equal(found.labels, expected_labels(model))
-        assert told["model"] == {"name": "nuclei_3d"}
+        assert found.model == {"name": "nuclei_3d"}
         # And the client writes the very files that local prediction writes.
         local, remote = tmp_path / "local", tmp_path / "remote"
         predict(Params(), [file], str(model), local)

@@ -4,7 +4,8 @@ import pytest
 from nuclei3d.config.sections import AugmentParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker, validation_batches
 from nuclei3d.training.crops import CropGrid, draw_crop
 from volumes_fixture import make_volumes

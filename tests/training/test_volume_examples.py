@@ -10,7 +10,8 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import MaskSettings, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.batches import NO_AUGMENTATION
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nuclei3d.config.sections import Params
+from nuclei3d.config.sections import Params, Section
 from nuclei3d.errors import InputError
 
 _HEAD = """# Parameters
@@ -72,8 +72,10 @@ def _page(name: str, kind: type[BaseModel]) -> str:
 
 
 def _prose(kind: type[BaseModel]) -> str:
-    """Give a class's docstring, its list of attributes as a list in Markdown."""
-    text = re.sub(r"\n*Attributes\n-+\n", "\n\n", inspect.cleandoc(kind.__doc__ or ""))
+    """Give the docstrings of a class and its parents, their lists of attributes as lists in Markdown."""
+    family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
+    text = "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family)
+    text = re.sub(r"\n*Attributes\n-+\n", "\n\n", text)
     lines: list[str] = []
     for line in text.replace("``", "`").splitlines():
         if re.fullmatch(r"[a-z][a-z0-9_]*(, [a-z][a-z0-9_]*)*", line):

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from nuclei3d.config.sections import PositiveFloat, PredictParams
+from nuclei3d.config.sections import PositiveFloat, PredictParams, SegmentationParams, Triple
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 
@@ -28,34 +28,19 @@ PATH = "path"
 MAX_VOXELS = 100_000_000
 
 
-class RequestParams(BaseModel):
-    """What a request may set; None means: the value stored with the model, or said by the file.
+class RequestParams(SegmentationParams):
+    """What a request may set; what it does not set is the service's default, or said by the file.
 
     `voxel_size_um` is (z, y, x) and wins over the file's; `anisotropy` (depth of a voxel over its width in x)
-    replaces only the depth. The others are those of the section ``predict`` of params.yaml; where and with
-    how much memory it is computed is the business of the service.
+    replaces only the depth. Where and with how much memory it is computed is the business of the service.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(allow_inf_nan=False)
 
-    mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] | None = None
-    diameter_um: PositiveFloat | None = None
-    voxel_size_um: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] = "auto"
+    voxel_size_um: Triple | None = None
     anisotropy: PositiveFloat | None = None
     channel: str | None = None
-    views: Annotated[tuple[Literal["xy", "xz", "yz"], ...], Field(min_length=1)] | None = None
-    view_weights: tuple[PositiveFloat, ...] | None = None
-    fusion: Literal["mean", "consensus"] | None = None
-    orthogonal_step: Annotated[int, Field(ge=1)] | None = None
-    cellprob_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    max_volume_um3: PositiveFloat | None = None
-    flip_average: bool | None = None
-    precision: Literal["auto", "float32", "bfloat16"] | None = None
-    stitch_min_iou: Annotated[float, Field(gt=0, le=1)] | None = None
-    stitch_max_gap: Annotated[int, Field(ge=0)] | None = None
-    flow3d_smooth: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     def over(self, defaults: PredictParams) -> PredictParams:
         """Give the prediction parameters: the request's where it says something, else the defaults.
@@ -65,10 +50,11 @@ class RequestParams(BaseModel):
         InputError
             If they do not go together.
         """
-        shared = set(PredictParams.model_fields) & set(RequestParams.model_fields)
-        wishes = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name) for name in self.model_fields_set & set(PredictParams.model_fields)
+        }
         try:
-            return PredictParams.model_validate(defaults.model_dump() | wishes)
+            return PredictParams.model_validate(defaults.model_dump() | given)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise InputError(f"the parameters do not go together: {reason}") from None

@@ -12,13 +12,14 @@ import numpy as np
 
 import nuclei3d
 from nuclei3d.config import params_as_dict
-from nuclei3d.config.sections import PredictParams
-from nuclei3d.experiment.invocation import MAX_VOXELS
+from nuclei3d.config.sections import PredictParams, SegmentationParams
+from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams
 from nuclei3d.networks.folder import ModelInfo
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.models import ModelSignature
+    from mlflow.types.schema import ParamSpec
 
 # What the code beside the model imports, directly, to answer a request. Pinned to the versions that are
 # installed where the model is registered.
@@ -36,6 +37,7 @@ _REQUIRED = (
     "pandas",
     "pydantic",
     "pyyaml",
+    "ruamel.yaml",
     "rich",
     "psutil",
 )
@@ -89,11 +91,7 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
     Defaults are the values that take effect: those of `predict`, else those stored with the model.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
-
-    def parameter(name: str, kind: str, stored: object = None) -> ParamSpec:
-        chosen = getattr(predict, name, None)
-        return ParamSpec(name, kind, stored if chosen is None else chosen)
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, Property, Schema
 
     numbers = ("z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
     nucleus = Object(
@@ -107,29 +105,34 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
             ]
         ),
         outputs=Schema([ColSpec(DataType.string, "labels"), ColSpec(Array(nucleus), "nuclei")]),
-        params=ParamSchema(
-            [
-                parameter("mode", "string"),
-                parameter("diameter_um", "double", info.nucleus_diameter_um),
-                ParamSpec("voxel_size_um", "double", [], shape=(-1,)),
-                parameter("anisotropy", "double"),
-                parameter("channel", "string"),
-                ParamSpec("views", "string", list(predict.views), shape=(-1,)),
-                ParamSpec("view_weights", "double", list(predict.view_weights or ()), shape=(-1,)),
-                parameter("fusion", "string"),
-                parameter("orthogonal_step", "long"),
-                parameter("cellprob_threshold", "double", info.cellprob_threshold),
-                parameter("score_threshold", "double", info.score_threshold),
-                parameter("min_volume_um3", "double", info.min_volume_um3),
-                parameter("max_volume_um3", "double"),
-                parameter("flip_average", "boolean"),
-                parameter("precision", "string"),
-                parameter("stitch_min_iou", "double"),
-                parameter("stitch_max_gap", "long"),
-                parameter("flow3d_smooth", "double"),
-            ]
-        ),
+        params=ParamSchema([_parameter(name, info, predict) for name in _request_order()]),
     )
+
+
+def _request_order() -> list[str]:
+    """Name what a request may set; what is said of the image follows the diameter."""
+    shared = list(SegmentationParams.model_fields)
+    own = [name for name in RequestParams.model_fields if name not in shared]
+    after = shared.index("diameter_um") + 1
+    return [*shared[:after], *own, *shared[after:]]
+
+
+_MLFLOW_TYPES = {"string": "string", "number": "double", "integer": "long", "boolean": "boolean"}
+
+
+def _parameter(name: str, info: ModelInfo, predict: PredictParams) -> ParamSpec:
+    """Describe a parameter to MLflow, whose empty list means "not given"."""
+    from mlflow.types.schema import ParamSpec
+
+    described = RequestParams.model_json_schema()["properties"][name]
+    kind = described if "type" in described else described["anyOf"][0]
+    value = getattr(predict, name, None)
+    if kind["type"] == "array":
+        item = kind["items"] if "items" in kind else kind["prefixItems"][0]
+        return ParamSpec(name, _MLFLOW_TYPES[item["type"]], list(value or ()), shape=(-1,))
+    if value is None:
+        value = getattr(info, "nucleus_diameter_um" if name == "diameter_um" else name, None)
+    return ParamSpec(name, _MLFLOW_TYPES[kind["type"]], value)
 
 
 def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -34,9 +34,9 @@ from nuclei3d.images.frames import check_image
 from nuclei3d.images.writing import write_labels
 from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import load_model
-from nuclei3d.segmentation.nuclei import Nucleus
-from nuclei3d.segmentation.segmenter import segment_volume
-from nuclei3d.segmentation.settings import effective_parameters, segmentation_settings
+from nuclei3d.segmentation.masks import Nucleus
+from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.segmentation.settings import segmentation_settings
 
 
 class NucleiModel(PythonModel):
@@ -60,7 +60,7 @@ class NucleiModel(PythonModel):
         self.model.network.to(self.device)
         self.version = {"name": self.model.info.name} | _registered_version(folder)
         # Requests come in threads; the network's work is done for one of them at a time.
-        self._turn = threading.Lock()
+        self._device_lock = threading.Lock()
 
     def predict(
         self,
@@ -78,12 +78,12 @@ class NucleiModel(PythonModel):
 
     def answer(self, row: Mapping[Any, Any], params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Segment the volume of one row: ``volume`` (bytes of a TIFF, or their base64) or ``path``."""
-        wishes = read_request_params(params)
+        asked = read_request_params(params)
         with volume_on_disk(row, self.limits) as file:
-            return self.segment_file(file, wishes)
+            return self.segment_file(file, asked)
 
     def segment_file(
-        self, file: Path, wishes: RequestParams, progress: Callable[[float], None] | None = None
+        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
         """Segment the volume in a file.
 
@@ -91,7 +91,7 @@ class NucleiModel(PythonModel):
         ----------
         file
             TIFF or OME-Zarr with one volume.
-        wishes
+        asked
             What the request sets.
         progress
             Called with the share done; what it raises stops the computation.
@@ -107,13 +107,14 @@ class NucleiModel(PythonModel):
         InputError
             If the request is at fault.
         """
-        chosen = wishes.over(self.defaults)
-        frame, voxel_size = open_frame(file, wishes, self.limits.max_voxels)
+        chosen = asked.over(self.defaults)
+        frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
         image = frame.read()
         check_image(image, "the volume")
+        # not by the Segmenter: an unknown diameter is explained by this volume's voxels
         settings = segmentation_settings(self.model.info, chosen, voxel_size)
-        with self._turn:
-            result = segment_volume(image, voxel_size, self.model.network, settings, self.device, progress)
+        with self._device_lock:
+            result = Segmenter(self.model, settings, self.device).segment(image, voxel_size, progress)
         with tempfile.TemporaryDirectory(prefix="nuclei3d-") as folder:
             masks = Path(folder) / "masks.ome.tif"
             write_labels(masks, result.labels, voxel_size)
@@ -121,7 +122,7 @@ class NucleiModel(PythonModel):
         return {
             "labels": labels,
             "nuclei": [_record(nucleus) for nucleus in result.nuclei],
-            "parameters": effective_parameters(self.model.info, chosen, voxel_size),
+            "parameters": settings.as_parameters() | {"voxel_size_um": list(voxel_size.zyx)},
             "model": self.version,
             "seconds": dict(result.seconds),
         }

@@ -209,6 +209,44 @@ def single_frame(
     return frames[0]
 
 
+def read_volume(
+    path: str | Path,
+    *,
+    channel: str | int | None = None,
+    voxel_size_um: tuple[float, float, float] | None = None,
+) -> tuple[NDArray[Any], VoxelSize]:
+    """Read the one volume of a file.
+
+    Parameters
+    ----------
+    path
+        TIFF, OME-TIFF or OME-Zarr.
+    channel
+        Name or number, where there are several.
+    voxel_size_um
+        Edges (z, y, x); wins over what the file states.
+
+    Returns
+    -------
+    image : array (z, y, x)
+    voxel_size : VoxelSize
+        As `Segmenter.segment` takes it; its numbers are ``voxel_size.zyx``.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it holds no single volume, or its voxel size is unknown.
+
+    Examples
+    --------
+    >>> from nuclei3d import read_volume
+    >>> image, voxel_size = read_volume("embryo.tif", voxel_size_um=(2.0, 0.174, 0.174))
+    """
+    given = VoxelSize.of(voxel_size_um) if voxel_size_um is not None else None
+    frame = single_frame(Path(path), channel=channel, voxel_size=given)
+    return frame.read(), frame.require_voxel_size()
+
+
 def single_label_frame(path: Path) -> Frame:
     """Find the one label volume of a file or OME-Zarr folder."""
     return single_frame(find_label_array(path) if is_zarr(path) else path)

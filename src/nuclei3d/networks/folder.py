@@ -6,6 +6,7 @@ import datetime
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -166,7 +167,7 @@ def require_model(path: Path, given_as: str = "--model") -> None:
         )
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: str | PathLike[str]) -> Model:
     """Load a model from its folder or its weights file.
 
     A bare weights file of Cellpose 3, with no model.json beside it, loads with its own ``diam_mean`` and this

@@ -1,15 +1,11 @@
-"""Joining the nuclei that were found in overlapping blocks of a volume (`blocks`).
-
-Nuclei of two blocks that are the same (IoU above a half where the blocks overlap) are joined, and the mask
-is taken from the block that saw the nucleus farthest from its own cut faces; a nucleus that only one block
-sees is kept if its centre lies in that block's core. So no nucleus is ever cut at a face, and each voxel of
-the result can be decided core by core.
-
-Cutting a large volume into overlapping blocks.
+"""Cutting a large volume into overlapping blocks, and joining the nuclei that were found in them.
 
 Blocks partition the volume by their *cores*; each is segmented on its *outer* box, the core grown by a margin
-that a whole nucleus fits into. A nucleus near a face is therefore seen whole by the blocks on both
-sides; `block_nuclei` joins what they saw.
+that a whole nucleus fits into, so a nucleus near a face is seen whole by the blocks on both sides. Nuclei of
+two blocks that are the same (IoU above a half where they overlap) are joined, and the mask is taken from
+the block that saw the nucleus farthest from its own cut faces; a nucleus that only one block sees is kept if
+its centre lies in that block's core. So no nucleus is ever cut at a face, and each voxel of the result can be
+decided core by core.
 """
 
 from __future__ import annotations
@@ -26,13 +22,14 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.segmentation.masks import Nucleus
 from nuclei3d.segmentation.network_runner import grow_to_lattice
-from nuclei3d.segmentation.nuclei import Nucleus
 
 Box = tuple[slice, slice, slice]
 Pixels = float | Sequence[float]
 
 MARGIN_DIAMETERS = 1.5
+_SAME_IOU = 0.5
 
 
 @dataclass(frozen=True)
@@ -170,9 +167,6 @@ def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
     """Tell into how many blocks a volume was cut along (z, y, x)."""
     z, y, x = (len({block.core[axis].start for block in blocks}) for axis in range(3))
     return z, y, x
-
-
-_SAME_IOU = 0.5
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,23 @@
 """Dynamics: from a flow and a logit to labelled nuclei.
 
-Every foreground voxel follows the flow in physical space to its sink (`trajectories`), sinks are grouped
-by physical distance (`sinks`), and what flows to one sink is a nucleus, made whole and scored (`masks`).
+1. Every foreground voxel becomes a particle that moves along the interpolated flow, in steps of fixed
+   physical length, to its sink. Interpolation is trilinear with voxel centres at whole coordinates and holds
+   up to the border of the volume. Flows of background voxels are used too: a nucleus may have holes in its
+   foreground, and a particle must not be caught in them. When it turns back by more than a right angle, it
+   has passed its sink, and its step is halved: it cannot overshoot for good, and it stops as soon as its
+   steps have become small (early stopping particle by particle).
+2. End points are counted in bins of equal physical size. Every bin that holds some looks for the densest bin
+   within a given distance and becomes its child (quick shift, Vedaldi and Soatto, ECCV 2008); a bin that is
+   the densest around is a sink, and all its descendants belong to it. No end point is left over, none is
+   handled one by one, and two sinks are two only if they lie further apart than that distance.
+3. What flows to one sink is a nucleus, made whole and scored (`masks`).
 
-All lengths are fractions of the nucleus' diameter, in um, so the same settings serve any grid: pass the voxel
-size of the grid that the flow lies on.
-
-Following the flow from every foreground voxel to where it ends, in physical space.
-
-A voxel becomes a particle that moves along the direction of the interpolated flow, in
-steps of fixed physical length. Interpolation is trilinear with voxel centres at whole coordinates and holds
-up to the border of the volume. Flows of background voxels are used too: a nucleus may have holes in its
-foreground, and a particle must not be caught in them. Whenever the direction turns back by more
-than a right angle the particle has passed its sink, and its step is halved: it cannot overshoot for good, and
-it stops as soon as its steps have become small (early stopping particle by particle).
-
-Grouping of end points into sinks, by physical distance.
-
-End points are counted in bins of equal physical size. Every bin that holds some looks for the densest bin
-within a given distance and becomes its child (quick shift, Vedaldi and Soatto, ECCV 2008); a bin that is the
-densest around is a sink, and all its descendants belong to it. No end point is left over, none is
-handled one by one, and two sinks are two only if they lie further apart than that distance.
+Lengths are in um or fractions of the nucleus' diameter, so the same settings serve any grid.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,42 +25,19 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import available_threads
+from nuclei3d.grid import available_threads, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
-from nuclei3d.segmentation.masks import clean_labels, keep_labels, score_labels
+from nuclei3d.segmentation.masks import finish_labels
+from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
+from nuclei3d.segmentation.stitching import stitch_planes
 
 _SLOW = 0.25
 """Flows shorter than this move a particle by proportionally shorter steps; others by whole steps."""
 
 
-@dataclass(frozen=True)
-class BinGrid:
-    """Bins of equal physical size over a volume, in which end points are counted.
-
-    Attributes
-    ----------
-    edges_um : (float, float, float)
-        Edges of a bin on (z, y, x).
-    shape : (int, int, int)
-        Number of bins on (z, y, x).
-    """
-
-    edges_um: tuple[float, float, float]
-    shape: tuple[int, int, int]
-
-    @classmethod
-    def over(cls, shape: tuple[int, ...], voxel_size: VoxelSize, edge_um: float) -> BinGrid:
-        """Make bins of about `edge_um` over a volume; on an axis of one voxel there is one bin."""
-        counts = [
-            max(1, int(np.ceil((length - 1) * size / edge_um))) if length > 1 else 1
-            for length, size in zip(shape, voxel_size.zyx, strict=True)
-        ]
-        return cls((edge_um, edge_um, edge_um), (counts[0], counts[1], counts[2]))
-
-
 @njit(cache=True, nogil=True, fastmath=True)
-def follow(
+def _follow(
     packed: NDArray[np.int16],
     threshold_units: float,
     edges: NDArray[np.float32],
@@ -246,85 +214,86 @@ def _replace(ends: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
             flat[i] = table[flat[i] - 1]
 
 
-def group_sinks(ends: NDArray[np.uint32], grid: BinGrid, radius_um: float) -> int:
-    """Replace, in place, the bin of every voxel's end point by the number of its sink.
-
-    Parameters
-    ----------
-    ends : uint32 array, shape (Z, Y, X)
-        1 + the flat index of the bin of the voxel's end point, 0 for background; overwritten by 1..n.
-    grid : BinGrid
-        The bins.
-    radius_um : float
-        Sinks closer than this to a denser one are part of it.
-
-    Returns
-    -------
-    int
-        The number n of sinks.
-    """
-    counts = np.zeros(int(np.prod(grid.shape)), np.uint32)
+def _group_sinks(
+    ends: NDArray[np.uint32], bin_shape: tuple[int, int, int], bin_um: float, radius_um: float
+) -> None:
+    """Replace, in place, 1 + the bin of every voxel's end point (0: background) by the number of its sink."""
+    counts = np.zeros(int(np.prod(bin_shape)), np.uint32)
     _count(ends, counts)
     bins = np.flatnonzero(counts).astype(np.int64)
-    if len(bins) == 0:
-        return 0
-    densities = _densities(counts, grid.shape, bins)
-    edges = np.array(grid.edges_um)
-    reach = np.floor(radius_um / edges).astype(int)
-    around = np.argwhere(np.ones(2 * reach + 1, bool)) - reach
-    offsets = around[((around * edges) ** 2).sum(1) <= radius_um**2].astype(np.int64)
+    densities = _densities(counts, bin_shape, bins)
+    reach = int(np.floor(radius_um / bin_um))
+    around = np.argwhere(np.ones(3 * (2 * reach + 1,), bool)) - reach
+    offsets = around[((around * bin_um) ** 2).sum(1) <= radius_um**2].astype(np.int64)
     counts[bins] = np.arange(1, len(bins) + 1, dtype=np.uint32)
-    parents = _parents(counts, densities, grid.shape, bins, offsets)
-    numbers = _number_roots(parents)
-    counts[bins] = numbers
+    counts[bins] = _number_roots(_parents(counts, densities, bin_shape, bins, offsets))
     _replace(ends, counts)
-    return int(numbers.max())
 
 
 _PLANE_DEPTH = 1e4
 """Depth, in pixels, given to a lone plane: so deep that no heat is lost through it."""
 
-_LEAST_SCORE = 0.01
 
+def label_flows(
+    flows: FlowField, shape: tuple[int, ...], settings: SegmentationSettings
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Bring a flow to labels on the image's grid: followed in 3D, or (mode ``stitch``) plane by plane.
 
-@dataclass(frozen=True)
-class MaskSettings:
-    """How flows become masks. Lengths are fractions of the diameter of a typical nucleus.
-
-    Attributes
+    Parameters
     ----------
-    cellprob_threshold : float
-        Voxels with a (mean) logit above this are foreground.
-    score_threshold : float
-        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
-        are: their flow has nothing to do with their mask.
-    min_volume_um3, max_volume_um3 : float
-        Bounds of a nucleus' volume; no upper bound if None.
-    min_volume_fraction : float
-        Nuclei below this fraction of the volume of a typical nucleus are dropped in any case: what is left
-        there are crumbs of the dynamics.
-    step : float
-        First step of a particle. It is never below the smallest voxel edge.
-    bin_edge : float
-        Edge of the bins in which end points are counted.
-    sink_radius : float
-        Sinks closer together than this are one.
+    flows
+        On the view grid.
+    shape
+        Shape (z, y, x) of the image.
+    settings
+        `masks` and what concerns stitching.
+
+    Returns
+    -------
+    labels : uint32 array of that shape
+        1..n without gaps.
+    scores : float32 array (n + 1,)
+        Score of each nucleus; entry 0 is 0.
     """
+    diameter_um = settings.nucleus_diameter_um
+    if settings.mode == "stitch":
+        planes = _label_planes(flows, diameter_um, settings.masks)
+        labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
+        bounds_um3 = settings.masks.bounds_um3(diameter_um)
+        scores = finish_labels(labels, flows, bounds_um3, settings.masks.score_threshold)
+    else:
+        labels, scores = masks_from_field(flows, diameter_um, settings.masks)
+    return _to_image_grid(labels, scores, shape)
 
-    cellprob_threshold: float = 0.0
-    score_threshold: float = 0.0
-    min_volume_um3: float = 0.0
-    max_volume_um3: float | None = None
-    min_volume_fraction: float = 0.01
-    step: float = 1 / 20
-    bin_edge: float = 1 / 16
-    sink_radius: float = 0.2
 
-    def bounds_um3(self, nucleus_diameter_um: float) -> tuple[float, float]:
-        """Least and largest volume of a nucleus, in um3."""
-        typical_um3 = np.pi / 6 * nucleus_diameter_um**3
-        least = max(self.min_volume_um3, self.min_volume_fraction * typical_um3)
-        return least, np.inf if self.max_volume_um3 is None else self.max_volume_um3
+def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) -> NDArray[np.uint32]:
+    """Segment each xy plane on its own."""
+    planes = np.zeros(flows.shape, np.uint32)
+
+    def segment(z: int) -> None:
+        flow, logit = flows.unpack((slice(z, z + 1), slice(None), slice(None)))
+        planes[z] = masks_2d_from_flows(flow[1:, 0], logit[0], diameter_um / flows.voxel_size.x, settings)
+
+    with ThreadPoolExecutor(available_threads()) as pool:
+        list(pool.map(segment, range(len(planes))))
+    return planes
+
+
+def _to_image_grid(
+    labels: NDArray[np.uint32], scores: NDArray[np.float32], shape: tuple[int, ...]
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Bring labels to the image's grid by nearest neighbour; a label that vanishes leaves no gap."""
+    if labels.shape == tuple(shape):
+        return labels, scores
+    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
+    present = np.zeros(len(scores), np.bool_)
+    present[np.unique(resized)] = True
+    present[0] = True
+    if not present.all():
+        table = np.cumsum(present, dtype=np.uint32) - np.uint32(1)
+        table[~present] = 0
+        resized = table[resized]
+    return resized, scores[present]
 
 
 def masks_from_flows(
@@ -376,7 +345,7 @@ def masks_from_field(
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
     bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
-    scores = finish_labels(labels, field, bounds_um3, settings.score_threshold, threads=threads)
+    scores = finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
     return labels, scores
 
 
@@ -422,47 +391,8 @@ def masks_2d_from_flows(
     labels = _sink_of_each_voxel(field, diameter_px, settings, 1)
     min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
     bounds = (min_pixels * plane.volume_um3, np.inf)
-    finish_labels(labels, field, bounds, settings.score_threshold, threads=1)
+    finish_labels(labels, field, bounds, settings.score_threshold, 1)
     return np.asarray(labels[0])
-
-
-def finish_labels(
-    labels: NDArray[np.uint32],
-    field: FlowField,
-    bounds_um3: tuple[float, float],
-    score_threshold: float,
-    *,
-    threads: int | None = None,
-) -> NDArray[np.float32]:
-    """Make labels whole, score them and drop those that are no nuclei, in place.
-
-    Parameters
-    ----------
-    labels : uint32 array, shape (Z, Y, X)
-        Raw labels; afterwards 1..n, each one 6-connected piece without holes.
-    field : FlowField
-        Of that shape.
-    bounds_um3 : tuple of float
-        Least and largest volume.
-    score_threshold : float
-        Labels with a lower score are dropped; those below 0.01 always are.
-    threads : int, optional
-        All processors by default.
-
-    Returns
-    -------
-    float32 array, shape (n + 1,)
-        Score in 0..1 by label; entry 0 is 0.
-    """
-    least, most = (bound / field.voxel_size.volume_um3 for bound in bounds_um3)
-    where = clean_labels(labels, least, most, threads)
-    scores = score_labels(labels, where, field, threads)
-    keep = scores >= max(score_threshold, _LEAST_SCORE)
-    keep[0] = True
-    if keep.all():
-        return scores
-    keep_labels(labels, keep)
-    return scores[keep]
 
 
 def _sink_of_each_voxel(
@@ -476,19 +406,22 @@ def _sink_of_each_voxel(
     in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
     # Bins finer than voxels would only cost memory.
     bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))
-    grid = BinGrid.over(shape, voxel_size, bin_um)
+    z, y, x = (
+        max(1, int(np.ceil((length - 1) * edge / bin_um))) if length > 1 else 1
+        for length, edge in zip(shape, voxel_size.zyx, strict=True)
+    )
     step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
     rounds = 40 + int(4 * diameter_um / step_um)
-    bin_edges = np.array(grid.edges_um, np.float32)
+    bin_edges = np.full(3, bin_um, np.float32)
     threshold = settings.cellprob_threshold * LOGIT_UNITS
 
     def run(start: int, stop: int) -> int:
         steps = (step_um, 0.15 * step_um, rounds)
-        return int(follow(field.packed, threshold, edges, *steps, bin_edges, grid.shape, ends, start, stop))
+        return int(_follow(field.packed, threshold, edges, *steps, bin_edges, (z, y, x), ends, start, stop))
 
     slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:
         foreground = sum(pool.map(run, slabs[:-1], slabs[1:]))
     if foreground > 0:
-        group_sinks(ends, grid, settings.sink_radius * diameter_um)
+        _group_sinks(ends, (z, y, x), bin_um, settings.sink_radius * diameter_um)
     return ends

@@ -1,76 +1,33 @@
-"""Segmenting a volume in 3D: normalise, run the network, follow the flow, bring the labels back.
+"""The door: a model, its settings and a device, which together segment volumes.
 
-Three steps that can be used on their own: `predict_flows` (the network pass), `labelling.label_flows`
-(everything after it) and `segment_volume` (both, and measuring the nuclei).
-
-From the flow of a volume to labels on the image's grid: followed in 3D, or plane by plane and linked.
+Imports at the top are light, so that ``from nuclei3d import Segmenter`` costs nothing; torch and the rest
+come with the first `Segmenter`.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
+from nuclei3d.errors import InputError
 
-from nuclei3d.grid import available_threads
-from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.unet3d import VolumeNetwork
-from nuclei3d.segmentation.dynamics import finish_labels, masks_2d_from_flows, masks_from_field
-from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.network_pass import Networks, predict_flows
-from nuclei3d.segmentation.nuclei import Nucleus, measure_nuclei
-from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, to_image_grid
-from nuclei3d.segmentation.stitching import stitch_planes
-from nuclei3d.segmentation.stock import segment_with_cellpose
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
 
-
-def label_flows(
-    flows: FlowField, shape: tuple[int, ...], settings: SegmentationSettings
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Follow the flow and bring the labels to the image's grid.
-
-    Parameters
-    ----------
-    flows
-        From `predict_flows`.
-    shape
-        Shape (z, y, x) of the image.
-
-    Returns
-    -------
-    labels : uint32 array of that shape
-        1..n without gaps.
-    scores : float32 array (n + 1,)
-        Score of each nucleus.
-    """
-    labels, scores = masks_from_field(flows, settings.nucleus_diameter_um, settings.masks)
-    return to_image_grid(labels, scores, shape)
-
-
-def stitch_flows(
-    flows: FlowField, shape: tuple[int, ...], settings: SegmentationSettings
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Segment each xy plane on its own and link the planes; parameters and results as `label_flows`."""
-    diameter_px = settings.nucleus_diameter_um / flows.voxel_size.x
-    planes = np.zeros(flows.shape, np.uint32)
-
-    def segment(z: int) -> None:
-        flow, logit = flows.unpack((slice(z, z + 1), slice(None), slice(None)))
-        planes[z] = masks_2d_from_flows(flow[1:, 0], logit[0], diameter_px, settings.masks)
-
-    with ThreadPoolExecutor(available_threads()) as pool:
-        list(pool.map(segment, range(len(planes))))
-    labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
-    bounds_um3 = settings.masks.bounds_um3(settings.nucleus_diameter_um)
-    scores = finish_labels(labels, flows, bounds_um3, settings.masks.score_threshold)
-    return to_image_grid(labels, scores, shape)
+    from nuclei3d.config.sections import PredictParams
+    from nuclei3d.images.voxel_size import VoxelSize
+    from nuclei3d.networks.folder import Model
+    from nuclei3d.segmentation.flow_field import FlowField
+    from nuclei3d.segmentation.masks import Nucleus
+    from nuclei3d.segmentation.network_pass import Networks
+    from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 
 
 @dataclass(frozen=True)
@@ -80,105 +37,277 @@ class Segmentation:
     Attributes
     ----------
     labels
-        uint32 (z, y, x) on the input's grid, 0 for background, 1..n without gaps.
-    nuclei
-        One entry per label, in order.
+        uint32 (z, y, x) on the image's grid, 0 for background, 1..n without gaps.
+    scores
+        float32 (n + 1,): 0..1 by label (`masks.score_labels`); nan from stock Cellpose, which has none.
     seconds
         Time by step: ``network`` (inside the forward pass), ``views`` (the rest of the network pass),
         ``masks``, ``total``.
     """
 
     labels: NDArray[np.uint32]
-    nuclei: list[Nucleus]
-    seconds: dict[str, float]
+    scores: NDArray[np.float32]
+    seconds: Mapping[str, float]
+    _measure: Callable[[], list[Nucleus]] = field(repr=False)
+
+    @cached_property
+    def nuclei(self) -> list[Nucleus]:
+        """One entry per label, in order: centroid and volume in um, mean intensity, score; measured once."""
+        return self._measure()
 
 
-def segment_volume(
-    image: NDArray[Any],
-    voxel_size: VoxelSize,
-    network: nn.Module,
-    settings: SegmentationSettings,
-    device: torch.device,
-    progress: Callable[[float], None] | None = None,
-    *,
-    orthogonal_network: nn.Module | None = None,
-    volume_network: nn.Module | None = None,
-) -> Segmentation:
-    """Segment the nuclei of a volume.
+@dataclass(frozen=True)
+class Models:
+    """A model, and those that a prediction joins with it.
+
+    Attributes
+    ----------
+    main
+        A 2D or a 3D model.
+    orthogonal
+        Another 2D model, for the xz and yz planes.
+    volume
+        A 3D model, whose flows are fused with those of the views.
+    """
+
+    main: Model
+    orthogonal: Model | None = None
+    volume: Model | None = None
+
+    @property
+    def loaded(self) -> list[Model]:
+        """Those that there are, the main one first."""
+        return [each for each in (self.main, self.orthogonal, self.volume) if each is not None]
+
+
+class Segmenter:
+    """Segments nuclei in 3D.
 
     Parameters
     ----------
-    image
-        (z, y, x), any real dtype, finite.
-    voxel_size
-        Of the image.
-    network
-        A 2D network such as CPnet, in mode ``full3d`` a `VolumeNetwork`; it is moved to `device`, its
-        training mode is left as it was.
+    model
+        Folder or weights file of a model, a loaded one (`nuclei3d.networks.folder.Model`), or networks
+        by themselves: a module, or `nuclei3d.segmentation.network_pass.Networks`.
     settings
-        What to do.
+        `PredictParams` or a mapping of their names (those of the section predict of params.yaml) to values;
+        what they leave open is the model's, and the further models that they name are loaded. Or
+        `SegmentationSettings`, with which nothing is left open; networks by themselves need these.
     device
-        Where the network runs.
-    progress
-        Called with the share done, 0 to 1.
-    orthogonal_network
-        Another network for the xz and yz planes.
-    volume_network
-        The `VolumeNetwork` of mode ``mixed``.
+        ``auto``, ``cpu``, ``cuda`` or a torch.device. By default what the parameters say, else ``auto``.
+
+    Attributes
+    ----------
+    settings : SegmentationSettings
+        As resolved.
+    device : torch.device
+    models : Models or None
+        What was loaded; None for networks by themselves.
 
     Raises
     ------
     InputError
-        If image, voxel size and diameter do not fit together, or the mode is not one for these networks.
+        If a model cannot be loaded, or models and settings do not go together.
+
+    Examples
+    --------
+    >>> from nuclei3d import Segmenter, read_volume
+    >>> segmenter = Segmenter("models/nuclei_3d", {"diameter_um": 9.5})
+    >>> image, voxel_size = read_volume("embryo.tif")
+    >>> result = segmenter.segment(image, voxel_size)
+    >>> result.labels.max(), result.nuclei[0].volume_um3
+
+    Other thresholds need the network only once:
+
+    >>> from dataclasses import replace
+    >>> flows = segmenter.flows(image, voxel_size)
+    >>> for threshold in (-1.0, 0.0, 1.0):
+    ...     masks = replace(segmenter.settings.masks, cellprob_threshold=threshold)
+    ...     labels, scores = segmenter.label(flows, image.shape, masks)
     """
-    started = time.perf_counter()
-    labels, scores, seconds = label_volume(
-        image,
-        voxel_size,
-        network,
-        settings,
-        device,
-        progress,
-        orthogonal_network=orthogonal_network,
-        volume_network=volume_network,
-    )
-    nuclei = measure_nuclei(labels, image, voxel_size, scores)
-    if progress is not None:
-        progress(1.0)
-    return Segmentation(labels, nuclei, {**seconds, "total": time.perf_counter() - started})
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model | Networks | nn.Module,
+        settings: PredictParams | Mapping[str, Any] | SegmentationSettings | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        import torch
+
+        from nuclei3d.config.loading import validate_params
+        from nuclei3d.config.sections import PredictParams
+        from nuclei3d.networks.cpnet import choose_device
+        from nuclei3d.networks.folder import Model, load_model
+        from nuclei3d.segmentation.network_pass import Networks
+        from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
+
+        if isinstance(model, str | os.PathLike):
+            model = load_model(model)
+        self.models: Models | None = None
+        if isinstance(settings, SegmentationSettings):
+            self.settings = settings
+            if isinstance(model, Model):
+                self.models = Models(model)
+                model = model.network
+            self._networks = model if isinstance(model, Networks) else Networks(model)
+        else:
+            if not isinstance(model, Model):
+                raise InputError("networks by themselves need SegmentationSettings; give these, or a model")
+            if not isinstance(settings, PredictParams):
+                settings = validate_params({"predict": dict(settings or {})}, "settings").predict
+            self.models = load_models(model, settings)
+            orthogonal, volume = self.models.orthogonal, self.models.volume
+            self.settings = segmentation_settings(
+                model.info, settings, volume=volume.info if volume else None
+            )
+            self._networks = Networks(
+                model.network,
+                orthogonal.network if orthogonal else None,
+                volume.network if volume else None,  # type: ignore[arg-type]
+            )
+            device = device or settings.device
+        self.device = device if isinstance(device, torch.device) else choose_device(device or "auto")
+
+    def segment(
+        self,
+        image: NDArray[Any],
+        voxel_size_um: VoxelSize | Sequence[float],
+        progress: Callable[[float], None] | None = None,
+    ) -> Segmentation:
+        """Segment the nuclei of a volume.
+
+        Parameters
+        ----------
+        image
+            (z, y, x), any real dtype, finite.
+        voxel_size_um
+            Edges (z, y, x) of a voxel in um.
+        progress
+            Called with the share done, 0 to 1.
+
+        Raises
+        ------
+        InputError
+            If image, voxel size and diameter do not fit together, or mode or engine are not for the networks.
+        """
+        import numpy as np
+
+        from nuclei3d.segmentation.masks import measure_nuclei
+        from nuclei3d.segmentation.network_pass import predict_flows
+        from nuclei3d.segmentation.settings import check_scale
+        from nuclei3d.segmentation.stock import segment_with_cellpose
+
+        started = time.perf_counter()
+        voxel_size = _voxel_size(voxel_size_um)
+        seconds: dict[str, float] = {}
+        if self.settings.is_stock:
+            check_scale(image.shape, voxel_size, self.settings)
+            labels = segment_with_cellpose(image, voxel_size, self._networks.main, self.settings, self.device)
+            scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
+        else:
+            flows, seconds = predict_flows(
+                image, voxel_size, self._networks, self.settings, self.device, progress
+            )
+            labelling = time.perf_counter()
+            labels, scores = self.label(flows, image.shape)
+            seconds["masks"] = time.perf_counter() - labelling
+        if progress is not None:
+            progress(1.0)
+        return Segmentation(
+            labels,
+            scores,
+            {**seconds, "total": time.perf_counter() - started},
+            partial(measure_nuclei, labels, image, voxel_size, scores),
+        )
+
+    def flows(
+        self,
+        image: NDArray[Any],
+        voxel_size_um: VoxelSize | Sequence[float],
+        progress: Callable[[float], None] | None = None,
+    ) -> FlowField:
+        """Run the networks over a volume, for `label`; parameters and errors as `segment`.
+
+        Returns
+        -------
+        FlowField
+            On the view grid (`nuclei3d.segmentation.settings.view_grid`).
+        """
+        from nuclei3d.segmentation.network_pass import predict_flows
+
+        if self.settings.is_stock:
+            raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
+        voxel_size = _voxel_size(voxel_size_um)
+        return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)[0]
+
+    def label(
+        self, flows: FlowField, shape: tuple[int, ...], masks: MaskSettings | None = None
+    ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+        """Turn flows into labels.
+
+        Parameters
+        ----------
+        flows
+            From `flows`.
+        shape
+            Shape (z, y, x) of the image.
+        masks
+            Thresholds other than those of the settings.
+
+        Returns
+        -------
+        labels : uint32 array of that shape
+            1..n without gaps.
+        scores : float32 array (n + 1,)
+            Score of each nucleus; entry 0 is 0.
+        """
+        from nuclei3d.segmentation.dynamics import label_flows
+
+        settings = self.settings if masks is None else replace(self.settings, masks=masks)
+        return label_flows(flows, shape, settings)
 
 
-def label_volume(
-    image: NDArray[Any],
-    voxel_size: VoxelSize,
-    network: nn.Module,
-    settings: SegmentationSettings,
-    device: torch.device,
-    progress: Callable[[float], None] | None = None,
-    *,
-    orthogonal_network: nn.Module | None = None,
-    volume_network: nn.Module | None = None,
-) -> tuple[NDArray[np.uint32], NDArray[np.float32], dict[str, float]]:
-    """Segment the nuclei of a volume without measuring them; parameters and errors as `segment_volume`.
+def _voxel_size(edges: VoxelSize | Sequence[float]) -> VoxelSize:
+    from nuclei3d.images.voxel_size import VoxelSize
 
-    Returns
-    -------
-    labels : uint32 array (z, y, x)
-        On the input's grid, 1..n without gaps.
-    scores : float32 array (n + 1,)
-        Score of each nucleus; nan in mode ``cellpose``, which has none.
-    seconds : dict
-        Time by step.
+    return edges if isinstance(edges, VoxelSize) else VoxelSize.of(edges)
+
+
+def load_models(model: Model, predict: PredictParams) -> Models:
+    """Load the further models that a prediction names, and check that they go with a model.
+
+    Raises
+    ------
+    InputError
+        If one is missing, of the wrong kind, or of another scale where one image serves two networks.
     """
-    check_scale(image.shape, voxel_size, settings)
-    if settings.mode == "cellpose":
-        labels = segment_with_cellpose(image, voxel_size, network, settings, device)
-        return labels, np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32), {}
-    solid = volume_network if isinstance(volume_network, VolumeNetwork) else None
-    networks = Networks(network, orthogonal_network, solid)
-    flows, seconds = predict_flows(image, voxel_size, networks, settings, device, progress)
-    started = time.perf_counter()
-    label = stitch_flows if settings.mode == "stitch" else label_flows
-    labels, scores = label(flows, image.shape, settings)
-    seconds["masks"] = time.perf_counter() - started
-    return labels, scores, seconds
+    from nuclei3d.networks.folder import load_model, require_model
+
+    orthogonal = volume = None
+    if predict.orthogonal_model is not None:
+        require_model(predict.orthogonal_model, "predict.orthogonal_model")
+        orthogonal = load_model(predict.orthogonal_model)
+        _check_orthogonal(model, orthogonal)
+    if predict.volume_model is not None:
+        require_model(predict.volume_model, "predict.volume_model")
+        volume = load_model(predict.volume_model)
+        if volume.info.kind != "full3d":
+            raise InputError(
+                f"predict.volume_model takes a 3D model; '{volume.info.name}' in {volume.path.parent} is of "
+                f"kind '{volume.info.kind}': give one that was trained with train.network=full3d"
+            )
+    return Models(model, orthogonal, volume)
+
+
+def _check_orthogonal(model: Model, orthogonal: Model) -> None:
+    """Check that one image scale suits both networks."""
+    for each in (model, orthogonal):
+        if each.info.kind != "views2d":
+            raise InputError(
+                f"predict.orthogonal_model is for 2D models; '{each.info.name}' is of kind '{each.info.kind}'"
+            )
+    sizes = [each.info.diameter_px for each in (model, orthogonal)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise InputError(
+            f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
+            f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
+        )

@@ -1,40 +1,70 @@
-"""Settings of a segmentation: what the user asks, else what the model was made with.
-
-How a volume is segmented.
-
-The two grids of a prediction: the view grid, on which flows are followed, and the image's own.
-"""
+"""How a volume is segmented: what the user asks, else what the model was made with; and the view grid."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nuclei3d.config.sections import Mode, PredictParams
+from nuclei3d.config.sections import Engine, Fusion, Mode, Precision, PredictParams, SegmentationParams, View
 from nuclei3d.errors import InputError
-from nuclei3d.grid import (
-    LOWER_PERCENTILE,
-    NOISE_FLOOR,
-    UPPER_PERCENTILE,
-    IntensityRange,
-    isotropic_shape,
-    resize_nearest,
-)
+from nuclei3d.grid import LOWER_PERCENTILE, NOISE_FLOOR, UPPER_PERCENTILE, IntensityRange, isotropic_shape
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.folder import ModelInfo
-from nuclei3d.segmentation.dynamics import MaskSettings
-from nuclei3d.segmentation.network_runner import Engine
-from nuclei3d.views import VIEWS, View
+
+if TYPE_CHECKING:
+    from nuclei3d.networks.folder import ModelInfo
 
 ResolvedMode = Literal["ortho", "stitch", "cellpose", "full3d", "mixed"]
+_DEFAULT = PredictParams()
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How flows become masks. Lengths are fractions of the diameter of a typical nucleus.
+
+    Attributes
+    ----------
+    cellprob_threshold : float
+        Voxels with a (mean) logit above this are foreground.
+    score_threshold : float
+        Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
+        are: their flow has nothing to do with their mask.
+    min_volume_um3, max_volume_um3 : float
+        Bounds of a nucleus' volume; no upper bound if None.
+    min_volume_fraction : float
+        Nuclei below this fraction of the volume of a typical nucleus are dropped in any case: what is left
+        there are crumbs of the dynamics.
+    step : float
+        First step of a particle. It is never below the smallest voxel edge.
+    bin_edge : float
+        Edge of the bins in which end points are counted.
+    sink_radius : float
+        Sinks closer together than this are one.
+    """
+
+    cellprob_threshold: float = 0.0
+    score_threshold: float = 0.0
+    min_volume_um3: float = 0.0
+    max_volume_um3: float | None = None
+    min_volume_fraction: float = 0.01
+    step: float = 1 / 20
+    bin_edge: float = 1 / 16
+    sink_radius: float = 0.2
+
+    def bounds_um3(self, nucleus_diameter_um: float) -> tuple[float, float]:
+        """Least and largest volume of a nucleus, in um3."""
+        typical_um3 = np.pi / 6 * nucleus_diameter_um**3
+        least = max(self.min_volume_um3, self.min_volume_fraction * typical_um3)
+        return least, np.inf if self.max_volume_um3 is None else self.max_volume_um3
 
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """How a volume is segmented.
+    """How a volume is segmented, with nothing left open.
+
+    What is not listed here has the name, meaning and default that it has in
+    `nuclei3d.config.sections.PredictParams`.
 
     Attributes
     ----------
@@ -46,66 +76,56 @@ class SegmentationSettings:
         Diameter of a nucleus in pixels at the network's scale.
     nucleus_diameter_um
         Diameter of a typical nucleus in the volume.
-    fusion
-        How views are fused (`nuclei3d.segmentation.fusion`).
-    views
-        Which views are used in modes ``ortho`` and ``mixed``.
-    view_weights
-        Relative trust in the views, in the order of `views`; None for equal trust.
     volume
         How the 3D network of mode ``mixed`` sees the volume: settings of mode ``full3d`` with its own scale
         and normalisation, for a network knows images only as it was trained on them; None in other modes.
         The diameter in um is the same: it is the volume's.
-    volume_weight
-        Relative trust in that network, where a view has 1 or what `view_weights` gives it.
-    orthogonal_step
-        Every how many planes of the orthogonal views one is computed.
     masks
         Thresholds and dynamics.
-    flip_average
-        Average the network over the four flips of each plane.
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.grid`).
     intensity_range
         Given for a block of a larger volume: the range of the whole.
     skip_empty
         Leave out what can hold no nucleus (`nuclei3d.segmentation.foreground`).
-    precision
-        ``auto``, ``float32`` or ``bfloat16``.
-    engine
-        ``auto``, ``torch`` or ``openvino`` (`network_runner.NetworkRunner`).
-    stitch_min_iou, stitch_max_gap
-        Linking of planes in mode ``stitch``.
-    flow3d_smooth
-        Stock Cellpose's option of that name, in mode ``cellpose`` only.
     """
 
     mode: ResolvedMode = "ortho"
     diameter_px: float = 30.0
     nucleus_diameter_um: float = 12.0
-    fusion: Literal["mean", "consensus"] = "mean"
-    views: tuple[View, ...] = VIEWS
+    fusion: Fusion = _DEFAULT.fusion
+    views: tuple[View, ...] = _DEFAULT.views
     view_weights: tuple[float, ...] | None = None
     volume: SegmentationSettings | None = None
-    volume_weight: float = 1.0
-    orthogonal_step: int = 1
+    volume_weight: float = _DEFAULT.volume_weight
+    orthogonal_step: int = _DEFAULT.orthogonal_step
     masks: MaskSettings = field(default_factory=MaskSettings)
-    flip_average: bool = False
+    flip_average: bool = _DEFAULT.flip_average
     lower_percentile: float = LOWER_PERCENTILE
     upper_percentile: float = UPPER_PERCENTILE
     noise_floor: float = NOISE_FLOOR
     intensity_range: IntensityRange | None = None
     skip_empty: bool = True
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    engine: Engine = "auto"
-    stitch_min_iou: float = 0.25
-    stitch_max_gap: int = 1
-    flow3d_smooth: float = 0.0
+    precision: Precision = _DEFAULT.precision
+    engine: Engine = _DEFAULT.engine
+    stitch_min_iou: float = _DEFAULT.stitch_min_iou
+    stitch_max_gap: int = _DEFAULT.stitch_max_gap
+    flow3d_smooth: float = _DEFAULT.flow3d_smooth
 
     @property
     def seen_views(self) -> tuple[View, ...]:
         """Views that the network is run over: in mode ``stitch`` only xy."""
         return ("xy",) if self.mode == "stitch" else self.views
+
+    @property
+    def is_3d(self) -> bool:
+        """Whether the network sees the volume as a whole, not its planes."""
+        return self.mode == "full3d"
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether Cellpose itself segments."""
+        return self.mode == "cellpose"
 
     @property
     def network_voxel_um(self) -> float:
@@ -114,8 +134,16 @@ class SegmentationSettings:
 
     @property
     def passes(self) -> tuple[SegmentationSettings, ...]:
-        """Settings of each pass of a network over the volume: these, and those of the 3D network beside."""
+        """Settings of each pass of a network over the volume: these, and those of a further 3D network."""
         return (self,) if self.volume is None else (self, self.volume)
+
+    def as_parameters(self) -> dict[str, Any]:
+        """Give the values that a segmentation really uses, under the names of the parameters."""
+        values = {**vars(self), **vars(self.masks), "diameter_um": self.nucleus_diameter_um}
+        return {
+            name: list(values[name]) if isinstance(values[name], tuple) else values[name]
+            for name in (*SegmentationParams.model_fields, "diameter_px")
+        }
 
 
 _LEAST_PIXELS = 8
@@ -180,23 +208,6 @@ def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segment
         raise InputError(f"{where}, too few to see a nucleus; {mend}")
 
 
-def to_image_grid(
-    labels: NDArray[np.uint32], scores: NDArray[np.float32], shape: tuple[int, ...]
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Bring labels to the image's grid by nearest neighbour; a label that vanishes leaves no gap."""
-    if labels.shape == tuple(shape):
-        return labels, scores
-    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
-    present = np.zeros(len(scores), np.bool_)
-    present[np.unique(resized)] = True
-    present[0] = True
-    if not present.all():
-        table = np.cumsum(present, dtype=np.uint32) - np.uint32(1)
-        table[~present] = 0
-        resized = table[resized]
-    return resized, scores[present]
-
-
 def segmentation_settings(
     info: ModelInfo,
     predict: PredictParams,
@@ -204,14 +215,14 @@ def segmentation_settings(
     *,
     volume: ModelInfo | None = None,
 ) -> SegmentationSettings:
-    """Join a model's values with the user's wishes.
+    """Join a model's values with what the user asks.
 
     Parameters
     ----------
     info
         Of the model.
     predict
-        Wishes; None leaves a value to the model.
+        What the user asks; None leaves a value to the model.
     voxel_size
         Of the volume; only for the message if the diameter is unknown.
     volume
@@ -233,63 +244,28 @@ def segmentation_settings(
         )
     solid: SegmentationSettings | None = None
     if volume is not None:
-        # OpenVINO is for the 2D network, the 3D one runs in torch beside it
-        wishes = predict.model_copy(update={"mode": "full3d", "engine": "auto", "diameter_um": diameter_um})
-        solid = segmentation_settings(volume, wishes)
-    return SegmentationSettings(
-        mode=mode,
-        diameter_px=info.diameter_px,
-        nucleus_diameter_um=diameter_um,
-        fusion=predict.fusion,
-        views=predict.views,
-        view_weights=predict.view_weights,
-        volume=solid,
-        volume_weight=predict.volume_weight,
-        orthogonal_step=predict.orthogonal_step,
-        masks=MaskSettings(
-            cellprob_threshold=_wish(predict.cellprob_threshold, info.cellprob_threshold),
-            score_threshold=_wish(predict.score_threshold, info.score_threshold),
-            min_volume_um3=_wish(predict.min_volume_um3, info.min_volume_um3),
-            max_volume_um3=predict.max_volume_um3,
-        ),
-        flip_average=predict.flip_average,
-        lower_percentile=info.lower_percentile,
-        upper_percentile=info.upper_percentile,
-        noise_floor=info.noise_floor,
-        precision=predict.precision,
-        engine=predict.engine,
-        stitch_min_iou=predict.stitch_min_iou,
-        stitch_max_gap=predict.stitch_max_gap,
-        flow3d_smooth=predict.flow3d_smooth,
-    )
-
-
-def effective_parameters(
-    info: ModelInfo, predict: PredictParams, voxel_size: VoxelSize | None = None
-) -> dict[str, Any]:
-    """Give the values that a segmentation with these wishes really uses, as plain data."""
-    settings = segmentation_settings(info, predict, voxel_size)
-    effective: dict[str, Any] = {
-        "mode": settings.mode,
-        "diameter_um": settings.nucleus_diameter_um,
-        "diameter_px": settings.diameter_px,
-        "fusion": settings.fusion,
-        "views": list(settings.views),
-        "view_weights": None if settings.view_weights is None else list(settings.view_weights),
-        "orthogonal_step": settings.orthogonal_step,
-        "cellprob_threshold": settings.masks.cellprob_threshold,
-        "score_threshold": settings.masks.score_threshold,
-        "min_volume_um3": settings.masks.min_volume_um3,
-        "max_volume_um3": settings.masks.max_volume_um3,
-        "flip_average": settings.flip_average,
-        "precision": settings.precision,
-        "stitch_min_iou": settings.stitch_min_iou,
-        "stitch_max_gap": settings.stitch_max_gap,
-        "flow3d_smooth": settings.flow3d_smooth,
+        # OpenVINO is for the 2D network, the 3D one runs in torch
+        asked = predict.model_copy(update={"mode": "full3d", "engine": "auto", "diameter_um": diameter_um})
+        solid = segmentation_settings(volume, asked)
+    resolved = {
+        "mode": mode,
+        "nucleus_diameter_um": diameter_um,
+        "volume": solid,
+        "masks": MaskSettings(**_given(MaskSettings, predict, info)),
     }
-    if voxel_size is not None:
-        effective["voxel_size_um"] = list(voxel_size.zyx)
-    return effective
+    return SegmentationSettings(**_given(SegmentationSettings, predict, info) | resolved)
+
+
+def _given(kind: type, predict: PredictParams, info: ModelInfo) -> dict[str, Any]:
+    """Find the fields of a class to which the user gives a value, else the model."""
+    found = {}
+    for each in fields(kind):
+        value = getattr(predict, each.name, None)
+        if value is None:
+            value = getattr(info, each.name, None)
+        if value is not None:
+            found[each.name] = value
+    return found
 
 
 def _mode(info: ModelInfo, wished: Mode, volume: ModelInfo | None) -> ResolvedMode:
@@ -317,7 +293,3 @@ def _mode(info: ModelInfo, wished: Mode, volume: ModelInfo | None) -> ResolvedMo
             "give both or neither"
         )
     return mode
-
-
-def _wish(wish: float | None, stored: float) -> float:
-    return stored if wish is None else wish

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,31 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.images.voxel_size import VoxelSize
-
-if TYPE_CHECKING:
-    from cellpose.models import CellposeModel
-
-    from nuclei3d.segmentation.settings import SegmentationSettings
-
-
-def stock_model(network: nn.Module, device: torch.device) -> CellposeModel:
-    """Give Cellpose's own model object with the weights of a network."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
-        from cellpose.models import CellposeModel
-
-    state = network.state_dict()
-    diameter = float(state["diam_mean"].item())
-    model = CellposeModel(
-        gpu=device.type == "cuda", pretrained_model=False, device=device, diam_mean=diameter
-    )
-    model.net.load_state_dict(state)
-    model.net.eval()
-    # Cellpose sets this only where it loads a file.
-    model.net_ortho = None
-    return model
+from nuclei3d.segmentation.settings import SegmentationSettings
 
 
 def segment_with_cellpose(
@@ -55,7 +33,18 @@ def segment_with_cellpose(
     uint32 array (z, y, x)
         Labels 1..n.
     """
-    model = stock_model(network, device)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
+        from cellpose.models import CellposeModel
+
+    state = network.state_dict()
+    diameter = float(state["diam_mean"].item())
+    model = CellposeModel(
+        gpu=device.type == "cuda", pretrained_model=False, device=device, diam_mean=diameter
+    )
+    model.net.load_state_dict(state)
+    model.net.eval()
+    # Cellpose sets this only where it loads a file.
+    model.net_ortho = None
     masks, _, _ = model.eval(
         image,
         channels=[0, 0],

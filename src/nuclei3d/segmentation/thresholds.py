@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import overlap_table
+from nuclei3d.segmentation.dynamics import label_flows
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.segmenter import label_flows
 from nuclei3d.segmentation.settings import SegmentationSettings
 
 _MOST_SCORES = 40
@@ -30,7 +30,7 @@ class LabelledFlow:
     Attributes
     ----------
     flows
-        From `nuclei3d.segmentation.segmenter.predict_flows`.
+        From `nuclei3d.segmentation.segmenter.Segmenter.flows`.
     truth
         True labels (Z, Y, X) on the image's grid.
     voxel_size

@@ -1,28 +1,22 @@
-"""Thresholds for a model, chosen on the validation embryos and written into its model.json.
-
-Validation in 3D while a network is trained: a few frames of the validation embryos, segmented.
-"""
+"""Thresholds chosen on validation embryos; volumes of them that judge a network while it is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
+from nuclei3d.config.sections import CalibrateParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.embryos import LabelledVolume, find_embryos, read_labelled, split_embryos
+from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled, split_embryos
 from nuclei3d.outputs import whole_file
-from nuclei3d.stages.segmenters import SecondModels, load_second_models
+from nuclei3d.segmentation.segmenter import Segmenter
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from nuclei3d.networks.folder import ModelInfo
-    from nuclei3d.networks.unet3d import VolumeNetwork
     from nuclei3d.segmentation.settings import SegmentationSettings
     from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds
     from nuclei3d.stages.training_data import Slices
@@ -54,8 +48,6 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
     InputError
         If `data` is given and unusable.
     """
-    from nuclei3d.stages.calibrate import read_calibration_volumes
-
     wanted = params.train.validation_volumes if params.train.validate_volumes_every else 0
     if not wanted and params.calibrate.volumes == 0:
         return ValidationVolumes()
@@ -66,13 +58,9 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         frames = split_embryos(find_embryos(source), params.data.split).validation
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
-        count = min(wanted, len(frames))
-        chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
         return ValidationVolumes(
-            judging=tuple(read_labelled(frame, params.data) for frame in chosen),
-            calibrating=tuple(read_calibration_volumes(params, source))
-            if params.calibrate.volumes != 0
-            else (),
+            judging=tuple(_read_spread(frames, wanted, params)),
+            calibrating=tuple(_read_spread(frames, params.calibrate.volumes, params)),
         )
     except InputError as error:
         if data is not None:
@@ -81,19 +69,29 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         return ValidationVolumes()
 
 
-def volumes_ap(
-    network: nn.Module,
-    volumes: Sequence[LabelledVolume],
-    settings: SegmentationSettings,
-    device: torch.device,
-) -> float:
-    """Segment volumes with a network under training; give the average precision at IoU 0.5, counts pooled."""
+def read_calibration_volumes(params: Params, data: Path) -> list[LabelledVolume]:
+    """Read the validation frames on which thresholds are chosen."""
+    frames = split_embryos(find_embryos(data), params.data.split).validation
+    return _read_spread(frames, params.calibrate.volumes, params)
+
+
+def spread_evenly(frames: Sequence[EmbryoFrame], wanted: int | None) -> list[EmbryoFrame]:
+    """Choose so many frames, or all (None), evenly over a sequence."""
+    count = len(frames) if wanted is None else min(wanted, len(frames))
+    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+
+
+def _read_spread(frames: Sequence[EmbryoFrame], wanted: int | None, params: Params) -> list[LabelledVolume]:
+    return [read_labelled(frame, params.data) for frame in spread_evenly(frames, wanted)]
+
+
+def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float:
+    """Segment labelled volumes; give the average precision at IoU 0.5, counts pooled."""
     from nuclei3d.scoring.matching import match, overlap_table
-    from nuclei3d.segmentation.segmenter import segment_volume
 
     true = predicted = hits = 0
     for volume in volumes:
-        labels = segment_volume(volume.image, volume.voxel_size, network, settings, device).labels
+        labels = segmenter.segment(volume.image, volume.voxel_size).labels
         table = overlap_table(volume.labels, labels)
         true += table.n_true
         predicted += table.n_pred
@@ -102,7 +100,7 @@ def volumes_ap(
 
 
 def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings:
-    """Give the settings with which epochs are judged: those of a prediction with the model."""
+    """Give the settings that judge and calibrate a network: those of a prediction with it alone."""
     from nuclei3d.segmentation.settings import segmentation_settings
 
     return segmentation_settings(info, params.predict.model_copy(update={"mode": "auto"}))
@@ -128,7 +126,7 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     ----------
     params
         The sections calibrate, data (split) and predict are used. Where predict names further models, the
-        thresholds are for this one with those beside it: a prediction takes them from this one.
+        thresholds are for this one with those: a prediction takes them from this one.
     model
         Model folder; its model.json is replaced.
     data
@@ -139,83 +137,59 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     InputError
         If there is no model, or no labelled validation frame.
     """
-    from nuclei3d.networks.cpnet import choose_device
-    from nuclei3d.networks.folder import INFO_FILE, load_model
+    from nuclei3d.networks.folder import INFO_FILE
 
-    loaded = load_model(model)
-    second = load_second_models(params.predict, loaded)
+    segmenter = Segmenter(model, params.predict.model_copy(update={"mode": "auto"}))
     volumes = read_calibration_volumes(params, data)
     if not volumes:
         raise InputError(
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
             "calibrate.volumes above 0"
         )
-    if second.models:
-        beside = "' and '".join(each.info.name for each in second.models)
-        say(f"the thresholds are for '{loaded.info.name}' with '{beside}' beside it")
-    device = choose_device(params.predict.device)
-    info, chosen = with_thresholds(loaded.network, loaded.info, params, volumes, device, second)
-    with whole_file(loaded.path.parent / INFO_FILE) as path:
+    assert segmenter.models is not None
+    main, *others = segmenter.models.loaded
+    if others:
+        joined = "' and '".join(each.info.name for each in others)
+        say(f"the thresholds are for '{main.info.name}' with '{joined}' beside it")
+    info, chosen = with_thresholds(main.info, params.calibrate, segmenter, volumes)
+    with whole_file(main.path.parent / INFO_FILE) as path:
         path.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return CalibrateResult(model, len(volumes), chosen)
 
 
-def read_calibration_volumes(params: Params, data: Path) -> list[LabelledVolume]:
-    """Read the validation frames on which thresholds are chosen, spread evenly."""
-    frames = split_embryos(find_embryos(data), params.data.split).validation
-    wanted = params.calibrate.volumes
-    count = len(frames) if wanted is None else min(wanted, len(frames))
-    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
-    return [read_labelled(frame, params.data) for frame in chosen]
-
-
 def with_thresholds(
-    network: nn.Module,
-    info: ModelInfo,
-    params: Params,
-    volumes: Sequence[LabelledVolume],
-    device: torch.device,
-    second: SecondModels | None = None,
+    info: ModelInfo, params: CalibrateParams, segmenter: Segmenter, volumes: Sequence[LabelledVolume]
 ) -> tuple[ModelInfo, Thresholds]:
-    """Segment labelled volumes, choose the thresholds, and give the model's description with them.
-
-    With `second`, the thresholds are those of the model and what stands beside it.
-    """
-    return choose_for(info, params, predict_labelled(network, info, params, volumes, device, second))
+    """Segment labelled volumes, choose the thresholds, and give the model's description with them."""
+    return choose_for(info, params, segmenter.settings, predict_labelled(segmenter, volumes))
 
 
-def predict_labelled(
-    network: nn.Module,
-    info: ModelInfo,
-    params: Params,
-    volumes: Sequence[LabelledVolume],
-    device: torch.device,
-    second: SecondModels | None = None,
-) -> list[LabelledFlow]:
-    """Run a network over labelled volumes; give what it says beside the truth."""
-    from nuclei3d.segmentation.network_pass import Networks, predict_flows
+def predict_labelled(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> list[LabelledFlow]:
+    """Run the networks over labelled volumes; give what they say, and the truth."""
     from nuclei3d.segmentation.thresholds import LabelledFlow
 
-    second = second or SecondModels()
-    settings = _without_thresholds(info, params, second.volume_info)
-    solid = cast("VolumeNetwork | None", second.volume_network)
-    networks = Networks(network, second.orthogonal_network, solid)
     seen = []
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
-            flows, _ = predict_flows(volume.image, volume.voxel_size, networks, settings, device)
+            flows = segmenter.flows(volume.image, volume.voxel_size)
             seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
             bar.advance()
     return seen
 
 
-def choose_for(info: ModelInfo, params: Params, seen: Sequence[LabelledFlow]) -> tuple[ModelInfo, Thresholds]:
-    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
+def choose_for(
+    info: ModelInfo, params: CalibrateParams, settings: SegmentationSettings, seen: Sequence[LabelledFlow]
+) -> tuple[ModelInfo, Thresholds]:
+    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos.
+
+    The defaults against which they are chosen are those of the package, whatever `settings` have.
+    """
     from nuclei3d.segmentation.thresholds import choose_thresholds
 
-    wanted = params.calibrate
-    settings = _without_thresholds(info, params)
-    chosen = choose_thresholds(seen, settings, wanted.cellprob, wanted.iou, wanted.volume_fractions)
+    masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
+    chosen = choose_thresholds(
+        seen, replace(settings, masks=masks), params.cellprob, params.iou, params.volume_fractions
+    )
     say(
         f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, score "
         f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
@@ -227,15 +201,3 @@ def choose_for(info: ModelInfo, params: Params, seen: Sequence[LabelledFlow]) ->
         "min_volume_um3": round(chosen.min_volume_um3, 3),
     }
     return info.model_copy(update=update), chosen
-
-
-def _without_thresholds(
-    info: ModelInfo, params: Params, volume: ModelInfo | None = None
-) -> SegmentationSettings:
-    from nuclei3d.segmentation.settings import segmentation_settings
-
-    wishes = params.predict.model_copy(
-        update={"mode": "auto", "cellprob_threshold": None, "score_threshold": None, "min_volume_um3": None}
-    )
-    plain = info.model_copy(update={"cellprob_threshold": 0.0, "score_threshold": 0.0, "min_volume_um3": 0.0})
-    return segmentation_settings(plain, wishes, volume=volume)

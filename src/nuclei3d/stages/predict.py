@@ -5,27 +5,44 @@ A frame larger than the memory is cut into blocks (`nuclei3d.stages.predict_bloc
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
-from nuclei3d.errors import InputError
-from nuclei3d.images.frames import Frame
-from nuclei3d.segmentation.nuclei import Nucleus
-from nuclei3d.stages.segmenters import (
-    PredictedFrame,
-    PredictionRecord,
-    Segmenter,
-    choose_segmenter,
-    find_all,
-    fingerprint_of,
-    table_path,
-    write_table,
-)
+from nuclei3d.errors import InputError, MachineError
+from nuclei3d.images.frames import Frame, check_image, find_frames
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.outputs import whole_file
+from nuclei3d.segmentation.segmenter import Segmenter
+
+if TYPE_CHECKING:
+    from nuclei3d.segmentation.masks import Nucleus
+
+Progress = Callable[[float], None]
+COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
+_RECORD_FOLDER = ".predicted"
+
+
+@dataclass(frozen=True)
+class PredictedFrame:
+    """One frame and where its results are."""
+
+    name: str
+    masks: Path
+    table: Path
+    nuclei: int
+    seconds: float
+    done_before: bool
 
 
 @dataclass(frozen=True)
@@ -76,13 +93,13 @@ def predict(
         cannot be written.
     """
     frames = find_all(inputs, params)
-    segmenter = choose_segmenter(params, model)
+    predictor = open_model(params, model)
     record = PredictionRecord(out)
     done: list[PredictedFrame] = []
     _say_plan(frames, out)
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
-            fingerprint = fingerprint_of(frame, segmenter.identity)
+            fingerprint = fingerprint_of(frame, predictor.identity)
             found = None if overwrite else record.find(frame.name, fingerprint)
             if found is not None:
                 done.append(found)
@@ -90,11 +107,11 @@ def predict(
                 continue
             bar.note(frame.name)
             started = time.perf_counter()
-            masks, nuclei = _predict_frame(frame, segmenter, out, bar.advance)
+            masks, nuclei = _predict_frame(frame, predictor, out, bar.advance)
             finished = PredictedFrame(
                 frame.name,
                 masks,
-                table_path(out, frame.name),
+                _table_path(out, frame.name),
                 len(nuclei),
                 round(time.perf_counter() - started, 3),
                 done_before=False,
@@ -109,7 +126,7 @@ def predict(
 
 
 def _predict_frame(
-    frame: Frame, segmenter: Segmenter, out: Path, advance: Callable[[float], None]
+    frame: Frame, predictor: Predictor, out: Path, advance: Progress
 ) -> tuple[Path, list[Nucleus]]:
     shown = 0.0
 
@@ -119,10 +136,10 @@ def _predict_frame(
         shown = share
 
     try:
-        masks, nuclei = segmenter.segment(frame, out, progress)
+        masks, nuclei = predictor.write_masks(frame, out, progress)
     except InputError as error:
         raise type(error)(_with_frame(frame, str(error))) from error
-    write_table(table_path(out, frame.name), nuclei)
+    _write_table(_table_path(out, frame.name), nuclei)
     progress(1.0)
     return masks, nuclei
 
@@ -137,3 +154,194 @@ def _say_plan(frames: Sequence[Frame], out: Path) -> None:
     shapes = {frame.shape for frame in frames}
     shape = " x ".join(map(str, frames[0].shape)) if len(shapes) == 1 else "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
+
+
+def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
+    """Find the frames of all inputs, in their order.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders, OME-Zarr.
+    params
+        Section ``data``: channel, voxel size.
+
+    Raises
+    ------
+    InputError
+        If there are none, one does not state its voxel size, or two frames would have outputs of one name.
+    """
+    if not inputs:
+        raise InputError("nothing to predict: give files, folders or OME-Zarr")
+    given = params.data.voxel_size_um
+    frames: list[Frame] = []
+    for source in inputs:
+        found = find_frames(
+            Path(source),
+            channel=params.data.channel,
+            voxel_size=VoxelSize.of(given) if given is not None else None,
+        )
+        # In a folder that is input and output at once, masks are no images.
+        frames.extend(frame for frame in found if not (source.is_dir() and frame.name.endswith("_masks")))
+    names: dict[str, Path] = {}
+    for frame in frames:
+        other = names.setdefault(frame.name, frame.path)
+        if other != frame.path:
+            raise InputError(
+                f"{other} and {frame.path} would both write {frame.name}_masks.ome.tif; predict them into "
+                "folders of their own"
+            )
+        frame.require_voxel_size()
+    if not frames:
+        raise InputError(f"{', '.join(map(str, inputs))}: only masks found; give images")
+    return frames
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model here or behind an address, and what its results depend on.
+
+    Attributes
+    ----------
+    model
+        Where frames are segmented.
+    params
+        Of the prediction.
+    identity
+        Of model and settings, for `fingerprint_of`.
+    """
+
+    model: Segmenter | RemoteModel
+    params: PredictParams
+    identity: Mapping[str, Any]
+
+    def write_masks(self, frame: Frame, out: Path, progress: Progress) -> tuple[Path, list[Nucleus]]:
+        """Segment a frame, in blocks if it is larger than the memory; give file of masks and nuclei."""
+        if isinstance(self.model, RemoteModel):
+            return _write_whole(self.model, frame, out, progress)
+        return self._write_here(self.model, frame, out, progress)
+
+    def _write_here(
+        self, segmenter: Segmenter, frame: Frame, out: Path, progress: Progress
+    ) -> tuple[Path, list[Nucleus]]:
+        import torch
+
+        from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+
+        settings, run = segmenter.settings, BlockRun.of(self.params)
+        needed = required_gb(frame, settings)
+        if needed > run.worker_gb and not settings.is_stock:
+            say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
+            masks = out / f"{frame.name}_masks.ome.zarr"
+            fingerprint = fingerprint_of(frame, self.identity)
+            assert segmenter.models is not None
+            return masks, predict_in_blocks(
+                frame, segmenter.models, settings, run, fingerprint, masks, progress
+            )
+        try:
+            return _write_whole(segmenter, frame, out, progress)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise MachineError(
+                f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
+            ) from None
+
+
+def open_model(params: Params, model: str) -> Predictor:
+    """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
+    if is_service(model):
+        identity = {"service": model, "predict": params.predict.model_dump(mode="json")}
+        return Predictor(RemoteModel(model, params.predict), params.predict, identity)
+    from nuclei3d.experiment.registry import fetch_model, is_registered
+
+    path = fetch_model(model, params) if is_registered(model) else Path(model)
+    segmenter = Segmenter(path, params.predict)
+    assert segmenter.models is not None
+    models = segmenter.models.loaded
+    identity = {
+        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models],
+        "settings": asdict(segmenter.settings),
+    }
+    say(f"model {models[0].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
+    return Predictor(segmenter, params.predict, identity)
+
+
+def _write_whole(
+    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
+) -> tuple[Path, list[Nucleus]]:
+    from nuclei3d.images.writing import write_labels
+
+    image = frame.read()
+    check_image(image, str(frame.path))
+    result = model.segment(image, frame.require_voxel_size(), progress)
+    path = out / f"{frame.name}_masks.ome.tif"
+    write_labels(path, result.labels, frame.require_voxel_size())
+    return path, result.nuclei
+
+
+def _table_path(out: Path, name: str) -> Path:
+    return out / f"{name}_nuclei.csv"
+
+
+def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
+    """Write the table of nuclei, whole or not at all; an unknown score is an empty cell."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for nucleus in nuclei:
+            values = (getattr(nucleus, column) for column in COLUMNS[1:])
+            writer.writerow(
+                [nucleus.label, *("" if math.isnan(value) else f"{value:.6g}" for value in values)]
+            )
+
+
+def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
+    """Digest of what a frame's result depends on; files are told apart by size and time of change."""
+    status = frame.path.stat()
+    content = {
+        "path": str(frame.path.resolve()),
+        "size": status.st_size,
+        "changed": status.st_mtime_ns,
+        "time": frame.time,
+        "axes": repr(frame.axes),
+        "voxel_size_um": frame.require_voxel_size().zyx,
+        **identity,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class PredictionRecord:
+    """Which frames are finished, and what they were made from.
+
+    One small file per frame in a hidden folder among the outputs: so several jobs can fill one folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def find(self, name: str, fingerprint: str) -> PredictedFrame | None:
+        """Give the frame if it was finished from the same things and its files are there."""
+        try:
+            entry = json.loads(self._file(name).read_text(encoding="utf-8"))
+            if entry["fingerprint"] != fingerprint:
+                return None
+            masks, table = self._out / Path(entry["masks"]).name, _table_path(self._out, name)
+            if not masks.exists() or not table.is_file():
+                return None
+            return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+        except (OSError, ValueError, KeyError, TypeError):
+            # A record that cannot be read only means that the frame is done again.
+            return None
+
+    def add(self, frame: PredictedFrame, fingerprint: str) -> None:
+        """Write down that a frame is finished."""
+        entry = {
+            "masks": frame.masks.name,
+            "nuclei": frame.nuclei,
+            "seconds": frame.seconds,
+            "fingerprint": fingerprint,
+        }
+        with whole_file(self._file(frame.name)) as partial:
+            partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+    def _file(self, name: str) -> Path:
+        return self._out / _RECORD_FOLDER / f"{name}.json"

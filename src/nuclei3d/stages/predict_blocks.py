@@ -1,26 +1,18 @@
 """Segmenting one frame that is larger than the memory: blocks through Dask, OME-Zarr out.
 
 Two passes. In the first, each block is read, segmented and its labels are put into a folder of intermediate
-results (`block_tasks`); Dask spreads this over processes or machines (`block_workers`). In the second, nuclei
-that several blocks saw are joined, and the masks are written core by core (`block_joining`). A run that was
-stopped goes on with the blocks that are missing. Workers on other machines must see the same files and have
-this package installed.
-
-How a frame is cut: what a worker may use, how many bytes a voxel takes, how large blocks may be.
-
-The work of one block: read, segment, and leave labels and scores in the folder of intermediate results.
-
-From the labels of all blocks to one volume of masks, written core by core as OME-Zarr.
-
-Where blocks run: in this process, in processes of this machine, or on a Dask cluster.
+results; Dask spreads this over processes or machines. In the second, nuclei that several blocks saw are
+joined, and the masks are written core by core. A run that was stopped goes on with the blocks that are
+missing. Workers on other machines must see the same files and have this package installed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,13 +30,11 @@ from nuclei3d.grid import IntensityRange, available_threads, measure_range, samp
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import load_model
 from nuclei3d.outputs import whole_file, whole_folder
 from nuclei3d.segmentation.blocks import (
     MARGIN_DIAMETERS,
     Block,
-    BlockNuclei,
     Box,
     assemble_core,
     choose_owners,
@@ -55,10 +45,10 @@ from nuclei3d.segmentation.blocks import (
     merge_nuclei,
     plan_blocks,
 )
-from nuclei3d.segmentation.nuclei import Nucleus, measure_nuclei
-from nuclei3d.segmentation.segmenter import label_volume
+from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
+from nuclei3d.segmentation.network_pass import Networks
+from nuclei3d.segmentation.segmenter import Models, Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, view_grid
-from nuclei3d.stages.segmenters import fingerprint_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -73,11 +63,12 @@ _FIELD_BYTES = 8.0
 """Per voxel of a flow field (`nuclei3d.segmentation.flow_field`)."""
 _IMAGE_BYTES = 8.0
 """Per voxel of the image, beside the image itself: a float copy, labels."""
-
-
 _SHARE = 0.8
 """Of the memory that is free, where the user names no limit: the rest is left to the machine."""
 _PLAN_FILE = "blocks.json"
+_CHUNK = (64, 256, 256)
+_ANSWER_S = 10
+"""How long a scheduler may take to answer at first."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +85,40 @@ class BlockRun:
         Address of a Dask scheduler that is already there; None for none.
     slack
         By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
+    device
+        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     """
 
     memory_gb: float
     workers: int = 1
     scheduler: str | None = None
     slack: float = 1.0
+    device: str = "auto"
 
     @classmethod
-    def wished(cls, predict: PredictParams) -> BlockRun:
+    def of(cls, predict: PredictParams) -> BlockRun:
         """Take what the user asks for; without a limit of the memory, a share of what is free now."""
-        if predict.memory_gb is not None:
-            return cls(predict.memory_gb, predict.workers, predict.scheduler)
-        import psutil
+        memory_gb, slack = predict.memory_gb, 1.0
+        if memory_gb is None:
+            import psutil
 
-        free_gb = psutil.virtual_memory().available / 1e9
-        return cls(_SHARE * free_gb, predict.workers, predict.scheduler, 1 / _SHARE)
+            memory_gb, slack = _SHARE * psutil.virtual_memory().available / 1e9, 1 / _SHARE
+        return cls(memory_gb, predict.workers, predict.scheduler, slack, predict.device)
 
     @property
     def worker_gb(self) -> float:
         """What one worker may use."""
         return self.memory_gb / (1 if self.scheduler else self.workers)
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether blocks are segmented here, one after the other."""
+        return self.workers == 1 and self.scheduler is None
+
+    @property
+    def threads_per_worker(self) -> int | None:
+        """How many threads a worker may use; None for all."""
+        return None if self.scheduler or self.workers == 1 else max(1, available_threads() // self.workers)
 
 
 def required_gb(frame: Frame, settings: SegmentationSettings) -> float:
@@ -169,7 +173,7 @@ def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:
     """Give the network's pixels per voxel of the frame along (z, y, x)."""
     (_, height, width), _, depth = view_grid(frame.shape, frame.require_voxel_size(), settings)
     # a 3D network pools the image's own planes
-    depth = frame.shape[0] if settings.mode == "full3d" else depth
+    depth = frame.shape[0] if settings.is_3d else depth
     return tuple(new / old for new, old in zip((depth, height, width), frame.shape, strict=True))
 
 
@@ -178,7 +182,7 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
     for each in settings.passes:
         grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), each)
         share = float(np.prod(grid)) / float(np.prod(frame.shape))
-        consensus = each.fusion == "consensus" and each.mode != "full3d"
+        consensus = each.fusion == "consensus" and not each.is_3d
         bytes_of_pass.append((_GRID_BYTES + (_CONSENSUS_BYTES if consensus else 0)) * share)
     if settings.volume is not None:
         # share is that of the 3D network, whose field is kept while the views are computed
@@ -196,16 +200,12 @@ class BlockTask:
         The whole volume.
     outer
         The box of it that is read and segmented.
-    weights
-        File of the model.
-    orthogonal_weights
-        File of another model for the xz and yz planes.
-    volume_weights
-        File of the 3D model of mode ``mixed``.
+    weights, orthogonal_weights, volume_weights
+        Files of the models (`nuclei3d.segmentation.segmenter.Models`), read by every worker.
     settings
         With the range of intensities of the whole frame.
     device
-        ``auto``, ``cpu`` or ``cuda``.
+        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     threads
         For torch; None for all.
     labels_file
@@ -244,39 +244,26 @@ class BlockTask:
 
 
 def segment_block(task: BlockTask) -> int:
-    """Segment one block and write its labels and scores; runs in a worker.
-
-    Returns
-    -------
-    int
-        Number of nuclei.
-    """
+    """Segment one block, write its labels and scores, and give the number of nuclei; runs in a worker."""
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     image = task.frame.read_block(task.outer)
     check_image(image, str(task.frame.path))
-    labels, scores, _ = label_volume(
-        image,
-        task.frame.require_voxel_size(),
+    networks = Networks(
         _network(task.weights),
-        task.settings,
-        choose_device(task.device),
-        orthogonal_network=_network(task.orthogonal_weights) if task.orthogonal_weights else None,
-        volume_network=_network(task.volume_weights) if task.volume_weights else None,
+        _network(task.orthogonal_weights) if task.orthogonal_weights else None,
+        _network(task.volume_weights) if task.volume_weights else None,
     )
-    with whole_file(task.scores_file) as partial, partial.open("wb") as file:
-        np.save(file, scores, allow_pickle=False)
-    with whole_file(task.labels_file) as partial, partial.open("wb") as file:
-        np.save(file, labels, allow_pickle=False)
-    return len(scores) - 1
+    found = Segmenter(networks, task.settings, task.device).segment(image, task.frame.require_voxel_size())
+    for path, array in ((task.scores_file, found.scores), (task.labels_file, found.labels)):
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+    return len(found.scores) - 1
 
 
 @lru_cache(maxsize=3)
 def _network(weights: Path) -> Any:
     return load_model(weights).network
-
-
-CHUNK = (64, 256, 256)
 
 
 def join_blocks(
@@ -307,7 +294,8 @@ def join_blocks(
     for a, b in itertools.combinations(range(len(blocks)), 2):
         shared = blocks[a].shared(blocks[b])
         if shared is not None:
-            matches[a, b] = _match(blocks, located, tasks, a, b, shared)
+            first, second = (np.asarray(tasks[i].open_labels()[blocks[i].within(shared)]) for i in (a, b))
+            matches[a, b] = match_shared(located[a], located[b], first, second, shared)
     final = choose_owners(located, matches)
     scores: dict[int, float] = {}
     for table, task in zip(final, tasks, strict=True):
@@ -317,32 +305,14 @@ def join_blocks(
     parts: list[list[Nucleus]] = []
     with whole_folder(masks) as partial:
         dtype = np.uint16 if count < 2**16 else np.uint32
-        array = create_zarr(partial, frame.shape, dtype, voxel_size, CHUNK, labels=True)
+        array = create_zarr(partial, frame.shape, dtype, voxel_size, _CHUNK, labels=True)
         for block in blocks:
-            labels = _core_labels(block, blocks, tasks, final)
+            others = [b for b in blocks if b.index != block.index and b.shared(block) is not None]
+            sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]]
+            labels = assemble_core(block, sources)
             array[block.core] = labels.astype(dtype)
             parts.append(_measure_core(frame, block, labels, voxel_size, count))
     return merge_nuclei(parts, scores)
-
-
-def _match(
-    blocks: Sequence[Block],
-    located: Sequence[BlockNuclei],
-    tasks: Sequence[BlockTask],
-    a: int,
-    b: int,
-    shared: Box,
-) -> list[tuple[int, int]]:
-    first = np.asarray(tasks[a].open_labels()[blocks[a].within(shared)])
-    second = np.asarray(tasks[b].open_labels()[blocks[b].within(shared)])
-    return match_shared(located[a], located[b], first, second, shared)
-
-
-def _core_labels(
-    block: Block, blocks: Sequence[Block], tasks: Sequence[BlockTask], final: Sequence[NDArray[np.uint32]]
-) -> NDArray[np.uint32]:
-    others = [b for b in blocks if b.index != block.index and b.shared(block) is not None]
-    return assemble_core(block, [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]])
 
 
 def _measure_core(
@@ -357,15 +327,11 @@ def _measure_core(
     ]
 
 
-_ANSWER_S = 10
-"""How long a scheduler may take to answer at first."""
-
-
 def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
     """Run the tasks, giving the number of nuclei of each as it is done."""
     if not tasks:
         return
-    if run.workers == 1 and run.scheduler is None:
+    if run.in_this_process:
         for task in tasks:
             yield segment_block(task)
         return
@@ -395,8 +361,6 @@ def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
 
 @contextmanager
 def _client(run: BlockRun) -> Iterator[Client]:
-    import logging
-
     import dask
     from distributed import Client, LocalCluster
 
@@ -442,40 +406,14 @@ def _look_at_workers(scheduler: str, client: Client) -> None:
         )
 
 
-def threads_per_worker(run: BlockRun) -> int | None:
-    """How many threads a worker may use; None for all."""
-    if run.scheduler is not None or run.workers == 1:
-        return None
-    return max(1, available_threads() // run.workers)
-
-
-@dataclass(frozen=True)
-class BlockJob:
-    """What is done with each block.
-
-    Attributes
-    ----------
-    settings
-        As for the whole volume; any mode but ``cellpose``.
-    weights, orthogonal_weights, volume_weights
-        Files of the model, of the one for the orthogonal views and of the 3D one of mode ``mixed``, read by
-        every worker.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
-    identity
-        Of models and settings: results of a run before with another are not used.
-    """
-
-    settings: SegmentationSettings
-    weights: Path
-    orthogonal_weights: Path | None
-    volume_weights: Path | None
-    device: str
-    identity: Mapping[str, Any]
-
-
 def predict_in_blocks(
-    frame: Frame, job: BlockJob, run: BlockRun, masks: Path, progress: Callable[[float], None]
+    frame: Frame,
+    models: Models,
+    settings: SegmentationSettings,
+    run: BlockRun,
+    fingerprint: str,
+    masks: Path,
+    progress: Callable[[float], None],
 ) -> list[Nucleus]:
     """Segment a frame block by block.
 
@@ -483,10 +421,12 @@ def predict_in_blocks(
     ----------
     frame
         The volume.
-    job
-        Models and settings.
+    models, settings
+        As for the whole volume; any mode but ``cellpose``.
     run
-        Memory and workers.
+        Memory, workers and device.
+    fingerprint
+        Of frame, models and settings: results of a run before with another are not used.
     masks
         OME-Zarr folder to write, whole or not at all.
     progress
@@ -504,13 +444,8 @@ def predict_in_blocks(
         If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
         kept and the next run goes on with the others.
     """
-    if job.settings.mode == "cellpose":
-        raise InputError(
-            "mode 'cellpose' cannot cut a volume into blocks; use another, or allow more memory "
-            "(predict.memory_gb)"
-        )
-    settings = _with_ranges(frame, job.settings)
-    folder = _open_folder(masks, frame, fingerprint_of(frame, job.identity)[:16])
+    settings = _with_ranges(frame, settings)
+    folder = _open_folder(masks, frame, fingerprint[:16])
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
     try:
@@ -519,12 +454,12 @@ def predict_in_blocks(
             BlockTask(
                 frame=frame,
                 outer=block.outer,
-                weights=job.weights.resolve(),
-                orthogonal_weights=job.orthogonal_weights.resolve() if job.orthogonal_weights else None,
-                volume_weights=job.volume_weights.resolve() if job.volume_weights else None,
+                weights=models.main.path.resolve(),
+                orthogonal_weights=models.orthogonal.path.resolve() if models.orthogonal else None,
+                volume_weights=models.volume.path.resolve() if models.volume else None,
                 settings=settings,
-                device=job.device,
-                threads=threads_per_worker(run),
+                device=run.device,
+                threads=run.threads_per_worker,
                 labels_file=folder.resolve() / f"{block.index:05d}.npy",
             )
             for block in blocks

@@ -128,6 +128,7 @@ def train(
         If the loss becomes NaN or explodes; the checkpoint of the last good epoch stays.
     """
     from nuclei3d.experiment.runs import stage_run
+    from nuclei3d.segmentation.segmenter import Segmenter
     from nuclei3d.stages.augment import draw_augmentation_sheet
     from nuclei3d.stages.calibrate import (
         read_validation_volumes,
@@ -155,7 +156,8 @@ def train(
         _say_plan(training, params, device, described)
 
         def judge(judged: nn.Module) -> float:
-            return volumes_ap(judged, volumes.judging, validation_settings(info, params), device)
+            judging = Segmenter(judged, validation_settings(info, params), device)
+            return volumes_ap(judging, volumes.judging)
 
         outcome = _train_epochs(
             training, params, device, checkpoints, judge if volumes.judging else None, run, on_epoch
@@ -164,7 +166,8 @@ def train(
         network.eval()
         metrics = _final_metrics(outcome)
         if volumes.calibrating:
-            info, chosen = with_thresholds(network, info, params, volumes.calibrating, device)
+            segmenter = Segmenter(network, validation_settings(info, params), device)
+            info, chosen = with_thresholds(info, params.calibrate, segmenter, volumes.calibrating)
             metrics |= {"calibrated_ap": chosen.ap, "uncalibrated_ap": chosen.ap_default}
         if training.spec is None:
             with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,23 +115,18 @@ def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
 def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> list[Assessment]:
     """Segment labelled frames, one at a time, and compare them with their labels."""
     from nuclei3d.images.embryos import read_labelled
-    from nuclei3d.networks.cpnet import choose_device
-    from nuclei3d.networks.folder import load_model
     from nuclei3d.scoring.assessment import assess_volume
-    from nuclei3d.segmentation.segmenter import segment_volume
-    from nuclei3d.segmentation.settings import segmentation_settings
+    from nuclei3d.segmentation.segmenter import Segmenter
 
-    loaded = load_model(model)
-    device = choose_device(params.predict.device)
-    network = loaded.network.to(device)
-    settings = segmentation_settings(loaded.info, params.predict.of_one_network())
+    predict = params.predict.of_one_network()
     if params.search.objective == "faint_recall":
         # the precision is reached by cutting at a score, so nothing is cut before
-        settings = replace(settings, masks=replace(settings.masks, score_threshold=0.0))
+        predict = predict.model_copy(update={"score_threshold": 0.0})
+    segmenter = Segmenter(model, predict)
     assessments = []
     for frame in frames:
         volume = read_labelled(frame, params.data)
-        found = segment_volume(volume.image, volume.voxel_size, network, settings, device)
+        found = segmenter.segment(volume.image, volume.voxel_size)
         assessments.append(
             assess_volume(
                 volume.labels,

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from nuclei3d.serve import AbandonedError, ClosedError, LineFullError, Turns
+from nuclei3d.serve import AbandonedError, ClosedError, JobQueue, QueueFullError
 
 
 class Job:
@@ -23,38 +23,38 @@ class Job:
 
 
 def test_one_is_computed_at_a_time_and_in_order() -> None:
-    turns = Turns(waiting=3)
+    queue = JobQueue(waiting=3)
     jobs = [Job() for _ in range(3)]
-    futures = [turns.compute(turns.take_place(), job) for job in jobs]
+    futures = [queue.compute(queue.take_place(), job) for job in jobs]
     for number, job in enumerate(jobs):
         assert job.running.wait(10)
         assert [other.running.is_set() for other in jobs[number + 1 :]] == [False] * (2 - number)
         job.go.set()
         assert futures[number].result(10) == "done"
-    turns.close()
+    queue.close()
 
 
 def test_a_full_line_says_when_to_come_again() -> None:
-    turns = Turns(waiting=1)
-    places = [turns.take_place(), turns.take_place()]
-    assert not turns.accepting
-    with pytest.raises(LineFullError) as caught:
-        turns.take_place()
+    queue = JobQueue(waiting=1)
+    places = [queue.take_place(), queue.take_place()]
+    assert not queue.accepting
+    with pytest.raises(QueueFullError) as caught:
+        queue.take_place()
     assert caught.value.retry_after_s >= 1
-    turns.leave(places[0])
-    assert turns.accepting
-    turns.take_place()
+    queue.leave(places[0])
+    assert queue.accepting
+    queue.take_place()
 
 
 def test_an_abandoned_job_is_never_begun() -> None:
-    turns = Turns(waiting=2)
+    queue = JobQueue(waiting=2)
     first, second, third = Job(), Job(), Job()
-    turns.compute(turns.take_place(), first)
-    place = turns.take_place()
-    turns.compute(place, second)
-    last = turns.compute(turns.take_place(), third)
+    queue.compute(queue.take_place(), first)
+    place = queue.take_place()
+    queue.compute(place, second)
+    last = queue.compute(queue.take_place(), third)
     assert first.running.wait(10)
-    turns.leave(place)
+    queue.leave(place)
     first.go.set()
     third.go.set()
     assert last.result(10) == "done"
@@ -62,40 +62,40 @@ def test_an_abandoned_job_is_never_begun() -> None:
 
 
 def test_an_abandoned_job_that_runs_stops_at_its_next_step() -> None:
-    turns = Turns(waiting=0)
-    job, place = Job(), turns.take_place()
-    future = turns.compute(place, job)
+    queue = JobQueue(waiting=0)
+    job, place = Job(), queue.take_place()
+    future = queue.compute(place, job)
     assert job.running.wait(10)
-    turns.leave(place)
+    queue.leave(place)
     with pytest.raises(AbandonedError):
         future.result(10)
 
 
 def test_closing_finishes_what_runs_and_sends_the_others_away() -> None:
-    turns = Turns(waiting=2)
+    queue = JobQueue(waiting=2)
     first, second = Job(), Job()
-    running: Future[str] = turns.compute(turns.take_place(), first)
-    waiting: Future[str] = turns.compute(turns.take_place(), second)
+    running: Future[str] = queue.compute(queue.take_place(), first)
+    waiting: Future[str] = queue.compute(queue.take_place(), second)
     assert first.running.wait(10)
-    turns.close()
+    queue.close()
     with pytest.raises(ClosedError):
         waiting.result(10)
     with pytest.raises(ClosedError):
-        turns.take_place()
+        queue.take_place()
     first.go.set()
     assert running.result(10) == "done"
 
 
 def test_a_job_that_fails_does_not_stop_the_next() -> None:
-    turns = Turns(waiting=1)
+    queue = JobQueue(waiting=1)
 
     def broken(_progress) -> None:
         raise RuntimeError("out of memory")
 
     job = Job()
     job.go.set()
-    failed = turns.compute(turns.take_place(), broken)
-    after = turns.compute(turns.take_place(), job)
+    failed = queue.compute(queue.take_place(), broken)
+    after = queue.compute(queue.take_place(), job)
     with pytest.raises(RuntimeError, match="memory"):
         failed.result(10)
     assert after.result(10) == "done"

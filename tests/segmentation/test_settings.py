@@ -1,14 +1,15 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from nuclei3d.config.sections import PredictParams
+from nuclei3d.config.sections import PredictParams, SegmentationParams
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeSpec
-from nuclei3d.segmentation.settings import effective_parameters, segmentation_settings
+from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
 
 INFO = ModelInfo(
     diameter_px=17, nucleus_diameter_um=12, cellprob_threshold=-0.5, score_threshold=0.4, min_volume_um3=50
@@ -48,7 +49,7 @@ def test_mode_auto_is_that_of_the_model(kind, mode):
         kind=kind, diameter_px=17, nucleus_diameter_um=12, full3d=SPEC if kind == "full3d" else None
     )
     assert segmentation_settings(info, PredictParams()).mode == mode
-    assert effective_parameters(info, PredictParams(mode=mode))["mode"] == mode
+    assert segmentation_settings(info, PredictParams(mode=mode)).as_parameters()["mode"] == mode
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("views2d", "full3d"), ("full3d", "ortho"), ("full3d", "stitch")])
@@ -108,7 +109,19 @@ def test_one_network_alone_is_not_mixed():
 
 
 def test_effective_parameters_say_what_is_used():
-    told = effective_parameters(INFO, PredictParams(score_threshold=0.2), VoxelSize(2, 1, 1))
-    assert told["score_threshold"] == 0.2
-    assert told["min_volume_um3"] == 50
-    assert told["voxel_size_um"] == [2, 1, 1]
+    used = segmentation_settings(INFO, PredictParams(score_threshold=0.2, views=("xy",))).as_parameters()
+    assert used["score_threshold"] == 0.2
+    assert used["min_volume_um3"] == 50
+    assert used["views"] == ["xy"]
+    assert list(used) == [*SegmentationParams.model_fields, "diameter_px"]
+
+
+def test_settings_and_parameters_have_the_same_names_and_defaults():
+    """What is not resolved with the model goes by one name and one default, so it need not be listed."""
+    shared = set(PredictParams.model_fields) & {each.name for each in fields(SegmentationSettings)}
+    assert shared - {"mode"} == {
+        *("views", "view_weights", "volume_weight", "fusion", "orthogonal_step", "flip_average"),
+        *("precision", "engine", "stitch_min_iou", "stitch_max_gap", "flow3d_smooth"),
+    }
+    for name in shared - {"mode"}:
+        assert getattr(SegmentationSettings(), name) == getattr(PredictParams(), name)

@@ -6,7 +6,7 @@ from skimage.measure import regionprops
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.nuclei import measure_nuclei
+from nuclei3d.segmentation.masks import measure_nuclei
 
 VOXEL = VoxelSize(2.0, 0.5, 0.25)
 

@@ -9,11 +9,13 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.scoring.matching import match, overlap_table
-from nuclei3d.segmentation.segmenter import segment_volume
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 
 CPU = torch.device("cpu")
+CUBIC = VoxelSize(1, 1, 1)
 RAW = IntensityRange(0.0, 1.0)
 
 
@@ -42,12 +44,8 @@ def settings() -> SegmentationSettings:
 
 @pytest.mark.parametrize("fusion", ["mean", "consensus"])
 def test_exact_flows_give_back_every_touching_nucleus(touching, settings, fusion):
-    result = segment_volume(
-        touching.astype(np.uint16),
-        VoxelSize(1, 1, 1),
-        OracleNetwork(separate=False),
-        replace(settings, fusion=fusion),
-        CPU,
+    result = Segmenter(OracleNetwork(separate=False), replace(settings, fusion=fusion), CPU).segment(
+        touching.astype(np.uint16), CUBIC
     )
     assert ap(touching, result.labels, 0.9) == 1.0
     assert [n.label for n in result.nuclei] == list(range(1, 10))
@@ -61,15 +59,13 @@ def test_anisotropic_frames_at_any_network_scale(anisotropy, step, scale):
     shape = (int(60 / anisotropy), 60, 64)
     centres = np.array([(30, 15, 15), (30, 15, 45), (28, 44, 20), (33, 44, 48)], float)
     truth = ball_labels(shape, centres, np.array([11, 10, 12, 11.5]), edges)
-    result = segment_volume(
-        (truth > 0).astype(np.float32),
-        VoxelSize.of(edges),
+    result = Segmenter(
         OracleNetwork(separate=True),
         SegmentationSettings(
             diameter_px=22 * scale, nucleus_diameter_um=22.0, intensity_range=RAW, orthogonal_step=step
         ),
         CPU,
-    )
+    ).segment((truth > 0).astype(np.float32), VoxelSize.of(edges))
     assert result.labels.shape == shape
     assert ap(truth, result.labels, 0.75) == 1.0
 
@@ -77,21 +73,15 @@ def test_anisotropic_frames_at_any_network_scale(anisotropy, step, scale):
 def test_stitching_gives_back_separate_nuclei(settings):
     centres = np.array([(18, 14, 14), (18, 14, 40), (15, 38, 24)], float)
     truth = ball_labels((36, 52, 54), centres, np.array([9.0, 10, 8]), (1, 1, 1))
-    result = segment_volume(
-        (truth > 0).astype(np.uint8) * 1,
-        VoxelSize(1, 1, 1),
-        OracleNetwork(separate=True),
-        replace(settings, mode="stitch"),
-        CPU,
+    result = Segmenter(OracleNetwork(separate=True), replace(settings, mode="stitch"), CPU).segment(
+        (truth > 0).astype(np.uint8) * 1, CUBIC
     )
     assert ap(truth, result.labels, 0.9) == 1.0
 
 
 def test_labels_have_no_gaps_and_nuclei_are_measured_in_um(settings):
     truth = ball_labels((30, 40, 40), np.array([(15, 20, 20.0)]), np.array([8.0]), (1, 1, 1))
-    result = segment_volume(
-        truth.astype(np.uint8), VoxelSize(1, 1, 1), OracleNetwork(separate=False), settings, CPU
-    )
+    result = Segmenter(OracleNetwork(separate=False), settings, CPU).segment(truth.astype(np.uint8), CUBIC)
     (nucleus,) = result.nuclei
     assert nucleus.volume_um3 == pytest.approx(4 / 3 * np.pi * 8**3, rel=0.05)
     assert (nucleus.z_um, nucleus.y_um, nucleus.x_um) == pytest.approx((14.5, 19.5, 19.5), abs=0.3)
@@ -103,8 +93,8 @@ def test_labels_have_no_gaps_and_nuclei_are_measured_in_um(settings):
 def test_empty_and_saturated_volumes_hold_no_nuclei(value):
     image = np.full((12, 32, 32), value, np.uint8)
     network = new_network(10, seed=0)
-    result = segment_volume(
-        image, VoxelSize(1, 1, 1), network, SegmentationSettings(diameter_px=10, nucleus_diameter_um=10), CPU
+    result = Segmenter(network, SegmentationSettings(diameter_px=10, nucleus_diameter_um=10), CPU).segment(
+        image, CUBIC
     )
     assert result.labels.shape == image.shape
     assert not result.labels.any()
@@ -113,21 +103,14 @@ def test_empty_and_saturated_volumes_hold_no_nuclei(value):
 
 def test_the_score_threshold_drops_what_the_flow_does_not_support(touching, settings):
     strict = replace(settings, masks=replace(settings.masks, score_threshold=1.0))
-    result = segment_volume(
-        touching.astype(np.uint8), VoxelSize(1, 1, 1), OracleNetwork(separate=False), strict, CPU
-    )
+    result = Segmenter(OracleNetwork(separate=False), strict, CPU).segment(touching.astype(np.uint8), CUBIC)
     assert not result.labels.any()
 
 
 def test_progress_rises_to_one(touching, settings):
     seen: list[float] = []
-    segment_volume(
-        touching.astype(np.uint8),
-        VoxelSize(1, 1, 1),
-        OracleNetwork(separate=False),
-        settings,
-        CPU,
-        progress=seen.append,
+    Segmenter(OracleNetwork(separate=False), settings, CPU).segment(
+        touching.astype(np.uint8), CUBIC, seen.append
     )
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
@@ -136,7 +119,7 @@ def test_progress_rises_to_one(touching, settings):
 
 def test_training_mode_is_left_as_it_was(settings):
     network = OracleNetwork(separate=True).train()
-    segment_volume(np.zeros((4, 32, 32)), VoxelSize(1, 1, 1), network, settings, CPU)
+    Segmenter(network, settings, CPU).segment(np.zeros((4, 32, 32)), CUBIC)
     assert network.training
 
 
@@ -151,14 +134,9 @@ def test_training_mode_is_left_as_it_was(settings):
     ],
 )
 def test_impossible_scales_and_modes_are_explained(shape, diameter_um, mode, message):
+    settings = SegmentationSettings(mode=mode, diameter_px=10, nucleus_diameter_um=diameter_um)
     with pytest.raises(InputError, match=message):
-        segment_volume(
-            np.zeros(shape),
-            VoxelSize(1, 1, 1),
-            OracleNetwork(separate=True),
-            SegmentationSettings(mode=mode, diameter_px=10, nucleus_diameter_um=diameter_um),
-            CPU,
-        )
+        Segmenter(OracleNetwork(separate=True), settings, CPU).segment(np.zeros(shape), CUBIC)
 
 
 def test_mode_cellpose_is_stock_cellpose_with_the_same_weights():
@@ -180,6 +158,31 @@ def test_mode_cellpose_is_stock_cellpose_with_the_same_weights():
     threshold = float(np.median(flows[2]))
     expected, _, _ = stock.eval(image, cellprob_threshold=threshold, **options)
     masks = replace(settings.masks, cellprob_threshold=threshold / 3)
-    result = segment_volume(image, VoxelSize(1, 1, 1), network, replace(settings, masks=masks), CPU)
+    result = Segmenter(network, replace(settings, masks=masks), CPU).segment(image, CUBIC)
     np.testing.assert_array_equal(result.labels, expected)
     assert all(np.isnan(nucleus.score) for nucleus in result.nuclei)
+
+
+def test_other_thresholds_need_no_network(touching, settings):
+    network = OracleNetwork(separate=False)
+    segmenter = Segmenter(network, settings, CPU)
+    flows = segmenter.flows(touching.astype(np.uint8), CUBIC)
+    labels, scores = segmenter.label(flows, touching.shape)
+    result = segmenter.segment(touching.astype(np.uint8), CUBIC)
+    np.testing.assert_array_equal(labels, result.labels)
+    np.testing.assert_array_equal(scores, result.scores)
+    seen = len(network.shapes)
+    strict = replace(settings.masks, score_threshold=1.0)
+    assert not segmenter.label(flows, touching.shape, strict)[0].any()
+    assert len(network.shapes) == seen
+
+
+def test_a_model_opens_with_parameters_by_name(tmp_path):
+    save_model(tmp_path / "model", new_network(15, 0), ModelInfo(name="mine", diameter_px=15), "a card")
+    segmenter = Segmenter(str(tmp_path / "model"), {"diameter_um": 9.5, "mode": "stitch"}, "cpu")
+    assert (segmenter.settings.nucleus_diameter_um, segmenter.settings.mode) == (9.5, "stitch")
+    assert segmenter.segment(np.zeros((3, 40, 40)), (2.0, 0.5, 0.5)).nuclei == []
+    with pytest.raises(InputError, match="did you mean 'diameter_um'"):
+        Segmenter(tmp_path / "model", {"diametre_um": 9.5})
+    with pytest.raises(InputError, match="need SegmentationSettings"):
+        Segmenter(new_network(15, 0), {"diameter_um": 9.5})
