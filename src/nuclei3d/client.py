@@ -33,15 +33,7 @@ _CONNECT_S = 10.0
 
 @dataclass(frozen=True)
 class RemoteSegmentation(Segmentation):
-    """What a service answers.
-
-    Attributes
-    ----------
-    parameters
-        Those that took effect.
-    model
-        Name and version of the model.
-    """
+    """What a service answers; `parameters` are those that took effect, `model` its name and version."""
 
     parameters: Mapping[str, Any]
     model: Mapping[str, str]

@@ -29,26 +29,16 @@ _TANH_VOXELS = 5.0
 
 
 def flows_2d(labels: Labels) -> NDArray[np.float32]:
-    """Compute the flow of every pixel of a labelled plane, as Cellpose's training targets.
+    """Compute the flow of every pixel of a labelled plane (Y, X), as Cellpose's training targets.
 
     For labels of one piece this is Cellpose's own target (`masks_to_flows` on the CPU): heat from the
     centre, spread by the mean over 3 x 3 pixels, 2 (height + width) times, each nucleus as often as its
-    own size asks. Runs in one thread and without the GIL; use threads or processes over planes.
-
-    Parameters
-    ----------
-    labels : integer array, shape (Y, X)
-        0 (or less) is background; numbers may have gaps.
+    own size asks. Runs in one thread and without the GIL. Numbers may have gaps; 0 (or less) is background.
 
     Returns
     -------
     float32 array, shape (2, Y, X)
         Unit vectors (dy, dx) in pixels; 0 on the background and at the centres of symmetric pieces.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a plane of integers.
     """
     _check(labels, 2)
     flows = np.zeros((2, *labels.shape), np.float32)
@@ -63,7 +53,7 @@ def flows_3d(
     tolerance: float = 1e-3,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """Compute the flow of every voxel of a labelled volume, in physical space.
+    """Compute the flow of every voxel of a labelled volume (Z, Y, X), in physical space.
 
     The steady heat of a source at the nucleus' centre, with heat 0 outside the nucleus, is solved in um:
     neighbours exchange heat with the weight 1 / (voxel edge)^2 and gradients are taken per um, so a nucleus
@@ -72,24 +62,17 @@ def flows_3d(
 
     Parameters
     ----------
-    labels : integer array, shape (Z, Y, X)
+    labels
         0 (or less) is background; numbers may have gaps.
-    voxel_size : VoxelSize
-        Edges of a voxel in um.
-    tolerance : float
+    tolerance
         Error of the heat, relative to that at the far ends of a nucleus, at which its iteration ends.
-    threads : int, optional
-        Threads to share the nuclei between; all processors by default.
+    threads
+        To share the nuclei between; all processors by default.
 
     Returns
     -------
     float32 array, shape (3, Z, Y, X)
         Unit vectors (dz, dy, dx), of length 1 in um; 0 on the background and in pieces of one voxel.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a volume of integers.
     """
     _check(labels, 3)
     volume = compact_labels(labels)
@@ -105,25 +88,10 @@ def flows_3d(
 
 
 def tanh_flows_3d(labels: Labels) -> NDArray[np.float32]:
-    """Compute the targets of Cellpose3D (Eschweiler et al. 2022), for comparison.
+    """Compute the targets of Cellpose3D (Eschweiler et al. 2022), for comparison: float32 (3, Z, Y, X).
 
     Along each axis tanh of the distance to the centre of the nucleus (its mean position) over 5 voxels,
     whatever the size of a voxel: at high anisotropy hardly anything is left along z.
-
-    Parameters
-    ----------
-    labels : integer array, shape (Z, Y, X)
-        0 (or less) is background; numbers may have gaps.
-
-    Returns
-    -------
-    float32 array, shape (3, Z, Y, X)
-        (z, y, x); 0 on the background.
-
-    Raises
-    ------
-    InputError
-        If `labels` is not a volume of integers.
     """
     _check(labels, 3)
     volume = compact_labels(labels)

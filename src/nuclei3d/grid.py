@@ -43,19 +43,12 @@ def isotropic_shape(shape: Sequence[int], voxel_size: VoxelSize, voxel_um: float
 
 
 def resize_linear(volume: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.float32]:
-    """Resample an image to another number of voxels, linearly.
+    """Resample an image, of any real dtype and number of axes, to another number of voxels, linearly; a copy.
 
     Along an axis that grows the values are interpolated linearly between voxel centres and held constant
     beyond the outermost ones. Along an axis that shrinks each new voxel is the mean of the old ones that
     it covers, parts weighted by their length, so that noise is averaged and nothing is aliased; at exactly
     half the size this is the same as linear interpolation.
-
-    Parameters
-    ----------
-    volume
-        Array of any number of axes and any real dtype; the result is always a copy.
-    shape
-        Wanted shape, one size per axis.
     """
     shape = _checked_shape(volume.shape, shape)
     result = resize_tensor(torch.from_numpy(np.array(volume, dtype=np.float32)), shape)
@@ -88,13 +81,7 @@ def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
 
 
 def linear_taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Give the old voxels and weights that make up each new voxel along one axis.
-
-    Returns
-    -------
-    indices, weights : arrays (taps, new)
-        Weights sum to 1 over the taps.
-    """
+    """Give the old voxels that make up each new one along an axis, and their weights: (taps, new), sum 1."""
     scale = old / new
     if scale <= 1:
         centre = np.clip((np.arange(new) + 0.5) * scale - 0.5, 0, old - 1)
@@ -241,10 +228,11 @@ class LabelBoxes:
 
     Attributes
     ----------
-    boxes : int32 array, shape (n + 1, 6)
-        First and last index on z, y and x of the label of that row; undefined for labels without voxels.
-    voxels : int64 array, shape (n + 1,)
-        Number of voxels of each label; that of the background (row 0) is 0.
+    boxes
+        int32 (n + 1, 6): first and last index on z, y and x of the label of that row; undefined for labels
+        without voxels.
+    voxels
+        int64 (n + 1,): number of voxels of each label; that of the background (row 0) is 0.
     """
 
     boxes: NDArray[np.int32]

@@ -41,12 +41,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Yields the path of a hidden temporary file beside `path`, with the same suffix, for the body to write. It
     is renamed to `path` when the body ends well, and removed when it does not; an older file at `path` stays
-    untouched until then. Folders on the way are made.
-
-    Raises
-    ------
-    InputError
-        If the place cannot be written (no permission, full disk, a file where a folder should be).
+    untouched until then. Folders on the way are made. An InputError or MachineError says why a place
+    (no permission, full disk, a file where a folder should be) cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -67,20 +63,9 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill a folder whole or not at all.
 
     Yields an empty hidden folder beside `path`; it takes the place of `path` when the body ends well, and is
-    removed when it does not.
-
-    Parameters
-    ----------
-    path
-        The folder to appear.
-    replace
-        Whether a folder that is already there gives way (all that it holds is deleted).
-
-    Raises
-    ------
-    InputError
-        If the place cannot be written, `path` is a file, `path` holds something and `replace` is false, or
-        `path` is the working directory or a folder above it.
+    removed when it does not. A folder that is already there gives way, with all that it holds, unless
+    `replace` is false; the working directory or a folder above it never does. Errors as those of
+    `whole_file`.
     """
     path = Path(path)
     _check_replaceable(path, replace)

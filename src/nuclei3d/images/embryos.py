@@ -81,19 +81,7 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledVolume:
-    """One frame with its labels, read into memory.
-
-    Attributes
-    ----------
-    image
-        (Z, Y, X), the type of the file.
-    labels
-        uint32 (Z, Y, X); 0 is background.
-    voxel_size
-        In um.
-    embryo, frame
-        Names.
-    """
+    """One frame read into memory: (Z, Y, X), the image in the type of its file; label 0 is background."""
 
     image: NDArray[Any]
     labels: NDArray[np.uint32]
@@ -212,18 +200,8 @@ def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
     By time: in every embryo the first labelled frames train, later ones validate, the last ones test; between
     two parts, frames are left out so that more than `gap` steps of time lie between them.
 
-    Parameters
-    ----------
-    embryos
-        As `find_embryos` lists them.
-    params
-        How to split.
-
-    Returns
-    -------
-    Split
-        Training is never empty; validation is empty only where nothing but `train` is named; the test is
-        empty only where lists by embryo leave it so.
+    Training is never empty; validation is empty only where nothing but `train` is named; the test is
+    empty only where lists by embryo leave it so.
 
     Raises
     ------

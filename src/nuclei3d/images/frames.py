@@ -55,13 +55,7 @@ def list_volumes(folder: Path) -> list[Path]:
 
 
 def volume_paths(source: Path) -> list[Path]:
-    """List the volumes that a path stands for: itself, or those in the folder.
-
-    Raises
-    ------
-    InputError
-        If the path does not exist or the folder holds none.
-    """
+    """List the volumes that a path stands for: itself, or those in the folder."""
     if not source.exists():
         raise missing(source, f"{source} does not exist")
     if not source.is_dir() or is_zarr(source):
@@ -87,8 +81,6 @@ class Frame:
         Stem for the names of outputs, unique within a listing.
     shape
         Number of voxels (z, y, x).
-    dtype
-        Type of a voxel.
     voxel_size
         Given by the user or read from the file; None where neither says it.
     time
@@ -110,36 +102,18 @@ class Frame:
         return f"Frame({self.name!r}, {shape} {self.dtype}, {self.voxel_size or 'no voxel size'})"
 
     def read(self) -> NDArray[Any]:
-        """Read the volume (Z, Y, X) in its own type; other frames of the file are not read.
-
-        Raises
-        ------
-        InputError
-            If the file is damaged.
-        """
+        """Read the volume (Z, Y, X) in its own type; other frames of the file are not read."""
         return self.read_block(_WHOLE)
 
     def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
-        """Read a part of the volume, touching only the planes or chunks that hold it.
-
-        Parameters
-        ----------
-        box
-            One slice with step 1 per axis (z, y, x).
-        """
+        """Read a box (z, y, x) of the volume, touching only the planes or chunks that hold it."""
         index = self.axes.stored_index(box)
         with _open(self.path, self.store) as array:
             block = array.read(index)
         return np.ascontiguousarray(self.axes.to_zyx(block))
 
     def require_voxel_size(self) -> VoxelSize:
-        """Give the voxel size.
-
-        Raises
-        ------
-        InputError
-            If neither the file nor the user says it; the message says how to give it.
-        """
+        """Give the voxel size; an InputError says how to give it if neither the file nor the user does."""
         if self.voxel_size is not None:
             return self.voxel_size
         note = f" ({self.scale_note})" if self.scale_note else ""
@@ -153,7 +127,7 @@ class Frame:
 def find_frames(
     source: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
 ) -> list[Frame]:
-    """List the frames of a file or folder.
+    """List the frames of a file or folder: one per file and time point; never none.
 
     Parameters
     ----------
@@ -164,11 +138,6 @@ def find_frames(
         Name or number (from 0) of the channel to read where there are several.
     voxel_size
         Wins over what the files say; where they say something else, the user is told once.
-
-    Returns
-    -------
-    list of Frame
-        One per file and time point; never empty.
 
     Raises
     ------
@@ -194,13 +163,7 @@ def find_frames(
 def single_frame(
     path: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
 ) -> Frame:
-    """Find the one frame of a file.
-
-    Raises
-    ------
-    InputError
-        If it holds several time points, and as `find_frames`.
-    """
+    """Find the one frame of a file; errors as `find_frames`, and if it holds several time points."""
     frames = find_frames(path, channel=channel, voxel_size=voxel_size)
     if len(frames) > 1:
         raise InputError(
@@ -274,13 +237,7 @@ def read_labels(path: Path) -> NDArray[np.uint32]:
 
 
 def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
-    """Check labels (Z, Y, X) and turn them into uint32.
-
-    Raises
-    ------
-    InputError
-        If they are no integers, or some are negative or above 2**32 - 1.
-    """
+    """Check labels (Z, Y, X), integers from 0 to 2**32 - 1, and turn them into uint32."""
     if labels.dtype.kind not in "bui":
         raise InputError(
             f"{where} holds {labels.dtype} values where labels are wanted, expected integers; save it as "
@@ -299,19 +256,9 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
 
 
 def check_image(image: NDArray[Any], where: str) -> None:
-    """Check that an array is a volume of finite numbers.
+    """Raise InputError if an array is no volume (Z, Y, X), each axis longer than 1, of finite numbers.
 
-    Parameters
-    ----------
-    image
-        Expected (Z, Y, X), each axis longer than 1, integers or floats.
-    where
-        Name of the file for messages.
-
-    Raises
-    ------
-    InputError
-        If it is not.
+    `where` is the name of the file for messages.
     """
     if image.ndim != 3 or min(image.shape) < 2:
         shape = " x ".join(map(str, image.shape))

@@ -80,16 +80,9 @@ class FrameAxes:
 
 
 def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> list[FrameAxes]:
-    """Find the frames in a stored array: one per time point, of one channel.
+    """Find the frames in a stored array: one per time point, of one channel (None: there is one only).
 
-    Parameters
-    ----------
-    layout
-        The stored array.
-    where
-        Name of the file for messages.
-    channel
-        Name or number (from 0) of the channel; None where there is one only.
+    `where` is the name of the file for messages.
 
     Raises
     ------

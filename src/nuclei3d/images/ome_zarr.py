@@ -69,32 +69,18 @@ def create_zarr(
     *,
     labels: bool = False,
 ) -> zarr.Array[Any]:
-    """Create an OME-Zarr 0.5 image of one level, to be filled chunk by chunk.
+    """Create an OME-Zarr 0.5 image of one level, filled with 0, to be filled chunk by chunk.
 
     The array is created at `path` at once; write inside `whole_folder` to have it appear whole.
 
     Parameters
     ----------
-    path
-        Folder to create, best called ``<name>.ome.zarr``.
     shape, chunks
         Voxels of the volume and of a chunk (z, y, x). Chunks are stored one file each.
-    dtype
-        Type of a voxel.
     voxel_size
         Goes into the metadata, so that Fiji and napari open it at the right scale.
     labels
         Mark the image as labels (``image-label``).
-
-    Returns
-    -------
-    zarr.Array
-        Filled with 0, open for writing.
-
-    Raises
-    ------
-    InputError
-        If the place cannot be written.
     """
     import zarr
 
@@ -134,13 +120,7 @@ def create_zarr(
 
 
 def find_label_array(path: Path) -> Path:
-    """Find the labels of an OME-Zarr image: itself, or the one image of its ``labels`` group.
-
-    Raises
-    ------
-    InputError
-        If the group holds several label images.
-    """
+    """Find the labels of an OME-Zarr image: itself, or the one image of its ``labels`` group."""
     group = path / "labels"
     if not is_zarr(group):
         return path

@@ -66,18 +66,7 @@ class TiffArray:
         self._file.close()
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
-        """Read a part of the array.
-
-        Parameters
-        ----------
-        index
-            One integer or slice (step 1) per stored axis.
-
-        Returns
-        -------
-        array
-            A copy in native byte order; axes given as integers are gone.
-        """
+        """Read a part of the array, one integer or slice of step 1 per stored axis, as a native copy."""
         with _damage_explained(self.path):
             offset = None if self.layout.companions else self._series.dataoffset
             block = self._read_planes(index) if offset is None else self._read_mapped(offset, index)

@@ -37,18 +37,10 @@ LARGEST_EDGE_UM = 1e3
 
 
 def micrometres_per(unit: str) -> float | None:
-    r"""Give the length of a unit in micrometres.
+    r"""Give the length of a unit in micrometres; None where it is no length, for example "pixel".
 
-    Parameters
-    ----------
-    unit
-        Name or symbol, as ImageJ, OME and OME-Zarr write it; plural and British spelling are understood, as
-        are the Greek letter, the micro sign and Fiji's escape ``\u00B5m``.
-
-    Returns
-    -------
-    float or None
-        None where the unit is no length, for example "pixel".
+    Names and symbols are those that ImageJ, OME and OME-Zarr write; plural and British spelling are
+    understood, as are the Greek letter, the micro sign and Fiji's escape ``\u00B5m``.
     """
     name = unit.strip().lower().replace("\\u00b5", "µ").replace("μ", "µ").replace("â", "").replace("\x00", "")
     if name in _MICROMETRES:
@@ -62,11 +54,7 @@ def micrometres_per(unit: str) -> float | None:
 def voxel_size_or_reason(z: float | None, y: float | None, x: float | None) -> tuple[VoxelSize | None, str]:
     """Make a voxel size from the edges in um that a file holds; None marks an edge that it does not hold.
 
-    Returns
-    -------
-    voxel_size, reason
-        Either the voxel size and an empty text, or None and what is wrong with the file's numbers ("" where
-        it holds none at all).
+    Where there is none the text says what is wrong with the file's numbers ("" where it holds none at all).
     """
     edges = {"z": z, "y": y, "x": x}
     known = {axis: edge for axis, edge in edges.items() if edge is not None}
@@ -88,13 +76,7 @@ def voxel_size_or_reason(z: float | None, y: float | None, x: float | None) -> t
 
 @dataclass(frozen=True)
 class VoxelSize:
-    """Edge lengths of a voxel in micrometres, in the axis order (z, y, x).
-
-    Raises
-    ------
-    InputError
-        If an edge is not a finite positive number.
-    """
+    """Edge lengths of a voxel in micrometres, finite and positive, in the axis order (z, y, x)."""
 
     z: float
     y: float

@@ -22,23 +22,11 @@ _OME_DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32",
 
 
 def write_image(path: Path, image: NDArray[Any], voxel_size: VoxelSize) -> None:
-    """Write an image as OME-TIFF, whole or not at all.
+    """Write an image (Z, Y, X) as OME-TIFF, whole or not at all.
 
-    Parameters
-    ----------
-    path
-        File to write, best called ``<name>.ome.tif`` or ``<name>.tif``.
-    image
-        (Z, Y, X); any integer or float type. bool becomes uint8 and float16 float32.
-    voxel_size
-        Goes into the OME metadata, into ImageJ's and into the resolution tags.
-
-    Raises
-    ------
-    InputError
-        If the place cannot be written.
-    ValueError
-        If the array is not 3D or of a type that TIFF readers do not know.
+    `path` is best called ``<name>.ome.tif`` or ``<name>.tif``. bool becomes uint8 and float16 float32. The
+    voxel size goes into the OME metadata, into ImageJ's and into the resolution tags. Raises ValueError if
+    the array is not 3D or of a type that TIFF readers do not know.
     """
     if image.ndim != 3:
         raise ValueError(f"expected an image (Z, Y, X), got shape {image.shape}")
@@ -52,24 +40,7 @@ def write_image(path: Path, image: NDArray[Any], voxel_size: VoxelSize) -> None:
 
 
 def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> None:
-    """Write labels as OME-TIFF, whole or not at all; uint16 where the numbers fit, else uint32.
-
-    Parameters
-    ----------
-    path
-        File to write, best called ``<name>.ome.tif`` or ``<name>.tif``.
-    labels
-        Integers (Z, Y, X) from 0 to 2**32 - 1.
-    voxel_size
-        As in `write_image`.
-
-    Raises
-    ------
-    InputError
-        If the place cannot be written.
-    ValueError
-        If the array is not 3D or holds no valid labels.
-    """
+    """Write labels as `write_image` does an image; uint16 where the numbers fit, else uint32."""
     if labels.ndim != 3 or labels.dtype.kind not in "bui":
         raise ValueError(f"expected integer labels (Z, Y, X), got {labels.dtype} of shape {labels.shape}")
     highest = int(labels.max(initial=0))

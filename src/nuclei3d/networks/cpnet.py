@@ -15,20 +15,10 @@ FLOW_SCALE = 5.0
 
 
 def new_network(diameter_px: float, seed: int) -> CPnet:
-    """Make an untrained network.
+    """Make an untrained network, the one that ``cellpose.models.CellposeModel`` builds by default.
 
-    Parameters
-    ----------
-    diameter_px
-        Diameter of nuclei at the network's scale; kept in the weights, as Cellpose does.
-    seed
-        Seed of the initial weights; torch's global generator is left as it was.
-
-    Returns
-    -------
-    CPnet
-        The network that ``cellpose.models.CellposeModel`` builds by default: 2 input channels (gray and an
-        empty one), outputs (5 x flow in y, 5 x flow in x, logit).
+    It has 2 input channels (gray and an empty one) and gives 5 x flow in y, 5 x flow in x, logit. The
+    diameter is kept in the weights, as Cellpose does; torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -36,18 +26,7 @@ def new_network(diameter_px: float, seed: int) -> CPnet:
 
 
 def choose_device(wish: str) -> torch.device:
-    """Choose where to compute.
-
-    Parameters
-    ----------
-    wish
-        ``auto`` (CUDA where there is one, else the CPU), ``cpu`` or ``cuda``.
-
-    Raises
-    ------
-    InputError
-        If CUDA is wished and absent, or the wish is unknown.
-    """
+    """Choose where to compute: ``auto`` (CUDA where there is one, else the CPU), ``cpu`` or ``cuda``."""
     if wish not in ("auto", "cpu", "cuda"):
         raise InputError(f"device '{wish}' is unknown; choose auto, cpu or cuda")
     available = torch.cuda.is_available()
@@ -59,16 +38,8 @@ def choose_device(wish: str) -> torch.device:
 def choose_precision(wish: str, device: torch.device) -> torch.dtype:
     """Choose the type in which convolutions are computed; everything else stays float32 (autocast).
 
-    Parameters
-    ----------
-    wish
-        ``float32``, ``bfloat16`` or ``auto``: bfloat16 where the hardware computes it. On CPUs that
-        is AVX512-BF16 or AMX (measured: 2 to 3 times faster); without, it is emulated and half as fast.
-
-    Raises
-    ------
-    InputError
-        If the wish is unknown.
+    ``auto`` is bfloat16 where the hardware computes it. On CPUs that is AVX512-BF16 or AMX (measured: 2 to 3
+    times faster); without, it is emulated and half as fast.
     """
     if wish not in ("auto", "float32", "bfloat16"):
         raise InputError(f"precision '{wish}' is unknown; choose auto, float32 or bfloat16")

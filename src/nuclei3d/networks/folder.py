@@ -55,10 +55,8 @@ class ModelInfo(BaseModel):
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3
         Thresholds chosen on the validation embryos.
-    versions
-        Package names and versions of the training.
-    lineage
-        Git commit, md5 of data and slices, run id and the like.
+    versions, lineage
+        Packages of the training; Git commit, md5 of data and slices, run id and the like.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -87,13 +85,7 @@ class ModelInfo(BaseModel):
 
 
 def read_info(path: Path) -> ModelInfo:
-    """Read a model.json.
-
-    Raises
-    ------
-    InputError
-        If it is missing, unreadable or not valid; the message names file and field.
-    """
+    """Read a model.json; an InputError names file and field."""
     try:
         return ModelInfo.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -106,17 +98,7 @@ def read_info(path: Path) -> ModelInfo:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model.
-
-    Attributes
-    ----------
-    network
-        In evaluation mode, on the CPU.
-    info
-        Scale, normalisation, thresholds, origin.
-    path
-        The weights file.
-    """
+    """A loaded model: the network, in evaluation mode on the CPU, and the path of the weights file."""
 
     network: nn.Module
     info: ModelInfo
@@ -142,11 +124,6 @@ def save_model(
     compact
         Whether the kernels of the convolutions are stored in float16, which halves the file. They are loaded
         into float32 again, here as in Cellpose; biases, batch statistics and diameters stay as they are.
-
-    Raises
-    ------
-    InputError
-        If the folder cannot be written, or the name is that of another file of the folder.
     """
     if info.name in (INFO_FILE, CARD_FILE):
         raise InputError(f"a model cannot be called '{info.name}'; choose another name (train.name)")
@@ -207,13 +184,7 @@ def load_model(path: str | PathLike[str]) -> Model:
 
 
 def read_state(weights: Path) -> Mapping[str, Tensor]:
-    """Read a weights file without running any code from it.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read, or is no file of torch weights.
-    """
+    """Read a weights file without running any code from it."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except OSError as error:

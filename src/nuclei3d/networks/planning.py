@@ -40,11 +40,6 @@ def plan_architecture(
         ``spacing``: nnU-Net's rule; ``isotropic``: every axis alike, whatever the voxel size.
     style
         See `Architecture`.
-
-    Raises
-    ------
-    InputError
-        If the anisotropy is no sensible number, or the profile unknown.
     """
     if not 0 < anisotropy <= _MAX_ANISOTROPY:
         raise InputError(

@@ -136,15 +136,10 @@ class _Level(nn.Module):
 
 
 class VolumeNetwork(nn.Module):
-    """A residual 3D U-Net.
+    """A residual 3D U-Net; `spec` is kept as an attribute.
 
     Takes (n, 1, z, y, x), normalised, each size a multiple of ``spec.architecture.multiple``, and gives
     (n, 4, z, y, x): 5 x flow along (z, y, x), and the logit.
-
-    Parameters
-    ----------
-    spec
-        Kept as the attribute `spec`.
     """
 
     def __init__(self, spec: VolumeSpec) -> None:

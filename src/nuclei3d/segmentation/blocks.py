@@ -38,8 +38,6 @@ class Block:
 
     Attributes
     ----------
-    index
-        Its number.
     core
         The voxels whose labels it decides; the cores of all blocks partition the volume.
     outer
@@ -86,18 +84,13 @@ def plan_blocks(
 
     Parameters
     ----------
-    shape
-        Of the volume (z, y, x).
-    voxel_size
-        Of the volume.
     margin_um
         How far the outer box reaches beyond the core.
     max_voxels
         Most voxels that an outer box may have.
     pixels
         Pixels of the network (or of each of several) per voxel along (z, y, x): outer boxes then start on
-        its lattice (`network_runner`), and are wider than the margin by up to two squares
-        of it.
+        its lattice (`network_runner`), and are wider than the margin by up to two squares of it.
 
     Raises
     ------
@@ -171,14 +164,12 @@ def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class BlockNuclei:
-    """Where the nuclei of one block lie.
+    """Where the nuclei of one block lie; row 0 of each array is unused.
 
     Attributes
     ----------
-    block
-        The block.
     centres
-        float64 (n + 1, 3) in voxels of the volume; row 0 is unused.
+        float64 (n + 1, 3) in voxels of the volume.
     in_core
         bool (n + 1,): whether the centre lies in the core.
     near_core
@@ -196,13 +187,7 @@ class BlockNuclei:
 
 
 def locate_nuclei(block: Block, labels: NDArray[np.integer[Any]], voxel_size: VoxelSize) -> BlockNuclei:
-    """Find the centres of a block's nuclei.
-
-    Parameters
-    ----------
-    labels
-        (z, y, x) on the outer box, 1..n.
-    """
+    """Find the centres of a block's nuclei from its labels (z, y, x) on the outer box, 1..n."""
     count = int(labels.max(initial=0)) + 1
     flat = labels.ravel()
     voxels = np.maximum(np.bincount(flat, minlength=count), 1)
@@ -236,22 +221,9 @@ def match_shared(
     second_labels: NDArray[np.integer[Any]],
     shared: Box,
 ) -> list[tuple[int, int]]:
-    """Find the nuclei that two blocks both see.
+    """Find the nuclei that two blocks both see, from their labels in the box that they share.
 
-    Parameters
-    ----------
-    first, second
-        The blocks' nuclei.
-    first_labels, second_labels
-        Their labels in the box that they share.
-    shared
-        That box.
-
-    Returns
-    -------
-    list of pairs
-        Labels in the first and the second block. Only nuclei whose centre lies in the shared box count:
-        of others the box shows a fragment.
+    Only nuclei whose centre lies in that box count: of others it shows a fragment. Gives pairs of labels.
     """
     table = overlap_table(first_labels, second_labels)
     matching = match(table, _SAME_IOU)
@@ -313,19 +285,10 @@ def choose_owners(
 def assemble_core(
     block: Block, sources: Sequence[tuple[Block, NDArray[np.integer[Any]], NDArray[np.uint32]]]
 ) -> NDArray[np.uint32]:
-    """Put the labels of one core together.
+    """Put the final labels of one core together, uint32 of its shape.
 
-    Parameters
-    ----------
-    block
-        Whose core.
-    sources
-        This block first, then all that overlap its core: block, labels on its outer box, final labels.
-
-    Returns
-    -------
-    uint32 array of the core's shape
-        Final labels. Where masks of two blocks overlap, the earlier source wins.
+    `sources` are this block first, then all that overlap its core: block, labels on its outer box, final
+    labels. Where masks of two blocks overlap, the earlier source wins.
     """
     result = np.zeros([part.stop - part.start for part in block.core], np.uint32)
     for source, labels, final in sources:
@@ -346,19 +309,9 @@ def assemble_core(
 
 
 def merge_nuclei(parts: Sequence[Sequence[Nucleus]], scores: Mapping[int, float]) -> list[Nucleus]:
-    """Join what was measured core by core.
+    """Join the nuclei that were measured core by core, with positions from the volume's origin.
 
-    Parameters
-    ----------
-    parts
-        Per core its nuclei, with positions from the volume's origin.
-    scores
-        Score by final label.
-
-    Returns
-    -------
-    list of Nucleus
-        Ordered by label; positions and intensities are means weighted by volume.
+    Positions and intensities are means weighted by volume; `scores` are by final label.
     """
     sums: dict[int, NDArray[np.float64]] = {}
     for part in parts:

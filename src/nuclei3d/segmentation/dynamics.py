@@ -340,7 +340,15 @@ def masks_from_flows(
 def masks_from_field(
     field: FlowField, nucleus_diameter_um: float, settings: MaskSettings, *, threads: int | None = None
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Segment nuclei from their flow; parameters, results and errors as `masks_from_flows`."""
+    """Segment nuclei from their flow, with all processors unless `threads` are given.
+
+    Returns
+    -------
+    labels : uint32 array, shape (Z, Y, X)
+        Nuclei 1..n, each one 6-connected piece without holes; 0 is background.
+    scores : float32 array, shape (n + 1,)
+        Score in 0..1 by label; entry 0 is 0.
+    """
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
@@ -355,28 +363,16 @@ def masks_2d_from_flows(
     diameter_px: float,
     settings: MaskSettings,
 ) -> NDArray[np.uint32]:
-    """Segment the nuclei of one plane by the same dynamics, for stitching.
+    """Segment the nuclei of one plane by the same dynamics, for stitching: labels (Y, X), 1..n.
 
     Bounds of the volume do not apply to a plane: they are for the stitched nucleus. Works in one thread.
 
     Parameters
     ----------
-    flow : float array, shape (2, Y, X)
-        Direction to the centre (y, x), length about 1.
-    logit : float array, shape (Y, X)
-    diameter_px : float
+    flow
+        (2, Y, X): direction to the centre (y, x), length about 1.
+    diameter_px
         Diameter of a typical nucleus in pixels.
-    settings : MaskSettings
-
-    Returns
-    -------
-    uint32 array, shape (Y, X)
-        Labels 1..n; 0 is background.
-
-    Raises
-    ------
-    InputError
-        If shapes do not fit or the diameter is not positive.
     """
     if logit.ndim != 2 or flow.shape != (2, *logit.shape):
         raise InputError(

@@ -63,25 +63,10 @@ class FlowField:
         voxel_size: VoxelSize,
         threads: int | None = None,
     ) -> FlowField:
-        """Pack a flow and a logit.
+        """Pack a flow (3, z, y, x), components (z, y, x), and a logit (z, y, x), both float16 or float32.
 
-        Parameters
-        ----------
-        flow
-            float16 or float32 (3, z, y, x), components (z, y, x). Vectors longer than 1.5 are shortened to
-            that.
-        logit
-            float16 or float32 (z, y, x), cut at 32. A voxel without a finite flow or a logit gets
-            flow 0 and the lowest logit.
-        voxel_size
-            Of the grid.
-        threads
-            All processors by default.
-
-        Raises
-        ------
-        InputError
-            If the shapes do not fit.
+        Vectors longer than 1.5 are shortened to that, the logit is cut at 32; a voxel without a finite flow
+        or a logit gets flow 0 and the lowest logit. Raises InputError if the shapes do not fit.
         """
         if logit.ndim != 3 or flow.shape != (3, *logit.shape):
             raise InputError(
@@ -135,8 +120,6 @@ class FlowField:
 
         Parameters
         ----------
-        box
-            Where.
         component
             0, 1, 2 for the flow along z, y, x; `LOGIT`.
         values

@@ -33,12 +33,8 @@ _DARKEST = 0.05
 class OccupiedSpace:
     """Blocks of a grid that can hold nuclei.
 
-    Attributes
-    ----------
-    blocks
-        bool array (bz, by, bx).
-    edges
-        For each axis the first voxel of each block, and the number of voxels at the end.
+    `blocks` is a bool array (bz, by, bx); `edges` are, for each axis, the first voxel of each block, and the
+    number of voxels at the end.
     """
 
     blocks: NDArray[np.bool_]
@@ -73,18 +69,9 @@ def occupied_space(
     grid_voxel_size: VoxelSize,
     diameter_um: float | None,
 ) -> OccupiedSpace:
-    """Find where nuclei can be in a volume that was resampled to a grid.
+    """Find where nuclei of a diameter (None: anywhere) can be in a normalised volume on a grid.
 
-    Parameters
-    ----------
-    volume
-        Normalised, on the grid.
-    intensity
-        Range and noise of the image.
-    voxel_size, grid_voxel_size
-        Of the image and of the grid.
-    diameter_um
-        Of a nucleus; None: nuclei can be anywhere.
+    `intensity` and `voxel_size` are those of the image, `grid_voxel_size` is of the grid.
     """
     if diameter_um is None:
         return everywhere(volume.shape)
@@ -119,7 +106,7 @@ def find_occupied(
     *,
     darkest: float = np.inf,
 ) -> OccupiedSpace:
-    """Find where nuclei can be.
+    """Find where nuclei can be: blocks a quarter of a diameter wide, with a margin of a diameter all around.
 
     Parameters
     ----------
@@ -132,11 +119,6 @@ def find_occupied(
     darkest
         If even the darkest part is brighter than this, the image is a piece from the midst of an embryo,
         nothing says what empty space would look like, and all of it counts as occupied.
-
-    Returns
-    -------
-    OccupiedSpace
-        Blocks about a quarter of a diameter wide, with a margin of a diameter in all directions.
     """
     edges = []
     for size, diameter in zip(image.shape, diameter_voxels, strict=True):

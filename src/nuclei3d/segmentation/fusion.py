@@ -47,15 +47,10 @@ class VolumeView:
     ----------
     field
         On its own grid.
-    shape, voxel_size
-        Of the grid of the views (z, y, x).
+    shape
+        Of the grid of the views (z, y, x), which covers the same box.
     weight
         Trust in it; a view has 1 unless it is given another.
-
-    Raises
-    ------
-    InputError
-        If the two grids do not cover the same box, or the weight is not positive.
     """
 
     field: FlowField
@@ -83,12 +78,7 @@ class VolumeView:
             )
 
     def planes(self, component: int, planes: slice) -> NDArray[np.float32]:
-        """Read one component (0, 1, 2 the flow along z, y, x; `LOGIT`) of some planes z of the views' grid.
-
-        Returns
-        -------
-        float32 array (planes, Y, X)
-        """
+        """Read a component (see `FlowField.add`) of planes of the views' grid, float32 (n, Y, X)."""
         start, stop, _ = planes.indices(self.shape[0])
         if self.shape[0] == self.field.shape[0]:
             return self._own_planes(component, start, stop)
@@ -163,14 +153,9 @@ def add_views(
 
 @dataclass(frozen=True)
 class ViewPrediction:
-    """What the network says about all planes of one direction, on the grid common to all views.
+    """What the network says about all planes of a view, on the grid common to all views.
 
-    Attributes
-    ----------
-    view : "xy", "xz" or "yz"
-    flow : float16 or float32 array, shape (2, Z, Y, X)
-        Components in the order of the plane's axes: (y, x), (z, x) or (z, y). Length about 1 (network / 5).
-    logit : float16 or float32 array, shape (Z, Y, X)
+    `flow` is (2, Z, Y, X), its components in the order of the plane's axes, about 1 long; `logit` (Z, Y, X).
     """
 
     view: View
@@ -203,14 +188,14 @@ def fuse_views(
 
     Parameters
     ----------
-    views : sequence of ViewPrediction
+    views
         Any subset of the three, each at most once, all of the same shape.
-    method : "mean" or "consensus"
+    method
         Consensus divides the weight of a view by (v + 0.1), v the variance of the flow's component in the
         5 x 5 x 5 voxels around. The logit is the mean in either case.
-    weights : mapping from view to weight, optional
-        Relative trust in each view; 1 where not given. Applies to flows and logits.
-    volume : VolumeView, optional
+    weights
+        Relative trust in each view, in flows and logits; 1 where not given.
+    volume
         What a 3D network says, on the grid of the views, with its own weight.
 
     Returns
@@ -218,11 +203,6 @@ def fuse_views(
     flow : float32 array, shape (3, Z, Y, X)
         Components (z, y, x), about unit vectors in physical space.
     logit : float32 array, shape (Z, Y, X)
-
-    Raises
-    ------
-    InputError
-        If there is no view, one comes twice, shapes differ, or weights are not positive.
     """
     trust = _checked_weights(views, weights)
     shape = views[0].logit.shape

@@ -159,11 +159,7 @@ def _renumber(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
 def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
     """Drop, in place, the labels that are not to be kept and number the others 1..n in their order.
 
-    Parameters
-    ----------
-    labels : contiguous uint32 array
-    keep : bool array, shape (highest label + 1,)
-        Entry 0 (background) is ignored.
+    `keep` is (highest label + 1,); entry 0 (background) is ignored.
     """
     kept = keep.copy()
     kept[0] = False
@@ -177,20 +173,9 @@ def clean_labels(
     max_voxels: float = np.inf,
     threads: int | None = None,
 ) -> LabelBoxes:
-    """Make labels whole, in place: one 6-connected piece each, holes filled, sizes in bounds, numbers 1..n.
+    """Make labels (Z, Y, X) whole, in place: one 6-connected piece each, holes filled, numbers 1..n.
 
-    Parameters
-    ----------
-    labels : contiguous uint32 array, shape (Z, Y, X)
-    min_voxels, max_voxels : float
-        Labels smaller or larger than this, after filling, are dropped.
-    threads : int, optional
-        All processors by default.
-
-    Returns
-    -------
-    LabelBoxes
-        Boxes and sizes of the labels that are left.
+    Those smaller or larger than the bounds, after filling, are dropped. Gives boxes and sizes of the others.
     """
     where = find_boxes(labels)
     share_labels(
@@ -245,19 +230,17 @@ def finish_labels(
     score_threshold: float,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """Make labels whole, score them and drop those that are no nuclei, in place.
+    """Make labels (Z, Y, X) whole, score them and drop those that are no nuclei, in place.
+
+    Afterwards they are 1..n, each one 6-connected piece without holes.
 
     Parameters
     ----------
-    labels : uint32 array, shape (Z, Y, X)
-        Raw labels; afterwards 1..n, each one 6-connected piece without holes.
-    field : FlowField
-        Of that shape.
-    bounds_um3 : tuple of float
+    bounds_um3
         Least and largest volume.
-    score_threshold : float
+    score_threshold
         Labels with a lower score are dropped; those below 0.01 always are.
-    threads : int, optional
+    threads
         All processors by default.
 
     Returns
@@ -278,19 +261,9 @@ def finish_labels(
 
 @dataclass(frozen=True)
 class Nucleus:
-    """One segmented nucleus.
+    """One segmented nucleus: its number, centroid (the centre of the first voxel is at 0), volume and so on.
 
-    Attributes
-    ----------
-    label : int
-        Its number in the label volume.
-    z_um, y_um, x_um : float
-        Centroid in um; the centre of the first voxel of the volume is at 0.
-    volume_um3 : float
-    mean_intensity : float
-        In units of the input image.
-    score : float
-        0..1, see `masks.score_labels`.
+    `mean_intensity` is in units of the input image; `score` in 0..1, see `masks.score_labels`.
     """
 
     label: int
@@ -325,26 +298,10 @@ def measure_nuclei(
     voxel_size: VoxelSize,
     scores: NDArray[np.floating[Any]],
 ) -> list[Nucleus]:
-    """Measure every nucleus of a label volume in one pass.
+    """Measure every nucleus of a label volume (Z, Y, X) in one pass, in the order of the labels.
 
-    Parameters
-    ----------
-    labels : integer array, shape (Z, Y, X)
-        0 is background; numbers may have gaps.
-    image : real array, shape (Z, Y, X)
-    voxel_size : VoxelSize
-    scores : float array, shape (highest label + 1,)
-        Score by label.
-
-    Returns
-    -------
-    list of Nucleus
-        In the order of their labels; labels without voxels are left out.
-
-    Raises
-    ------
-    InputError
-        If shapes do not fit or a label has no score.
+    Numbers may have gaps; `scores` are by label. Raises InputError if shapes do not fit or a label has no
+    score.
     """
     if labels.ndim != 3 or labels.shape != image.shape:
         raise InputError(

@@ -109,22 +109,17 @@ def predict_flows(
     ----------
     image
         (z, y, x), any real dtype, finite.
-    voxel_size
-        Of the image.
     networks
         Those that the mode needs; they are moved to `device`, their training mode is left as it was.
     settings
         What to do, in any mode but ``cellpose``.
-    device
-        Where the networks run.
     progress
         Called with the share done, below 1: the last hundredth is for the masks.
 
     Returns
     -------
     flows : FlowField
-        On the view grid (`nuclei3d.segmentation.settings.view_grid`); in mode ``full3d`` on that of the
-        network (`volume_grid`).
+        On the view grid (`settings.view_grid`); in mode ``full3d`` on that of the network (`volume_grid`).
     seconds : dict
         ``network``, inside the forward passes, and ``views``, the rest.
 
@@ -243,14 +238,10 @@ def _predict_patches(
 def volume_grid(
     shape: Sequence[int], voxel_size: VoxelSize, settings: SegmentationSettings, anisotropy: float
 ) -> tuple[Triple, VoxelSize]:
-    """Choose the grid that a 3D network sees: x and y at its scale, z as far apart as in training.
+    """Choose the grid that a 3D network sees: shape (z, y, x) and voxel size.
 
-    Returns
-    -------
-    shape : tuple of int
-        In z the image's own planes if they lie, against the nucleus, as far apart as the training's.
-    voxel_size : VoxelSize
-        Of that grid.
+    x and y are at the network's scale. In z the image's own planes are taken if they lie, against the
+    nucleus, as far apart as the training's; else planes that do.
     """
     (_, height, width), _, _ = view_grid(tuple(shape), voxel_size, settings)
     wanted = anisotropy * settings.network_voxel_um
@@ -329,15 +320,7 @@ def _predict_views(
 
 @dataclass(frozen=True)
 class PlaneBox:
-    """The part of a plane that goes through the network.
-
-    Attributes
-    ----------
-    rows, columns
-        Of the plane.
-    height
-        Rows at the network's scale, once stretched.
-    """
+    """The part of a plane that goes through the network; `height` is its rows at the network's scale."""
 
     rows: slice
     columns: slice
@@ -389,16 +372,12 @@ def compute_view(
     step: int = 1,
     report: Progress = lambda share: None,
 ) -> Iterator[ComputedPlanes]:
-    """Run the network over the planes of one view.
+    """Run a network over the planes of one view, and yield them in order.
 
     Parameters
     ----------
     volume
         Normalised float32 (z, y, x) on the view grid, on any device, which the results are on too.
-    view
-        ``xy``, ``xz`` or ``yz``.
-    runner
-        The network.
     occupied
         Where nuclei can be; planes and margins outside are not computed.
     stretched_depth
@@ -407,11 +386,6 @@ def compute_view(
         Every how many planes one is computed.
     report
         Called with the share of the planes that were dealt with.
-
-    Yields
-    ------
-    ComputedPlanes
-        In order.
     """
     axis = VIEW_AXIS[view]
     planes = volume.movedim(axis, 0)
@@ -544,10 +518,6 @@ def sum_on_device(
         Gives what was computed of a view (`compute_view`), on the device.
     weights, steps
         Relative trust in each view, and every how many of its planes one is computed.
-    shape, voxel_size
-        Of the view grid.
-    device
-        Where to sum.
     """
     seen = component_weights(weights)
     total = torch.zeros((4, *shape), device=device)

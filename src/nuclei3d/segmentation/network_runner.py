@@ -64,8 +64,6 @@ class NetworkRunner:
     network
         A `VolumeNetwork`; or one that takes (n, 2, height, width) and gives (n, 3, height, width): 5 x flow
         along the two axes of the plane, and the logit; or a tuple that starts with that, as CPnet does.
-    device
-        Where to compute.
     precision
         Type for convolutions (autocast); float32 for none.
     flip_average
@@ -76,10 +74,9 @@ class NetworkRunner:
 
     Attributes
     ----------
-    seconds
-        Time inside the network's forward pass so far.
-    pixels
-        Pixels, padding and overlap included, that went through it.
+    seconds, pixels
+        Time inside the network's forward pass so far, and pixels, padding and overlap included, that went
+        through it.
 
     Raises
     ------
@@ -123,17 +120,10 @@ class NetworkRunner:
         return max(1, PIXELS_PER_BATCH[self.device.type] // (padded(height) * padded(width)))
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Predict flow and logit of images.
+        """Predict flow, of length about 1, and logit of normalised images, float32.
 
-        Parameters
-        ----------
-        images
-            Normalised (n, height, width), or (n, z, y, x) for a 3D network.
-
-        Returns
-        -------
-        float32 array (n, 3, height, width) or (n, 4, z, y, x)
-            Flow along the axes, of length about 1, and the logit.
+        (n, height, width) becomes (n, 3, height, width), and for a 3D network (n, z, y, x) becomes (n, 4, z,
+        y, x).
         """
         return np.asarray(self.run(torch.from_numpy(images)).cpu().numpy(), np.float32)
 
@@ -229,7 +219,6 @@ def _compile(
 
 
 def _corner(shape: Sequence[int]) -> tuple[EllipsisType | slice, ...]:
-    """Take so much of the last axes."""
     return (..., *(slice(size) for size in shape))
 
 
@@ -240,10 +229,8 @@ class Tiling:
     ----------
     box
         What is to be covered: a slice for each axis.
-    size
-        Of a tile along each axis.
-    overlap
-        Pixels along each axis by which neighbours overlap at least, but half a tile at most.
+    size, overlap
+        Of a tile along each axis; neighbours overlap by so much at least, but half a tile at most.
     multiple
         Pixels along each axis that the network pools into one.
     profile
@@ -254,8 +241,6 @@ class Tiling:
     ----------
     boxes
         Of all tiles, cut at the end of the box.
-    size
-        As given.
     """
 
     def __init__(
@@ -331,20 +316,16 @@ def tile_volume(
     overlap: Sequence[float],
     max_voxels: int,
 ) -> Tiling:
-    """Cover a box of a volume by patches.
+    """Cover a box of a volume by patches of at most `max_voxels`.
 
     Parameters
     ----------
-    box
-        Of the volume.
     multiple
         Voxels that the network pools into one.
     trained
         Shape of the patches that it was trained on: the least of a patch where the box is as large.
     overlap
         Voxels by which neighbours overlap at least; about a nucleus.
-    max_voxels
-        Of a patch.
     """
     sizes = [padded(part.stop - part.start, factor) for part, factor in zip(box, multiple, strict=True)]
     while math.prod(sizes) > max_voxels:
@@ -376,8 +357,6 @@ def grow_to_lattice(
 
     Parameters
     ----------
-    part
-        First and last but one voxel.
     size
         Of the whole axis.
     pixels

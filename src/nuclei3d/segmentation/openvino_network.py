@@ -52,22 +52,10 @@ def compiled_cpnet(
 def compile_cpnet(
     state: Mapping[str, torch.Tensor], precision: torch.dtype, threads: int
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Compile a CPnet.
+    """Compile a CPnet from its weights, for float32 or bfloat16 and so many threads of an inference.
 
-    Parameters
-    ----------
-    state
-        Its weights.
-    precision
-        ``torch.float32`` or ``torch.bfloat16``.
-    threads
-        Threads of an inference.
-
-    Returns
-    -------
-    callable
-        From float32 (n, 2, height, width), sides multiples of 8, to float32 (n, 3, height, width). Not to be
-        called from two threads at once.
+    The callable turns float32 (n, 2, height, width), sides multiples of 8, into float32 (n, 3, height,
+    width). It is not to be called from two threads at once.
     """
     import openvino as ov  # type: ignore[import-not-found,unused-ignore]
 

@@ -225,13 +225,7 @@ class Segmenter:
         voxel_size_um: VoxelSize | Sequence[float],
         progress: Callable[[float], None] | None = None,
     ) -> FlowField:
-        """Run the networks over a volume, for `label`; parameters and errors as `segment`.
-
-        Returns
-        -------
-        FlowField
-            On the view grid (`nuclei3d.segmentation.settings.view_grid`).
-        """
+        """Run the networks over a volume, for `label`; parameters and errors as `segment`."""
         from nuclei3d.segmentation.network_pass import predict_flows
 
         if self.settings.is_stock:
@@ -242,14 +236,12 @@ class Segmenter:
     def label(
         self, flows: FlowField, shape: tuple[int, ...], masks: MaskSettings | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-        """Turn flows into labels.
+        """Turn `flows` into labels on the image's grid (z, y, x).
 
         Parameters
         ----------
-        flows
-            From `flows`.
         shape
-            Shape (z, y, x) of the image.
+            Of the image.
         masks
             Thresholds other than those of the settings.
 
@@ -273,13 +265,7 @@ def _voxel_size(edges: VoxelSize | Sequence[float]) -> VoxelSize:
 
 
 def load_models(model: Model, predict: PredictParams) -> Models:
-    """Load the further models that a prediction names, and check that they go with a model.
-
-    Raises
-    ------
-    InputError
-        If one is missing, of the wrong kind, or of another scale where one image serves two networks.
-    """
+    """Load the further models that a prediction names, and check that they go with a model."""
     from nuclei3d.networks.folder import load_model, require_model
 
     orthogonal = volume = None

@@ -25,21 +25,21 @@ class MaskSettings:
 
     Attributes
     ----------
-    cellprob_threshold : float
+    cellprob_threshold
         Voxels with a (mean) logit above this are foreground.
-    score_threshold : float
+    score_threshold
         Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
         are: their flow has nothing to do with their mask.
-    min_volume_um3, max_volume_um3 : float
+    min_volume_um3, max_volume_um3
         Bounds of a nucleus' volume; no upper bound if None.
-    min_volume_fraction : float
+    min_volume_fraction
         Nuclei below this fraction of the volume of a typical nucleus are dropped in any case: what is left
         there are crumbs of the dynamics.
-    step : float
+    step
         First step of a particle. It is never below the smallest voxel edge.
-    bin_edge : float
+    bin_edge
         Edge of the bins in which end points are counted.
-    sink_radius : float
+    sink_radius
         Sinks closer together than this are one.
     """
 
@@ -63,8 +63,7 @@ class MaskSettings:
 class SegmentationSettings:
     """How a volume is segmented, with nothing left open.
 
-    What is not listed here has the name, meaning and default that it has in
-    `nuclei3d.config.sections.PredictParams`.
+    What is not listed here is as in `nuclei3d.config.sections.PredictParams`.
 
     Attributes
     ----------
@@ -78,16 +77,13 @@ class SegmentationSettings:
         Diameter of a typical nucleus in the volume.
     volume
         How the 3D network of mode ``mixed`` sees the volume: settings of mode ``full3d`` with its own scale
-        and normalisation, for a network knows images only as it was trained on them; None in other modes.
-        The diameter in um is the same: it is the volume's.
-    masks
-        Thresholds and dynamics.
+        and normalisation, for a network knows images only as it was trained on them.
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.grid`).
     intensity_range
         Given for a block of a larger volume: the range of the whole.
     skip_empty
-        Leave out what can hold no nucleus (`nuclei3d.segmentation.foreground`).
+        Leave out what can hold no nucleus (`foreground`).
     """
 
     mode: ResolvedMode = "ortho"
@@ -162,7 +158,6 @@ def view_grid(
     shape : tuple of int
         x and y at the network's scale; z as in the image, or at the network's scale if that is coarser.
     voxel_size : VoxelSize
-        Of that grid.
     stretched_depth : int
         Number of voxels along z at the network's scale.
     """
@@ -173,13 +168,9 @@ def view_grid(
 
 
 def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings) -> None:
-    """Check that a volume has planes to look at once it is at the network's scale.
+    """Raise InputError if a volume has no planes to look at once it is at the network's scale.
 
-    Raises
-    ------
-    InputError
-        If the volume is not 3D or one plane thin, its voxels are far from square in the plane, or the
-        diameter makes planes vanish.
+    It may not be 3D or one plane thin, its voxels far from square in the plane, or the diameter too small.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"a volume (z, y, x) was expected, got an array of shape {tuple(shape)}")
@@ -219,8 +210,6 @@ def segmentation_settings(
 
     Parameters
     ----------
-    info
-        Of the model.
     predict
         What the user asks; None leaves a value to the model.
     voxel_size

@@ -52,27 +52,17 @@ class _Pairs:
 def stitch_planes(
     planes: NDArray[np.integer[Any]], min_iou: float = 0.25, max_gap: int = 1
 ) -> NDArray[np.uint32]:
-    """Link the masks of successive planes.
+    """Link the masks of successive planes into 3D labels 1..n, uint32 (Z, Y, X), each one 6-connected piece.
 
     Parameters
     ----------
-    planes : integer array, shape (Z, Y, X)
+    planes
         Labels of each plane on its own; equal numbers in different planes mean nothing. A 2D label on
         several pieces counts as several masks.
-    min_iou : float
+    min_iou
         Masks of neighbouring planes are linked if their IoU is at least this.
-    max_gap : int
+    max_gap
         Number of successive planes in which a nucleus may be missing.
-
-    Returns
-    -------
-    uint32 array, shape (Z, Y, X)
-        3D labels 1..n, each one 6-connected piece.
-
-    Raises
-    ------
-    InputError
-        If `planes` is not a volume of integers or a parameter is out of range.
     """
     if planes.ndim != 3 or not np.issubdtype(planes.dtype, np.integer):
         raise InputError(

@@ -22,16 +22,11 @@ def segment_with_cellpose(
     settings: SegmentationSettings,
     device: torch.device,
 ) -> NDArray[np.uint32]:
-    """Segment a volume with ``CellposeModel.eval(do_3D=True)``.
+    """Segment a volume with ``CellposeModel.eval(do_3D=True)``: uint32 labels (z, y, x), 1..n.
 
     Diameter, anisotropy, percentiles and the threshold on the logit are those of the settings (Cellpose sums
     three logits where this package takes their mean, so that threshold is multiplied by three); all else
     is Cellpose's default.
-
-    Returns
-    -------
-    uint32 array (z, y, x)
-        Labels 1..n.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
         from cellpose.models import CellposeModel

@@ -25,17 +25,7 @@ _MOST_SCORES = 40
 
 @dataclass(frozen=True)
 class LabelledFlow:
-    """What the network says of a volume, and the truth.
-
-    Attributes
-    ----------
-    flows
-        From `nuclei3d.segmentation.segmenter.Segmenter.flows`.
-    truth
-        True labels (Z, Y, X) on the image's grid.
-    voxel_size
-        Of that grid.
-    """
+    """What the network says of a volume (`Segmenter.flows`), and true labels on the image's grid."""
 
     flows: FlowField
     truth: NDArray[np.integer[Any]]
@@ -100,12 +90,8 @@ def choose_thresholds(
     Thresholds
         The logit threshold and least volume with the best average precision, among equals those nearest to
         the defaults; of the scores the lowest whose average precision is within one standard error of the
-        best.
-
-    Notes
-    -----
-    The rule of one standard error (Breiman et al. 1984) is for the score alone: a few dozen nuclei of one
-    embryo hardly tell a threshold from the next, and too high a one costs the faint nuclei of other embryos.
+        best (Breiman et al. 1984). That rule is for the score alone: a few dozen nuclei of one embryo hardly
+        tell a threshold from the next, and too high a one costs the faint nuclei of other embryos.
     """
     default = settings.masks.cellprob_threshold
     typical_um3 = float(np.pi / 6 * settings.nucleus_diameter_um**3)
