@@ -25,7 +25,8 @@ from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_field
+from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
@@ -89,14 +90,15 @@ def one_volume(anisotropy: float, seed: int, *, stock: bool) -> tuple[int, dict[
     views = exact_views(isotropic)
     flow, logit = fuse_views(views)
     settings = MaskSettings()
-    labels, _ = masks_from_flows(flow, logit, cubic, DIAMETER, settings)
+    labels, _ = masks_from_field(FlowField.of(flow, logit, cubic), DIAMETER, settings)
     ap = {"ap_ours": scores_of(truth, resize_nearest(labels, truth.shape).astype(np.uint32))}
     native_flow = np.stack([resize_linear(part, truth.shape) for part in flow])
     native_logit = resize_linear(logit, truth.shape)
-    labels, _ = masks_from_flows(native_flow, native_logit, voxel_size, DIAMETER, settings)
+    labels, _ = masks_from_field(FlowField.of(native_flow, native_logit, voxel_size), DIAMETER, settings)
     ap["ap_ours_native"] = scores_of(truth, labels)
     own_logit = np.where(truth > 0, LOGIT, -LOGIT).astype(np.float32)
-    labels, _ = masks_from_flows(flows_3d(truth, voxel_size), own_logit, voxel_size, DIAMETER, settings)
+    own_field = FlowField.of(flows_3d(truth, voxel_size), own_logit, voxel_size)
+    labels, _ = masks_from_field(own_field, DIAMETER, settings)
     ap["ap_round_trip"] = scores_of(truth, labels)
     if stock:
         ap["ap_stock"] = scores_of(truth, stock_masks(views, truth.shape))

@@ -22,7 +22,8 @@ from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import available_threads
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_field
+from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from shapes import touching_nuclei
 from timing import measure_in_turns, ratio_of
@@ -46,7 +47,7 @@ def stock_2d(labels: NDArray[np.int64]) -> None:
 
 
 def ours_masks(flow: NDArray[np.float32], logit: NDArray[np.float32]) -> NDArray[np.uint32]:
-    return masks_from_flows(flow, logit, CUBIC, DIAMETER, MaskSettings())[0]
+    return masks_from_field(FlowField.of(flow, logit, CUBIC), DIAMETER, MaskSettings())[0]
 
 
 def stock_masks(flow: NDArray[np.float32], logit: NDArray[np.float32]) -> NDArray[np.uint32]:

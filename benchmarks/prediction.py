@@ -197,7 +197,7 @@ def main() -> None:
         report["network_share"] = min(report[name]["network_share"] for name in arguments.volumes)
     if device.type == "cuda":
         runner = NetworkRunner(network, device, precision=choose_precision(arguments.precision, device))
-        planes = torch.rand((runner.planes_per_batch(256, 256), 256, 256), device=device)
+        planes = torch.rand((runner.planes_per_batch(256 * 256), 256, 256), device=device)
         runner.run(planes)
         timing, _ = measure(lambda: runner.run(planes), 10)
         operations = flops_per_pixel(network) * planes.numel()

@@ -141,24 +141,33 @@ def nucleus_flows_3d(
 
     `box` holds first and last index of the label on each axis; `edges` are the voxel's edges (z, y, x).
     """
+    free, total = cut_label(labels, label, box)
+    origin = (box[0] - 1, box[2] - 1, box[4] - 1)
+    members = np.empty((total, 3), np.int32)
+    for sz in range(1, free.shape[0] - 1):
+        for sy in range(1, free.shape[1] - 1):
+            for sx in range(1, free.shape[2] - 1):
+                if free[sz, sy, sx]:
+                    count = take_piece(free, sz, sy, sx, members)
+                    if count > 1:
+                        _piece_flows_3d(members[:count], origin, edges, tolerance, flows)
+
+
+@njit(cache=True, nogil=True)
+def cut_label(
+    labels: NDArray[np.uint32], label: int, box: NDArray[np.int32]
+) -> tuple[NDArray[np.bool_], int]:
+    """Say where in a box, with a border of one voxel added, a label lies, and count its voxels."""
     z0, z1, y0, y1, x0, x1 = box
-    size = (z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3)
-    free = np.zeros(size, np.bool_)
+    inside = np.zeros((z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3), np.bool_)
     total = 0
     for z in range(z0, z1 + 1):
         for y in range(y0, y1 + 1):
             for x in range(x0, x1 + 1):
                 if labels[z, y, x] == label:
-                    free[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
+                    inside[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
                     total += 1
-    members = np.empty((total, 3), np.int32)
-    for sz in range(1, size[0] - 1):
-        for sy in range(1, size[1] - 1):
-            for sx in range(1, size[2] - 1):
-                if free[sz, sy, sx]:
-                    count = take_piece(free, sz, sy, sx, members)
-                    if count > 1:
-                        _piece_flows_3d(members[:count], (z0 - 1, y0 - 1, x0 - 1), edges, tolerance, flows)
+    return inside, total
 
 
 @njit(cache=True, nogil=True)

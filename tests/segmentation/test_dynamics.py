@@ -12,7 +12,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import find_boxes, isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.dynamics import masks_2d_from_flows, masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_2d_from_flows, masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.segmentation.masks import score_labels
@@ -47,6 +47,18 @@ def touching_balls(anisotropy: float, side: int = 64, seed: int = 1) -> NDArray[
 
 def logit_of(labels: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.where(labels > 0, 5, -5).astype(np.float32)
+
+
+def masks_from_flows(
+    flow: NDArray[np.float32],
+    logit: NDArray[np.float32],
+    voxel_size: VoxelSize,
+    diameter_um: float,
+    settings: MaskSettings,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    field = FlowField.of(flow, logit, voxel_size, threads)
+    return masks_from_field(field, diameter_um, settings, threads=threads)
 
 
 def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> list[ViewPrediction]:
@@ -255,7 +267,3 @@ def test_shapes_and_diameters_that_make_no_sense_are_refused() -> None:
         masks_from_flows(flow, logit[:2], VoxelSize(1, 1, 1), 5, MaskSettings())
     with pytest.raises(InputError, match="diameter"):
         masks_from_flows(flow, logit, VoxelSize(1, 1, 1), 0, MaskSettings())
-    with pytest.raises(InputError, match="do not fit"):
-        masks_2d_from_flows(flow[0], logit, 5, MaskSettings())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="diameter"):
-        masks_2d_from_flows(flow[:2, 0], logit[0], float("nan"), MaskSettings())

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from skimage.measure import label as label_pieces
 
-from nuclei3d.errors import InputError
 from nuclei3d.segmentation.stitching import stitch_planes
 
 
@@ -171,10 +170,3 @@ def test_empty_and_single_planes() -> None:
     one = np.zeros((1, 5, 6), np.uint16)
     one[0, 1:3, 1:3] = 9
     assert np.array_equal(stitch_planes(one), (one > 0).astype(np.uint32))
-
-
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(InputError, match="integer labels"):
-        stitch_planes(np.zeros((4, 5), np.uint16))
-    with pytest.raises(InputError, match="min_iou"):
-        stitch_planes(np.zeros((2, 4, 5), np.uint16), min_iou=0)

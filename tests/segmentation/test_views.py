@@ -92,7 +92,7 @@ def test_the_sum_plane_by_plane_is_the_mean_fusion_of_whole_views(trust, weight)
     volume = None
     if weight:
         solid = FlowField.of(rng.random((3, 10, 9, 10)), rng.random((10, 9, 10)), VoxelSize(0.5, 2, 2))
-        volume = VolumeView(solid, field.shape, field.voxel_size, weight)
+        volume = VolumeView(solid, field.shape, weight)
     runner = NetworkRunner(LocalNetwork(), CPU)
     planes = {view: planes_of(image, view, runner, depth=11) for view in VIEWS}
     weights = dict(zip(VIEWS, trust or (1.0, 1.0, 1.0), strict=True))

@@ -4,7 +4,8 @@ import pytest
 from nuclei3d.config.sections import AugmentParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_field
+from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker, validation_batches
 from nuclei3d.training.crops import CropGrid, draw_crop
@@ -39,7 +40,7 @@ def test_flows_turn_with_the_patch_and_lead_every_nucleus_to_one_place(index):
     batch = one(maker_of(volumes, augment, shape=(24, 56, 56)), index)
     labels = batch.labels[0].astype(np.uint32)
     logit = np.where(labels > 0, 5.0, -5.0).astype(np.float32)
-    found, _ = masks_from_flows(batch.flows[0].numpy(), logit, SIZE, 12.0, MaskSettings())
+    found, _ = masks_from_field(FlowField.of(batch.flows[0].numpy(), logit, SIZE), 12.0, MaskSettings())
     whole = np.isin(labels, [n for n in np.unique(labels) if n and (labels == n).sum() > 100])
     (ap,) = average_precision(overlap_table(labels * whole, found * whole), (0.75,))
     assert ap == 1.0

@@ -10,7 +10,8 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table
-from nuclei3d.segmentation.dynamics import masks_from_flows
+from nuclei3d.segmentation.dynamics import masks_from_field
+from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.batches import NO_AUGMENTATION
 from nuclei3d.training.crops import CropGrid
@@ -78,7 +79,7 @@ def test_one_crop_is_learned_by_heart_with_its_z_flows(anisotropy):
     image = torch.from_numpy((volumes.read(0).pixels.astype(np.float32) - 50) / 400)[None, None]
     with torch.no_grad():
         output = network.eval()(image.repeat(2, 1, 1, 1, 1))[0].numpy()
-    found, _ = masks_from_flows(output[:3] / 5, output[3], size, 12.0, MaskSettings())
+    found, _ = masks_from_field(FlowField.of(output[:3] / 5, output[3], size), 12.0, MaskSettings())
     (ap,) = average_precision(overlap_table(volumes.read(0).labels.astype(np.uint32), found), (0.75,))
     assert ap == 1.0
 

@@ -53,11 +53,7 @@ class Block:
 
     def shared(self, other: Block) -> Box | None:
         """Give the box (in voxels of the volume) that both blocks segment, if there is one."""
-        box = tuple(
-            slice(max(a.start, b.start), min(a.stop, b.stop))
-            for a, b in zip(self.outer, other.outer, strict=True)
-        )
-        return (box[0], box[1], box[2]) if all(part.stop > part.start for part in box) else None
+        return _meet(self.outer, other.outer)
 
     @property
     def voxels(self) -> int:
@@ -66,11 +62,20 @@ class Block:
 
     def within(self, box: Box) -> Box:
         """Express a box of the volume in voxels of this block's outer box."""
-        z, y, x = (
-            slice(part.start - outer.start, part.stop - outer.start)
-            for part, outer in zip(box, self.outer, strict=True)
-        )
-        return z, y, x
+        return _within(box, self.outer)
+
+
+def _meet(first: Box, second: Box) -> Box | None:
+    z, y, x = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(first, second, strict=True))
+    return (z, y, x) if all(part.stop > part.start for part in (z, y, x)) else None
+
+
+def _within(box: Box, outer: Box) -> Box:
+    z, y, x = (
+        slice(part.start - whole.start, part.stop - whole.start)
+        for part, whole in zip(box, outer, strict=True)
+    )
+    return z, y, x
 
 
 def plan_blocks(
@@ -100,10 +105,10 @@ def plan_blocks(
     margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]
     counts = [1, 1, 1]
     while True:
-        axes = _cut_axes(shape, voxel_size, margin_um, counts, pixels)
-        outer = [max(grown.stop - grown.start for _, grown in axis) for axis in axes]
-        if math.prod(outer) <= max_voxels:
-            return lay_blocks(shape, voxel_size, margin_um, (counts[0], counts[1], counts[2]), pixels)
+        blocks = lay_blocks(shape, voxel_size, margin_um, counts, pixels)
+        largest = max(blocks, key=lambda block: block.voxels)
+        if largest.voxels <= max_voxels:
+            return blocks
         cores = [math.ceil(size / count) for size, count in zip(shape, counts, strict=True)]
         lengths = [
             core * edge if core > max(1, margin) else 0.0
@@ -111,9 +116,10 @@ def plan_blocks(
         ]
         longest = int(np.argmax(lengths))
         if lengths[longest] == 0:
+            least = " x ".join(str(part.stop - part.start) for part in largest.outer)
             raise InputError(
                 f"a volume of {' x '.join(map(str, shape))} voxels cannot be cut small enough: blocks of "
-                f"{' x '.join(map(str, outer))} are the least for nuclei of this size; allow more memory "
+                f"{least} are the least for nuclei of this size; allow more memory "
                 "(predict.memory_gb) or use fewer workers"
             )
         counts[longest] += 1
@@ -123,25 +129,10 @@ def lay_blocks(
     shape: tuple[int, int, int],
     voxel_size: VoxelSize,
     margin_um: float,
-    counts: tuple[int, int, int],
+    counts: Sequence[int],
     pixels: Sequence[Pixels] | None = None,
 ) -> list[Block]:
     """Cut a volume into so many blocks along (z, y, x), as equal as can be; parameters as `plan_blocks`."""
-    axes = _cut_axes(shape, voxel_size, margin_um, counts, pixels)
-    return [
-        Block(index, (z[0], y[0], x[0]), (z[1], y[1], x[1]), shape)
-        for index, (z, y, x) in enumerate(itertools.product(*axes))
-    ]
-
-
-def _cut_axes(
-    shape: Sequence[int],
-    voxel_size: VoxelSize,
-    margin_um: float,
-    counts: Sequence[int],
-    pixels: Sequence[Pixels] | None,
-) -> list[list[tuple[slice, slice]]]:
-    """Give, for each axis, core and outer part of each of so many blocks."""
     axes = []
     for axis, (size, count, edge) in enumerate(zip(shape, counts, voxel_size.zyx, strict=True)):
         margin = math.ceil(margin_um / edge)
@@ -153,7 +144,10 @@ def _cut_axes(
                 grown = grow_to_lattice(grown, size, pixels[axis])
             parts.append((slice(int(start), int(stop)), grown))
         axes.append(parts)
-    return axes
+    return [
+        Block(index, (z[0], y[0], x[0]), (z[1], y[1], x[1]), shape)
+        for index, (z, y, x) in enumerate(itertools.product(*axes))
+    ]
 
 
 def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
@@ -292,19 +286,10 @@ def assemble_core(
     """
     result = np.zeros([part.stop - part.start for part in block.core], np.uint32)
     for source, labels, final in sources:
-        shared = tuple(
-            slice(max(a.start, b.start), min(a.stop, b.stop))
-            for a, b in zip(block.core, source.outer, strict=True)
-        )
-        if any(part.stop <= part.start for part in shared):
-            continue
-        z, y, x = (
-            slice(part.start - core.start, part.stop - core.start)
-            for part, core in zip(shared, block.core, strict=True)
-        )
-        target = result[z, y, x]
-        painted = final[labels[source.within((shared[0], shared[1], shared[2]))]]
-        np.copyto(target, painted, where=target == 0)
+        shared = _meet(block.core, source.outer)
+        if shared is not None:
+            target = result[_within(shared, block.core)]
+            np.copyto(target, final[labels[source.within(shared)]], where=target == 0)
     return result
 
 

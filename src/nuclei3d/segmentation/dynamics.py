@@ -28,7 +28,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
-from nuclei3d.segmentation.masks import finish_labels
+from nuclei3d.segmentation.masks import finish_labels, keep_labels, renumber_labels
 from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 from nuclei3d.segmentation.stitching import stitch_planes
 
@@ -132,7 +132,7 @@ def _count(ends: NDArray[np.uint32], counts: NDArray[np.uint32]) -> None:
     flat = ends.reshape(-1)
     for i in range(len(flat)):
         if flat[i] > 0:
-            counts[flat[i] - 1] += np.uint32(1)
+            counts[flat[i]] += np.uint32(1)
 
 
 @njit(cache=True, nogil=True)
@@ -206,20 +206,13 @@ def _number_roots(parents: NDArray[np.int64]) -> NDArray[np.uint32]:
     return numbers
 
 
-@njit(cache=True, nogil=True)
-def _replace(ends: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
-    flat = ends.reshape(-1)
-    for i in range(len(flat)):
-        if flat[i] > 0:
-            flat[i] = table[flat[i] - 1]
-
-
 def _group_sinks(
     ends: NDArray[np.uint32], bin_shape: tuple[int, int, int], bin_um: float, radius_um: float
 ) -> None:
     """Replace, in place, 1 + the bin of every voxel's end point (0: background) by the number of its sink."""
-    counts = np.zeros(int(np.prod(bin_shape)), np.uint32)
-    _count(ends, counts)
+    table = np.zeros(1 + int(np.prod(bin_shape)), np.uint32)
+    _count(ends, table)
+    counts = table[1:]
     bins = np.flatnonzero(counts).astype(np.int64)
     densities = _densities(counts, bin_shape, bins)
     reach = int(np.floor(radius_um / bin_um))
@@ -227,7 +220,7 @@ def _group_sinks(
     offsets = around[((around * bin_um) ** 2).sum(1) <= radius_um**2].astype(np.int64)
     counts[bins] = np.arange(1, len(bins) + 1, dtype=np.uint32)
     counts[bins] = _number_roots(_parents(counts, densities, bin_shape, bins, offsets))
-    _replace(ends, counts)
+    renumber_labels(ends, table)
 
 
 _PLANE_DEPTH = 1e4
@@ -263,7 +256,15 @@ def label_flows(
         scores = finish_labels(labels, flows, bounds_um3, settings.masks.score_threshold)
     else:
         labels, scores = masks_from_field(flows, diameter_um, settings.masks)
-    return _to_image_grid(labels, scores, shape)
+    if labels.shape == tuple(shape):
+        return labels, scores
+    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
+    present = np.zeros(len(scores), np.bool_)
+    present[np.unique(resized)] = True
+    present[0] = True
+    if not present.all():
+        keep_labels(resized, present)
+    return resized, scores[present]
 
 
 def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) -> NDArray[np.uint32]:
@@ -277,64 +278,6 @@ def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) 
     with ThreadPoolExecutor(available_threads()) as pool:
         list(pool.map(segment, range(len(planes))))
     return planes
-
-
-def _to_image_grid(
-    labels: NDArray[np.uint32], scores: NDArray[np.float32], shape: tuple[int, ...]
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Bring labels to the image's grid by nearest neighbour; a label that vanishes leaves no gap."""
-    if labels.shape == tuple(shape):
-        return labels, scores
-    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
-    present = np.zeros(len(scores), np.bool_)
-    present[np.unique(resized)] = True
-    present[0] = True
-    if not present.all():
-        table = np.cumsum(present, dtype=np.uint32) - np.uint32(1)
-        table[~present] = 0
-        resized = table[resized]
-    return resized, scores[present]
-
-
-def masks_from_flows(
-    flow: NDArray[np.floating[Any]],
-    logit: NDArray[np.floating[Any]],
-    voxel_size: VoxelSize,
-    nucleus_diameter_um: float,
-    settings: MaskSettings,
-    *,
-    threads: int | None = None,
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Segment nuclei from their flow.
-
-    Parameters
-    ----------
-    flow : float16 or float32 array, shape (3, Z, Y, X)
-        Direction to the nucleus' centre (z, y, x) in physical space, length about 1.
-    logit : float16 or float32 array, shape (Z, Y, X)
-        Logit of being inside a nucleus.
-    voxel_size : VoxelSize
-        Edges in um of a voxel of this grid, isotropic or not.
-    nucleus_diameter_um : float
-        Diameter of a typical nucleus.
-    settings : MaskSettings
-    threads : int, optional
-        All processors by default.
-
-    Returns
-    -------
-    labels : uint32 array, shape (Z, Y, X)
-        Nuclei 1..n, each one 6-connected piece without holes; 0 is background.
-    scores : float32 array, shape (n + 1,)
-        Score in 0..1 by label; entry 0 is 0.
-
-    Raises
-    ------
-    InputError
-        If shapes do not fit or the diameter is not positive.
-    """
-    field = FlowField.of(flow, logit, voxel_size, threads)
-    return masks_from_field(field, nucleus_diameter_um, settings, threads=threads)
 
 
 def masks_from_field(
@@ -374,12 +317,6 @@ def masks_2d_from_flows(
     diameter_px
         Diameter of a typical nucleus in pixels.
     """
-    if logit.ndim != 2 or flow.shape != (2, *logit.shape):
-        raise InputError(
-            f"dynamics: flow {flow.shape} and logit {logit.shape} do not fit; expected (2, Y, X) and (Y, X)"
-        )
-    if not (np.isfinite(diameter_px) and diameter_px > 0):
-        raise InputError(f"dynamics: the nucleus diameter must be positive, got {diameter_px} pixels")
     volume_flow = np.zeros((3, 1, *logit.shape), np.float32)
     volume_flow[1:, 0] = flow
     plane = VoxelSize(_PLANE_DEPTH, 1.0, 1.0)

@@ -21,15 +21,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
 from nuclei3d.grid import linear_taps, resize_linear
-from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, FlowField
 from nuclei3d.views import VIEW_AXES, VIEW_AXIS, View
 
 _SLAB = 16
 """Planes that are fused at once: no temporary of the size of the volume."""
-_SAME_EXTENT = 1e-3
 _VARIANCE_WINDOW = 5
 _VARIANCE_FLOOR = 0.1
 
@@ -55,27 +52,7 @@ class VolumeView:
 
     field: FlowField
     shape: tuple[int, int, int]
-    voxel_size: VoxelSize
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        own, wanted = (
-            [size * edge for size, edge in zip(shape, voxel_size.zyx, strict=True)]
-            for shape, voxel_size in (
-                (self.field.shape, self.field.voxel_size),
-                (self.shape, self.voxel_size),
-            )
-        )
-        if not np.allclose(own, wanted, rtol=_SAME_EXTENT, atol=0):
-            boxes = (" x ".join(f"{edge:.4g}" for edge in box) for box in (own, wanted))
-            raise InputError(
-                "view fusion: the 3D network saw a box of {} um (z, y, x), the views one of {} um; "
-                "both must look at the same volume".format(*boxes)
-            )
-        if not (np.isfinite(self.weight) and self.weight > 0):
-            raise InputError(
-                f"view fusion: the weight of the 3D network must be a positive number, got {self.weight}"
-            )
 
     def planes(self, component: int, planes: slice) -> NDArray[np.float32]:
         """Read a component (see `FlowField.add`) of planes of the views' grid, float32 (n, Y, X)."""
@@ -204,20 +181,14 @@ def fuse_views(
         Components (z, y, x), about unit vectors in physical space.
     logit : float32 array, shape (Z, Y, X)
     """
-    trust = _checked_weights(views, weights)
     shape = views[0].logit.shape
-    if volume is not None and volume.shape != shape:
-        raise InputError(
-            f"view fusion: what the 3D network says has shape {volume.shape}, the views have {shape}; "
-            "bring it to their grid"
-        )
     flow, logit = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
     for component, out in enumerate((*flow, logit)):
         sources = []
         for view in views:
             for channel, shown in zip((*view.flow, view.logit), (*VIEW_AXES[view.view], LOGIT), strict=True):
                 if shown == component:
-                    sources.append(_Source(_planes_of(channel), trust[view.view]))
+                    sources.append(_Source(_planes_of(channel), (weights or {}).get(view.view, 1.0)))
         if volume is not None:
             sources.append(_Source(partial(volume.planes, component), volume.weight))
         _fuse(sources, out, by_variance=method == "consensus" and component != LOGIT and len(sources) > 1)
@@ -233,27 +204,6 @@ class _Source(NamedTuple):
 
 def _planes_of(values: NDArray[np.floating[Any]]) -> Callable[[slice], NDArray[np.float32]]:
     return lambda planes: values[planes].astype(np.float32)
-
-
-def _checked_weights(
-    views: Sequence[ViewPrediction], weights: Mapping[View, float] | None
-) -> dict[View, float]:
-    names = [view.view for view in views]
-    if not names or len(set(names)) != len(names) or not set(names) <= set(VIEW_AXES):
-        raise InputError(
-            f"view fusion: expected each of xy, xz, yz at most once and one at least, got {names}"
-        )
-    shape = views[0].logit.shape
-    for view in views:
-        if view.logit.shape != shape or view.flow.shape != (2, *shape):
-            raise InputError(
-                f"view fusion: view {view.view} has flow {view.flow.shape} and logit {view.logit.shape}, "
-                f"expected (2, Z, Y, X) and (Z, Y, X) with {shape} as in view {names[0]}"
-            )
-    trust = {name: float((weights or {}).get(name, 1.0)) for name in names}
-    if not all(np.isfinite(weight) and weight > 0 for weight in trust.values()):
-        raise InputError(f"view fusion: weights of views must be positive numbers, got {trust}")
-    return trust
 
 
 def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: bool) -> None:

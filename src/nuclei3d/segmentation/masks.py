@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
-from nuclei3d.flows import nucleus_flows_3d, take_piece
+from nuclei3d.flows import cut_label, nucleus_flows_3d, take_piece
 from nuclei3d.grid import LabelBoxes, find_boxes, share_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FlowField
@@ -29,15 +29,8 @@ def _keep_largest_pieces(
 ) -> None:
     """Set all but the largest 6-connected piece of each chosen label to 0 (the first of equal ones stays)."""
     for label in chosen:
-        z0, z1, y0, y1, x0, x1 = boxes[label]
-        free = np.zeros((z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3), np.bool_)
-        total = 0
-        for z in range(z0, z1 + 1):
-            for y in range(y0, y1 + 1):
-                for x in range(x0, x1 + 1):
-                    if labels[z, y, x] == label:
-                        free[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
-                        total += 1
+        z0, _, y0, _, x0, _ = boxes[label]
+        free, total = cut_label(labels, label, boxes[label])
         members = np.empty((total, 3), np.int32)
         kept_start = 0
         kept_stop = 0
@@ -61,14 +54,7 @@ def _fill_holes(labels: NDArray[np.uint32], chosen: NDArray[np.int64], boxes: ND
     """Fill the 6-connected pieces of background in a label's box that touch that label and nothing else."""
     for label in chosen:
         z0, z1, y0, y1, x0, x1 = boxes[label]
-        free = np.zeros((z1 - z0 + 3, y1 - y0 + 3, x1 - x0 + 3), np.bool_)
-        total = 0
-        for z in range(z0, z1 + 1):
-            for y in range(y0, y1 + 1):
-                for x in range(x0, x1 + 1):
-                    if labels[z, y, x] == 0:
-                        free[z - z0 + 1, y - y0 + 1, x - x0 + 1] = True
-                        total += 1
+        free, total = cut_label(labels, 0, boxes[label])
         members = np.empty((total, 3), np.int32)
         # A hole cannot touch the faces of the box: the label's own voxels lie between.
         for sz in range(2, free.shape[0] - 2):
@@ -149,7 +135,8 @@ def _score(
 
 
 @njit(cache=True, nogil=True)
-def _renumber(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
+def renumber_labels(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
+    """Replace every label but 0, in place, by its entry in a table."""
     flat = labels.reshape(-1)
     for i in range(len(flat)):
         if flat[i] > 0:
@@ -164,7 +151,7 @@ def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
     kept = keep.copy()
     kept[0] = False
     table = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
-    _renumber(labels, table)
+    renumber_labels(labels, table)
 
 
 def clean_labels(

@@ -287,7 +287,7 @@ def _predict_views(
     volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings)
     volume_view = None
     if solid is not None:
-        volume_view = VolumeView(solid, shape, grid_voxel_size, settings.volume_weight)
+        volume_view = VolumeView(solid, shape, settings.volume_weight)
     on_device = settings.fusion == "mean" and volume_view is None and fits_on(device, shape)
     shown = torch.from_numpy(volume).to(device if on_device else "cpu")
     # Pixels of each view, which share out the progress.
@@ -334,14 +334,9 @@ class PlaneBox:
         return cls(rows, columns, max(1, round((rows.stop - rows.start) * depth / height)))
 
     @property
-    def width(self) -> int:
-        """Number of columns."""
-        return int(self.columns.stop - self.columns.start)
-
-    @property
     def pixels(self) -> int:
         """Pixels of the network, padding included."""
-        return padded(self.height) * padded(self.width)
+        return padded(self.height) * padded(int(self.columns.stop - self.columns.start))
 
 
 @dataclass(frozen=True)
@@ -452,7 +447,7 @@ def _group_planes(
             if own is None or grown is None:
                 break
             own_pixels += own.pixels
-            if count + 1 > runner.planes_per_batch(grown.height, grown.width):
+            if count + 1 > runner.planes_per_batch(grown.pixels):
                 break
             if (count + 1) * grown.pixels > _MOST_WASTE * own_pixels:
                 break

@@ -115,9 +115,9 @@ class NetworkRunner:
             self._network.to(device)
             self._network.to(memory_format=self._format)  # type: ignore[call-overload]
 
-    def planes_per_batch(self, height: int, width: int) -> int:
-        """How many planes of a size are best passed at once."""
-        return max(1, PIXELS_PER_BATCH[self.device.type] // (padded(height) * padded(width)))
+    def planes_per_batch(self, pixels: int) -> int:
+        """How many planes of so many pixels, padding included, are best passed at once."""
+        return max(1, PIXELS_PER_BATCH[self.device.type] // pixels)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Predict flow, of length about 1, and logit of normalised images, float32.

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
-
 NECK = 0.6
 """A chain is cut where its area is below this fraction of the largest areas both before and after."""
 
@@ -64,14 +62,6 @@ def stitch_planes(
     max_gap
         Number of successive planes in which a nucleus may be missing.
     """
-    if planes.ndim != 3 or not np.issubdtype(planes.dtype, np.integer):
-        raise InputError(
-            f"stitching: expected integer labels (Z, Y, X), got {planes.dtype} of shape {planes.shape}"
-        )
-    if not 0 < min_iou <= 1 or max_gap < 0:
-        raise InputError(
-            f"stitching: expected 0 < min_iou <= 1 and max_gap >= 0, got {min_iou:g} and {max_gap}"
-        )
     masks = _number_masks(planes)
     areas = np.bincount(masks.ravel())
     areas[0] = 0
