@@ -224,15 +224,10 @@ def _percentiles(values: NDArray[Any], wanted: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class LabelBoxes:
-    """Where each label of a volume lies.
+    """Where each label of a volume lies: a row for each label, undefined for those without voxels.
 
-    Attributes
-    ----------
-    boxes
-        int32 (n + 1, 6): first and last index on z, y and x of the label of that row; undefined for labels
-        without voxels.
-    voxels
-        int64 (n + 1,): number of voxels of each label; that of the background (row 0) is 0.
+    `boxes`, int32 (n + 1, 6), are first and last index on z, y and x; `voxels`, int64 (n + 1,), the number of
+    voxels of each label, that of the background being 0.
     """
 
     boxes: NDArray[np.int32]

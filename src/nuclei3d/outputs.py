@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -10,29 +9,16 @@ import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EBUSY, EDQUOT, EFBIG, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from nuclei3d.errors import InputError, MachineError
 
-# What the file system says when the place, not the program, is at fault.
-_PLACE_ERRORS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EFBIG,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-        errno.EBUSY,
-        errno.EIO,
-    }
-)
-
 # Of these the machine is at fault, not the choice of the place; numpy reports a short write without a number.
-_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, None})
+_FAULTS = frozenset({ENOSPC, EDQUOT, EFBIG, EIO, None})
+
+# What the file system says when the place, not the program, is at fault.
+_PLACE_ERRORS = _FAULTS | {EROFS, EACCES, EPERM, ENOTDIR, EISDIR, ENAMETOOLONG, EBUSY}
 
 
 @contextmanager
@@ -47,10 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write the file {path}: a folder has that name; remove it or choose another")
-    with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        partial = _partial_name(path)
+    with _partial(path) as partial:
         try:
             yield partial
             partial.replace(path)
@@ -69,15 +52,12 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     _check_replaceable(path, replace)
-    with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        partial = _partial_name(path)
+    with _partial(path) as partial:
         partial.mkdir()
         try:
             yield partial
             if path.exists():
-                old = _partial_name(path)
+                old = _hidden_name(path)
                 path.rename(old)
                 partial.rename(path)
                 shutil.rmtree(old)
@@ -94,13 +74,12 @@ def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
 
 
 def _check_replaceable(path: Path, replace: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"cannot write the folder {path}: a file has that name; remove it or choose another")
-    if not path.is_dir():
+    if not path.exists():
         return
-    resolved = path.resolve()
+    if not path.is_dir():
+        raise InputError(f"cannot write the folder {path}: a file has that name; remove it or choose another")
     here = Path.cwd().resolve()
-    if resolved == here or resolved in here.parents:
+    if path.resolve() in (here, *here.parents):
         raise InputError(
             f"the output folder {path} is the working directory or lies above it and would be replaced; "
             "name a folder of its own"
@@ -110,10 +89,12 @@ def _check_replaceable(path: Path, replace: bool) -> None:
 
 
 @contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """Turn the system's complaints about the place of `path` into one clear line."""
+def _partial(path: Path) -> Iterator[Path]:
+    """Give a name beside `path`, and turn the system's complaints about the place into one clear line."""
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        yield _hidden_name(path)
     except OSError as error:
         if not _blames_place(error, path):
             raise
@@ -121,8 +102,7 @@ def _writable(path: Path) -> Iterator[None]:
         if error.errno in _FAULTS:
             mend = "free some space or choose another place"
             raise MachineError(f"cannot write {path}: {reason}; {mend}") from error
-        mend = "choose a place that can be written"
-        raise InputError(f"cannot write {path}: {reason}; {mend}") from error
+        raise InputError(f"cannot write {path}: {reason}; choose a place that can be written") from error
 
 
 def _blames_place(error: OSError, path: Path) -> bool:
@@ -130,28 +110,25 @@ def _blames_place(error: OSError, path: Path) -> bool:
         # The body may fail to read some other file: that error is not ours to explain.
         named = Path(os.fsdecode(error.filename)).absolute()
         return named.is_relative_to(path.absolute().parent) or path.absolute().is_relative_to(named)
-    # numpy reports a short write by a bare OSError without a number.
-    return error.errno is None or error.errno in _PLACE_ERRORS
+    return error.errno in _PLACE_ERRORS
 
 
-def _partial_name(path: Path) -> Path:
+def _name_parts(path: Path) -> tuple[str, str]:
+    """Give what stands before and after the process in the hidden names that this machine gives."""
     suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
-    stem = path.name.removesuffix(suffix)[:100]
-    token = uuid.uuid4().hex[:8]
-    return path.with_name(f".{stem}.partial-{_host()}-{os.getpid()}-{token}{suffix}")
+    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
+    return f".{path.name.removesuffix(suffix)[:100]}.partial-{host}-", suffix
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
+def _hidden_name(path: Path) -> Path:
+    start, suffix = _name_parts(path)
+    return path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine left behind while writing this same path."""
-    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
-    stem = path.name.removesuffix(suffix)[:100]
-    pattern = re.compile(
-        re.escape(f".{stem}.partial-{_host()}-") + r"(\d+)-[0-9a-f]{8}" + re.escape(suffix) + r"\Z"
-    )
+    start, suffix = map(re.escape, _name_parts(path))
+    pattern = re.compile(rf"{start}(\d+)-[0-9a-f]{{8}}{suffix}\Z")
     for entry in path.parent.iterdir():
         match = pattern.match(entry.name)
         if match is None:

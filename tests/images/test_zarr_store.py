@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import find_frames, read_labels
-from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.ome_zarr import create_zarr, is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import whole_folder
 
@@ -144,7 +144,10 @@ def test_folders_may_mix_tiff_and_zarr(tmp_path: Path) -> None:
 
     write_image(tmp_path / "t2.ome.zarr", ramp(3, 8, 6), "zyx")
     write_tiff(tmp_path / "t1.tif", ramp(3, 8, 6), VOXEL)
-    assert [(frame.name, frame.store) for frame in find_frames(tmp_path)] == [("t1", "tiff"), ("t2", "zarr")]
+    assert [(frame.name, is_zarr(frame.path)) for frame in find_frames(tmp_path)] == [
+        ("t1", False),
+        ("t2", True),
+    ]
 
 
 def test_created_images_come_back_and_satisfy_the_specification(tmp_path: Path) -> None:

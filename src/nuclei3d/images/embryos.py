@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,10 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class EmbryoFrame:
-    """Where one frame of an embryo lies.
+    """Where one frame of an embryo lies; `label_path` is None where it is not labelled.
 
-    Attributes
-    ----------
-    embryo, frame
-        Names: of the embryo's folder, and of the file without its suffix.
-    image_path, label_path
-        The files; `label_path` is None where the frame is not labelled.
-    index
-        Position in the embryo's order of time, unlabelled frames counted.
+    `frame` is the name of the file without its suffix, `index` its position in the embryo's order of time,
+    unlabelled frames counted.
     """
 
     embryo: str
@@ -214,11 +209,8 @@ def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
         raise InputError(
             "no embryo has labelled frames; put label volumes into DATA/<embryo>/labels/<frame>.tif"
         )
-    split = (
-        _split_by_time(labelled, params)
-        if params.by == "time"
-        else _split_by_embryo(embryos, labelled, params)
-    )
+    by_time = params.by == "time"
+    split = _split_by_time(labelled, params) if by_time else _split_by_embryo(embryos, labelled, params)
     _check_leaks(split)
     return split
 
@@ -232,24 +224,20 @@ def _split_by_embryo(embryos: Sequence[Embryo], labelled: Sequence[Embryo], para
     lists = {part: tuple(dict.fromkeys(getattr(params, part))) for part in PARTS}
     if not any(lists.values()):
         lists = _default_lists(labelled)
-    named = [name for names in lists.values() for name in names]
-    _check_names(named, lists, embryos, labelled)
+    _check_names(lists, embryos, labelled)
     if not lists["train"]:
+        named = {*lists["validation"], *lists["test"]}
         lists["train"] = tuple(embryo.name for embryo in labelled if embryo.name not in named)
     if lists["train"] and not lists["validation"] and not lists["test"]:
         say(
             f"Split by embryo: {len(lists['train'])} train, none validates, none tests (data.split); choose "
             "epochs and thresholds beforehand, on embryos that are held out"
         )
-        needed: tuple[str, ...] = ("train",)
-    else:
-        needed = ("train", "validation")
-    for part in needed:
-        if not lists[part]:
-            raise InputError(f"no embryo is left for {part}; name at least one in data.split.{part}")
+    elif empty := [part for part in ("train", "validation") if not lists[part]]:
+        raise InputError(f"no embryo is left for {empty[0]}; name at least one in data.split.{empty[0]}")
     frames = {embryo.name: embryo.labelled for embryo in labelled}
     parts = {part: tuple(frame for name in names for frame in frames[name]) for part, names in lists.items()}
-    return Split(parts["train"], parts["validation"], parts["test"])
+    return Split(**parts)
 
 
 def _default_lists(labelled: Sequence[Embryo]) -> dict[str, tuple[str, ...]]:
@@ -267,14 +255,13 @@ def _default_lists(labelled: Sequence[Embryo]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_names(
-    named: Iterable[str],
     lists: dict[str, tuple[str, ...]],
     embryos: Sequence[Embryo],
     labelled: Sequence[Embryo],
 ) -> None:
     known = [embryo.name for embryo in embryos]
     with_labels = {embryo.name for embryo in labelled}
-    for name in named:
+    for name in chain.from_iterable(lists.values()):
         parts = [part for part, names in lists.items() if name in names]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -301,11 +288,7 @@ def _split_by_time(labelled: Sequence[Embryo], params: SplitParams) -> Split:
                 "blocks; empty the lists or set data.split.by=embryo"
             )
     blocks = [_time_blocks(embryo, params) for embryo in labelled]
-    return Split(
-        tuple(frame for train, _, _ in blocks for frame in train),
-        tuple(frame for _, validation, _ in blocks for frame in validation),
-        tuple(frame for _, _, test in blocks for frame in test),
-    )
+    return Split(*(tuple(chain.from_iterable(part)) for part in zip(*blocks, strict=True)))
 
 
 def _time_blocks(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
 _reported: set[tuple[Path, VoxelSize, VoxelSize]] = set()
-
-_WHOLE = (slice(None), slice(None), slice(None))
-
 
 _SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr")
 _TIFF_SUFFIXES = (".tif", ".tiff")
@@ -94,7 +91,6 @@ class Frame:
     voxel_size: VoxelSize | None
     time: int | None
     axes: FrameAxes
-    store: Literal["tiff", "zarr"]
     scale_note: str = ""
 
     def __repr__(self) -> str:
@@ -103,13 +99,12 @@ class Frame:
 
     def read(self) -> NDArray[Any]:
         """Read the volume (Z, Y, X) in its own type; other frames of the file are not read."""
-        return self.read_block(_WHOLE)
+        return self.read_block((slice(None), slice(None), slice(None)))
 
     def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
         """Read a box (z, y, x) of the volume, touching only the planes or chunks that hold it."""
-        index = self.axes.stored_index(box)
-        with _open(self.path, self.store) as array:
-            block = array.read(index)
+        with _open(self.path) as array:
+            block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
 
     def require_voxel_size(self) -> VoxelSize:
@@ -150,13 +145,18 @@ def find_frames(
     for path in listing:
         if path in shared:
             continue
-        store: Literal["tiff", "zarr"] = "zarr" if is_zarr(path) else "tiff"
-        with _open(path, store) as array:
+        with _open(path) as array:
             layout = array.layout
         # Each file of a multi-file OME-TIFF gives the whole set.
         shared.update(path.with_name(name) for name in layout.companions)
-        frames.extend(_frames_of(path, store, layout, channel))
-    _check_names(frames)
+        frames.extend(_frames_of(path, layout, channel))
+    seen: dict[str, Path] = {}
+    for frame in frames:
+        other = seen.setdefault(frame.name, frame.path)
+        if other is not frame.path:
+            raise InputError(
+                f"{other} and {frame.path} would give outputs of the same name; rename one of them"
+            )
     return frames if voxel_size is None else _rescale(frames, voxel_size)
 
 
@@ -216,22 +216,9 @@ def single_label_frame(path: Path) -> Frame:
 
 
 def read_labels(path: Path) -> NDArray[np.uint32]:
-    """Read a label volume.
+    """Read a label volume: uint32 (Z, Y, X); 0 is background.
 
-    Parameters
-    ----------
-    path
-        A TIFF file, or an OME-Zarr label image or image with one entry in its ``labels`` group.
-
-    Returns
-    -------
-    labels
-        uint32 (Z, Y, X); 0 is background.
-
-    Raises
-    ------
-    InputError
-        If the file holds no single volume of integers from 0 to 2**32 - 1.
+    `path` is a TIFF file, or an OME-Zarr label image or image with one entry in its ``labels`` group.
     """
     return to_labels(single_label_frame(path).read(), str(path))
 
@@ -275,13 +262,11 @@ def check_image(image: NDArray[Any], where: str) -> None:
             )
 
 
-def _open(path: Path, store: Literal["tiff", "zarr"]) -> TiffArray | ZarrArray:
-    return TiffArray(path) if store == "tiff" else ZarrArray(path)
+def _open(path: Path) -> TiffArray | ZarrArray:
+    return ZarrArray(path) if is_zarr(path) else TiffArray(path)
 
 
-def _frames_of(
-    path: Path, store: Literal["tiff", "zarr"], layout: Layout, channel: str | int | None
-) -> Iterable[Frame]:
+def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterable[Frame]:
     stem = frame_stem(path)
     found = lay_out_frames(layout, str(path), channel)
     digits = max(3, len(str(len(found) - 1)))
@@ -295,19 +280,8 @@ def _frames_of(
             voxel_size=layout.voxel_size,
             time=axes.time,
             axes=axes,
-            store=store,
             scale_note=layout.scale_note,
         )
-
-
-def _check_names(frames: list[Frame]) -> None:
-    seen: dict[str, Path] = {}
-    for frame in frames:
-        other = seen.setdefault(frame.name, frame.path)
-        if other is not frame.path:
-            raise InputError(
-                f"{other} and {frame.path} would give outputs of the same name; rename one of them"
-            )
 
 
 def _rescale(frames: list[Frame], given: VoxelSize) -> list[Frame]:
@@ -315,9 +289,11 @@ def _rescale(frames: list[Frame], given: VoxelSize) -> list[Frame]:
     for frame in frames:
         stated = frame.voxel_size
         # of a folder the first such file only: stages read a folder file by file
-        if stated is not None and stated.differs_from(given):
-            if (frame.path.parent, stated, given) in _reported:
-                continue
+        if (
+            stated is not None
+            and stated.differs_from(given)
+            and (frame.path.parent, stated, given) not in _reported
+        ):
             _reported.add((frame.path.parent, stated, given))
             say(
                 f"{frame.path} says voxels of {stated}; the given {given} is used instead, here and in its "

@@ -21,14 +21,10 @@ class Layout:
     axes
         One letter per axis in stored order: Z, Y, X, T (time), C (channel), S (colour sample); any other
         letter is an axis of unknown meaning.
-    shape
-        Length of each axis.
-    dtype
-        Type of a voxel in native byte order.
-    voxel_size
-        From the file's metadata; None where the metadata do not give all three edges.
-    scale_note
-        Why there is no voxel size, where something can be said; else empty.
+    shape, dtype
+        Length of each axis; type of a voxel in native byte order.
+    voxel_size, scale_note
+        From the file's metadata; None where they do not give all three edges, and then why, if known.
     channels
         Names of the channels, or empty where the file does not name them.
     companions
@@ -50,16 +46,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class FrameAxes:
-    """How one frame lies in a stored array.
+    """How one frame lies in a stored array; `time` is its index there, None where there is no axis of time.
 
-    Attributes
-    ----------
-    fixed
-        Per stored axis the index at which it is held, or None for the three spatial axes.
-    spatial
-        Positions of z, y and x among the stored axes.
-    time
-        Index on the time axis; None where there is none longer than 1.
+    `fixed` is per stored axis the index at which it is held, or None for the three spatial axes; `spatial`
+    the positions of z, y and x among the stored axes.
     """
 
     fixed: tuple[int | None, ...]
@@ -99,24 +89,15 @@ def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> lis
             f"{where} has colours and channels ({layout.describe()}); save one channel as grey values"
         )
     chosen = _choose_channel(layout, length, where, channel)
-    fixed: list[int | None] = []
-    for axis in axes:
-        if axis in "ZYX":
-            fixed.append(None)
-        elif axis in "CS" and length[axis] > 1:
-            fixed.append(chosen)
-        else:
-            fixed.append(0)
+    fixed: list[int | None] = [
+        None if axis in "ZYX" else chosen if axis in "CS" and length[axis] > 1 else 0 for axis in axes
+    ]
     spatial = (axes.index("Z"), axes.index("Y"), axes.index("X"))
     times = length.get("T", 1)
     if times == 1:
         return [FrameAxes(tuple(fixed), spatial, None)]
-    frames = []
-    for time in range(times):
-        at = list(fixed)
-        at[axes.index("T")] = time
-        frames.append(FrameAxes(tuple(at), spatial, time))
-    return frames
+    at = axes.index("T")
+    return [FrameAxes((*fixed[:at], time, *fixed[at + 1 :]), spatial, time) for time in range(times)]
 
 
 def _name_unknown_axis(layout: Layout, where: str) -> str:
@@ -137,15 +118,12 @@ def _name_unknown_axis(layout: Layout, where: str) -> str:
 
 
 def _say_flat(layout: Layout, where: str, length: dict[str, int]) -> str:
-    text = f"{where} is no volume ({layout.describe()}); expected three axes (z, y, x) longer than 1"
+    mend = "give a 3D stack"
     if length.get("T", 1) > 1:
-        return text + "; if its time axis is really z, swap them in Fiji (Image > Properties) and save again"
-    if length.get("C", 1) > 1:
-        return (
-            text
-            + "; if its channels are really z planes, set them so in Fiji (Image > Properties) and save again"
-        )
-    return text + "; give a 3D stack"
+        mend = "if its time axis is really z, swap them in Fiji (Image > Properties) and save again"
+    elif length.get("C", 1) > 1:
+        mend = "if its channels are really z planes, set them so in Fiji (Image > Properties) and save again"
+    return f"{where} is no volume ({layout.describe()}); expected three axes (z, y, x) longer than 1; {mend}"
 
 
 def _choose_channel(layout: Layout, length: dict[str, int], where: str, channel: str | int | None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +37,8 @@ class ZarrArray:
     def __enter__(self) -> ZarrArray:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""

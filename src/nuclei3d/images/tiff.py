@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -60,9 +59,7 @@ class TiffArray:
     def __enter__(self) -> TiffArray:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
@@ -131,7 +128,10 @@ class TiffArray:
             # A page with axes of length 1 that the series dropped: rare, and one page only.
             whole = np.asarray(self._series.asarray())
             return np.asarray(whole[index])
-        outer = [_positions(part, n) for part, n in zip(index[:leading], self.layout.shape, strict=False)]
+        outer = [
+            range(*part.indices(length)) if isinstance(part, slice) else [part]
+            for part, length in zip(index[:leading], self.layout.shape, strict=False)
+        ]
         inner = index[leading:]
         planes = []
         for position in itertools.product(*outer):
@@ -149,18 +149,15 @@ class TiffArray:
 def _open_tiff(path: Path) -> tifffile.TiffFile:
     if not path.exists():
         raise missing(path, f"{path} does not exist")
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty (0 bytes); copy or export it again")
-        return tifffile.TiffFile(path)
-    except tifffile.TiffFileError:
-        raise InputError(f"{path} is not a TIFF file; give .tif, .tiff or .zarr") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(_say_truncated(path, f"{type(error).__name__}: {error}")) from error
+    with _damage_explained(path):
+        try:
+            if path.stat().st_size == 0:
+                raise InputError(f"{path} is empty (0 bytes); copy or export it again")
+            return tifffile.TiffFile(path)
+        except tifffile.TiffFileError:
+            raise InputError(f"{path} is not a TIFF file; give .tif, .tiff or .zarr") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _main_series(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
@@ -226,12 +223,6 @@ def _say_truncated(path: Path, reason: str) -> str:
     return f"{path} is damaged or truncated ({reason}); copy or export it again"
 
 
-def _positions(part: int | slice, length: int) -> range:
-    if isinstance(part, slice):
-        return range(*part.indices(length))
-    return range(part, part + 1)
-
-
 def _read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
     """Give the voxel size, or None and what is wrong or missing ("" where the file says nothing).
 
@@ -240,11 +231,12 @@ def _read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
     """
     if file.is_ome and file.ome_metadata:
         return _ome_scale(file.ome_metadata)
+    description: Mapping[str, Any] = {}
     if file.is_imagej and file.imagej_metadata:
-        return _described_scale(file, file.imagej_metadata)
-    if file.is_shaped and file.shaped_metadata:
-        return _described_scale(file, file.shaped_metadata[0])
-    return _described_scale(file, {})
+        description = file.imagej_metadata
+    elif file.is_shaped and file.shaped_metadata:
+        description = file.shaped_metadata[0]
+    return _described_scale(file, description)
 
 
 def _read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:

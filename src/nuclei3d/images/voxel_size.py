@@ -8,25 +8,14 @@ from dataclasses import dataclass
 
 from nuclei3d.errors import InputError
 
+_PREFIXES = {"pico": 1e-6, "nano": 1e-3, "micro": 1.0, "milli": 1e3, "centi": 1e4, "deci": 1e5, "": 1e6}
+_SYMBOLS = {"pm": 1e-6, "nm": 1e-3, "um": 1.0, "µm": 1.0, "mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6}
 _MICROMETRES = {
-    "pm": 1e-6,
-    "picometer": 1e-6,
+    **{f"{prefix}meter": factor for prefix, factor in _PREFIXES.items()},
+    **_SYMBOLS,
+    "micron": 1.0,
     "angstrom": 1e-4,
     "å": 1e-4,
-    "nm": 1e-3,
-    "nanometer": 1e-3,
-    "um": 1.0,
-    "µm": 1.0,
-    "micron": 1.0,
-    "micrometer": 1.0,
-    "mm": 1e3,
-    "millimeter": 1e3,
-    "cm": 1e4,
-    "centimeter": 1e4,
-    "dm": 1e5,
-    "decimeter": 1e5,
-    "m": 1e6,
-    "meter": 1e6,
     "in": 25400.0,
     "inch": 25400.0,
 }

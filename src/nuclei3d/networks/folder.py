@@ -108,12 +108,10 @@ class Model:
 def save_model(
     folder: Path, network: nn.Module, info: ModelInfo, card: str, *, compact: bool = False
 ) -> None:
-    """Write a model folder, whole or not at all; an existing one is replaced.
+    """Write a model folder, such as ``models/nuclei_3d``, whole or not at all; an existing one is replaced.
 
     Parameters
     ----------
-    folder
-        The model's folder, such as ``models/nuclei_3d``.
     network
         A 3D network, or one whose state is that of a Cellpose 3 CNN; it is saved from the CPU, the latter as
         ``cellpose.models.CellposeModel`` loads it.
@@ -157,20 +155,19 @@ def load_model(path: str | PathLike[str]) -> Model:
     """
     path = Path(path)
     require_model(path)
-    folder = path if path.is_dir() else path.parent
-    info: ModelInfo | None
+    info: ModelInfo | None = None
     if path.is_dir():
         info = read_info(path / INFO_FILE)
-        weights = folder / info.name
+        weights = path / info.name
     elif path.name in (INFO_FILE, CARD_FILE):
         raise InputError(
             f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
         )
     else:
         weights = path
-        info = read_info(folder / INFO_FILE) if (folder / INFO_FILE).is_file() else None
-        if info is not None and info.name != path.name:
-            info = None
+        beside = path.parent / INFO_FILE
+        if beside.is_file() and (found := read_info(beside)).name == path.name:
+            info = found
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
@@ -193,24 +190,16 @@ def read_state(weights: Path) -> Mapping[str, Tensor]:
         raise InputError(
             f"{weights} is not a weights file: expected a state dict saved by torch (a Cellpose 3 CNN)"
         ) from None
-    if not isinstance(state, Mapping):
-        raise InputError(f"{weights} holds a {type(state).__name__}; expected names and tensors of a network")
-    return state
+    return state  # type: ignore[no-any-return]
 
 
 def network_from_state(
     state: Mapping[str, Tensor], where: str = "the weights", spec: VolumeSpec | None = None
 ) -> nn.Module:
-    """Make a network from saved weights, in evaluation mode.
+    """Make a network from weights saved by this package or by Cellpose 3, in evaluation mode.
 
-    Parameters
-    ----------
-    state
-        Names and tensors, as saved by this package or by Cellpose 3.
-    where
-        What to call the weights in an error, such as their file.
-    spec
-        Of a 3D network; None for a Cellpose 3 CNN with two input channels.
+    `where` is what to call the weights in an error, such as their file; without the `spec` of a 3D network
+    they are those of a Cellpose 3 CNN with two input channels.
 
     Raises
     ------

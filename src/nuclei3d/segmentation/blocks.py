@@ -234,12 +234,8 @@ def choose_owners(
 ) -> list[NDArray[np.uint32]]:
     """Decide which block's mask each nucleus gets, and number the nuclei.
 
-    Parameters
-    ----------
-    nuclei
-        Per block, in the order of their indices.
-    matches
-        Per pair of blocks the labels that are the same nucleus.
+    `matches` are, per pair of blocks, the labels that are the same nucleus; blocks in the order of their
+    indices.
 
     Returns
     -------

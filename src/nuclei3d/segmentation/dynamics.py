@@ -232,18 +232,9 @@ def label_flows(
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Bring a flow to labels on the image's grid: followed in 3D, or (mode ``stitch``) plane by plane.
 
-    Parameters
-    ----------
-    flows
-        On the view grid.
-    shape
-        Shape (z, y, x) of the image.
-    settings
-        `masks` and what concerns stitching.
-
     Returns
     -------
-    labels : uint32 array of that shape
+    labels : uint32 array of the image's shape (z, y, x)
         1..n without gaps.
     scores : float32 array (n + 1,)
         Score of each nucleus; entry 0 is 0.
@@ -308,14 +299,8 @@ def masks_2d_from_flows(
 ) -> NDArray[np.uint32]:
     """Segment the nuclei of one plane by the same dynamics, for stitching: labels (Y, X), 1..n.
 
-    Bounds of the volume do not apply to a plane: they are for the stitched nucleus. Works in one thread.
-
-    Parameters
-    ----------
-    flow
-        (2, Y, X): direction to the centre (y, x), length about 1.
-    diameter_px
-        Diameter of a typical nucleus in pixels.
+    `flow` (2, Y, X) is the direction to the centre (y, x). Bounds of the volume do not apply to a plane: they
+    are for the stitched nucleus. Works in one thread.
     """
     volume_flow = np.zeros((3, 1, *logit.shape), np.float32)
     volume_flow[1:, 0] = flow

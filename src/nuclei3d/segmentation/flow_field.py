@@ -116,17 +116,10 @@ class FlowField:
         values: NDArray[np.float32],
         share: float | NDArray[np.float32],
     ) -> None:
-        """Add a share of what a network says of one component in a box.
+        """Add a share of what is said of one component (0, 1, 2: flow along z, y, x; `LOGIT`) in a box.
 
-        Parameters
-        ----------
-        component
-            0, 1, 2 for the flow along z, y, x; `LOGIT`.
-        values
-            float32 of the box's shape. They are cut at what a field can hold (2 for flows, 32 for logits);
-            those that are no numbers count as a flow of 0 or the lowest logit.
-        share
-            In 0..1, a number or an array of the box's shape; all shares of a voxel sum to 1.
+        `values`, of the box's shape, are cut at what a field can hold (2 for flows, 32 for logits); those
+        that are no numbers count as a flow of 0 or the lowest logit. All shares of a voxel sum to 1.
         """
         units, most = (LOGIT_UNITS, _MOST_LOGIT) if component == LOGIT else (FLOW_UNITS, _MOST_FLOW)
         invalid = -most if component == LOGIT else 0.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,6 +152,15 @@ class ViewPrediction:
             logit[tuple(place)] = output[2]
         return cls(view, flow, logit)
 
+    def planes(self, component: int, planes: slice) -> NDArray[np.float32]:
+        """Read a component that the view shows of planes z."""
+        own = self.logit if component == LOGIT else self.flow[VIEW_AXES[self.view].index(component)]
+        return own[planes].astype(np.float32)
+
+
+_Source = tuple[Callable[[slice], NDArray[np.float32]], float]
+"""What reads planes z of one component, and the trust in it."""
+
 
 def fuse_views(
     views: Sequence[ViewPrediction],
@@ -184,26 +193,15 @@ def fuse_views(
     shape = views[0].logit.shape
     flow, logit = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
     for component, out in enumerate((*flow, logit)):
-        sources = []
-        for view in views:
-            for channel, shown in zip((*view.flow, view.logit), (*VIEW_AXES[view.view], LOGIT), strict=True):
-                if shown == component:
-                    sources.append(_Source(_planes_of(channel), (weights or {}).get(view.view, 1.0)))
+        sources: list[_Source] = [
+            (partial(view.planes, component), (weights or {}).get(view.view, 1.0))
+            for view in views
+            if component in (*VIEW_AXES[view.view], LOGIT)
+        ]
         if volume is not None:
-            sources.append(_Source(partial(volume.planes, component), volume.weight))
+            sources.append((partial(volume.planes, component), volume.weight))
         _fuse(sources, out, by_variance=method == "consensus" and component != LOGIT and len(sources) > 1)
     return flow, logit
-
-
-class _Source(NamedTuple):
-    """What one view, or the 3D network, says of one component: its planes z, and the trust in it."""
-
-    planes: Callable[[slice], NDArray[np.float32]]
-    weight: float
-
-
-def _planes_of(values: NDArray[np.floating[Any]]) -> Callable[[slice], NDArray[np.float32]]:
-    return lambda planes: values[planes].astype(np.float32)
 
 
 def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: bool) -> None:
@@ -217,9 +215,9 @@ def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: 
         low, high = max(start - margin, 0), min(stop + margin, depth)
         fused = np.zeros((high - low, *out.shape[1:]), np.float32)
         total = np.zeros_like(fused)
-        for source in sources:
-            values = source.planes(slice(low, high))
-            weight: NDArray[np.float32] | np.float32 = np.float32(source.weight)
+        for planes, trust in sources:
+            values = planes(slice(low, high))
+            weight: NDArray[np.float32] | np.float32 = np.float32(trust)
             if by_variance:
                 weight = weight / (_local_variance(values) + np.float32(_VARIANCE_FLOOR))
             fused += weight * values

@@ -219,16 +219,8 @@ def finish_labels(
 ) -> NDArray[np.float32]:
     """Make labels (Z, Y, X) whole, score them and drop those that are no nuclei, in place.
 
-    Afterwards they are 1..n, each one 6-connected piece without holes.
-
-    Parameters
-    ----------
-    bounds_um3
-        Least and largest volume.
-    score_threshold
-        Labels with a lower score are dropped; those below 0.01 always are.
-    threads
-        All processors by default.
+    Afterwards they are 1..n, each one 6-connected piece without holes. Least and largest volume are
+    `bounds_um3`; labels with a score below the threshold, or below 0.01, are dropped.
 
     Returns
     -------

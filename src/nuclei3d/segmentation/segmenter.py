@@ -236,21 +236,9 @@ class Segmenter:
     def label(
         self, flows: FlowField, shape: tuple[int, ...], masks: MaskSettings | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-        """Turn `flows` into labels on the image's grid (z, y, x).
+        """Turn `flows` into labels 1..n on the image's grid (z, y, x), and their scores, float32 (n + 1,).
 
-        Parameters
-        ----------
-        shape
-            Of the image.
-        masks
-            Thresholds other than those of the settings.
-
-        Returns
-        -------
-        labels : uint32 array of that shape
-            1..n without gaps.
-        scores : float32 array (n + 1,)
-            Score of each nucleus; entry 0 is 0.
+        `masks` are thresholds other than those of the settings.
         """
         from nuclei3d.segmentation.dynamics import label_flows
 
