@@ -298,7 +298,7 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
     return labels.astype(np.uint32, copy=False)
 
 
-def check_image(image: NDArray[Any], where: str) -> None:
+def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
     """Check that an array is a volume of numbers; NaN and infinite ones are fill around it.
 
     Parameters
@@ -307,6 +307,8 @@ def check_image(image: NDArray[Any], where: str) -> None:
         Expected (Z, Y, X), each axis longer than 1, integers or floats.
     where
         Name of the file for messages.
+    part
+        It is a part of a larger volume, which may be fill altogether.
 
     Raises
     ------
@@ -318,7 +320,7 @@ def check_image(image: NDArray[Any], where: str) -> None:
         raise InputError(f"{where} is no volume (shape {shape}); expected three axes (z, y, x) longer than 1")
     if image.dtype.kind not in "buif":
         raise InputError(f"{where} holds {image.dtype} values; expected integers or floats")
-    if image.dtype.kind == "f" and not any(np.isfinite(plane).any() for plane in image):
+    if image.dtype.kind == "f" and not part and not any(np.isfinite(plane).any() for plane in image):
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 

@@ -249,7 +249,7 @@ def segment_block(task: BlockTask) -> int:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     image = task.frame.read_block(task.outer)
-    check_image(image, str(task.frame.path))
+    check_image(image, str(task.frame.path), part=True)
     networks = Networks(
         _network(task.weights),
         _network(task.orthogonal_weights) if task.orthogonal_weights else None,
