@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,12 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
+    # the lines of Python, with the model that was trained in the place of the released one
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shutil.copytree(tmp_path / "runs" / "nuclei_3d", tmp_path / "models" / "nuclei_3d")
+    code = code.replace("t000.tif", next((tmp_path / "data/embryo_c/images").glob("*.tif")).name)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert " nuclei" in done.stdout

@@ -6,15 +6,9 @@ import pytest
 import torch
 from matplotlib.path import Path as Polygon
 
-from nuclei3d.grid import (
-    isotropic_shape,
-    measure_noise,
-    measure_range,
-    resize_linear,
-    resize_nearest,
-    trace_outlines,
-)
+from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest, trace_outlines
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import measure_noise, measure_range
 
 
 def test_isotropic_shape_covers_the_same_box():

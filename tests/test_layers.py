@@ -16,6 +16,7 @@ LAYERS = {
     "config": 1,
     "images": 2,
     "grid": 2,
+    "intensity": 2,
     "flows": 3,
     "simulation": 3,
     "networks": 3,
@@ -30,7 +31,7 @@ LAYERS = {
     "cli": 9,
     "__main__": 10,
 }
-ON_ARRAYS = {"grid", "flows", "segmentation", "training", "scoring", "simulation"}
+ON_ARRAYS = {"grid", "intensity", "flows", "segmentation", "training", "scoring", "simulation"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -227,11 +227,11 @@ def test_shapes_and_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert read_labelled(frame, DataParams(voxel_size_um=(2.0, 1.0, 1.0))).voxel_size.x == 1.0
 
 
-def test_nan_and_wrong_labels_are_refused_and_empty_labels_told(
+def test_nothing_but_nan_and_wrong_labels_are_refused_and_empty_labels_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nan = np.full((3, 8, 6), np.nan, np.float32)
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(InputError, match="no finite number"):
         read_labelled(make_frame(tmp_path / "nan", nan), DataParams())
     with pytest.raises(InputError, match="float32 values where labels"):
         read_labelled(make_frame(tmp_path / "float", labels=nan), DataParams())

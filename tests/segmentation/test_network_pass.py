@@ -10,8 +10,8 @@ from torch import nn
 
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d
-from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table

@@ -6,8 +6,8 @@ import torch
 from oracle_network import OracleNetwork, ball_labels
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.scoring.matching import match, overlap_table

@@ -7,8 +7,8 @@ import torch
 from local_network import LocalNetwork, PositionNetwork
 from oracle_network import OracleNetwork, ball_labels
 
-from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.foreground import everywhere, find_occupied, occupied_space

@@ -15,11 +15,11 @@ from torch import nn
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.flows import flows_2d
-from nuclei3d.grid import measure_range, sampled_planes
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image
+from nuclei3d.intensity import measure_range, sampled_planes
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.scoring.matching import overlap_table

@@ -242,24 +242,19 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
     return labels.astype(np.uint32, copy=False)
 
 
-def check_image(image: NDArray[Any], where: str) -> None:
-    """Raise InputError if an array is no volume (Z, Y, X), each axis longer than 1, of finite numbers.
+def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
+    """Raise InputError if an array is no volume (Z, Y, X), each axis longer than 1, of real numbers.
 
-    `where` is the name of the file for messages.
+    NaN and infinite ones are fill around it; a `part` of a larger volume may be fill altogether. `where` is
+    the name of the file for messages.
     """
     if image.ndim != 3 or min(image.shape) < 2:
         shape = " x ".join(map(str, image.shape))
         raise InputError(f"{where} is no volume (shape {shape}); expected three axes (z, y, x) longer than 1")
     if image.dtype.kind not in "buif":
         raise InputError(f"{where} holds {image.dtype} values; expected integers or floats")
-    if image.dtype.kind != "f":
-        return
-    for z, plane in enumerate(image):
-        bad = image[z].size - int(np.count_nonzero(np.isfinite(plane)))
-        if bad:
-            raise InputError(
-                f"{where} holds NaN or infinite values ({bad} in plane {z}); replace them, for example by 0"
-            )
+    if image.dtype.kind == "f" and not part and not any(np.isfinite(plane).any() for plane in image):
+        raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
 def _open(path: Path) -> TiffArray | ZarrArray:

@@ -17,6 +17,7 @@ from scipy.ndimage import distance_transform_edt, find_objects
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import measure_range
 from nuclei3d.scoring.matching import Floats, Integers, Labels
 
 #: Depth of the rim that is left out of the inside, in um.
@@ -59,13 +60,15 @@ def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size:
     largest = int(labels.max()) if labels.size else 0
     contrast = np.full(largest + 1, np.nan)
     quantum = _quantisation_noise(image)
+    fill = measure_range(image).fill_mask(image)
     reach_um = SHELL_UM[1] * _WIDENING**_WIDENINGS
     for label, box in enumerate(find_objects(labels), start=1):
         if box is None:
             continue
         for margin_um in (SHELL_UM[1], reach_um):
             around = _grow(box, margin_um, voxel_size, labels.shape)
-            shell = _shell(labels[around], label, voxel_size, margin_um)
+            free = labels[around] == 0 if fill is None else (labels[around] == 0) & ~fill[around]
+            shell = _shell(labels[around] == label, free, voxel_size, margin_um)
             if np.count_nonzero(shell) >= _FEWEST_SHELL_VOXELS:
                 break
         if not shell.any():
@@ -74,6 +77,7 @@ def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size:
         middle = np.median(background)
         spread = max(1.4826 * float(np.median(np.abs(background - middle))), quantum)
         inside = image[box][_inside(labels[box] == label, voxel_size)]
+        inside = inside[np.isfinite(inside)]
         contrast[label] = (np.median(inside.astype(np.float64)) - middle) / spread
     return contrast
 
@@ -109,9 +113,11 @@ def _grow(
     return tuple(grown)
 
 
-def _shell(labels: Labels, label: int, voxel_size: VoxelSize, farthest_um: float) -> NDArray[np.bool_]:
-    distance = distance_transform_edt(labels != label, sampling=voxel_size.zyx)
-    free = (labels == 0) & (distance >= SHELL_UM[0])
+def _shell(
+    nucleus: NDArray[np.bool_], free: NDArray[np.bool_], voxel_size: VoxelSize, farthest_um: float
+) -> NDArray[np.bool_]:
+    distance = distance_transform_edt(~nucleus, sampling=voxel_size.zyx)
+    free = free & (distance >= SHELL_UM[0])
     outer = SHELL_UM[1]
     # Rounding must not decide whether a plane at exactly 2 um belongs to the shell.
     shell: NDArray[np.bool_] = free & (distance <= outer + 1e-6)

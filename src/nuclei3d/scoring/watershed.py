@@ -10,6 +10,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, label, maximu
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import measure_range
 
 
 def otsu_watershed(
@@ -41,6 +42,7 @@ def otsu_watershed(
         raise InputError(f"the watershed wants a volume (Z, Y, X), got shape {image.shape}")
     if image.size == 0:
         return np.zeros(image.shape, dtype=np.uint32)
+    image, outside = measure_range(image).without_fill(image)
     low, high = np.percentile(image.astype(np.float32), (1, 99.8))
     # Rounding to single precision may leave the darkest voxels a hair below the percentile.
     above = np.clip(image.astype(np.float32), low, high) - np.float32(low)
@@ -49,6 +51,8 @@ def otsu_watershed(
     if smooth.min() == smooth.max():
         return np.zeros(image.shape, dtype=np.uint32)
     foreground = smooth > threshold_otsu(smooth)  # type: ignore[no-untyped-call]
+    if outside is not None:
+        foreground &= ~outside
     distance = distance_transform_edt(foreground, sampling=voxel_size.zyx).astype(np.float32)
     distance = gaussian_filter(distance, _voxels(nucleus_diameter_um / 10, voxel_size))
     window = [2 * round(0.3 * nucleus_diameter_um / edge) + 1 for edge in voxel_size.zyx]

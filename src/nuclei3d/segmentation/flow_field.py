@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import available_threads
+from nuclei3d.grid import available_threads, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 
 FLOW_UNITS = 16384.0
@@ -108,6 +108,11 @@ class FlowField:
         flow = np.moveaxis(part[..., :3], 3, 0).astype(np.float32, order="C")
         flow /= np.float32(FLOW_UNITS)
         return flow, part[..., 3] / np.float32(LOGIT_UNITS)
+
+    def exclude(self, outside: NDArray[np.bool_]) -> None:
+        """Let no nucleus be where `outside` (z, y, x), on any grid of the same box, is true."""
+        there = resize_nearest(outside, self.shape)
+        self.packed[there] = (0, 0, 0, -32767)
 
     def add(
         self,

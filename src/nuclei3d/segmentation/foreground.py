@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nuclei3d.grid import IntensityRange
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import IntensityRange
 
 Box = tuple[slice, slice, slice]
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import measure_range, resize_linear, resize_tensor
+from nuclei3d.grid import resize_linear, resize_tensor
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.networks.unet3d import Triple, VolumeNetwork
@@ -40,7 +40,7 @@ from nuclei3d.segmentation.network_runner import (
     padded,
     tile_volume,
 )
-from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, view_grid
+from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, view_grid, with_ranges
 from nuclei3d.views import VIEW_AXES, VIEW_AXIS, View
 
 EMPTY_LOGIT = -10.0
@@ -105,10 +105,12 @@ def predict_flows(
 ) -> tuple[FlowField, dict[str, float]]:
     """Run the networks over a volume.
 
+    What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there.
+
     Parameters
     ----------
     image
-        (z, y, x), any real dtype, finite.
+        (z, y, x), any real dtype; what is not finite is fill.
     networks
         Those that the mode needs; they are moved to `device`, their training mode is left as it was.
     settings
@@ -131,6 +133,9 @@ def predict_flows(
     started = time.perf_counter()
     for each in settings.passes:
         check_scale(image.shape, voxel_size, each)
+    settings = with_ranges(settings, image)
+    assert settings.intensity_range is not None
+    image, outside = settings.intensity_range.without_fill(image)
     solid = _volume_network(networks, settings)
     views = () if settings.mode == "full3d" else settings.seen_views
     # The 3D network counts as a view in the progress; how long each takes depends on the networks.
@@ -146,6 +151,8 @@ def predict_flows(
             )
             spent += spent_on_views
     assert field is not None
+    if outside is not None:
+        field.exclude(outside)
     return field, {"network": spent, "views": time.perf_counter() - started - spent}
 
 
@@ -190,9 +197,8 @@ def show_volume(
     settings: SegmentationSettings,
 ) -> tuple[NDArray[np.float32], OccupiedSpace]:
     """Bring an image to a network's grid, normalised as the settings say, and find where nuclei can be."""
-    intensity = settings.intensity_range or measure_range(
-        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor
-    )
+    intensity = settings.intensity_range
+    assert intensity is not None
     volume = intensity.apply(resize_linear(image, shape))
     diameter_um = settings.nucleus_diameter_um if settings.skip_empty else None
     return volume, occupied_space(volume, intensity, voxel_size, grid_voxel_size, diameter_um)

@@ -178,7 +178,8 @@ class Segmenter:
         Parameters
         ----------
         image
-            (z, y, x), any real dtype, finite.
+            (z, y, x), any real dtype. Fill that registration left around it, a constant or NaN, holds no
+            nucleus (`nuclei3d.intensity`).
         voxel_size_um
             Edges (z, y, x) of a voxel in um.
         progress

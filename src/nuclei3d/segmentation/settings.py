@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.config.sections import Engine, Fusion, Mode, Precision, PredictParams, SegmentationParams, View
 from nuclei3d.errors import InputError
-from nuclei3d.grid import LOWER_PERCENTILE, NOISE_FLOOR, UPPER_PERCENTILE, IntensityRange, isotropic_shape
+from nuclei3d.grid import isotropic_shape
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import LOWER_PERCENTILE, NOISE_FLOOR, UPPER_PERCENTILE, IntensityRange, measure_range
 
 if TYPE_CHECKING:
     from nuclei3d.networks.folder import ModelInfo
@@ -165,6 +167,23 @@ def view_grid(
     grid = (min(shape[0], depth), height, width)
     edges = [size * old / new for size, old, new in zip(voxel_size.zyx, shape, grid, strict=True)]
     return grid, VoxelSize.of(edges), max(depth, grid[0])
+
+
+def with_ranges(
+    settings: SegmentationSettings, image: NDArray[np.generic], *, sampled: bool = False
+) -> SegmentationSettings:
+    """Add the intensity range of a whole volume, for each network as it was trained, unless it is given.
+
+    Parameters
+    ----------
+    image
+        (z, y, x); with `sampled` those planes of it that `nuclei3d.intensity.sampled_planes` names.
+    """
+    volume = None if settings.volume is None else with_ranges(settings.volume, image, sampled=sampled)
+    found = settings.intensity_range or measure_range(
+        image, settings.lower_percentile, settings.upper_percentile, settings.noise_floor, sampled=sampled
+    )
+    return replace(settings, intensity_range=found, volume=volume)
 
 
 def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings) -> None:

@@ -24,6 +24,7 @@ from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import frame_stem
+from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
@@ -298,6 +299,16 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
     return _digest_of(true), found
 
 
+def _read_shown(
+    pair: VolumePair,
+) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
+    """Read a pair for a picture: background in the place of fill."""
+    image, truth, pred = pair.read()
+    if image is not None:
+        image, _ = measure_range(image).without_fill(image)
+    return image, truth, pred
+
+
 def _assess_otsu(
     params: Params, diameter_um: float, pair: VolumePair, true_contrast: NDArray[np.float64]
 ) -> Assessment:
@@ -411,7 +422,7 @@ def _write(
     write_nuclei(folder / "nuclei.csv", rows)
     write_plot_data(folder / "plots", metrics)
     volumes = [
-        ShownVolume(pair.name, pair.voxel_size, assessment, pair.read)
+        ShownVolume(pair.name, pair.voxel_size, assessment, partial(_read_shown, pair))
         for pair, assessment in zip(pairs, assessments, strict=True)
     ]
     draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, rows)

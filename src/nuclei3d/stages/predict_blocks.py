@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.grid import IntensityRange, available_threads, measure_range, sampled_planes
+from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import sampled_planes
 from nuclei3d.networks.folder import load_model
 from nuclei3d.outputs import whole_file, whole_folder
 from nuclei3d.segmentation.blocks import (
@@ -48,7 +49,7 @@ from nuclei3d.segmentation.blocks import (
 from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
 from nuclei3d.segmentation.network_pass import Networks
 from nuclei3d.segmentation.segmenter import Models, Segmenter
-from nuclei3d.segmentation.settings import SegmentationSettings, view_grid
+from nuclei3d.segmentation.settings import SegmentationSettings, view_grid, with_ranges
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -248,7 +249,7 @@ def segment_block(task: BlockTask) -> int:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     image = task.frame.read_block(task.outer)
-    check_image(image, str(task.frame.path))
+    check_image(image, str(task.frame.path), part=True)
     networks = Networks(
         _network(task.weights),
         _network(task.orthogonal_weights) if task.orthogonal_weights else None,
@@ -485,25 +486,11 @@ def _segment(name: str, tasks: Sequence[BlockTask], run: BlockRun, progress: Cal
 
 
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
-    """Add the range of the whole frame, for each network as it was trained."""
-    volume = settings.volume
-    if volume is not None:
-        volume = replace(volume, intensity_range=_measure_range(frame, volume))
-    return replace(settings, intensity_range=_measure_range(frame, settings), volume=volume)
-
-
-def _measure_range(frame: Frame, settings: SegmentationSettings) -> IntensityRange:
-    """Measure the range of the whole frame from the planes that `measure_range` would take, and no others."""
+    """Add the range of the whole frame, from the planes that `measure_range` would take, and no others."""
     _, height, width = frame.shape
     whole_plane = (slice(0, height), slice(0, width))
     planes = [frame.read_block((slice(z, z + 1), *whole_plane)) for z in sampled_planes(frame.shape)]
-    return measure_range(
-        np.concatenate(planes),
-        settings.lower_percentile,
-        settings.upper_percentile,
-        settings.noise_floor,
-        sampled=True,
-    )
+    return with_ranges(settings, np.concatenate(planes), sampled=True)
 
 
 def _open_folder(masks: Path, frame: Frame, digest: str) -> Path:

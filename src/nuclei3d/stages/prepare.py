@@ -23,7 +23,7 @@ from nuclei3d.config.sections import PrepareParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
-from nuclei3d.grid import isotropic_shape, measure_range, resize_linear, resize_nearest
+from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.embryos import (
     PARTS,
     EmbryoFrame,
@@ -33,6 +33,7 @@ from nuclei3d.images.embryos import (
     split_embryos,
 )
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.stages.training_data import (
@@ -186,6 +187,9 @@ def prepare_frame(task: Task, params: Params, folder: Path) -> PreparedFrame:
     volume = read_labelled(frame, params.data)
     norm = params.normalization
     intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
+    image, outside = intensity.without_fill(volume.image)
+    if outside is not None:
+        volume = replace(volume, image=image, labels=np.where(outside, 0, volume.labels))
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
     volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
