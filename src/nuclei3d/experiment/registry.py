@@ -101,13 +101,7 @@ class Verdict:
 
 
 def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
-    """Find what would make `register_model` fail before anything is written.
-
-    Raises
-    ------
-    InputError
-        As in `register_model`.
-    """
+    """Find what would make `register_model` fail before anything is written."""
     refuse_second_model(params.predict)
     if not params.tracking.enabled:
         raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
@@ -150,11 +144,6 @@ def register_model(
         The metrics.json of its evaluation on the held-out embryos.
     run
         The open MLflow run of the stage; the model is logged there.
-
-    Raises
-    ------
-    InputError
-        If the folder or metrics.json is not one, or the store does not answer.
     """
     assert run.run_id is not None
     check_registrable(params, folder, metrics)
@@ -185,13 +174,7 @@ def register_model(
 
 
 def roll_back(params: Params, version: str | None = None) -> Registered:
-    """Give the champion's place back to the version that had it before, or to `version`.
-
-    Raises
-    ------
-    InputError
-        If there is no such version, or nothing to go back to.
-    """
+    """Give the champion's place back to the version that had it before, or to `version`."""
     client = open_store(params.tracking)
     name = params.tracking.registered_name
     now = _alias(client, name, CHAMPION)
@@ -235,13 +218,7 @@ def is_registered(model: str) -> bool:
 
 
 def fetch_model(uri: str, params: Params) -> Path:
-    """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be.
-
-    Raises
-    ------
-    InputError
-        If the registry has no such model, or what it has is none of this project's.
-    """
+    """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be."""
     package = _download(open_store(params.tracking), uri)
     for found in sorted((package / "artifacts").rglob("model.json")):
         return found.parent
@@ -260,11 +237,6 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
         A URI of MLflow, or a model folder.
     params
         `serve` has the limits and the root, `predict` the defaults of a request and the device.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or the parameters name a second one.
     """
     refuse_second_model(params.predict)
     folder = fetch_model(model, params) if is_registered(model) else Path(model)
@@ -286,13 +258,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a metrics.json.
-
-    Raises
-    ------
-    InputError
-        If it is missing or lacks what the registry compares: ``volumes``.
-    """
+    """Read a metrics.json."""
     if path.is_dir():
         path = path / _METRICS_FILE
     try:

@@ -170,11 +170,6 @@ def stage_run(
         tags.
     job
         What tells this job from all others; the last run of it, unless it finished, is gone on with.
-
-    Raises
-    ------
-    InputError
-        If the tracking server does not answer.
     """
     if not params.tracking.enabled:
         yield StageRun(None, None)

@@ -101,11 +101,6 @@ class NucleiModel(PythonModel):
         dict
             ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
             of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``.
-
-        Raises
-        ------
-        InputError
-            If the request is at fault.
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)

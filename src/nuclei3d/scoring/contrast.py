@@ -44,11 +44,6 @@ def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size:
         Shape (labels.max() + 1,), indexed by label. nan for the background, for labels that are absent, and
         for nuclei so crowded that no unlabelled voxel lies near.
 
-    Raises
-    ------
-    InputError
-        If the shapes differ.
-
     Notes
     -----
     A nucleus with nothing deeper than the rim counts with its deepest voxels. The MAD is never taken below

@@ -120,11 +120,6 @@ def overlap_table(truth: Labels, prediction: Labels) -> OverlapTable:
     ----------
     truth, prediction
         Labels of equal shape, any number of dimensions, values in 0 .. 2**31 - 1.
-
-    Raises
-    ------
-    InputError
-        If the shapes differ, or a label is no integer or outside the range.
     """
     _check_labels(truth, "truth")
     _check_labels(prediction, "prediction")

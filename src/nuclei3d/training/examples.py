@@ -50,11 +50,6 @@ class Examples:
         float64 (samples,): how often each is drawn.
     crops
         Number of crops an epoch.
-
-    Raises
-    ------
-    InputError
-        If no sample is left to draw.
     """
 
     def __init__(

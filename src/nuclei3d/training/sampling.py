@@ -24,11 +24,6 @@ def sample_weights(
 
     A crop of a volume is to show every nucleus alike often, so the weight of a volume is the number of nuclei
     (at least 1), times the weights of `params` that are not about planes.
-
-    Raises
-    ------
-    InputError
-        If no sample has a weight above 0.
     """
     planes = np.array([info.is_plane for info in infos], dtype=bool)
     nuclei = np.array([info.nuclei for info in infos], dtype=np.float64)

@@ -63,11 +63,6 @@ def to_isotropic(
         Of the input.
     downsample_xy
         How many times wider the cubic voxels are than the input's in x.
-
-    Raises
-    ------
-    InputError
-        If nothing would be left of an axis.
     """
     voxel_um = voxel_size.x * downsample_xy
     shape = isotropic_shape(image.shape, voxel_size, voxel_um)
