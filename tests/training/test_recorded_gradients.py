@@ -23,7 +23,7 @@ def random_batch(count: int, seed: int, *, weighted: bool) -> Batch:
         foreground.int().numpy(),
         np.zeros(count, np.int64),
     )
-    return batch.pinned().to(torch.device("cuda"))
+    return batch.copied(torch.Tensor.pin_memory).to(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

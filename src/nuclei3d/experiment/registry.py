@@ -218,7 +218,7 @@ def is_registered(model: str) -> bool:
 
 
 def fetch_model(uri: str, params: Params) -> Path:
-    """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be."""
+    """Give the folder of ``models:/name@alias`` or ``models:/name/version``, downloaded if need be."""
     package = _download(open_store(params.tracking), uri)
     for found in sorted((package / "artifacts").rglob("model.json")):
         return found.parent

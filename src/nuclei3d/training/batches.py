@@ -33,14 +33,12 @@ class Batch:
     images
         float32, normalised. In 2D two channels, of which the second is empty, as Cellpose's networks want it,
         stored channels last; in 3D one channel.
-    foreground
-        bool, without channels.
+    foreground, labels
+        bool and int32 (0 is background), without channels.
     flows
         float32: (dy, dx) or (dz, dy, dx).
     weights
         float32 as `foreground`, loss weights, or None for all 1.
-    labels
-        int32 as `foreground`; 0 is background.
     samples
         int64 (B,): the sample that each crop was cut from.
     """
@@ -76,18 +74,7 @@ class Batch:
 class CropMaker:
     """Cuts and augments crops; every crop depends on (seed, epoch, index, sample) and on nothing else.
 
-    Attributes
-    ----------
-    samples
-        What to cut from.
-    augment
-        What to change.
-    grid
-        Shape and scale of the crops, and what they are drawn around.
-    seed
-        Of all draws.
-    nucleus_weights
-        Loss weight per label and sample (`nuclei3d.training.sampling.nucleus_weights`), or None.
+    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.sampling`), or is None.
     """
 
     samples: SampleSet
@@ -173,14 +160,10 @@ class BatchStream:
 
     Parameters
     ----------
-    maker
-        Cuts the crops.
     order_of
         Gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`).
     epochs
-        The epochs to make, in order.
-    batch_size
-        Crops a batch; the last of an epoch may be smaller.
+        The epochs to make, in order; the last batch of each may be smaller.
     workers
         Threads; their number does not change the crops.
     pinned

@@ -31,18 +31,9 @@ _SMALLEST_PX = 12
 
 
 class Examples:
-    """Training and validation samples, cut into crops on the network's grid.
+    """Training and validation samples (planes, or volumes), cut into crops on the network's grid.
 
-    Parameters
-    ----------
-    samples, validation
-        Planes, or volumes; the latter may be empty.
-    params
-        How to draw and change crops, and what the loss weighs.
-    grid
-        Of the crops.
-    seed
-        Of all draws.
+    `seed` is that of all draws.
 
     Attributes
     ----------
@@ -94,11 +85,8 @@ class Examples:
     def validate(self, network: nn.Module, arithmetic: Arithmetic) -> dict[str, float]:
         """Judge a network on fixed crops of the validation samples; it is left in training mode if it was.
 
-        Returns
-        -------
-        dict
-            Names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
-            quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
+        Gives names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
+        quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
         """
         figures = {f"train_{name}": value for name, value in self._seen.figures().items()}
         self._seen = FlowFigures()

@@ -38,16 +38,8 @@ class DivergedError(InputError):
 class TrainingOutcome:
     """What a training ended with.
 
-    Attributes
-    ----------
-    weights
-        State dict of the chosen epoch.
-    epoch
-        Its number.
-    state
-        The last state.
-    stopped
-        Why it ended before its last epoch, or an empty text.
+    `weights` is the state dict of the chosen `epoch`, `state` the last one, `stopped` says why it ended
+    before its last epoch, or is empty.
     """
 
     weights: dict[str, Tensor]
@@ -95,14 +87,8 @@ def train_network(
         It is moved to the device and changed. Its first output is what the examples' loss wants.
     examples
         What to learn and to be judged by; without validation data the training loss chooses the best epoch.
-    params
-        How to train.
-    device
-        Where the network computes.
     start
         State to go on from.
-    callbacks
-        Saving, validation in 3D, reports.
 
     Raises
     ------
@@ -115,15 +101,16 @@ def train_network(
     return _Loop(learner, examples, params, callbacks or Callbacks()).run(start)
 
 
+@dataclass(frozen=True)
 class _Loop:
-    def __init__(
-        self, learner: Learner, examples: Examples, params: TrainParams, callbacks: Callbacks
-    ) -> None:
-        self.learner = learner
-        self.examples = examples
-        self.params = params
-        self.callbacks = callbacks
-        self.steps_per_epoch = math.ceil(examples.crops / params.batch_size)
+    learner: Learner
+    examples: Examples
+    params: TrainParams
+    callbacks: Callbacks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples.crops / self.params.batch_size)
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
         state = start or TrainingState({}, {}, None, torch.get_rng_state(), (), 0, -math.inf, {})

@@ -51,14 +51,8 @@ whole epoch, the network waited for crops.
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch did.
-
-    Attributes
-    ----------
-    epoch
-        Counted from 1.
-    measured
-        Values by name (`METRICS`); what was not measured is absent or nan.
+    """What one epoch, counted from 1, did: values by name (`METRICS`); what was not measured is absent or
+    nan.
     """
 
     epoch: int
@@ -135,13 +129,7 @@ class TrainingState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], best: dict[str, Tensor]) -> TrainingState:
-        """Restore what `as_plain` gave.
-
-        Raises
-        ------
-        KeyError, TypeError
-            If it is something else.
-        """
+        """Restore what `as_plain` gave; KeyError or TypeError if it is something else."""
         if plain["format"] != FORMAT:
             raise KeyError("format")
         return cls(
