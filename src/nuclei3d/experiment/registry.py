@@ -20,7 +20,7 @@ from nuclei3d.experiment.pyfunc import LoggedModel, log_served_model
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import no_progress_bars, open_store
 from nuclei3d.networks.folder import ModelInfo, read_info
-from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.metrics import Tally
 
 if TYPE_CHECKING:

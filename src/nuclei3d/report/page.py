@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from nuclei3d.report.charts import OUTLINES, ap_chart, bin_chart, counts_charts, training_charts
 from nuclei3d.report.tables import NucleusRow
-from nuclei3d.scoring.bootstrap import FEW_UNITS
-from nuclei3d.scoring.comparison import side_of_zero
+from nuclei3d.scoring.bootstrap import FEW_UNITS, side_of_zero
 
 _LISTED = (
     "volume",

@@ -23,18 +23,14 @@ class NucleusTable:
 
     Attributes
     ----------
-    label
-        Label in the file.
     place_um
         Centroid (z, y, x) in um, shape (n, 3).
-    volume_um3
-        Volume.
     contrast
         See `nuclei3d.scoring.contrast`; nan without an image.
-    best_iou
-        Best IoU with any nucleus of the other side.
-    partner
-        Label of the nucleus that it is matched with at IoU .5, 0 if it is missed or false.
+    best_iou, partner
+        Best IoU with any nucleus of the other side, and the label of the one that it is matched with at IoU
+        .5,
+        0 if it is missed or false.
     score
         For predicted nuclei the score that the model gave, for true ones that of the partner; else nan.
     surface_um
@@ -77,12 +73,10 @@ def assess_volume(
     surfaces: bool = True,
     true_contrast: Floats | None = None,
 ) -> Assessment:
-    """Compare one predicted with one true volume.
+    """Compare one predicted with one true volume of labels (Z, Y, X).
 
     Parameters
     ----------
-    truth, prediction
-        Labels (Z, Y, X), any non-negative integers.
     image
         The volume that was segmented; without it contrasts are nan.
     scores
@@ -142,19 +136,9 @@ def assess_volume(
 
 
 def centroids_um(labels: Labels, present: Integers, voxel_size: VoxelSize) -> Floats:
-    """Give the centroids of the labels in `present`.
+    """Give the centroids (n, 3), in um from the centre of the first voxel, of the labels `present` (n,).
 
-    Parameters
-    ----------
-    labels
-        Volume (Z, Y, X), with labels not much larger than their number.
-    present
-        Labels, shape (n,).
-
-    Returns
-    -------
-    centroids
-        Shape (n, 3): z, y, x in um from the centre of the first voxel. nan for labels that are absent.
+    Labels must not be much larger than their number; those that are absent get nan.
     """
     voxels = np.nonzero(labels)
     label = labels[voxels]
@@ -168,17 +152,10 @@ def centroids_um(labels: Labels, present: Integers, voxel_size: VoxelSize) -> Fl
 
 
 def surface_distances_um(truth: Labels, prediction: Labels, pairs: Integers, voxel_size: VoxelSize) -> Floats:
-    """Give the average symmetric surface distance of pairs of nuclei, shape (n,), in um.
+    """Give the average symmetric surface distance in um of pairs (n, 2) of labels in truth and prediction.
 
     For every voxel on either surface the distance to the nearest voxel on the other; the mean of the two
     means.
-
-    Parameters
-    ----------
-    truth, prediction
-        Labels (Z, Y, X) of equal shape.
-    pairs
-        Shape (n, 2): labels in truth and in prediction.
     """
     true_boxes, pred_boxes = find_objects(truth), find_objects(prediction)
     distances = np.full(len(pairs), np.nan)
@@ -255,12 +232,9 @@ def _count(
 
 
 def score_bins(counts: BinCounts, weights: Floats | None) -> list[BinScore]:
-    """Turn counts into recall and precision with intervals.
+    """Turn counts into recall and precision with intervals by bootstrap weights (replicates, volumes).
 
-    Parameters
-    ----------
-    weights
-        Bootstrap weights (replicates, volumes); None: Wilson's interval over nuclei, for a single unit.
+    Without weights, for a single unit, the intervals are Wilson's over nuclei.
     """
 
     def share(part: Floats, whole: Floats) -> tuple[int, float, tuple[float, float]]:
@@ -284,24 +258,15 @@ def recall_at_precision(
     target: float,
     *,
     edges: Sequence[float] | None = None,
-    bin_index: int = 0,
 ) -> tuple[float, float] | None:
     """Give recall and cut if only predictions from a score on are kept, the lowest with that precision.
 
-    Parameters
-    ----------
-    target
-        Precision, pooled over the volumes, that the kept predictions reach.
-    edges, bin_index
-        Inner edges of the contrast bins and the bin whose recall is wanted; None: of all true nuclei.
-
-    Returns
-    -------
-    recall, score
-        None if a prediction has no score, no score reaches the precision, or the bin is empty.
+    The precision is pooled over the volumes; the recall is that of the faintest bin of contrast, given its
+    inner edges, else of all true nuclei. None if a prediction has no score, no score reaches the precision,
+    or there is nothing to find.
     """
     once = np.ones((1, len(assessments)))
-    found = resampled_recall_at_precision(assessments, target, once, edges=edges, bin_index=bin_index)
+    found = resampled_recall_at_precision(assessments, target, once, edges=edges)
     if found is None or np.isnan(found[0][0]):
         return None
     return float(found[0][0]), float(found[1][0])
@@ -313,21 +278,12 @@ def resampled_recall_at_precision(
     weights: Floats,
     *,
     edges: Sequence[float] | None = None,
-    bin_index: int = 0,
 ) -> tuple[Floats, Floats] | None:
-    """Give the same for resampled volumes, the cut chosen anew in each replicate.
+    """Give the same for volumes resampled by weights (replicates, volumes), the cut chosen anew in each.
 
-    Parameters
-    ----------
-    weights
-        Bootstrap weights, shape (replicates, volumes).
-
-    Returns
-    -------
-    recall, score
-        Shape (replicates,); nan where no score reaches the precision or there is nothing to find. A score of
-        a volume that was not drawn may be the cut, which leaves the recall as it is. None if a prediction
-        has no score, or there is none.
+    Recall and cut, (replicates,), are nan where no score reaches the precision or there is nothing to find. A
+    score of a volume that was not drawn may be the cut, which leaves the recall as it is. None if a
+    prediction has no score, or there is none.
     """
     scores = np.concatenate([a.pred.score for a in assessments])
     if not len(scores) or np.isnan(scores).any():
@@ -341,8 +297,8 @@ def resampled_recall_at_precision(
     true_score = np.concatenate([a.true.score for a in assessments])
     volume_of_true = np.repeat(np.arange(len(assessments)), [len(a.true.score) for a in assessments])
     if edges is not None:
-        bins = np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments])
-        true_score, volume_of_true = true_score[bins == bin_index], volume_of_true[bins == bin_index]
+        faintest = np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments]) == 0
+        true_score, volume_of_true = true_score[faintest], volume_of_true[faintest]
     recall, cut = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     for replicate, weight in enumerate(weights):
         of_pred, of_true = weight[volume_of_pred], weight[volume_of_true]

@@ -31,12 +31,7 @@ _WIDENINGS = 5
 
 
 def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size: VoxelSize) -> Floats:
-    """Measure the contrast of every labelled nucleus.
-
-    Parameters
-    ----------
-    image, labels
-        Volume (Z, Y, X) and its labels of the same shape.
+    """Measure the contrast of every labelled nucleus of a volume.
 
     Returns
     -------

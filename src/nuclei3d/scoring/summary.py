@@ -112,10 +112,8 @@ def summarise(
         One per volume; volumes of one embryo in the order of time.
     contrast_edges
         Inner edges of the contrast bins; None where contrasts were not measured.
-    replicates
-        Bootstrap replicates; 0 for no intervals.
-    over
-        See `resampling_units`.
+    replicates, over
+        Bootstrap replicates (0 for no intervals), and of what; see `resampling_units`.
     """
     tallies = stack_tallies([assessment.tally for assessment in assessments])
     pooled = score(tallies.total(), thresholds)
