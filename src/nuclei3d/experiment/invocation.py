@@ -66,15 +66,7 @@ def refuse_second_model(predict: PredictParams) -> None:
 
 @dataclass(frozen=True)
 class VolumeLimits:
-    """What a service accepts.
-
-    Attributes
-    ----------
-    root
-        Folder below which requests may name files; None refuses paths.
-    max_voxels
-        Largest volume by its header, before anything is read.
-    """
+    """What a service accepts: files below `root` by name (None: no paths), and volumes up to `max_voxels`."""
 
     root: Path | None = None
     max_voxels: int = MAX_VOXELS

@@ -42,6 +42,7 @@ _SECTIONS = {
 }
 _MAX_ENTRIES_IN_BATCH = 100
 _MAX_VALUE_LENGTH = 5000
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 _PROCESS_TAG = "nuclei3d.process"
 _JOB_TAG = "nuclei3d.job"
 
@@ -132,7 +133,8 @@ class StageRun:
             try:
                 self._unsent[0]()
             except (MlflowException, OSError) as error:
-                if _is_refusal(error):
+                # a request that the server refused is our mistake; anything else, that it does not answer
+                if getattr(error, "error_code", "") in _REFUSALS:
                     self._unsent.pop(0)
                     raise
                 return False
@@ -161,13 +163,13 @@ def stage_run(
 
     Parameters
     ----------
-    stage
-        ``prepare``, ``train``, ... ; also the run's name unless `name` says more.
     params
         All parameters; those of the stage's own sections are logged, the rest is an artifact.
     inputs
         Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
         tags.
+    name
+        Of the run, where it says more than the stage's.
     job
         What tells this job from all others; the last run of it, unless it finished, is gone on with.
     """
@@ -338,12 +340,6 @@ def _write_record(stage: str, run_id: str) -> None:
     record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Tell a request that the server refused (our mistake) from a server that does not answer."""
-    code = getattr(error, "error_code", "")
-    return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 
 
 def _short(value: object) -> str:

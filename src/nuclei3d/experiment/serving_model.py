@@ -85,16 +85,9 @@ class NucleiModel(PythonModel):
     def segment_file(
         self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
-        """Segment the volume in a file.
+        """Segment the one volume in a TIFF or OME-Zarr.
 
-        Parameters
-        ----------
-        file
-            TIFF or OME-Zarr with one volume.
-        asked
-            What the request sets.
-        progress
-            Called with the share done; what it raises stops the computation.
+        `progress` is called with the share done; what it raises stops the computation.
 
         Returns
         -------
