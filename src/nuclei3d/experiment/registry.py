@@ -191,7 +191,7 @@ def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: Pred
     import mlflow
 
     package = Path(nuclei3d.__file__).parent
-    return mlflow.pyfunc.log_model(
+    logged: LoggedModel = mlflow.pyfunc.log_model(
         name="model",
         python_model=str(package / "experiment" / "serving_model.py"),
         code_paths=[str(package)],
@@ -208,6 +208,7 @@ def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: Pred
         },
         metadata={"nuclei3d": nuclei3d.__version__, "kind": info.kind, **info.lineage},
     )
+    return logged
 
 
 def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature:

@@ -13,6 +13,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.charts import OUTLINES, style_of
 from nuclei3d.report.tables import NucleusRow
 from nuclei3d.report.viewer import Arrays, ShownVolume
+from nuclei3d.views import VIEWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from nuclei3d.training.samples import SampleSet
 
-#: The views; the planes of the k-th are cut across axis k.
-VIEWS = ("xy", "xz", "yz")
 OUTLINE = "#e69f00"
 _MARKERS = "os^Dx"
 _WORST_SHOWN = 8
@@ -36,12 +35,7 @@ def draw_figures(
 ) -> None:
     """Draw scores.png, overlay.png (the volume with the most errors) and worst_nuclei.png into a new folder.
 
-    Parameters
-    ----------
-    methods
-        metrics.json by method, the model first.
-    volumes, rows
-        The evaluated volumes, and all lines of their nuclei.csv.
+    `methods` has the metrics.json by method, the model first; `rows` are all lines of nuclei.csv.
     """
     folder.mkdir()
     draw_scores(methods, folder / "scores.png")
@@ -185,16 +179,8 @@ def _save(figure: Figure, out: Path) -> None:
 
 
 def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
-    """Draw evenly chosen planes of each view into a PNG, one view a row, outlines of labels on them.
-
-    Parameters
-    ----------
-    samples
-        Training planes.
-    out
-        The PNG to write.
-    columns
-        Planes a view.
+    """Draw evenly chosen training planes of each view into a PNG, one view a row, outlines of labels
+    on them.
     """
     from matplotlib.figure import Figure
 
