@@ -8,15 +8,17 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.assessment import (
     Assessment,
     assess_volume,
+    by_embryo,
+    by_stage,
     centroids_um,
     count_by_contrast,
     count_by_depth,
     recall_at_precision,
     resampled_recall_at_precision,
     score_bins,
+    summarise,
     surface_distances_um,
 )
-from nuclei3d.scoring.summary import by_embryo, by_stage, summarise
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 

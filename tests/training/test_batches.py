@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from nuclei3d.config.sections import AugmentParams
-from nuclei3d.training.batches import BatchStream, CropMaker, validation_batches
 from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import BatchStream, CropMaker, validation_batches
 from nuclei3d.training.samples import quantise_image
 from slices_fixture import make_planes
 

@@ -6,8 +6,8 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_flows
 from nuclei3d.segmentation.settings import MaskSettings
-from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker, validation_batches
 from nuclei3d.training.crops import CropGrid, draw_crop
+from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker, validation_batches
 from volumes_fixture import make_volumes
 
 SIZE = VoxelSize(2.0, 1.0, 1.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from nuclei3d.training.batches import Batch
+from nuclei3d.training.examples import Batch
 from nuclei3d.training.learner import RecordedGradients
 from nuclei3d.training.losses import network_loss
 

@@ -7,9 +7,8 @@ import torch
 from cellpose.resnet_torch import CPnet
 
 from nuclei3d.config.sections import AugmentParams, SamplingParams, TrainParams
-from nuclei3d.training.batches import NO_AUGMENTATION
 from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.examples import Examples
+from nuclei3d.training.examples import NO_AUGMENTATION, Examples
 from nuclei3d.training.learner import learning_rate
 from nuclei3d.training.loop import (
     Callbacks,

@@ -12,9 +12,8 @@ from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_networ
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_flows
 from nuclei3d.segmentation.settings import MaskSettings
-from nuclei3d.training.batches import NO_AUGMENTATION
 from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.examples import Examples
+from nuclei3d.training.examples import NO_AUGMENTATION, Examples
 from nuclei3d.training.loop import Callbacks, train_network
 from nuclei3d.training.state import TrainingState
 from volumes_fixture import make_volumes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.networks.cpnet import choose_precision
-from nuclei3d.training.batches import Batch
+from nuclei3d.training.examples import Batch
 from nuclei3d.training.losses import Loss
 from nuclei3d.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
 

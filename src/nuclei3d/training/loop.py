@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.errors import InputError
-from nuclei3d.training.batches import Batch
-from nuclei3d.training.examples import Examples
+from nuclei3d.training.examples import Batch, Examples
 from nuclei3d.training.learner import Learner, choose_arithmetic, learning_rate
 from nuclei3d.training.state import EpochReport, TrainingState, copy_state
 
