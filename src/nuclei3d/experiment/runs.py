@@ -63,30 +63,18 @@ class StageRun:
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers under their names, as points of curves if `step` is given."""
-        if self._client is None:
-            return
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        self._send_batches(
-            "metrics", [Metric(name, float(value), now, step or 0) for name, value in values.items()]
+        self._log(
+            "metrics", "Metric", [(name, float(value), now, step or 0) for name, value in values.items()]
         )
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log settings; a name with a dot cannot collide with the parameters that `mlflow run` logs."""
-        if self._client is None:
-            return
-        from mlflow.entities import Param
-
-        self._send_batches("params", [Param(name, _short(value)) for name, value in values.items()])
+        self._log("params", "Param", [(name, _short(value)) for name, value in values.items()])
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
-        if self._client is None:
-            return
-        from mlflow.entities import RunTag
-
-        self._send_batches("tags", [RunTag(name, _short(value)) for name, value in values.items()])
+        self._log("tags", "RunTag", [(name, _short(value)) for name, value in values.items()])
 
     def note(self, text: str) -> None:
         """Set the description that the MLflow UI shows on top of the run (Markdown)."""
@@ -113,9 +101,14 @@ class StageRun:
             return
         say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
 
-    def _send_batches(self, kind: str, entries: Sequence[object]) -> None:
-        for first in range(0, len(entries), _MAX_ENTRIES_IN_BATCH):
-            self._send("log_batch", **{kind: entries[first : first + _MAX_ENTRIES_IN_BATCH]})
+    def _log(self, kind: str, entity: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if self._client is None:
+            return
+        from mlflow import entities
+
+        made = [getattr(entities, entity)(*row) for row in rows]
+        for first in range(0, len(made), _MAX_ENTRIES_IN_BATCH):
+            self._send("log_batch", **{kind: made[first : first + _MAX_ENTRIES_IN_BATCH]})
 
     def _send(self, method: str, *values: Any, **named: Any) -> None:
         if self._client is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,7 @@ def draw_figures(
     """
     folder.mkdir()
     draw_scores(methods, folder / "scores.png")
-    errors = Counter(row.volume for row in rows if row.outcome != "found")
-    busiest = max(volumes, key=lambda volume: errors[volume.name])
+    busiest = max(volumes, key=lambda volume: volume.errors)
     draw_overlay(busiest, [row for row in rows if row.volume == busiest.name], folder / "overlay.png")
     # the lowest best IoU; among equals the highest contrast first
     true = [row for row in rows if row.outcome != "false"]

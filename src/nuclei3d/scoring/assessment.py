@@ -51,9 +51,7 @@ class NucleusTable:
     contrast
         See `nuclei3d.scoring.contrast`; nan without an image.
     best_iou, partner
-        Best IoU with any nucleus of the other side, and the label of the one that it is matched with at IoU
-        .5,
-        0 if it is missed or false.
+        Best IoU with any nucleus of the other side; label of the one that it is matched with at IoU .5, or 0.
     score
         For predicted nuclei the score that the model gave, for true ones that of the partner; else nan.
     surface_um

@@ -36,9 +36,8 @@ class OverlapTable:
     true_labels, pred_labels, true_sizes, pred_sizes
         The labels in ascending order, int64 (n_true,) and (n_pred,), and their voxel counts.
     rows, columns, overlaps
-        Of each overlapping pair its position in `true_labels` and in `pred_labels`, by which they are
-        ordered,
-        and the number of shared voxels.
+        Of each overlapping pair, ordered by row, then column: its position in `true_labels` and in
+        `pred_labels`, and the number of shared voxels.
     """
 
     true_labels: Integers

@@ -23,15 +23,6 @@ _GLOW_SHARE = 0.12
 _GLOW_UM = 4.0
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A polar body or a piece of a dead cell: place against the embryo's middle (um), radius, light."""
-
-    offset_um: NDArray[np.float64]
-    radius_um: float
-    light: float
-
-
 def simulate_embryo(
     params: SimulateParams, rng: np.random.Generator, *, frames: int | None = None
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
@@ -53,7 +44,7 @@ def simulate_embryo(
         if index:
             cells = pass_time(cells, params.minutes_per_frame, params, rng)
         bodies = [_visible(chromatin(cell, params.texture), params) for cell in cells]
-        scene = draw_scene(bodies, _fragment_bodies(fragments, cells), grid, pattern)
+        scene = draw_scene(bodies, _at_rim(fragments, cells), grid, pattern)
         photons = expose(scene.density, _cytoplasm(cells, params), grid, illumination, params)
         yield photograph(photons, params, rng), scene.labels
 
@@ -66,35 +57,26 @@ def _visible(body: Body, params: SimulateParams) -> Body:
     return replace(body, density=max(body.density, least))
 
 
-def _draw_fragments(params: SimulateParams, rng: np.random.Generator) -> list[Fragment]:
+def _draw_fragments(params: SimulateParams, rng: np.random.Generator) -> list[Body]:
+    """Polar bodies and pieces of dead cells; their places are against the embryo's middle, 1 at its rim."""
     fragments = []
     for _ in range(int(rng.poisson(params.debris))):
         direction = rng.normal(size=3)
         direction /= np.linalg.norm(direction)
         radius = params.nucleus_diameter_um * rng.uniform(0.08, 0.15)
         light = math.exp(rng.normal(0.2, 0.4))
-        fragments.append(Fragment(direction * rng.uniform(1.0, 1.5), radius, light))
+        place = direction * rng.uniform(1.0, 1.5)
+        axes, bumps, seed = np.full(3, radius), np.zeros(8), np.zeros(3)
+        fragments.append(Body(place, np.eye(3), axes, bumps, light, 0.0, seed, ()))
     return fragments
 
 
-def _fragment_bodies(fragments: Sequence[Fragment], cells: Sequence[Cell]) -> list[Body]:
+def _at_rim(fragments: Sequence[Body], cells: Sequence[Cell]) -> list[Body]:
     """Fragments ride at the rim of the cluster of cells."""
     places = np.array([cell.position for cell in cells])
     middle = places.mean(axis=0)
     rim = places.std(axis=0) * 2 + 2.0
-    return [
-        Body(
-            position=middle + fragment.offset_um * rim,
-            frame=np.eye(3),
-            half_axes_um=np.full(3, fragment.radius_um),
-            bumps=np.zeros(8),
-            density=fragment.light,
-            texture=0.0,
-            texture_seed=np.zeros(3),
-            nucleoli=(),
-        )
-        for fragment in fragments
-    ]
+    return [replace(fragment, position=middle + fragment.position * rim) for fragment in fragments]
 
 
 def _cytoplasm(cells: Sequence[Cell], params: SimulateParams) -> NDArray[np.float32]:

@@ -58,8 +58,7 @@ class CropGrid:
     scale
         For planes: crop pixels per pixel of the plane, the same for all.
     nucleus_centred, faint_centred
-        Shares of the crops that are drawn around a nucleus (of a plane: a pixel of one), or one of the
-        faintest.
+        Shares of the crops that are drawn around a nucleus (of a plane: a pixel), or one of the faintest.
     unit_flows
         Whether flows are unit vectors (heat) or have a length of their own (tanh).
     """

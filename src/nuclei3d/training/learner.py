@@ -172,8 +172,7 @@ class Learner:
             self._gradients = RecordedGradients(self._compute_gradients, self.network)
 
     def step(self, batch: Batch, rate: float, number: int) -> tuple[Tensor, Tensor]:
-        """Do one step, the `number`-th from 0 over the whole training, down the gradient of a batch on the
-        device.
+        """Do one step, the `number`-th from 0 over the whole training, down the gradient of a batch.
 
         Gives the network's output before the step and the two parts of the loss, on the device; both are
         overwritten by the next step.

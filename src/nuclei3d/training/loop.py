@@ -53,12 +53,12 @@ class Callbacks:
 
     Attributes
     ----------
-    save
-        Called after each epoch with the state and whether this epoch is the best so far.
+    save, on_epoch
+        Called after each epoch, with the state and whether it is the best so far, and then with the report;
+        the
+        latter may raise `StopTraining`, or any exception, which ends the training.
     validate_volumes
         Segments the validation volumes with a network and gives the average precision.
-    on_epoch
-        Called after `save`; may raise `StopTraining`, or any exception, which ends the training.
     on_step
         Called after each step with the loss, the number of crops and the learning rate.
     """

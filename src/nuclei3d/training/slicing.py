@@ -50,10 +50,9 @@ class Plane:
 def to_isotropic(
     image: NDArray[np.generic], labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, downsample_xy: float
 ) -> IsotropicVolume:
-    """Downsample in x and y, then resample z to cubic voxels: the image linearly, labels by nearest
-    neighbour.
+    """Bring image (linearly) and labels (nearest neighbour), both (Z, Y, X), to cubic voxels.
 
-    Both are (Z, Y, X); the cubic voxels are `downsample_xy` times wider than the input's in x.
+    These are `downsample_xy` times wider than the input's in x.
     """
     voxel_um = voxel_size.x * downsample_xy
     shape = isotropic_shape(image.shape, voxel_size, voxel_um)
