@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.training_data import describe_samples, plane_flows, store_sample
-from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView, stack_samples
+from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView
+from volumes_fixture import stack_samples
 
 VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
 

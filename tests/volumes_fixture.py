@@ -1,11 +1,50 @@
 """Small labelled volumes of touching balls, and sets of them for tests of the 3D training."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.flows import flows_3d
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.training.samples import SampleInfo, SampleNuclei, SampleSet, stack_samples
+from nuclei3d.training.samples import (
+    SampleArrays,
+    SampleInfo,
+    SampleNuclei,
+    SampleSet,
+    measure_flow_power,
+    quantise_flows,
+    quantise_image,
+)
+
+UNKNOWN_NUCLEI = SampleNuclei(np.empty((0, 3), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))
+
+
+def stack_samples(
+    infos: Sequence[SampleInfo],
+    images: Sequence[NDArray[np.generic]],
+    labels: Sequence[NDArray[np.integer[Any]]],
+    flows: Sequence[NDArray[np.floating[Any]]],
+    nuclei: Sequence[SampleNuclei] | None = None,
+) -> SampleSet:
+    """Pack samples given as arrays: images and labels (Z, Y, X), flows (components, Z, Y, X) from -1 to 1."""
+    stored = [quantise_image(image) for image in images]
+    arrays = [
+        SampleArrays(
+            np.ascontiguousarray(pixels), sample_labels.astype(np.uint16), quantise_flows(sample_flows)
+        )
+        for (pixels, _, _), sample_labels, sample_flows in zip(stored, labels, flows, strict=True)
+    ]
+    power = [measure_flow_power(*each) for each in zip(flows, labels, strict=True)]
+    return SampleSet(
+        infos=tuple(infos),
+        step=np.array([step for _, step, _ in stored]),
+        offset=np.array([offset for _, _, offset in stored]),
+        nuclei=tuple(nuclei) if nuclei is not None else (UNKNOWN_NUCLEI,) * len(infos),
+        flow_power=np.array(power, dtype=np.float64).reshape(-1, 3),
+        read=arrays.__getitem__,
+    )
 
 
 def draw_volume(

@@ -76,10 +76,7 @@ class Place:
 class JobQueue:
     """One worker thread for one device, and the jobs that wait for it.
 
-    Parameters
-    ----------
-    waiting
-        How many requests may hold a place besides the one that is being computed.
+    At most `waiting` requests may hold a place besides the one that is being computed.
     """
 
     def __init__(self, waiting: int) -> None:
@@ -104,15 +101,7 @@ class JobQueue:
         return max(1, min(60, math.ceil(self._mean_s)))
 
     def take_place(self) -> Place:
-        """Take a place.
-
-        Raises
-        ------
-        QueueFullError
-            If none is free.
-        ClosedError
-            If the service is stopping.
-        """
+        """Take a place; QueueFullError if none is free, ClosedError if the service is stopping."""
         with self._changed:
             if self._closed:
                 raise ClosedError
@@ -194,14 +183,7 @@ class TooSlowError(Exception):
 async def receive_body(request: Request, file: IO[bytes], limit_bytes: int) -> None:
     """Write the body of a request to `file`.
 
-    Raises
-    ------
-    TooLargeError
-        If it is larger than `limit_bytes`.
-    TooSlowError
-        If nothing came for half a minute.
-    GoneError
-        If the sender hung up.
+    Raises TooLargeError, TooSlowError (nothing came for half a minute), or GoneError (the sender hung up).
     """
     received = 0
     while True:
@@ -251,20 +233,8 @@ async def until_disconnect(request: Request) -> None:
 def take_apart(body: Path, folder: Path, limits: VolumeLimits) -> tuple[list[Path], RequestParams]:
     """Split a body into files and parameters, and check all of it, so that a bad request need not wait.
 
-    Parameters
-    ----------
-    body
-        File with the JSON that MLflow defines: ``dataframe_records`` or ``dataframe_split``, and ``params``.
-        It is emptied.
-    folder
-        Where the volumes that were sent are put, one file each.
-    limits
-        The root of paths and the largest volume.
-
-    Raises
-    ------
-    InputError
-        If anything in it is not as it should be.
+    The body is a file with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and
+    ``params``; it is emptied. The volumes that were sent are put into `folder`, one file each.
     """
     try:
         tree = json.loads(body.read_bytes())
@@ -371,12 +341,8 @@ class Service:
             )
 
     async def answer(self, request: Request) -> bytes:
-        """Answer one request for segmentation with the JSON that MLflow's server gives.
-
-        Raises
-        ------
-        Refusal
-            With the status that says what is wrong.
+        """Answer one request for segmentation with the JSON that MLflow's server gives, or raise a
+        `Refusal`.
         """
         arrival = time.monotonic()
         self.check_token(request)
@@ -533,13 +499,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(params: ServeParams) -> socket.socket:
-    """Take the address, so that a port in use is told before a model is loaded.
-
-    Raises
-    ------
-    InputError
-        If the address cannot be taken.
-    """
+    """Take the address, so that a port in use is told before a model is loaded."""
     family = socket.AF_INET6 if ":" in params.host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -19,8 +19,7 @@ import tifffile
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.pyfunc import request_example
-from nuclei3d.experiment.registry import champions, fetch_model, judge
+from nuclei3d.experiment.registry import champions, fetch_model, judge, request_example
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network

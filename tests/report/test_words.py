@@ -6,8 +6,7 @@ import numpy as np
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.page import build_page, notes, summary_sentences
-from nuclei3d.scoring.assessment import assess_volume
-from nuclei3d.scoring.summary import summarise
+from nuclei3d.scoring.assessment import assess_volume, summarise
 
 
 def metrics_of(found: int, missed: int, false: int, **more: Any) -> dict[str, Any]:

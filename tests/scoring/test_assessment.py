@@ -8,15 +8,17 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.assessment import (
     Assessment,
     assess_volume,
+    by_embryo,
+    by_stage,
     centroids_um,
     count_by_contrast,
     count_by_depth,
     recall_at_precision,
     resampled_recall_at_precision,
     score_bins,
+    summarise,
     surface_distances_um,
 )
-from nuclei3d.scoring.summary import by_embryo, by_stage, summarise
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 
@@ -87,8 +89,7 @@ def test_recall_at_a_precision_cuts_false_nuclei_by_their_score(assessed: Assess
     assert (recall, cut) == (2 / 3, 0.8)
     # at precision 2/3 all predictions may stay
     assert recall_at_precision([assessed], 0.6) == (2 / 3, 0.3)
-    brightest = recall_at_precision([assessed], 0.95, edges=[5.0, 20.0], bin_index=2)
-    assert brightest == (1.0, 0.8)
+    assert recall_at_precision([assessed], 0.95, edges=[20.0]) == (0.5, 0.8)
 
 
 def test_without_scores_or_if_no_cut_is_precise_enough_there_is_no_such_recall() -> None:

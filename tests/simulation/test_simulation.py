@@ -15,8 +15,7 @@ from skimage.segmentation import watershed
 from nuclei3d.config.sections import SimulateParams
 from nuclei3d.simulation.bodies import Body, FineGrid, chromatin, chromatin_pattern, draw_scene
 from nuclei3d.simulation.cells import found_embryo, pass_time
-from nuclei3d.simulation.embryo import simulate_embryo
-from nuclei3d.simulation.imaging import Illumination, expose, photograph
+from nuclei3d.simulation.embryo import Illumination, expose, photograph, simulate_embryo
 
 VOXEL_UM = (2.0, 0.348, 0.348)
 SHAPE = (16, 64, 64)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from nuclei3d.training.batches import Batch
+from nuclei3d.training.examples import Batch
 from nuclei3d.training.learner import RecordedGradients
 from nuclei3d.training.losses import network_loss
 
@@ -23,7 +23,7 @@ def random_batch(count: int, seed: int, *, weighted: bool) -> Batch:
         foreground.int().numpy(),
         np.zeros(count, np.int64),
     )
-    return batch.pinned().to(torch.device("cuda"))
+    return batch.copied(torch.Tensor.pin_memory).to(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

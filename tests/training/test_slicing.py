@@ -8,7 +8,6 @@ from nuclei3d.training.slicing import (
     cut_planes,
     drop_slivers,
     drop_small_labels,
-    plane_indices,
     sphere_diameter_um,
     to_isotropic,
 )
@@ -71,8 +70,10 @@ def test_sparse_planes_are_kept_in_their_share() -> None:
 
 
 def test_step_zero_means_no_plane() -> None:
-    assert list(plane_indices(100, 0)) == []
-    assert list(plane_indices(5, 1)) == [0, 1, 2, 3, 4]
+    labels = np.zeros((5, 8, 8), np.uint32)
+    volume = IsotropicVolume(labels.astype(np.uint16), labels, 1.0)
+    planes = cut_planes(volume, {"xy": 1, "xz": 0}, min_nuclei=0, min_area_px=1)
+    assert [(plane.view, plane.index) for plane in planes] == [("xy", k) for k in range(5)]
 
 
 def test_small_labels_become_background_and_the_others_keep_their_numbers() -> None:

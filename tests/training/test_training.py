@@ -6,10 +6,16 @@ import pytest
 import torch
 from cellpose.resnet_torch import CPnet
 
-from nuclei3d.config.sections import AugmentParams, SamplingParams, TrainParams
-from nuclei3d.training.batches import NO_AUGMENTATION
+from nuclei3d.config.sections import AugmentParams, Full3dParams, SamplingParams, TrainParams
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.networks.planning import plan_architecture
+from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_network
+from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.segmentation.dynamics import masks_from_field
+from nuclei3d.segmentation.flow_field import FlowField
+from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.examples import Examples
+from nuclei3d.training.examples import NO_AUGMENTATION, Examples
 from nuclei3d.training.learner import learning_rate
 from nuclei3d.training.loop import (
     Callbacks,
@@ -20,6 +26,7 @@ from nuclei3d.training.loop import (
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.state import TrainingState, WeightAverage
 from slices_fixture import make_planes
+from volumes_fixture import make_volumes
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -35,20 +42,38 @@ SMALL = {
 }
 
 
+SOLID = {
+    "network": "full3d",
+    "diameter_px": 12.0,
+    "batch_size": 2,
+    "crops_per_epoch": 4,
+    "learning_rate": 0.01,
+}
+SPEC = VolumeSpec(Architecture((4, 8), ((1, 2, 2),), ((1, 3, 3), (3, 3, 3)), 2), 2.0, (8, 16, 16))
+BOTH = pytest.mark.parametrize("kind", [{}, SOLID], ids=["planes", "volumes"])
+
+
 def small_network(seed=0):
     torch.manual_seed(seed)
     return CPnet([2, 4, 8, 16], 3, sz=3, diam_mean=14.0)
 
 
-def examples_of(params, planes=None, validation=3, seed=3):
-    grid = CropGrid.of_planes(params, 14.0)
-    return Examples(planes or make_planes(6), make_planes(validation, seed=1), params, grid, seed=seed)
+def examples_of(params, samples=None, validation=3, seed=3, spec=SPEC):
+    make = make_planes
+    if params.network == "full3d":
+        make, grid = make_volumes, CropGrid.of_volumes(params, spec, 12.0)
+    else:
+        grid = CropGrid.of_planes(params, 14.0)
+    return Examples(samples or make(6), make(validation, seed=1), params, grid, seed=seed)
 
 
-def run(start=None, callbacks=None, validation=3, network=None, **settings):
+def run(start=None, callbacks=None, validation=3, module=None, network_seed=0, **settings):
     params = TrainParams(**(SMALL | settings))
+    fresh = (
+        new_volume_network(SPEC, network_seed) if params.network == "full3d" else small_network(network_seed)
+    )
     return train_network(
-        network or small_network(),
+        module or fresh,
         examples_of(params, validation=validation),
         params,
         device=CPU,
@@ -81,21 +106,25 @@ def test_a_network_learns_a_crop_by_heart():
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, SOLID])
 @pytest.mark.parametrize("interrupted_after", [1, 2])
-def test_a_resumed_training_ends_with_the_same_weights_bit_by_bit(optimizer, interrupted_after):
-    settings = {"optimizer": optimizer, "ema": 0.9, "gradient_clip": 1.0, "augment": AugmentParams(noise=0.1)}
+def test_a_resumed_training_ends_with_the_same_weights_bit_by_bit(kind, interrupted_after):
+    augment = AugmentParams(noise=0.1, dim_share=0.5)
+    settings = {"ema": 0.9, "gradient_clip": 1.0, "augment": augment} | kind
     states = []
     whole = run(callbacks=Callbacks(save=lambda state, best: states.append(stored(state))), **settings)
-    resumed = run(start=states[interrupted_after - 1], network=small_network(seed=99), **settings)
+    resumed = run(start=states[interrupted_after - 1], network_seed=99, **settings)
     assert equal(whole.weights, resumed.weights)
     assert equal(whole.state.network, resumed.state.network)
     assert whole.epoch == resumed.epoch
-    assert [r.train_loss for r in whole.state.history] == [r.train_loss for r in resumed.state.history]
+    for name in ("train_loss", "train_flow_cosine_z"):
+        values = ([report[name] for report in made.state.history] for made in (whole, resumed))
+        np.testing.assert_array_equal(*values)
 
 
-def test_the_number_of_workers_does_not_change_the_weights():
-    assert equal(run(workers=1).state.network, run(workers=3).state.network)
+@BOTH
+def test_the_number_of_workers_does_not_change_the_weights(kind):
+    assert equal(run(workers=1, **kind).state.network, run(workers=3, **kind).state.network)
 
 
 def test_seeds_change_the_weights():
@@ -122,8 +151,9 @@ def test_the_average_precision_decides_where_it_is_measured():
     assert [report.volume_ap for report in outcome.state.history] == [0.2, 0.9, 0.4]
 
 
-def test_without_validation_planes_the_training_loss_decides():
-    outcome = run(validation=0)
+@BOTH
+def test_without_validation_samples_the_training_loss_decides(kind):
+    outcome = run(validation=0, **kind)
     losses = [report.train_loss for report in outcome.state.history]
     assert all(math.isnan(report.validation_loss) for report in outcome.state.history)
     assert outcome.epoch == int(np.argmin(losses)) + 1
@@ -171,7 +201,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_state_saved():
 
     with pytest.raises(DivergedError, match=r"epoch 2.*learning_rate"):
         run(
-            network=network,
+            module=network,
             callbacks=Callbacks(save=lambda state, best: saved.append(state), on_epoch=poison),
         )
     assert len(saved) == 1
@@ -289,6 +319,52 @@ def test_reports_tell_views_and_contrast():
         metrics["validation_flow_loss"] + metrics["validation_probability_loss"]
     )
     assert "volume_ap" not in metrics
+
+
+@pytest.mark.parametrize("anisotropy", [2.2, 5.75])
+def test_one_crop_is_learned_by_heart_with_its_z_flows(anisotropy):
+    # 12 px across, as deep as the voxels allow: the network, the loss and the dynamics fit together
+    size = VoxelSize(anisotropy, 1.0, 1.0)
+    architecture = plan_architecture(anisotropy, "small")
+    depth = round(30 / anisotropy / architecture.multiple[0]) * architecture.multiple[0]
+    volumes = make_volumes(1, size, (depth, 24, 24), seed=2, nuclei=4)
+    spec = VolumeSpec(architecture, anisotropy, (depth, 24, 24))
+    params = TrainParams(
+        **(SMALL | SOLID | {"crops_per_epoch": 40}),
+        augment=NO_AUGMENTATION,
+        full3d=Full3dParams(nucleus_centred=0.0, faint_centred=0.0),
+    )
+    network = new_volume_network(spec, 0)
+    outcome = train_network(network, examples_of(params, volumes, 0, spec=spec), params, device=CPU)
+    report = outcome.state.history[-1]
+    assert min(report["train_flow_cosine_z"], report["train_flow_cosine_y"]) >= 0.95
+    network.load_state_dict(outcome.weights)
+    image = torch.from_numpy((volumes.read(0).pixels.astype(np.float32) - 50) / 400)[None, None]
+    with torch.no_grad():
+        output = network.eval()(image.repeat(2, 1, 1, 1, 1))[0].numpy()
+    found, _ = masks_from_field(FlowField.of(output[:3] / 5, output[3], size), 12.0, MaskSettings())
+    (ap,) = average_precision(overlap_table(volumes.read(0).labels.astype(np.uint32), found), (0.75,))
+    assert ap == 1.0
+
+
+def test_every_epoch_tells_each_axis_and_the_foreground():
+    reports = run(**SOLID).state.history
+    for report in reports:
+        for part in ("train", "validation"):
+            for axis in "zyx":
+                assert math.isfinite(report[f"{part}_flow_mse_{axis}"])
+                assert -1 <= report[f"{part}_flow_cosine_{axis}"] <= 1
+            assert 0 <= report[f"{part}_dice"] <= 1
+        assert report.validation_loss == pytest.approx(
+            report["validation_flow_loss"] + report["validation_probability_loss"]
+        )
+        assert 0 <= report["found_faintest"] <= 1
+
+
+def test_an_epoch_has_a_patch_for_every_nucleus():
+    params = TrainParams(**(SMALL | SOLID | {"crops_per_epoch": None}))
+    volumes = make_volumes(2, nuclei=5)
+    assert examples_of(params, volumes).crops == 10
 
 
 @pytest.mark.gpu

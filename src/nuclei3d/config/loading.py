@@ -29,12 +29,6 @@ def load_params(path: Path | None, overrides: Iterable[str] = ()) -> Params:
         The file; None means all defaults (the recipe's).
     overrides
         Texts such as ``train.epochs=5``; the value is read as YAML.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or no YAML mapping, or a name or value is wrong. The message names the
-        parameter, what was found, and the nearest known name.
     """
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:
@@ -139,11 +133,6 @@ def write_values(path: Path, values: Mapping[str, bool | int | float | str | Non
     """Set values in a parameter file by dotted names; comments and order stay.
 
     The file is replaced as a whole, and only if it then reads as the old one with these values.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read or written, or is written in a way that cannot be edited.
     """
     load_params(path)
     path = path.resolve()

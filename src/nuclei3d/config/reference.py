@@ -28,13 +28,7 @@ _BOUNDS = {
 
 
 def describe_parameters(section: str | None = None) -> str:
-    """Describe all sections in Markdown, or one such as ``train`` or ``train.augment``.
-
-    Raises
-    ------
-    InputError
-        If there is no such section.
-    """
+    """Describe all sections in Markdown, or one such as ``train`` or ``train.augment``."""
     sections = _sections("", Params)
     if section is None:
         return "\n".join([_HEAD, *(_page(name, kind) for name, kind in sections.items())])

@@ -17,6 +17,8 @@ class Section(BaseModel):
 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -40,7 +42,7 @@ class SplitParams(Section):
     test: tuple[str, ...] = ()
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
-    gap: Annotated[int, Field(ge=1)] = 2
+    gap: PositiveInt = 2
 
 
 class DataParams(Section):
@@ -58,7 +60,6 @@ class DataParams(Section):
 FrameCount = Annotated[int, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(ge=0, le=1.5)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Extent = Annotated[int, Field(ge=4, le=4096)]
 
 
@@ -197,15 +198,14 @@ class PrepareParams(Section):
     step_xz: Annotated[int, Field(ge=0)] = 12
     step_yz: Annotated[int, Field(ge=0)] = 12
     min_nuclei: Annotated[int, Field(ge=0)] = 3
-    min_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_volume_um3: NonNegativeFloat = 0.0
     min_area_px: Annotated[int, Field(ge=0)] = 15
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["heat", "tanh"] = "heat"
     cellpose_files: bool = False
-    workers: Annotated[int, Field(ge=1)] | None = None
+    workers: PositiveInt | None = None
 
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=4)]
 
 
@@ -242,13 +242,12 @@ class Full3dParams(Section):
     patch_diameters: PositiveFloat = 4.0
     nucleus_centred: Share = 0.6
     faint_centred: Share = 0.2
-    flow_weight: Weight = 5.0
-    probability_weight: Weight = 1.0
-    dice_weight: Weight = 1.0
+    flow_weight: NonNegativeFloat = 5.0
+    probability_weight: NonNegativeFloat = 1.0
+    dice_weight: NonNegativeFloat = 1.0
     balance_axes: bool = True
 
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rotation = Literal["none", "quarter", "free"]
 
 
@@ -296,15 +295,15 @@ class AugmentParams(Section):
     side_rotation: Rotation = "quarter"
     rescale_range: Annotated[float, Field(ge=0, lt=2)] = 0.5
     brightness_linear: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    brightness_gamma: NonNegative = 0.0
+    brightness_gamma: NonNegativeFloat = 0.0
     dim_share: Share = 0.0
     dim_min: Annotated[float, Field(gt=0, le=1)] = 0.1
-    dim_noise: NonNegative = 1.0
-    psf_px: NonNegative = 1.0
-    depth_attenuation: NonNegative = 0.0
+    dim_noise: NonNegativeFloat = 1.0
+    psf_px: NonNegativeFloat = 1.0
+    depth_attenuation: NonNegativeFloat = 0.0
     blur_px: Annotated[float, Field(ge=0, le=10)] = 0.0
     blur_anisotropy: PositiveFloat = 2.0
-    noise: NonNegative = 0.0
+    noise: NonNegativeFloat = 0.0
     low_resolution: Share = 0.0
     low_resolution_factor: Annotated[float, Field(ge=1, le=16)] = 4.0
 
@@ -338,11 +337,11 @@ class SamplingParams(Section):
         Share of the crops that are placed around a pixel of a nucleus instead of anywhere.
     """
 
-    xy: NonNegative = 1.0
-    xz: NonNegative = 1.0
-    yz: NonNegative = 1.0
+    xy: NonNegativeFloat = 1.0
+    xz: NonNegativeFloat = 1.0
+    yz: NonNegativeFloat = 1.0
     nuclei_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    sparse: NonNegative = 1.0
+    sparse: NonNegativeFloat = 1.0
     contrast_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
     balance: Literal["none", "embryos", "frames"] = "none"
     nucleus_centred: Share = 0.0
@@ -419,28 +418,28 @@ class TrainParams(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     start_from: str | None = None
     diameter_px: PositiveFloat = 30.0
-    epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    crops_per_epoch: Annotated[int, Field(ge=1)] | None = None
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 32
+    crops_per_epoch: PositiveInt | None = None
     crop_px: Annotated[int, Field(ge=32, multiple_of=16)] = 224
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 5e-3
-    weight_decay: NonNegative = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     schedule: Literal["constant", "warmup_cosine", "cellpose"] = "warmup_cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     min_train_masks: Annotated[int, Field(ge=0)] = 3
     validation_crops: Annotated[int, Field(ge=0)] = 64
     validate_volumes_every: Annotated[int, Field(ge=0)] = 0
-    validation_volumes: Annotated[int, Field(ge=1)] = 3
-    patience: Annotated[int, Field(ge=1)] | None = None
+    validation_volumes: PositiveInt = 3
+    patience: PositiveInt | None = None
     select: Literal["best", "last"] = "best"
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gradient_clip: NonNegative = 0.0
+    gradient_clip: NonNegativeFloat = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
     cuda_graph: bool = True
-    workers: Annotated[int, Field(ge=1)] | None = None
+    workers: PositiveInt | None = None
     memory_limit_gb: PositiveFloat = 2.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sampling: SamplingParams = SamplingParams()
@@ -500,7 +499,7 @@ class SegmentationParams(Section):
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
     view_weights: tuple[PositiveFloat, ...] | None = None
     fusion: Fusion = "mean"
-    orthogonal_step: Annotated[int, Field(ge=1)] = 1
+    orthogonal_step: PositiveInt = 1
     cellprob_threshold: float | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     min_volume_um3: Annotated[float, Field(ge=0)] | None = None
@@ -529,7 +528,7 @@ class PredictParams(SegmentationParams):
     volume_weight: PositiveFloat = 1.0
     engine: Engine = "auto"
     memory_gb: PositiveFloat | None = None
-    workers: Annotated[int, Field(ge=1)] = 1
+    workers: PositiveInt = 1
     scheduler: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -586,7 +585,7 @@ class EvaluateParams(Section):
         "stock_fusion",
         "champion",
     )
-    min_true_volume_um3: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_true_volume_um3: NonNegativeFloat = 0.0
     surface_distances: bool = True
     report: bool = True
     viewer_megabytes: PositiveFloat = 8.0
@@ -686,7 +685,7 @@ class SearchParams(Section):
     study: Annotated[str, Field(min_length=1)] | None = None
     objective: Literal["ap", "faint_recall"] = "ap"
     precision: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    volumes: Annotated[int, Field(ge=1)] | None = None
+    volumes: PositiveInt | None = None
     epochs: Range | None = _RECIPE_RANGES["epochs"]
     batch_size: Range | None = _RECIPE_RANGES["batch_size"]
     learning_rate: Range | None = _RECIPE_RANGES["learning_rate"]
@@ -696,13 +695,13 @@ class SearchParams(Section):
     prune_on: Literal["loss", "ap"] = "loss"
     first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.125
     reduction: Annotated[int, Field(ge=2)] = 2
-    startup_trials: Annotated[int, Field(ge=1)] | None = None
-    confirm_top: Annotated[int, Field(ge=1)] = 3
+    startup_trials: PositiveInt | None = None
+    confirm_top: PositiveInt = 3
     confirm_seeds: Annotated[int, Field(ge=0)] = 0
-    keep_models: Annotated[int, Field(ge=1)] = 3
+    keep_models: PositiveInt = 3
     max_retries: Annotated[int, Field(ge=0)] = 5
-    max_failures: Annotated[int, Field(ge=1)] = 3
-    heartbeat_s: Annotated[int, Field(ge=1)] = 30
+    max_failures: PositiveInt = 3
+    heartbeat_s: PositiveInt = 30
     grace_s: Annotated[int, Field(ge=2)] = 120
 
     @model_validator(mode="before")
@@ -746,10 +745,6 @@ class TrackingParams(Section):
     registered_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] = "nuclei_3d"
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 class ServeParams(Section):
     """Limits of the service around a model.
 
@@ -779,8 +774,8 @@ class ServeParams(Section):
     queue: Annotated[int, Field(ge=0)] = 16
     max_body_mb: PositiveInt = 512
     max_voxels: PositiveInt = 100_000_000
-    timeout_s: Seconds = 1800.0
-    shutdown_s: Seconds = 60.0
+    timeout_s: PositiveFloat = 1800.0
+    shutdown_s: PositiveFloat = 60.0
     token_variable: str = "NUCLEI3D_TOKEN"
 
 

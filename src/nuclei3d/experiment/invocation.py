@@ -43,13 +43,7 @@ class RequestParams(SegmentationParams):
     channel: str | None = None
 
     def over(self, defaults: PredictParams) -> PredictParams:
-        """Give the prediction parameters: the request's where it says something, else the defaults.
-
-        Raises
-        ------
-        InputError
-            If they do not go together.
-        """
+        """Give the prediction parameters: the request's where it says something, else the defaults."""
         given = {
             name: getattr(self, name) for name in self.model_fields_set & set(PredictParams.model_fields)
         }
@@ -61,13 +55,7 @@ class RequestParams(SegmentationParams):
 
 
 def refuse_second_model(predict: PredictParams) -> None:
-    """Refuse `predict.orthogonal_model` and `predict.volume_model` where one model answers.
-
-    Raises
-    ------
-    InputError
-        If one is set: the masks would not be those of `predict`.
-    """
+    """Refuse `predict.orthogonal_model` and `predict.volume_model` where one model answers."""
     for name in ("orthogonal_model", "volume_model"):
         if getattr(predict, name) is not None:
             raise InputError(
@@ -78,15 +66,7 @@ def refuse_second_model(predict: PredictParams) -> None:
 
 @dataclass(frozen=True)
 class VolumeLimits:
-    """What a service accepts.
-
-    Attributes
-    ----------
-    root
-        Folder below which requests may name files; None refuses paths.
-    max_voxels
-        Largest volume by its header, before anything is read.
-    """
+    """What a service accepts: files below `root` by name (None: no paths), and volumes up to `max_voxels`."""
 
     root: Path | None = None
     max_voxels: int = MAX_VOXELS
@@ -96,11 +76,6 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
     """Validate the ``params`` of a request.
 
     Empty texts and lists mean "not given": that is how MLflow's signature can say it.
-
-    Raises
-    ------
-    InputError
-        If a name is unknown or misspelt, or a value wrong.
     """
     given = {name: value for name, value in (values or {}).items() if not _is_empty(value)}
     known = sorted(RequestParams.model_fields)
@@ -118,13 +93,7 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
 
 
 def decode_volume(value: object) -> bytes:
-    """Give the bytes of a TIFF from a cell of the column ``volume``: bytes, or their base64 text.
-
-    Raises
-    ------
-    InputError
-        If the cell is neither.
-    """
+    """Give the bytes of a TIFF from a cell of the column ``volume``: bytes, or their base64 text."""
     if isinstance(value, bytes | bytearray | memoryview):
         content = bytes(value)
     elif isinstance(value, str):
@@ -144,13 +113,7 @@ def decode_volume(value: object) -> bytes:
 
 
 def check_row(row: Mapping[Any, object]) -> tuple[object | None, object | None]:
-    """Give ``volume`` and ``path`` of a row, one of them None.
-
-    Raises
-    ------
-    InputError
-        If the row has neither, both, or another column.
-    """
+    """Give ``volume`` and ``path`` of a row, one of them None."""
     unknown = sorted(str(name) for name in set(row) - {VOLUME, PATH})
     if unknown:
         raise InputError(f"unknown column '{unknown[0]}'; a row has 'volume' (base64 TIFF) or 'path'")
@@ -162,13 +125,7 @@ def check_row(row: Mapping[Any, object]) -> tuple[object | None, object | None]:
 
 @contextmanager
 def volume_on_disk(row: Mapping[Any, object], limits: VolumeLimits) -> Iterator[Path]:
-    """Give the file of a row of a request: sent (written to a temporary file) or named below the root.
-
-    Raises
-    ------
-    InputError
-        If the row has neither or both, or the path leaves the root.
-    """
+    """Give the file of a row of a request: sent (written to a temporary file) or named below the root."""
     volume, path = check_row(row)
     if path is not None:
         yield path_below(limits.root, path)

@@ -33,8 +33,8 @@ class Provenance:
         MD5 of each input by name, such as ``data`` (as data.dvc says) and ``slices``.
     versions
         Versions of Python and of the packages that decide the result.
-    seed, device, host
-        The seed of all generators, ``cpu`` or the name of the GPU, the machine.
+    device
+        ``cpu`` or the name of the GPU.
     """
 
     git_commit: str

@@ -1,31 +1,38 @@
-"""The registry: versions of a model, the challenger, the champion, and the way back."""
+"""The registry: models packed for serving, their versions, the challenger, the champion, the way back."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import nuclei3d
 from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config.sections import PredictParams, SegmentationParams
 from nuclei3d.errors import InputError, missing
-from nuclei3d.experiment.invocation import refuse_second_model
+from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
-from nuclei3d.experiment.pyfunc import LoggedModel, log_served_model
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import no_progress_bars, open_store
 from nuclei3d.networks.folder import ModelInfo, read_info
-from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.metrics import Tally
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+    from mlflow.models.model import ModelInfo as LoggedModel
+    from mlflow.types.schema import ParamSpec
 
     from nuclei3d.experiment.serving_model import NucleiModel
 
@@ -41,22 +48,34 @@ _METRICS_FILE = "metrics.json"
 _REPLICATES = 2000
 
 
+# What the code beside the model imports, directly, to answer a request. Pinned to the versions that are
+# installed where the model is registered.
+_REQUIRED = (
+    "torch",
+    "cellpose",
+    "mlflow",
+    "numpy",
+    "scipy",
+    "numba",
+    "scikit-image",
+    "tifffile",
+    "imagecodecs",
+    "zarr",
+    "pandas",
+    "pydantic",
+    "pyyaml",
+    "ruamel.yaml",
+    "rich",
+    "psutil",
+)
+
+
 @dataclass(frozen=True)
 class Registered:
-    """What the registry holds now.
+    """What the registry holds after a call about one version: which is champion, and why it moved or stayed.
 
-    Attributes
-    ----------
-    name, version
-        The registered model and the version that the call was about.
-    champion
-        The version that is champion after it; None if there is none.
-    reason
-        Why the champion moved or stayed.
-    run_id
-        The MLflow run that logged the model; None after a roll-back.
-    done_before
-        Whether this very model with these very scores had been registered before.
+    `run_id` is the MLflow run that logged the model (None after a roll-back); `done_before` says that this
+    very model with these very scores had been registered before.
     """
 
     name: str
@@ -81,16 +100,9 @@ class Registered:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a challenger is better than the champion.
+    """Whether a challenger is to take the champion's place, and why (a sentence without a full stop).
 
-    Attributes
-    ----------
-    better
-        Whether the challenger takes the champion's place.
-    reason
-        One sentence without a full stop.
-    difference, low, high
-        Challenger minus champion in AP at .5, with its 95 % interval; None where nothing was compared.
+    Challenger minus champion in AP at .5, with its 95 % interval; None where nothing was compared.
     """
 
     better: bool
@@ -101,13 +113,7 @@ class Verdict:
 
 
 def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
-    """Find what would make `register_model` fail before anything is written.
-
-    Raises
-    ------
-    InputError
-        As in `register_model`.
-    """
+    """Find what would make `register_model` fail before anything is written."""
     refuse_second_model(params.predict)
     if not params.tracking.enabled:
         raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
@@ -144,20 +150,12 @@ def register_model(
     ----------
     params
         `tracking` names the store and the registered model, `predict` gives the defaults of the service.
-    folder
-        A model folder (weights, model.json, card).
-    metrics
-        The metrics.json of its evaluation on the held-out embryos.
+    folder, metrics
+        A model folder and the metrics.json of its evaluation, both seen by `check_registrable`.
     run
         The open MLflow run of the stage; the model is logged there.
-
-    Raises
-    ------
-    InputError
-        If the folder or metrics.json is not one, or the store does not answer.
     """
     assert run.run_id is not None
-    check_registrable(params, folder, metrics)
     info = read_info(folder / "model.json")
     result = read_metrics(metrics)
     client = open_store(params.tracking)
@@ -184,14 +182,119 @@ def register_model(
     return Registered(name, version, version if verdict.better else before, verdict.reason, run.run_id)
 
 
-def roll_back(params: Params, version: str | None = None) -> Registered:
-    """Give the champion's place back to the version that had it before, or to `version`.
+def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
+    """Log a model folder in the active run: code, weights, model.json, card, metrics, signature, example.
 
-    Raises
-    ------
-    InputError
-        If there is no such version, or nothing to go back to.
+    The metrics.json of its evaluation is kept with the model for later comparisons; `predict` gives the
+    defaults of the service, where a request says nothing.
     """
+    import mlflow
+
+    package = Path(nuclei3d.__file__).parent
+    logged: LoggedModel = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(package / "experiment" / "serving_model.py"),
+        code_paths=[str(package)],
+        artifacts={"model": str(folder.resolve()), "metrics": str(metrics.resolve())},
+        signature=request_signature(info, predict),
+        input_example=request_example(info),
+        # at the installed versions without a build such as +cpu
+        pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED],
+        model_config={
+            "root": "",
+            "max_voxels": MAX_VOXELS,
+            "device": "auto",
+            "predict": {**params_as_dict(predict), "device": "auto"},
+        },
+        metadata={"nuclei3d": nuclei3d.__version__, "kind": info.kind, **info.lineage},
+    )
+    return logged
+
+
+def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature:
+    """Give the MLflow signature of a request: two columns of which a row uses one, and the parameters.
+
+    Defaults are the values that take effect: those of `predict`, else those stored with the model.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, Property, Schema
+
+    numbers = ("z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
+    nucleus = Object(
+        [Property("label", DataType.long), *(Property(name, DataType.double) for name in numbers)]
+    )
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(DataType.binary, "volume", required=False),
+                ColSpec(DataType.string, "path", required=False),
+            ]
+        ),
+        outputs=Schema([ColSpec(DataType.string, "labels"), ColSpec(Array(nucleus), "nuclei")]),
+        params=ParamSchema([_parameter(name, info, predict) for name in _request_order()]),
+    )
+
+
+def _request_order() -> list[str]:
+    """Name what a request may set; what is said of the image follows the diameter."""
+    shared = list(SegmentationParams.model_fields)
+    own = [name for name in RequestParams.model_fields if name not in shared]
+    after = shared.index("diameter_um") + 1
+    return [*shared[:after], *own, *shared[after:]]
+
+
+_MLFLOW_TYPES = {"string": "string", "number": "double", "integer": "long", "boolean": "boolean"}
+
+
+def _parameter(name: str, info: ModelInfo, predict: PredictParams) -> ParamSpec:
+    """Describe a parameter to MLflow, whose empty list means "not given"."""
+    from mlflow.types.schema import ParamSpec
+
+    described = RequestParams.model_json_schema()["properties"][name]
+    kind = described if "type" in described else described["anyOf"][0]
+    value = getattr(predict, name, None)
+    if kind["type"] == "array":
+        item = kind["items"] if "items" in kind else kind["prefixItems"][0]
+        return ParamSpec(name, _MLFLOW_TYPES[item["type"]], list(value or ()), shape=(-1,))
+    if value is None:
+        value = getattr(info, "nucleus_diameter_um" if name == "diameter_um" else name, None)
+    return ParamSpec(name, _MLFLOW_TYPES[kind["type"]], value)
+
+
+def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Give a small request that works: two bright balls of the model's diameter in a box."""
+    import pandas as pd
+    import tifffile
+
+    diameter = info.nucleus_diameter_um or 10.0
+    step = diameter / 8
+    z, y, x = np.mgrid[0:8, 0:24, 0:32].astype(np.float32)
+    image = np.full(z.shape, 100, np.float32)
+    for centre in ((4, 12, 8), (4, 12, 24)):
+        squared = (2 * (z - centre[0])) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
+        image += 1000 * np.exp(-squared / 18)
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        image.astype(np.uint16),
+        ome=True,
+        compression="zlib",
+        metadata={
+            "axes": "ZYX",
+            "PhysicalSizeZ": 2 * step,
+            "PhysicalSizeY": step,
+            "PhysicalSizeX": step,
+            "PhysicalSizeZUnit": "µm",
+            "PhysicalSizeYUnit": "µm",
+            "PhysicalSizeXUnit": "µm",
+            "UUID": "00000000-0000-5000-8000-000000000000",
+        },
+    )
+    return pd.DataFrame({"volume": [file.getvalue()]}), {"mode": "auto"}
+
+
+def roll_back(params: Params, version: str | None = None) -> Registered:
+    """Give the champion's place back to the version that had it before, or to `version`."""
     client = open_store(params.tracking)
     name = params.tracking.registered_name
     now = _alias(client, name, CHAMPION)
@@ -214,9 +317,8 @@ def roll_back(params: Params, version: str | None = None) -> Registered:
 
 
 def champions(params: Params) -> list[str]:
-    """Give the version that is champion, then those that were before it, the latest first.
-
-    Empty if there is none, or tracking is switched off.
+    """Give the champion's version, then those before it, the latest first; none with tracking switched
+    off.
     """
     if not params.tracking.enabled:
         return []
@@ -235,13 +337,7 @@ def is_registered(model: str) -> bool:
 
 
 def fetch_model(uri: str, params: Params) -> Path:
-    """Give the model folder behind ``models:/name@alias`` or ``models:/name/version``, downloaded if need be.
-
-    Raises
-    ------
-    InputError
-        If the registry has no such model, or what it has is none of this project's.
-    """
+    """Give the folder of ``models:/name@alias`` or ``models:/name/version``, downloaded if need be."""
     package = _download(open_store(params.tracking), uri)
     for found in sorted((package / "artifacts").rglob("model.json")):
         return found.parent
@@ -249,22 +345,10 @@ def fetch_model(uri: str, params: Params) -> Path:
 
 
 def load_served_model(model: str, params: Params) -> NucleiModel:
-    """Load a model for the service.
+    """Load a model for the service: a URI of MLflow, or a model folder.
 
     The model folder is taken out of the registry and run by the installed package, not by the copy of the
     code that was logged with it: so an older version can still be served after the package was renewed.
-
-    Parameters
-    ----------
-    model
-        A URI of MLflow, or a model folder.
-    params
-        `serve` has the limits and the root, `predict` the defaults of a request and the device.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or the parameters name a second one.
     """
     refuse_second_model(params.predict)
     folder = fetch_model(model, params) if is_registered(model) else Path(model)
@@ -286,13 +370,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a metrics.json.
-
-    Raises
-    ------
-    InputError
-        If it is missing or lacks what the registry compares: ``volumes``.
-    """
+    """Read a metrics.json."""
     if path.is_dir():
         path = path / _METRICS_FILE
     try:

@@ -42,6 +42,7 @@ _SECTIONS = {
 }
 _MAX_ENTRIES_IN_BATCH = 100
 _MAX_VALUE_LENGTH = 5000
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 _PROCESS_TAG = "nuclei3d.process"
 _JOB_TAG = "nuclei3d.job"
 
@@ -62,30 +63,18 @@ class StageRun:
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers under their names, as points of curves if `step` is given."""
-        if self._client is None:
-            return
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        self._send_batches(
-            "metrics", [Metric(name, float(value), now, step or 0) for name, value in values.items()]
+        self._log(
+            "metrics", "Metric", [(name, float(value), now, step or 0) for name, value in values.items()]
         )
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log settings; a name with a dot cannot collide with the parameters that `mlflow run` logs."""
-        if self._client is None:
-            return
-        from mlflow.entities import Param
-
-        self._send_batches("params", [Param(name, _short(value)) for name, value in values.items()])
+        self._log("params", "Param", [(name, _short(value)) for name, value in values.items()])
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
-        if self._client is None:
-            return
-        from mlflow.entities import RunTag
-
-        self._send_batches("tags", [RunTag(name, _short(value)) for name, value in values.items()])
+        self._log("tags", "RunTag", [(name, _short(value)) for name, value in values.items()])
 
     def note(self, text: str) -> None:
         """Set the description that the MLflow UI shows on top of the run (Markdown)."""
@@ -112,9 +101,14 @@ class StageRun:
             return
         say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
 
-    def _send_batches(self, kind: str, entries: Sequence[object]) -> None:
-        for first in range(0, len(entries), _MAX_ENTRIES_IN_BATCH):
-            self._send("log_batch", **{kind: entries[first : first + _MAX_ENTRIES_IN_BATCH]})
+    def _log(self, kind: str, entity: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if self._client is None:
+            return
+        from mlflow import entities
+
+        made = [getattr(entities, entity)(*row) for row in rows]
+        for first in range(0, len(made), _MAX_ENTRIES_IN_BATCH):
+            self._send("log_batch", **{kind: made[first : first + _MAX_ENTRIES_IN_BATCH]})
 
     def _send(self, method: str, *values: Any, **named: Any) -> None:
         if self._client is None:
@@ -132,7 +126,8 @@ class StageRun:
             try:
                 self._unsent[0]()
             except (MlflowException, OSError) as error:
-                if _is_refusal(error):
+                # a request that the server refused is our mistake; anything else, that it does not answer
+                if getattr(error, "error_code", "") in _REFUSALS:
                     self._unsent.pop(0)
                     raise
                 return False
@@ -161,20 +156,15 @@ def stage_run(
 
     Parameters
     ----------
-    stage
-        ``prepare``, ``train``, ... ; also the run's name unless `name` says more.
     params
         All parameters; those of the stage's own sections are logged, the rest is an artifact.
     inputs
         Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
         tags.
+    name
+        Of the run, where it says more than the stage's.
     job
         What tells this job from all others; the last run of it, unless it finished, is gone on with.
-
-    Raises
-    ------
-    InputError
-        If the tracking server does not answer.
     """
     if not params.tracking.enabled:
         yield StageRun(None, None)
@@ -343,12 +333,6 @@ def _write_record(stage: str, run_id: str) -> None:
     record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Tell a request that the server refused (our mistake) from a server that does not answer."""
-    code = getattr(error, "error_code", "")
-    return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 
 
 def _short(value: object) -> str:

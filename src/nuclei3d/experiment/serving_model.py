@@ -85,27 +85,15 @@ class NucleiModel(PythonModel):
     def segment_file(
         self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
     ) -> dict[str, Any]:
-        """Segment the volume in a file.
+        """Segment the one volume in a TIFF or OME-Zarr.
 
-        Parameters
-        ----------
-        file
-            TIFF or OME-Zarr with one volume.
-        asked
-            What the request sets.
-        progress
-            Called with the share done; what it raises stops the computation.
+        `progress` is called with the share done; what it raises stops the computation.
 
         Returns
         -------
         dict
             ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
             of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``.
-
-        Raises
-        ------
-        InputError
-            If the request is at fault.
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)

@@ -57,13 +57,7 @@ def store_uri(params: TrackingParams) -> str:
 
 
 def open_store(params: TrackingParams) -> MlflowClient:
-    """Connect MLflow to the store and give a client.
-
-    Raises
-    ------
-    InputError
-        If the server or database does not answer within seconds, or the SQLite file cannot be written.
-    """
+    """Connect MLflow to the store and give a client."""
     uri = store_uri(params)
     _check_reachable(uri)
     _quieten()

@@ -86,12 +86,8 @@ class Axes:
 
 
 def draw_chart(axes: Axes, series: Sequence[Series], title: str) -> str:
-    """Draw lines, points, whiskers and bands with a legend below the chart.
-
-    Parameters
-    ----------
-    title
-        Read aloud by screen readers, not drawn.
+    """Draw lines, points, whiskers and bands with a legend below; screen readers read the title, not
+    drawn.
     """
     parts = [
         f'<svg class="chart" viewBox="0 0 {axes.width:g} {axes.height:g}" role="img" '
@@ -326,10 +322,7 @@ def counts_charts(metrics: Mapping[str, Any]) -> list[str]:
 def training_charts(history: Path) -> list[tuple[str, str]]:
     """Draw the curves of a training from its history.csv: losses, and what was measured in 3D.
 
-    Returns
-    -------
-    charts
-        (caption, chart) of each; columns that are absent or empty are left out.
+    Gives (caption, chart) of each; columns that are absent or empty are left out.
     """
     with history.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

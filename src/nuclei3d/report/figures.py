@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.charts import OUTLINES, style_of
 from nuclei3d.report.tables import NucleusRow
 from nuclei3d.report.viewer import Arrays, ShownVolume
+from nuclei3d.views import VIEWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from nuclei3d.training.samples import SampleSet
 
-#: The views; the planes of the k-th are cut across axis k.
-VIEWS = ("xy", "xz", "yz")
 OUTLINE = "#e69f00"
 _MARKERS = "os^Dx"
 _WORST_SHOWN = 8
@@ -36,17 +34,11 @@ def draw_figures(
 ) -> None:
     """Draw scores.png, overlay.png (the volume with the most errors) and worst_nuclei.png into a new folder.
 
-    Parameters
-    ----------
-    methods
-        metrics.json by method, the model first.
-    volumes, rows
-        The evaluated volumes, and all lines of their nuclei.csv.
+    `methods` has the metrics.json by method, the model first; `rows` are all lines of nuclei.csv.
     """
     folder.mkdir()
     draw_scores(methods, folder / "scores.png")
-    errors = Counter(row.volume for row in rows if row.outcome != "found")
-    busiest = max(volumes, key=lambda volume: errors[volume.name])
+    busiest = max(volumes, key=lambda volume: volume.errors)
     draw_overlay(busiest, [row for row in rows if row.volume == busiest.name], folder / "overlay.png")
     # the lowest best IoU; among equals the highest contrast first
     true = [row for row in rows if row.outcome != "false"]
@@ -185,16 +177,8 @@ def _save(figure: Figure, out: Path) -> None:
 
 
 def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
-    """Draw evenly chosen planes of each view into a PNG, one view a row, outlines of labels on them.
-
-    Parameters
-    ----------
-    samples
-        Training planes.
-    out
-        The PNG to write.
-    columns
-        Planes a view.
+    """Draw evenly chosen training planes of each view into a PNG, one view a row, outlines of labels
+    on them.
     """
     from matplotlib.figure import Figure
 

@@ -13,21 +13,10 @@ from typing import Any, Literal
 
 from nuclei3d.report.charts import OUTLINES, ap_chart, bin_chart, counts_charts, training_charts
 from nuclei3d.report.tables import NucleusRow
-from nuclei3d.scoring.bootstrap import FEW_UNITS
-from nuclei3d.scoring.comparison import side_of_zero
+from nuclei3d.scoring.bootstrap import FEW_UNITS, side_of_zero
 
-_LISTED = (
-    "volume",
-    "outcome",
-    "label",
-    "z_um",
-    "y_um",
-    "x_um",
-    "volume_um3",
-    "contrast",
-    "best_iou",
-    "score",
-)
+_PLACE = ("z_um", "y_um", "x_um")
+_LISTED = ("volume", "outcome", "label", *_PLACE, "volume_um3", "contrast", "best_iou", "score")
 # Found nuclei are listed too, as long as they do not make the page heavy.
 _MOST_FOUND = 5000
 
@@ -45,10 +34,8 @@ def build_page(
 
     Parameters
     ----------
-    metrics
-        The content of metrics.json.
-    nuclei
-        The rows of nuclei.csv.
+    metrics, nuclei
+        The content of metrics.json, and the rows of nuclei.csv.
     volumes
         What `pack_volumes` gave; may be empty.
     method
@@ -66,7 +53,6 @@ def build_page(
         f"looking, not for measuring.{thinned}"
     )
     viewer = Template(_text("viewer.html")).substitute(viewer_note=escape(note)) if volumes else ""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in summary_sentences(metrics, method))
     remarks = " ".join(notes(metrics))
     return Template(_text("report.html")).substitute(
         title=escape(f"How good is {method}?"),
@@ -77,7 +63,7 @@ def build_page(
         css=_text("report.css"),
         js=_text("report.js"),
         viewer_link='<a href="#view">Viewer</a>' if volumes else "",
-        sentences=listed,
+        sentences="".join(f"<li>{escape(line)}</li>" for line in summary_sentences(metrics, method)),
         cards=_cards(metrics),
         notes=f'<p class="note">{escape(remarks)}</p>' if remarks else "",
         viewer=viewer,
@@ -112,10 +98,7 @@ def _averages(methods: Mapping[str, Mapping[str, Any]]) -> str:
     rows = {
         name: {
             **scores["volume_mean"],
-            "ap": {
-                "0.50": scores["volume_mean"].get("ap_0.50"),
-                "0.75": scores["volume_mean"].get("ap_0.75"),
-            },
+            "ap": {iou: scores["volume_mean"].get(f"ap_{iou}") for iou in ("0.50", "0.75")},
             "n_true": scores["n_true"],
             "n_pred": scores["n_pred"],
         }
@@ -189,19 +172,8 @@ def _text(name: str) -> str:
 
 
 def summary_sentences(metrics: Mapping[str, Any], method: str) -> list[str]:
-    """Say what a metrics.json means.
-
-    Parameters
-    ----------
-    metrics
-        Its content.
-    method
-        What the predictions are called.
-
-    Returns
-    -------
-    sentences
-        The most important first.
+    """Say what a metrics.json means, the most important first; `method` is what the predictions are
+    called.
     """
     volumes = metrics["volumes"]
     embryos = {volume["embryo"] for volume in volumes.values()}
@@ -210,10 +182,17 @@ def summary_sentences(metrics: Mapping[str, Any], method: str) -> list[str]:
             f"The {_count(len(volumes), 'volume')} hold no true nuclei; {method} reports "
             f"{_count(metrics['n_pred'], 'nucleus', 'nuclei')}, all of them false."
         ]
+    false = "it predicts nothing at all"
+    if metrics["precision"] is not None:
+        share = _percent(1 - metrics["precision"])
+        false = (
+            f"of its {_count(metrics['n_pred'], 'prediction')}, {share} are false "
+            "(no true nucleus overlaps them by half)"
+        )
     sentences = [
         f"In {_count(len(volumes), 'volume')} of {_count(len(embryos), 'embryo')} with "
         f"{_count(metrics['n_true'], 'nucleus', 'nuclei')}, {method} finds {_percent(metrics['recall'])}"
-        f"{_in_brackets(metrics, 'recall')} of them; {_false_share(metrics)}.",
+        f"{_in_brackets(metrics, 'recall')} of them; {false}.",
         *_faint_sentences(metrics),
         *_error_sentences(metrics),
         *_comparisons(metrics, method),
@@ -307,15 +286,6 @@ def _comparisons(metrics: Mapping[str, Any], method: str) -> list[str]:
     ]
 
 
-def _false_share(metrics: Mapping[str, Any]) -> str:
-    if metrics["precision"] is None:
-        return "it predicts nothing at all"
-    return (
-        f"of its {_count(metrics['n_pred'], 'prediction')}, {_percent(1 - metrics['precision'])} are false "
-        "(no true nucleus overlaps them by half)"
-    )
-
-
 def _in_brackets(metrics: Mapping[str, Any], name: str) -> str:
     return _bounds(metrics["intervals"].get(name), percent=name in ("recall", "precision"))
 
@@ -368,6 +338,18 @@ _ROWS = (
     ("n_true", "true nuclei", ""),
     ("n_pred", "predicted nuclei", ""),
 )
+# of the tables by volume, embryo and stage
+_COLUMNS = {
+    "n_true": "true",
+    "n_pred": "predicted",
+    "ap/0.50": "AP .5",
+    "ap/0.75": "AP .75",
+    "precision": "precision",
+    "recall": "recall",
+    "seg": "SEG",
+    "mucov": "MUCov",
+    "foreground_iou": "foreground IoU",
+}
 _LOW_IS_GOOD = frozenset({"surface_distance_um", "centre_distance_um", "splits", "merges"})
 _NEUTRAL = frozenset({"n_true", "n_pred"})
 
@@ -383,7 +365,9 @@ def _score_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         cells = []
         for scores, value in zip(methods.values(), values, strict=True):
             mark = ' class="best"' if value is not None and value == best else ""
-            cells.append(f"<td{mark}>{_number(value)}{_range(_interval(scores, key))}</td>")
+            interval = _interval(scores, key)
+            span = f' <span class="range">{interval[0]:.3f} to {interval[1]:.3f}</span>' if interval else ""
+            cells.append(f"<td{mark}>{_number(value)}{span}</td>")
         rows.append(
             f'<tr><td>{escape(name)}</td>{"".join(cells)}<td class="meaning">{escape(hint)}</td></tr>'
         )
@@ -392,35 +376,18 @@ def _score_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _group_table(groups: Mapping[str, Mapping[str, Any]], title: str) -> str:
     """Draw a few scores of groups of volumes (embryos, stages), one row a group."""
-    columns = {
-        "n_true": "true",
-        "n_pred": "predicted",
-        "ap/0.50": "AP .5",
-        "ap/0.75": "AP .75",
-        "precision": "precision",
-        "recall": "recall",
-        "seg": "SEG",
-        "mucov": "MUCov",
-        "foreground_iou": "foreground IoU",
-    }
     rows = [
         f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{_number(_look_up(scores, key))}</td>" for key in columns)
+        + "".join(f"<td>{_number(_look_up(scores, key))}</td>" for key in _COLUMNS)
         + "</tr>"
         for name, scores in groups.items()
     ]
-    return _table([title, *columns.values()], rows)
+    return _table([title, *_COLUMNS.values()], rows)
 
 
 def _volume_table(volumes: Mapping[str, Mapping[str, Any]], *, linked: bool) -> str:
     """Draw one row a volume; with `linked`, its name opens it in the viewer."""
-    columns = {
-        "ap/0.50": "AP .5",
-        "ap/0.75": "AP .75",
-        "seg": "SEG",
-        "mucov": "MUCov",
-        "foreground_iou": "foreground IoU",
-    }
+    columns = {key: _COLUMNS[key] for key in ("ap/0.50", "ap/0.75", "seg", "mucov", "foreground_iou")}
     rows = []
     for name, scores in volumes.items():
         found = scores["counts"]["tp_half"]
@@ -459,13 +426,6 @@ def _number(value: float | int | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    """Write an interval in small print."""
-    if interval is None:
-        return ""
-    return f' <span class="range">{interval[0]:.3f} to {interval[1]:.3f}</span>'
 
 
 def _interval(scores: Mapping[str, Any], key: str) -> Sequence[float] | None:

@@ -85,13 +85,7 @@ def _text(value: object) -> object:
 
 
 def write_plot_data(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write ap_by_iou.csv, recall_by_contrast.csv, recall_by_depth.csv and counts.csv.
-
-    Parameters
-    ----------
-    metrics
-        The content of metrics.json.
-    """
+    """Write ap_by_iou.csv, recall_by_contrast.csv, recall_by_depth.csv and counts.csv of a metrics.json."""
     folder.mkdir()
     methods = {"model": metrics, **metrics["baselines"]}
     _write(

@@ -40,17 +40,8 @@ class ShownVolume:
 
 
 def pack_volumes(volumes: Sequence[ShownVolume], megabytes: float) -> list[dict[str, Any]]:
-    """Pack volumes until the budget is spent, those with the most errors first, and give them in order.
-
-    Parameters
-    ----------
-    megabytes
-        Budget for the packed text of all volumes; one volume is always packed.
-
-    Returns
-    -------
-    packed
-        One JSON object per volume; see `pack_volume`.
+    """Pack volumes until the budget is spent (at least one), those with the most errors first; give them in
+    order.
     """
     ranking = sorted(range(len(volumes)), key=lambda place: -volumes[place].errors)
     packed: dict[int, dict[str, Any]] = {}

@@ -1,20 +1,43 @@
-"""One volume nucleus by nucleus: who is found, where, how far off; and counts over many volumes."""
+"""One volume nucleus by nucleus: who is found, where, how far off; and what many volumes say together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, generate_binary_structure
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.bootstrap import percentile_interval, wilson_interval
+from nuclei3d.scoring.bootstrap import (
+    Units,
+    bootstrap_weights,
+    percentile_interval,
+    resampling_units,
+    wilson_interval,
+)
 from nuclei3d.scoring.contrast import contrast_bin, nucleus_contrast
 from nuclei3d.scoring.matching import Floats, Integers, Labels, match, overlap_table, relabel_sequential
-from nuclei3d.scoring.metrics import MATCH_IOU, THRESHOLDS, Tally, ratio, tally_of
+from nuclei3d.scoring.metrics import (
+    COUNTS,
+    MATCH_IOU,
+    THRESHOLDS,
+    Metrics,
+    Tally,
+    number_or_none,
+    ratio,
+    score,
+    stack_tallies,
+    tally_of,
+)
+
+#: Precisions at which the recall is given where the model gives scores.
+TARGET_PRECISIONS = (0.9, 0.95)
+#: Stages of an embryo by its number of true nuclei: first number of each.
+STAGES = (0, 8, 32, 128, 512)
+_DEPTH_BINS = 5
 
 
 @dataclass(frozen=True)
@@ -23,18 +46,12 @@ class NucleusTable:
 
     Attributes
     ----------
-    label
-        Label in the file.
     place_um
         Centroid (z, y, x) in um, shape (n, 3).
-    volume_um3
-        Volume.
     contrast
         See `nuclei3d.scoring.contrast`; nan without an image.
-    best_iou
-        Best IoU with any nucleus of the other side.
-    partner
-        Label of the nucleus that it is matched with at IoU .5, 0 if it is missed or false.
+    best_iou, partner
+        Best IoU with any nucleus of the other side; label of the one that it is matched with at IoU .5, or 0.
     score
         For predicted nuclei the score that the model gave, for true ones that of the partner; else nan.
     surface_um
@@ -77,12 +94,10 @@ def assess_volume(
     surfaces: bool = True,
     true_contrast: Floats | None = None,
 ) -> Assessment:
-    """Compare one predicted with one true volume.
+    """Compare one predicted with one true volume of labels (Z, Y, X).
 
     Parameters
     ----------
-    truth, prediction
-        Labels (Z, Y, X), any non-negative integers.
     image
         The volume that was segmented; without it contrasts are nan.
     scores
@@ -142,19 +157,9 @@ def assess_volume(
 
 
 def centroids_um(labels: Labels, present: Integers, voxel_size: VoxelSize) -> Floats:
-    """Give the centroids of the labels in `present`.
+    """Give the centroids (n, 3), in um from the centre of the first voxel, of the labels `present` (n,).
 
-    Parameters
-    ----------
-    labels
-        Volume (Z, Y, X), with labels not much larger than their number.
-    present
-        Labels, shape (n,).
-
-    Returns
-    -------
-    centroids
-        Shape (n, 3): z, y, x in um from the centre of the first voxel. nan for labels that are absent.
+    Labels must not be much larger than their number; those that are absent get nan.
     """
     voxels = np.nonzero(labels)
     label = labels[voxels]
@@ -168,17 +173,10 @@ def centroids_um(labels: Labels, present: Integers, voxel_size: VoxelSize) -> Fl
 
 
 def surface_distances_um(truth: Labels, prediction: Labels, pairs: Integers, voxel_size: VoxelSize) -> Floats:
-    """Give the average symmetric surface distance of pairs of nuclei, shape (n,), in um.
+    """Give the average symmetric surface distance in um of pairs (n, 2) of labels in truth and prediction.
 
     For every voxel on either surface the distance to the nearest voxel on the other; the mean of the two
     means.
-
-    Parameters
-    ----------
-    truth, prediction
-        Labels (Z, Y, X) of equal shape.
-    pairs
-        Shape (n, 2): labels in truth and in prediction.
     """
     true_boxes, pred_boxes = find_objects(truth), find_objects(prediction)
     distances = np.full(len(pairs), np.nan)
@@ -255,12 +253,9 @@ def _count(
 
 
 def score_bins(counts: BinCounts, weights: Floats | None) -> list[BinScore]:
-    """Turn counts into recall and precision with intervals.
+    """Turn counts into recall and precision with intervals by bootstrap weights (replicates, volumes).
 
-    Parameters
-    ----------
-    weights
-        Bootstrap weights (replicates, volumes); None: Wilson's interval over nuclei, for a single unit.
+    Without weights, for a single unit, the intervals are Wilson's over nuclei.
     """
 
     def share(part: Floats, whole: Floats) -> tuple[int, float, tuple[float, float]]:
@@ -284,24 +279,15 @@ def recall_at_precision(
     target: float,
     *,
     edges: Sequence[float] | None = None,
-    bin_index: int = 0,
 ) -> tuple[float, float] | None:
     """Give recall and cut if only predictions from a score on are kept, the lowest with that precision.
 
-    Parameters
-    ----------
-    target
-        Precision, pooled over the volumes, that the kept predictions reach.
-    edges, bin_index
-        Inner edges of the contrast bins and the bin whose recall is wanted; None: of all true nuclei.
-
-    Returns
-    -------
-    recall, score
-        None if a prediction has no score, no score reaches the precision, or the bin is empty.
+    The precision is pooled over the volumes; the recall is that of the faintest bin of contrast, given its
+    inner edges, else of all true nuclei. None if a prediction has no score, no score reaches the precision,
+    or there is nothing to find.
     """
     once = np.ones((1, len(assessments)))
-    found = resampled_recall_at_precision(assessments, target, once, edges=edges, bin_index=bin_index)
+    found = resampled_recall_at_precision(assessments, target, once, edges=edges)
     if found is None or np.isnan(found[0][0]):
         return None
     return float(found[0][0]), float(found[1][0])
@@ -313,21 +299,12 @@ def resampled_recall_at_precision(
     weights: Floats,
     *,
     edges: Sequence[float] | None = None,
-    bin_index: int = 0,
 ) -> tuple[Floats, Floats] | None:
-    """Give the same for resampled volumes, the cut chosen anew in each replicate.
+    """Give the same for volumes resampled by weights (replicates, volumes), the cut chosen anew in each.
 
-    Parameters
-    ----------
-    weights
-        Bootstrap weights, shape (replicates, volumes).
-
-    Returns
-    -------
-    recall, score
-        Shape (replicates,); nan where no score reaches the precision or there is nothing to find. A score of
-        a volume that was not drawn may be the cut, which leaves the recall as it is. None if a prediction
-        has no score, or there is none.
+    Recall and cut, (replicates,), are nan where no score reaches the precision or there is nothing to find. A
+    score of a volume that was not drawn may be the cut, which leaves the recall as it is. None if a
+    prediction has no score, or there is none.
     """
     scores = np.concatenate([a.pred.score for a in assessments])
     if not len(scores) or np.isnan(scores).any():
@@ -341,8 +318,8 @@ def resampled_recall_at_precision(
     true_score = np.concatenate([a.true.score for a in assessments])
     volume_of_true = np.repeat(np.arange(len(assessments)), [len(a.true.score) for a in assessments])
     if edges is not None:
-        bins = np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments])
-        true_score, volume_of_true = true_score[bins == bin_index], volume_of_true[bins == bin_index]
+        faintest = np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments]) == 0
+        true_score, volume_of_true = true_score[faintest], volume_of_true[faintest]
     recall, cut = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     for replicate, weight in enumerate(weights):
         of_pred, of_true = weight[volume_of_pred], weight[volume_of_true]
@@ -352,3 +329,215 @@ def resampled_recall_at_precision(
             cut[replicate] = scores[np.flatnonzero(good)[-1]]
             recall[replicate] = of_true[true_score >= cut[replicate]].sum() / of_true.sum()
     return recall, cut
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of one method over some volumes.
+
+    Attributes
+    ----------
+    pooled
+        Scores of the summed counts.
+    intervals
+        95 % interval of each scalar of `pooled` that is no count, by name; empty if there is only one unit.
+    units
+        What was resampled.
+    volume_mean
+        Mean over volumes of each scalar that is no count, undefined ones left out.
+    contrast_edges, contrast, contrast_counts
+        Inner edges, scores and counts of the contrast bins, faintest first; None without images.
+    depth_edges_um, depth
+        Inner edges of the z bins and their scores, nearest to the first plane first.
+    recall_at_precision
+        Per target precision: recall of the faintest bin and of all nuclei, each with its interval, and the
+        score to cut at; None where the model gives no scores, or no score reaches the precision.
+    centre_um, surface_um
+        Mean distance of the centres and of the surfaces of matched nuclei; nan where there are none.
+    """
+
+    pooled: Metrics
+    intervals: dict[str, tuple[float, float]]
+    units: Units
+    volume_mean: dict[str, float]
+    contrast_edges: tuple[float, ...] | None
+    contrast: list[BinScore] | None
+    contrast_counts: BinCounts | None
+    depth_edges_um: tuple[float, ...]
+    depth: list[BinScore]
+    recall_at_precision: dict[str, dict[str, Any] | None]
+    centre_um: float
+    surface_um: float
+
+    @property
+    def recall_faint(self) -> float:
+        """Recall of the faintest bin; nan without images."""
+        return self.contrast[0].recall if self.contrast else float("nan")
+
+    @property
+    def recall_bright(self) -> float:
+        """Recall of the brightest bin; nan without images."""
+        return self.contrast[-1].recall if self.contrast else float("nan")
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the summary in the shape of metrics.json."""
+        return {
+            **self.pooled.as_json(),
+            "recall_by_contrast": bins_as_json(self.contrast, self.contrast_edges),
+            "recall_faint": number_or_none(self.recall_faint),
+            "recall_bright": number_or_none(self.recall_bright),
+            "recall_at_precision": self.recall_at_precision,
+            "recall_by_depth_um": bins_as_json(self.depth, self.depth_edges_um),
+            "centre_distance_um": number_or_none(self.centre_um),
+            "surface_distance_um": number_or_none(self.surface_um),
+            "intervals": {name: interval_as_json(bounds) for name, bounds in self.intervals.items()},
+            "intervals_over": self.units.words if self.intervals else None,
+            "volume_mean": {name: number_or_none(value) for name, value in self.volume_mean.items()},
+        }
+
+
+def summarise(
+    assessments: Sequence[Assessment],
+    embryos: Sequence[str],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    contrast_edges: Sequence[float] | None = None,
+    replicates: int = 1000,
+    over: Literal["auto", "embryo", "time"] = "auto",
+    rng: np.random.Generator,
+) -> Summary:
+    """Pool assessed volumes and resample them.
+
+    Parameters
+    ----------
+    assessments, embryos
+        One per volume; volumes of one embryo in the order of time.
+    contrast_edges
+        Inner edges of the contrast bins; None where contrasts were not measured.
+    replicates, over
+        Bootstrap replicates (0 for no intervals), and of what; see `resampling_units`.
+    """
+    tallies = stack_tallies([assessment.tally for assessment in assessments])
+    pooled = score(tallies.total(), thresholds)
+    each = score(tallies, thresholds).by_name()
+    units = resampling_units(embryos, over)
+    weights = None
+    intervals = {}
+    if replicates and units.count > 1:
+        weights = bootstrap_weights(units, replicates, rng)
+        for name, samples in score(tallies.total(weights), thresholds).by_name().items():
+            if name not in COUNTS:
+                low, high = percentile_interval(samples)
+                intervals[name] = (float(low), float(high))
+    counts = None if contrast_edges is None else count_by_contrast(assessments, contrast_edges)
+    depth_edges = _depth_edges(assessments)
+    return Summary(
+        pooled=pooled,
+        intervals=intervals,
+        units=units,
+        volume_mean={name: _mean(values) for name, values in each.items() if name not in COUNTS},
+        contrast_edges=None if contrast_edges is None else tuple(float(edge) for edge in contrast_edges),
+        contrast=None if counts is None else score_bins(counts, weights),
+        contrast_counts=counts,
+        depth_edges_um=depth_edges,
+        depth=score_bins(count_by_depth(assessments, depth_edges), weights),
+        recall_at_precision={
+            f"{target:.2f}": _recall_at(assessments, target, contrast_edges, weights)
+            for target in TARGET_PRECISIONS
+        },
+        centre_um=_mean(np.concatenate([assessment.centre_distance_um for assessment in assessments])),
+        surface_um=_mean(np.concatenate([assessment.true.surface_um for assessment in assessments])),
+    )
+
+
+def by_embryo(
+    assessments: Sequence[Assessment], embryos: Sequence[str], thresholds: Sequence[float]
+) -> dict[str, Metrics]:
+    """Pool the volumes of each embryo."""
+    return {
+        name: _pool([a for a, embryo in zip(assessments, embryos, strict=True) if embryo == name], thresholds)
+        for name in dict.fromkeys(embryos)
+    }
+
+
+def by_stage(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> dict[str, Metrics]:
+    """Pool volumes of about as many nuclei; the names tell how many, such as ``8-31``."""
+    pools = {}
+    for first, after in zip(STAGES, (*STAGES[1:], None), strict=True):
+        members = [
+            a for a in assessments if a.tally.n_true >= first and (after is None or a.tally.n_true < after)
+        ]
+        if members:
+            pools[f"{first}-{after - 1}" if after else f"{first}+"] = _pool(members, thresholds)
+    return pools
+
+
+def bins_as_json(bins: Sequence[BinScore] | None, edges: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Give bins with their bounds (None where open) as plain data; empty if there are none."""
+    if bins is None or edges is None:
+        return []
+    bounds = [None, *edges, None]
+    return [
+        {
+            "from": bounds[index],
+            "to": bounds[index + 1],
+            "n": scored.n,
+            "recall": number_or_none(scored.recall),
+            "interval": interval_as_json(scored.recall_interval),
+            "n_pred": scored.n_pred,
+            "precision": number_or_none(scored.precision),
+            "precision_interval": interval_as_json(scored.precision_interval),
+        }
+        for index, scored in enumerate(bins)
+    ]
+
+
+def interval_as_json(bounds: tuple[float, float]) -> list[float] | None:
+    """Give an interval as a list of two, or None where it is undefined."""
+    return None if np.isnan(bounds).any() else [float(bounds[0]), float(bounds[1])]
+
+
+def _pool(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> Metrics:
+    return score(stack_tallies([assessment.tally for assessment in assessments]).total(), thresholds)
+
+
+def _depth_edges(assessments: Sequence[Assessment]) -> tuple[float, ...]:
+    """Cut the depths of the true nuclei into bins of equal width."""
+    depths = np.concatenate([assessment.true.place_um[:, 0] for assessment in assessments])
+    if not len(depths):
+        return ()
+    edges = np.linspace(depths.min(), depths.max(), _DEPTH_BINS + 1)[1:-1]
+    return tuple(round(float(edge), 2) for edge in edges)
+
+
+def _recall_at(
+    assessments: Sequence[Assessment],
+    target: float,
+    edges: Sequence[float] | None,
+    weights: Floats | None,
+) -> dict[str, Any] | None:
+    everywhere = recall_at_precision(assessments, target)
+    if everywhere is None:
+        return None
+    faint = None if edges is None else recall_at_precision(assessments, target, edges=edges)
+
+    def interval(edges: Sequence[float] | None) -> list[float] | None:
+        if weights is None:
+            return None
+        drawn = resampled_recall_at_precision(assessments, target, weights, edges=edges)
+        assert drawn is not None  # the scores are there, or there would be no recall
+        low, high = percentile_interval(drawn[0])
+        return interval_as_json((float(low), float(high)))
+
+    return {
+        "recall_faint": faint[0] if faint else None,
+        "recall_faint_interval": interval(edges) if faint else None,
+        "recall": everywhere[0],
+        "recall_interval": interval(None),
+        "score": everywhere[1],
+    }
+
+
+def _mean(values: Floats) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

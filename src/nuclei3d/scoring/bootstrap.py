@@ -1,4 +1,4 @@
-"""Intervals by resampling whole embryos or blocks of time.
+"""Intervals, and whether one method is really better than another, by resampling embryos or blocks of time.
 
 Nuclei of one frame, and frames of one film, resemble each other; resampling them one by one would give
 intervals that are far too narrow. What is resampled is therefore the largest unit that the data hold
@@ -7,13 +7,14 @@ enough of: embryos, else contiguous blocks of time within embryos.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from nuclei3d.scoring.matching import Floats, Integers
+from nuclei3d.scoring.metrics import Tally, stack_tallies
 
 #: Fewer embryos than this are cut into blocks of time: so few units cannot show how embryos vary.
 FEWEST_EMBRYOS = 4
@@ -27,16 +28,9 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Units:
-    """What is resampled together.
+    """What is resampled together: `unit_of` gives the unit, 0 .. count - 1, of each volume.
 
-    Attributes
-    ----------
-    unit_of
-        Shape (volumes,): the unit, 0 .. count - 1, of each volume.
-    count
-        Number of units.
-    words
-        What the units are, for the reader: ``5 embryos`` or ``6 blocks of time in 1 embryo``.
+    `words` says what the units are: ``5 embryos`` or ``6 blocks of time in 1 embryo``.
     """
 
     unit_of: Integers
@@ -50,19 +44,10 @@ class Units:
 
 
 def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "time"] = "auto") -> Units:
-    """Decide what is resampled.
+    """Decide what is resampled, from the embryo of each volume (those of one embryo in the order of time).
 
-    Parameters
-    ----------
-    embryos
-        The embryo of each volume; volumes of one embryo in the order of time.
-    over
-        ``embryo``, ``time``, or ``auto``: embryos where there are at least `FEWEST_EMBRYOS`.
-
-    Notes
-    -----
-    Blocks hold about the cube root of the number of frames, the usual length for a block bootstrap
-    (Kuensch 1989).
+    `over` is ``embryo``, ``time``, or ``auto``: embryos where there are at least `FEWEST_EMBRYOS`. Blocks
+    hold about the cube root of the number of frames, the usual length for a block bootstrap (Kuensch 1989).
     """
     names = list(dict.fromkeys(embryos))
     if over == "embryo" or (over == "auto" and len(names) >= FEWEST_EMBRYOS):
@@ -80,25 +65,15 @@ def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "ti
 
 
 def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -> Floats:
-    """Draw units with replacement; give how often each volume enters each replicate.
-
-    Returns
-    -------
-    weights
-        Shape (replicates, volumes).
+    """Draw units with replacement; give how often each volume enters each replicate, (replicates,
+    volumes).
     """
     drawn = rng.multinomial(units.count, np.full(units.count, 1 / units.count), size=replicates)
     return drawn[:, units.unit_of].astype(np.float64)
 
 
 def percentile_interval(samples: Floats) -> tuple[Floats, Floats]:
-    """Give the central 95 % interval over the first axis; replicates without a value are left out.
-
-    Returns
-    -------
-    low, high
-        The shape of one sample; nan where no replicate is defined.
-    """
+    """Give the central 95 % interval over the first axis, nan where no replicate is defined."""
     defined = np.isfinite(samples).any(axis=0)
     bounds = np.full((2, *samples.shape[1:]), np.nan)
     if samples.ndim == 1:
@@ -120,6 +95,86 @@ def wilson_interval(hits: float, n: float) -> tuple[float, float]:
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = _Z95 / (1 + square / n) * float(np.sqrt(share * (1 - share) / n + square / (4 * n * n)))
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+#: Numbers of a method pooled over volumes, by name. Given weights (replicates, volumes), each has the
+#: replicates as its axis; given None, every volume counts once.
+Statistics = Callable[[Floats | None], Mapping[str, Floats]]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A number of method A and of B, and the 95 % interval of B minus A; nan where undefined."""
+
+    a: float
+    b: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        """B minus A."""
+        return self.b - self.a
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval leaves out 0; false where there is none."""
+        return side_of_zero(self.low, self.high) != 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired differences by name, and the units that were resampled.
+
+    `resampled` is false where there was only one unit, or no replicate was wanted: no number has an interval.
+    """
+
+    units: Units
+    resampled: bool
+    differences: dict[str, PairedDifference]
+
+
+def side_of_zero(low: float, high: float) -> int:
+    """Give 1 or -1 if an interval lies wholly above or below 0, else 0: the difference is not real."""
+    return int(low > 0) - int(high < 0)
+
+
+def compare_paired(
+    a: Statistics,
+    b: Statistics,
+    embryos: Sequence[str],
+    *,
+    replicates: int,
+    over: Literal["auto", "embryo", "time"] = "auto",
+    rng: np.random.Generator,
+) -> Comparison:
+    """Compare two methods by a paired bootstrap over embryos or blocks of time.
+
+    The same units are drawn for both, so what varies between embryos cancels out and small differences become
+    visible. The numbers that both have are compared, on the same volumes, whose embryos are given in the
+    order of time; with 0 replicates there are no intervals. `over` is that of `resampling_units`.
+    """
+    units = resampling_units(embryos, over)
+    first, second = a(None), b(None)
+    names = [name for name in first if name in second]
+    bounds = dict.fromkeys(names, (np.nan, np.nan))
+    resampled = bool(replicates) and units.count > 1
+    if resampled:
+        weights = bootstrap_weights(units, replicates, rng)
+        drawn_a, drawn_b = a(weights), b(weights)
+        for name in names:
+            low, high = percentile_interval(drawn_b[name] - drawn_a[name])
+            bounds[name] = (float(low), float(high))
+    differences = {
+        name: PairedDifference(float(first[name]), float(second[name]), *bounds[name]) for name in names
+    }
+    return Comparison(units, resampled, differences)
+
+
+def average_precision_of(tallies: Sequence[Tally]) -> Statistics:
+    """Give the AP at IoU .5 of volumes, called ``ap_0.50``, whatever the thresholds of their tallies."""
+    stacked = stack_tallies(tallies)
+    return lambda weights: {"ap_0.50": stacked.total(weights).ap_half}
 
 
 def _plural(count: int, noun: str) -> str:

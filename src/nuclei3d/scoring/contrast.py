@@ -32,23 +32,13 @@ _WIDENINGS = 5
 
 
 def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size: VoxelSize) -> Floats:
-    """Measure the contrast of every labelled nucleus.
-
-    Parameters
-    ----------
-    image, labels
-        Volume (Z, Y, X) and its labels of the same shape.
+    """Measure the contrast of every labelled nucleus of a volume.
 
     Returns
     -------
     contrast
         Shape (labels.max() + 1,), indexed by label. nan for the background, for labels that are absent, and
         for nuclei so crowded that no unlabelled voxel lies near.
-
-    Raises
-    ------
-    InputError
-        If the shapes differ.
 
     Notes
     -----

@@ -33,14 +33,11 @@ class OverlapTable:
 
     Attributes
     ----------
-    true_labels, pred_labels
-        The labels in ascending order, shapes (n_true,) and (n_pred,), int64.
-    true_sizes, pred_sizes
-        Their voxel counts.
-    rows, columns
-        Per overlapping pair: its position in `true_labels` and in `pred_labels`, ordered by row, then column.
-    overlaps
-        Per overlapping pair: the number of shared voxels.
+    true_labels, pred_labels, true_sizes, pred_sizes
+        The labels in ascending order, int64 (n_true,) and (n_pred,), and their voxel counts.
+    rows, columns, overlaps
+        Of each overlapping pair, ordered by row, then column: its position in `true_labels` and in
+        `pred_labels`, and the number of shared voxels.
     """
 
     true_labels: Integers
@@ -111,20 +108,10 @@ class Matching:
 
 
 def overlap_table(truth: Labels, prediction: Labels) -> OverlapTable:
-    """Count the shared voxels of all pairs of labels in one pass.
+    """Count the shared voxels of all pairs of labels (integers 0 .. 2**31 - 1, equal shapes) in one pass.
 
     Runs of equal label pairs along the last axis are counted as wholes, so the cost of sorting depends on the
     number of borders crossed, not on the number of voxels.
-
-    Parameters
-    ----------
-    truth, prediction
-        Labels of equal shape, any number of dimensions, values in 0 .. 2**31 - 1.
-
-    Raises
-    ------
-    InputError
-        If the shapes differ, or a label is no integer or outside the range.
     """
     _check_labels(truth, "truth")
     _check_labels(prediction, "prediction")
@@ -153,14 +140,6 @@ def match(table: OverlapTable, threshold: float) -> Matching:
 
     The graph of admissible pairs falls into small connected parts (at thresholds above .5 each is one pair),
     and each part is solved by itself with the Hungarian method, so memory never grows with n_true x n_pred.
-
-    Parameters
-    ----------
-    threshold
-        Smallest IoU of a match, in (0, 1].
-
-    Notes
-    -----
     The counts equal those of ``stardist.matching.matching`` and ``cellpose.metrics.average_precision``.
     """
     if not 0 < threshold <= 1:
@@ -186,14 +165,8 @@ def average_precision(table: OverlapTable, thresholds: Sequence[float]) -> Float
 
 
 def relabel_sequential(labels: Labels) -> tuple[NDArray[np.uint32], Integers]:
-    """Renumber labels to 1..n in ascending order, 0 kept.
-
-    Returns
-    -------
-    labels
-        Same shape, uint32.
-    originals
-        Shape (n + 1,): the original label of each new one; ``originals[0]`` is 0.
+    """Renumber labels to 1..n (uint32) in ascending order, 0 kept; also give the original of each, (n
+    + 1,).
     """
     present = np.unique(labels)
     originals = np.concatenate([[0], present[present > 0]]).astype(np.int64)

@@ -67,14 +67,7 @@ class Tally:
     merges: Floats
 
     def total(self, weights: Floats | None = None) -> Tally:
-        """Sum over the first axis.
-
-        Parameters
-        ----------
-        weights
-            Shape (replicates, volumes): how often each volume enters each replicate. The result then has the
-            replicates as leading axis. None: every volume once.
-        """
+        """Sum over the first axis, or, by weights (replicates, volumes), give the sum of each replicate."""
         if weights is None:
             return Tally(*(getattr(self, field.name).sum(axis=0) for field in fields(self)))
         return Tally(*(np.tensordot(weights, getattr(self, field.name), axes=1) for field in fields(self)))

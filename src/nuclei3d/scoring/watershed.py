@@ -16,24 +16,12 @@ from nuclei3d.intensity import measure_range
 def otsu_watershed(
     image: NDArray[np.number[Any]], voxel_size: VoxelSize, nucleus_diameter_um: float
 ) -> NDArray[np.uint32]:
-    """Segment nuclei by a global threshold, then cut touching ones where the foreground narrows.
+    """Segment nuclei in a volume (Z, Y, X) by a global threshold, then cut touching ones where they narrow.
 
     The image is clipped to its 1st and 99.8th percentile and its square root taken, which evens out shot
     noise and keeps single mitoses from setting the threshold; this makes the baseline a strong one. Every
     length scales with the nucleus: smoothing with a sigma of 1/20 of the diameter, of the distance map 1/10,
     seeds at least 0.3 of the diameter apart, objects below 1/10 of the volume of a nucleus dropped.
-
-    Parameters
-    ----------
-    image
-        Volume (Z, Y, X) of any numeric type.
-    nucleus_diameter_um
-        Typical diameter of a nucleus.
-
-    Returns
-    -------
-    labels
-        Same shape, 1..n without gaps.
     """
     from skimage.filters import threshold_otsu
     from skimage.segmentation import watershed
@@ -61,17 +49,11 @@ def otsu_watershed(
     seeds, _ = label(peaks, structure=np.ones((3, 3, 3)))
     pieces = watershed(-distance, seeds, mask=foreground)  # type: ignore[no-untyped-call]
     smallest = np.pi / 6 * nucleus_diameter_um**3 / 10 / voxel_size.volume_um3
-    return _without_small(pieces, smallest)
+    kept = np.bincount(pieces.reshape(-1)) >= smallest
+    kept[0] = False
+    labels: NDArray[np.uint32] = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)[pieces]
+    return labels
 
 
 def _voxels(length_um: float, voxel_size: VoxelSize) -> tuple[float, ...]:
     return tuple(length_um / edge for edge in voxel_size.zyx)
-
-
-def _without_small(labels: NDArray[np.integer[Any]], smallest: float) -> NDArray[np.uint32]:
-    sizes = np.bincount(labels.reshape(-1))
-    kept = sizes >= smallest
-    kept[0] = False
-    lookup = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
-    result: NDArray[np.uint32] = lookup[labels]
-    return result

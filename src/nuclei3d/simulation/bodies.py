@@ -63,10 +63,8 @@ class Body:
 class Scene:
     """What the microscope is to see.
 
-    density
-        float32 on the fine grid: light per volume, 1 for the typical nucleus.
-    labels
-        uint16 (Z, Y, X) on the camera's planes.
+    Light per volume, 1 for the typical nucleus, float32 on the fine grid, and uint16 labels (Z, Y, X) on the
+    camera's planes.
     """
 
     density: NDArray[np.float32]
@@ -117,19 +115,12 @@ def draw_scene(
     grid: FineGrid,
     pattern: NDArray[np.float32],
 ) -> Scene:
-    """Put bodies on the fine grid and label the camera's voxels.
+    """Put bodies on the fine grid and label the camera's voxels 1..n in their order, those without a voxel
+    left out.
 
-    Where bodies would overlap, a point belongs to the one in which it lies deeper. A camera voxel is
-    labelled where more than half of it is chromatin, with the body that holds most of it.
-
-    Parameters
-    ----------
-    bodies
-        Labelled 1..n in this order; those without a voxel are left out and the rest renumbered.
-    fragments
-        Debris: seen, never labelled, and only where no body is.
-    grid, pattern
-        The fine grid; the cube of texture (see `chromatin_pattern`).
+    Where bodies would overlap, a point belongs to the one in which it lies deeper. A camera voxel is labelled
+    where more than half of it is chromatin, with the body that holds most of it. Fragments (debris) are seen,
+    never labelled, and only where no body is.
     """
     owner = np.zeros(grid.shape, dtype=np.int32)
     depth = np.ones(grid.shape, dtype=np.float32)

@@ -94,7 +94,7 @@ def _new_cell(position: NDArray[np.float64], params: SimulateParams, rng: np.ran
         radius_um=params.nucleus_diameter_um / 2 * math.exp(params.size_variation * rng.normal()),
         elongation=_random_elongation(params, rng),
         bumps=params.shape_variation * rng.normal(size=8),
-        spacing=_random_spacing(params, rng),
+        spacing=rng.uniform(0.94, 1.04) if rng.random() < params.closeness else rng.uniform(1.1, 1.4),
         log_brightness=_random_brightness(faint, params, rng),
         faint=faint,
         age=0.0,
@@ -165,11 +165,6 @@ def _claimed_radius(cell: Cell) -> float:
     """Radius of the cell's room: newborn daughters share their mother's and widen to their own."""
     grown = min(1.0, 0.55 + 0.45 * cell.age / (ANAPHASE_MINUTES + TELOPHASE_MINUTES))
     return cell.radius_um * grown
-
-
-def _random_spacing(params: SimulateParams, rng: np.random.Generator) -> float:
-    touches = rng.random() < params.closeness
-    return float(rng.uniform(0.94, 1.04) if touches else rng.uniform(1.1, 1.4))
 
 
 def _random_brightness(faint: bool, params: SimulateParams, rng: np.random.Generator) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nuclei3d.training.batches import Batch
+    from nuclei3d.training.examples import Batch
     from nuclei3d.training.samples import SampleSet
 
 OUTLINE = "#e69f00"
@@ -83,8 +83,8 @@ def draw_augmentation_sheet(
     """
     from matplotlib.figure import Figure
 
-    from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker
     from nuclei3d.training.crops import CropGrid
+    from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker
     from nuclei3d.training.sampling import epoch_order, sample_weights
 
     settings = params.train

@@ -14,7 +14,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_file
-from nuclei3d.scoring.comparison import PairedDifference, Statistics, compare_paired
+from nuclei3d.scoring.bootstrap import PairedDifference, Statistics, compare_paired
 from nuclei3d.scoring.matching import Floats
 from nuclei3d.scoring.metrics import COUNTS, Tally, number_or_none, ratio, score, stack_tallies
 

@@ -30,11 +30,10 @@ from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_rows, write_nuclei, write_plot_data
 from nuclei3d.report.viewer import ShownVolume, pack_volumes
-from nuclei3d.scoring.assessment import Assessment, assess_volume
-from nuclei3d.scoring.comparison import average_precision_of, compare_paired
+from nuclei3d.scoring.assessment import Assessment, Summary, assess_volume, by_embryo, by_stage, summarise
+from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
-from nuclei3d.scoring.summary import Summary, by_embryo, by_stage, summarise
 from nuclei3d.scoring.watershed import otsu_watershed
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 

@@ -95,12 +95,8 @@ def change_crop(
 
     Parameters
     ----------
-    image
-        float32 (Z, Y, X), normalised, contiguous.
-    labels
-        int32 (Z, Y, X), contiguous.
-    augment
-        What to change, and how much.
+    image, labels
+        float32 and int32 (Z, Y, X), contiguous; the image is normalised.
     generator_of
         Gives the generator of a `nuclei3d.training.crops.Stream`.
     plan, info, grid
@@ -310,17 +306,11 @@ def noise_correlation(image: Image, labels: Labels, along_rows: bool) -> float:
 def noise_of_crop(
     image: Image, labels: Labels, correlation_y: float, correlation_x: float
 ) -> tuple[float, float, float]:
-    """Estimate the noise's variance as a function of intensity.
+    """Estimate the noise's variance as a function of intensity I: ``variance + gain * (I - level)``.
 
     The residual of a pixel against the mean of its two neighbours, along the axis of the lesser correlation,
     has a known share of the pixel's variance (3/2 without correlation); its median absolute value ignores
-    edges and speckles of texture.
-
-    Returns
-    -------
-    variance, level, gain
-        Of the noise at intensity I: ``variance + gain * (I - level)``; variance is that of the background,
-        whose mean is level.
+    edges and speckles of texture. The variance is that of the background, whose mean is level.
     """
     height, width = image.shape
     residuals = np.empty((2, height * width), np.float32)
@@ -391,8 +381,7 @@ def correlate_noise(noise: Image, correlation_y: float, correlation_x: float) ->
     sigma_x = _sigma_of_correlation(correlation_x)
     _blur_columns(noise, sigma_y)
     _blur_rows(noise, sigma_x)
-    factor = math.sqrt(_lag_sum(sigma_y, 0) * _lag_sum(sigma_x, 0))
-    factor = 1.0 / factor
+    factor = 1.0 / math.sqrt(_lag_sum(sigma_y, 0) * _lag_sum(sigma_x, 0))
     if factor != 1.0:
         height, width = noise.shape
         for i in range(height):

@@ -58,8 +58,7 @@ class CropGrid:
     scale
         For planes: crop pixels per pixel of the plane, the same for all.
     nucleus_centred, faint_centred
-        Shares of the crops that are drawn around a nucleus (of a plane: a pixel of one), and around one of
-        the faintest fifth of all.
+        Shares of the crops that are drawn around a nucleus (of a plane: a pixel), or one of the faintest.
     unit_flows
         Whether flows are unit vectors (heat) or have a length of their own (tanh).
     """
@@ -122,10 +121,8 @@ class CropPlan(NamedTuple):
     ----------
     centre_z, centre_y, centre_x
         Middle of the crop in voxels of the sample (voxel i covers i to i + 1).
-    flip_z
-        1 or -1.
-    q00, q01, q10, q11
-        Orthogonal matrix from directions (y, x) in the crop to directions in the sample.
+    flip_z, q00, q01, q10, q11
+        1 or -1, and the orthogonal matrix from directions (y, x) in the crop to directions in the sample.
     scale_z, scale_y, scale_x
         Voxels of the crop per voxel of the sample, along the sample's axes.
     """
@@ -151,18 +148,9 @@ class CropPlan(NamedTuple):
 def draw_crop(
     samples: SampleSet, sample: int, rng: np.random.Generator, augment: AugmentParams, grid: CropGrid
 ) -> CropPlan:
-    """Draw where a crop is cut and how it is turned.
+    """Draw where a crop is cut from a sample and how it is turned.
 
-    Parameters
-    ----------
-    samples, sample
-        The samples, and the index of the one to cut from.
-    rng
-        Its numbers are used in fixed places, so one setting does not shift the draws of another.
-    augment
-        Flips, rotations and rescaling.
-    grid
-        Shape and scale, and what crops are drawn around.
+    The numbers of `rng` are used in fixed places, so that one setting does not shift the draws of another.
     """
     info = samples.infos[sample]
     draw = rng.random(_DRAWS)

@@ -1,20 +1,25 @@
-"""What a network is trained on and judged by: crops of planes or of volumes, with their loss."""
+"""What a network is trained on and judged by: batches of augmented crops of planes or of volumes, and loss.
+
+Crops are cut ahead of the network in threads that hold no interpreter lock.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nuclei3d.config.sections import TrainParams
-from nuclei3d.training.batches import Batch, BatchStream, CropMaker, validation_batches
-from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.learner import Arithmetic
+from nuclei3d.config.sections import AugmentParams, TrainParams
+from nuclei3d.training.augmentation import change_crop
+from nuclei3d.training.crops import CropGrid, Stream, crop_generator, cut_crop, draw_crop
 from nuclei3d.training.losses import (
     CELLPOSE_TERMS,
     FlowFigures,
@@ -26,23 +31,218 @@ from nuclei3d.training.losses import (
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.sampling import epoch_order, nucleus_weights, plane_contrasts, sample_weights
 
+if TYPE_CHECKING:
+    from nuclei3d.training.learner import Arithmetic
+
 _QUINTILES = ("found_faintest", "found_faint", "found_middle", "found_bright", "found_brightest")
 _SMALLEST_PX = 12
+NO_AUGMENTATION = AugmentParams(flips=False, rotation="none", side_rotation="none", rescale_range=0.0)
+
+_VALIDATION_EPOCH = 2**62
+"""Stands for the epoch in the generators of the validation crops, which are the same for every seed."""
 
 
-class Examples:
-    """Training and validation samples, cut into crops on the network's grid.
+@dataclass(frozen=True)
+class Batch:
+    """Crops and targets, in 2D (B, ..., Y, X) or in 3D (B, ..., Z, Y, X).
+
+    Attributes
+    ----------
+    images
+        float32, normalised. In 2D two channels, of which the second is empty, as Cellpose's networks want it,
+        stored channels last; in 3D one channel.
+    foreground, labels
+        bool and int32 (0 is background), without channels.
+    flows
+        float32: (dy, dx) or (dz, dy, dx).
+    weights
+        float32 as `foreground`, loss weights, or None for all 1.
+    samples
+        int64 (B,): the sample that each crop was cut from.
+    """
+
+    images: Tensor
+    foreground: Tensor
+    flows: Tensor
+    weights: Tensor | None
+    labels: NDArray[np.int32]
+    samples: NDArray[np.int64]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the network and the loss read."""
+        return [each for each in (self.images, self.foreground, self.flows, self.weights) if each is not None]
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device; from pinned memory, to a GPU, without waiting."""
+        return self if device.type == "cpu" else self.copied(lambda each: each.to(device, non_blocking=True))
+
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        """Give the batch with a copy of each of its tensors."""
+        return replace(
+            self,
+            images=copy(self.images),
+            foreground=copy(self.foreground),
+            flows=copy(self.flows),
+            weights=None if self.weights is None else copy(self.weights),
+        )
+
+
+@dataclass(frozen=True)
+class CropMaker:
+    """Cuts and augments crops; every crop depends on (seed, epoch, index, sample) and on nothing else.
+
+    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.sampling`), or is None.
+    """
+
+    samples: SampleSet
+    augment: AugmentParams
+    grid: CropGrid
+    seed: int
+    nucleus_weights: Sequence[NDArray[np.float32]] | None = None
+
+    def make_batch(self, samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
+        """Make a batch from these samples; its crops have the numbers `first`, `first` + 1, ..."""
+        crops = (len(samples), *self.grid.shape)
+        images = np.empty(crops, np.float32)
+        labels = np.empty(crops, np.int32)
+        flows = np.empty((len(samples), self.grid.axes, *self.grid.shape), np.float32)
+        weights = None if self.nucleus_weights is None else np.empty(crops, np.float32)
+        for i, sample in enumerate(samples):
+            self._make_crop(int(sample), epoch, first + i, images[i], labels[i], flows[i])
+            if weights is not None and self.nucleus_weights is not None:
+                np.take(self.nucleus_weights[sample], labels[i], out=weights[i])
+        if self.grid.axes == 2:
+            channels = np.zeros((*images[:, 0].shape, 2), np.float32)
+            channels[..., 0] = images[:, 0]
+            shown = torch.from_numpy(channels).permute(0, 3, 1, 2)
+            labels, flows = labels[:, 0], flows[:, :, 0]
+            weights = None if weights is None else weights[:, 0]
+        else:
+            shown = torch.from_numpy(images)[:, None]
+        return Batch(
+            images=shown,
+            foreground=torch.from_numpy(labels > 0),
+            flows=torch.from_numpy(flows),
+            weights=None if weights is None else torch.from_numpy(weights),
+            labels=labels,
+            samples=samples,
+        )
+
+    def _make_crop(
+        self,
+        sample: int,
+        epoch: int,
+        index: int,
+        image: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        flows: NDArray[np.float32],
+    ) -> None:
+        generator_of = partial(crop_generator, self.seed, epoch, index)
+        plan = draw_crop(self.samples, sample, generator_of(Stream.GEOMETRY), self.augment, self.grid)
+        gain, bias = self.samples.gains[sample]
+        arrays = self.samples.read(sample)
+        cut_crop(*arrays, float(gain), float(bias), plan, self.grid.unit_flows, image, labels, flows)
+        change_crop(
+            image,
+            labels,
+            self.augment,
+            generator_of,
+            plan=plan,
+            info=self.samples.infos[sample],
+            grid=self.grid,
+            # of a plane, whose nuclei are not listed, those in the crop
+            largest_label=len(self.samples.nuclei[sample].centres) or int(labels.max()),
+        )
+
+
+def validation_batches(samples: SampleSet, count: int, grid: CropGrid, batch_size: int) -> list[Batch]:
+    """Cut fixed, unaugmented crops from samples spread evenly over a set; all fit in memory.
+
+    Every view has its share of the crops.
+    """
+    if not len(samples) or not count:
+        return []
+    # ordered by view: an even spacing through views in turns could miss one
+    by_view = np.argsort([info.view for info in samples.infos], kind="stable").astype(np.int64)
+    chosen = by_view[((np.arange(count) + 0.5) * len(samples) / count).astype(np.int64)]
+    maker = CropMaker(samples, NO_AUGMENTATION, grid, seed=0)
+    return [
+        maker.make_batch(chosen[first : first + batch_size], _VALIDATION_EPOCH, first)
+        for first in range(0, count, batch_size)
+    ]
+
+
+class BatchStream:
+    """The batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
     Parameters
     ----------
-    samples, validation
-        Planes, or volumes; the latter may be empty.
-    params
-        How to draw and change crops, and what the loss weighs.
-    grid
-        Of the crops.
-    seed
-        Of all draws.
+    order_of
+        Gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`).
+    epochs
+        The epochs to make, in order; the last batch of each may be smaller.
+    workers
+        Threads; their number does not change the crops.
+    pinned
+        Whether the threads put batches in page-locked memory, from which a GPU fetches them.
+    """
+
+    def __init__(
+        self,
+        maker: CropMaker,
+        order_of: Callable[[int], NDArray[np.int64]],
+        epochs: range,
+        batch_size: int,
+        workers: int,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._maker = maker
+        self._pinned = pinned
+        self._jobs = self._list_jobs(order_of, epochs, batch_size)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+        self._waiting: deque[Future[Batch]] = deque()
+        self._ahead = 2 * workers
+
+    @staticmethod
+    def _list_jobs(
+        order_of: Callable[[int], NDArray[np.int64]], epochs: range, batch_size: int
+    ) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+        for epoch in epochs:
+            order = order_of(epoch)
+            for first in range(0, len(order), batch_size):
+                yield order[first : first + batch_size], epoch, first
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
+            self._waiting.append(self._pool.submit(self._make, *job))
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft().result()
+
+    def _make(self, samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
+        batch = self._maker.make_batch(samples, epoch, first)
+        return batch.copied(Tensor.pin_memory) if self._pinned else batch
+
+    def close(self) -> None:
+        """Stop the threads; batches not taken are lost."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Examples:
+    """Training and validation samples (planes, or volumes), cut into crops on the network's grid.
+
+    `seed` is that of all draws.
 
     Attributes
     ----------
@@ -50,11 +250,6 @@ class Examples:
         float64 (samples,): how often each is drawn.
     crops
         Number of crops an epoch.
-
-    Raises
-    ------
-    InputError
-        If no sample is left to draw.
     """
 
     def __init__(
@@ -99,11 +294,8 @@ class Examples:
     def validate(self, network: nn.Module, arithmetic: Arithmetic) -> dict[str, float]:
         """Judge a network on fixed crops of the validation samples; it is left in training mode if it was.
 
-        Returns
-        -------
-        dict
-            Names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
-            quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
+        Gives names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
+        quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
         """
         figures = {f"train_{name}": value for name, value in self._seen.figures().items()}
         self._seen = FlowFigures()

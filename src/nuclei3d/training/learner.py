@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.networks.cpnet import choose_precision
-from nuclei3d.training.batches import Batch
+from nuclei3d.training.examples import Batch
 from nuclei3d.training.losses import Loss
 from nuclei3d.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
 
@@ -55,14 +55,8 @@ class RecordedGradients:
     """Computes gradients on a GPU by replaying a CUDA graph, batch by batch of the shape that came first.
 
     A step over a small batch is some thousand short kernels, which Python launches more slowly than a GPU
-    runs them. A graph launches them all at once; what it computes is the same.
-
-    Parameters
-    ----------
-    compute
-        Fills in the gradients of a batch, starting from none, without waiting for the device.
-    network
-        Whose gradients they are.
+    runs them. A graph launches them all at once; what it computes is the same. `compute` fills in the
+    gradients of a batch, starting from none, without waiting for the device.
     """
 
     def __init__(self, compute: Compute, network: nn.Module) -> None:
@@ -76,12 +70,8 @@ class RecordedGradients:
         self._gradients: list[Tensor | None] = []
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Fill in the gradients of a batch on the device.
-
-        Returns
-        -------
-        output, values
-            As `compute` gives them; both are overwritten by the next call.
+        """Fill in the gradients of a batch on the device; what `compute` gives is overwritten by the next
+        call.
         """
         if self._batch is None and self._eager_steps < _EAGER_STEPS:
             self._eager_steps += 1
@@ -128,14 +118,8 @@ def _shapes(batch: Batch) -> list[torch.Size]:
 class Arithmetic:
     """Where and in which types a network computes.
 
-    Attributes
-    ----------
-    device
-        Where.
-    precision
-        Type of the convolutions; weights, loss and optimiser are float32.
-    layout
-        Order of the axes in memory.
+    `precision` is the type of the convolutions (weights, loss and optimiser are float32), `layout` the order
+    of the axes in memory.
     """
 
     device: torch.device
@@ -164,18 +148,9 @@ def choose_arithmetic(params: TrainParams, device: torch.device, axes: int) -> A
 
 
 class Learner:
-    """A network under training.
+    """A network under training; it is moved to the device and changed.
 
-    Parameters
-    ----------
-    network
-        It is moved to the device and changed.
-    params
-        Optimiser, clipping, mean of the weights.
-    arithmetic
-        How it computes.
-    loss_of
-        Gives the loss of the network's output on a batch.
+    `params` gives optimiser, clipping and mean of the weights, `loss_of` the loss of the output on a batch.
     """
 
     def __init__(
@@ -197,23 +172,10 @@ class Learner:
             self._gradients = RecordedGradients(self._compute_gradients, self.network)
 
     def step(self, batch: Batch, rate: float, number: int) -> tuple[Tensor, Tensor]:
-        """Do one step down the gradient of the loss of a batch.
+        """Do one step, the `number`-th from 0 over the whole training, down the gradient of a batch.
 
-        Parameters
-        ----------
-        batch
-            On the device.
-        rate
-            Learning rate.
-        number
-            Of the step, from 0 over the whole training.
-
-        Returns
-        -------
-        output : Tensor
-            Of the network, before the step; overwritten by the next one.
-        values : Tensor
-            The two parts of the loss, on the device; likewise.
+        Gives the network's output before the step and the two parts of the loss, on the device; both are
+        overwritten by the next step.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.errors import InputError
-from nuclei3d.training.batches import Batch
-from nuclei3d.training.examples import Examples
+from nuclei3d.training.examples import Batch, Examples
 from nuclei3d.training.learner import Learner, choose_arithmetic, learning_rate
 from nuclei3d.training.state import EpochReport, TrainingState, copy_state
 
@@ -38,16 +37,8 @@ class DivergedError(InputError):
 class TrainingOutcome:
     """What a training ended with.
 
-    Attributes
-    ----------
-    weights
-        State dict of the chosen epoch.
-    epoch
-        Its number.
-    state
-        The last state.
-    stopped
-        Why it ended before its last epoch, or an empty text.
+    `weights` is the state dict of the chosen `epoch`, `state` the last one, `stopped` says why it ended
+    before its last epoch, or is empty.
     """
 
     weights: dict[str, Tensor]
@@ -62,12 +53,12 @@ class Callbacks:
 
     Attributes
     ----------
-    save
-        Called after each epoch with the state and whether this epoch is the best so far.
+    save, on_epoch
+        Called after each epoch, with the state and whether it is the best so far, and then with the report;
+        the
+        latter may raise `StopTraining`, or any exception, which ends the training.
     validate_volumes
         Segments the validation volumes with a network and gives the average precision.
-    on_epoch
-        Called after `save`; may raise `StopTraining`, or any exception, which ends the training.
     on_step
         Called after each step with the loss, the number of crops and the learning rate.
     """
@@ -95,14 +86,8 @@ def train_network(
         It is moved to the device and changed. Its first output is what the examples' loss wants.
     examples
         What to learn and to be judged by; without validation data the training loss chooses the best epoch.
-    params
-        How to train.
-    device
-        Where the network computes.
     start
         State to go on from.
-    callbacks
-        Saving, validation in 3D, reports.
 
     Raises
     ------
@@ -115,15 +100,16 @@ def train_network(
     return _Loop(learner, examples, params, callbacks or Callbacks()).run(start)
 
 
+@dataclass(frozen=True)
 class _Loop:
-    def __init__(
-        self, learner: Learner, examples: Examples, params: TrainParams, callbacks: Callbacks
-    ) -> None:
-        self.learner = learner
-        self.examples = examples
-        self.params = params
-        self.callbacks = callbacks
-        self.steps_per_epoch = math.ceil(examples.crops / params.batch_size)
+    learner: Learner
+    examples: Examples
+    params: TrainParams
+    callbacks: Callbacks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples.crops / self.params.batch_size)
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
         state = start or TrainingState({}, {}, None, torch.get_rng_state(), (), 0, -math.inf, {})

@@ -79,15 +79,11 @@ def network_loss(
     ----------
     output
         (B, components + 1, ...): 5 x flow in (y, x) or (z, y, x), logit. Of any type; computed in float32.
-    flows
-        (B, components, ...); 0 on the background.
-    foreground
-        bool (B, ...).
+    flows, foreground
+        (B, components, ...), 0 on the background; bool (B, ...).
     weights
         (B, ...), factors of the errors of a pixel, or None. Means are over pixels, not over weights, so
         heavier nuclei do not make the background lighter.
-    terms
-        What to sum up.
     """
     output = output.float()
     target = foreground.float()
@@ -115,13 +111,7 @@ def network_loss(
 
 
 def losses_of_crops(output: Tensor, flows: Tensor, foreground: Tensor) -> Tensor:
-    """Compute Cellpose's loss of each crop of planes by itself; parameters as `network_loss`.
-
-    Returns
-    -------
-    Tensor
-        float32 (B, 2): the parts flow and probability.
-    """
+    """Compute Cellpose's loss of each crop of planes by itself: float32 (B, 2), flow and probability."""
     output = output.float()
     squared = (output[:, :2] - FLOW_SCALE * flows).square().mean(dim=(1, 2, 3)) / 2
     entropy = F.binary_cross_entropy_with_logits(output[:, 2], foreground.float(), reduction="none")
@@ -157,13 +147,9 @@ class FlowFigures:
     def figures(self) -> dict[str, float]:
         """Give the figures of all batches; none before the first.
 
-        Returns
-        -------
-        dict
-            ``flow_mse_z``, ``_y``, ``_x``: mean squared error of the flow inside nuclei; ``flow_cosine_z``,
-            ...: sum of products over the root of the product of the sums of squares, 1 for a flow that is
-            right up to its length, 0 for one that knows nothing; ``dice`` of the voxels whose logit is above
-            0.
+        ``flow_mse_z``, ``_y``, ``_x``: mean squared error of the flow inside nuclei; ``flow_cosine_z``, ...:
+        sum of products over the root of the product of the sums of squares, 1 for a flow that is right up to
+        its length, 0 for one that knows nothing; ``dice`` of the voxels whose logit is above 0.
         """
         if self._sums is None:
             return {}

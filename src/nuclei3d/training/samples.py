@@ -5,7 +5,7 @@ Everything is (Z, Y, X); a plane is a volume of depth 1, whose rows are z in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -27,16 +27,9 @@ _FAINT_QUANTILE = 0.2
 class SampleInfo:
     """Where a sample came from and what is in it (one row of manifest.csv).
 
-    Attributes
-    ----------
-    index
-        Of a plane within its view; 0 for a volume.
-    shape
-        (Z, Y, X); (1, rows, columns) for a plane.
-    min_contrast
-        Of its faintest nucleus, or nan.
-    norm_low, norm_high
-        Intensities that normalise to 0 and 1.
+    `index` is that of a plane within its view (0 for a volume), `shape` is (Z, Y, X) and (1, rows, columns)
+    for a plane, `min_contrast` that of its faintest nucleus or nan; `norm_low` and `norm_high` normalise to 0
+    and 1.
     """
 
     file: str
@@ -94,11 +87,6 @@ class SampleNuclei(NamedTuple):
     centres: NDArray[np.float32]
     volumes_um3: NDArray[np.float32]
     contrasts: NDArray[np.float32]
-
-    @classmethod
-    def unknown(cls) -> SampleNuclei:
-        """Give the empty table."""
-        return cls(np.empty((0, 3), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -158,37 +146,10 @@ class SampleSet:
         return max(z, 1e-3), max((y + x) / 2, 1e-3), max((y + x) / 2, 1e-3)
 
 
-def stack_samples(
-    infos: Sequence[SampleInfo],
-    images: Sequence[NDArray[np.generic]],
-    labels: Sequence[NDArray[np.integer[Any]]],
-    flows: Sequence[NDArray[np.floating[Any]]],
-    nuclei: Sequence[SampleNuclei] | None = None,
-) -> SampleSet:
-    """Pack samples given as arrays: images and labels (Z, Y, X), flows (components, Z, Y, X) from -1 to 1."""
-    stored = [quantise_image(image) for image in images]
-    arrays = [
-        SampleArrays(np.ascontiguousarray(pixels), compact_type(sample_labels), quantise_flows(sample_flows))
-        for (pixels, _, _), sample_labels, sample_flows in zip(stored, labels, flows, strict=True)
-    ]
-    power = [measure_flow_power(*each) for each in zip(flows, labels, strict=True)]
-    return SampleSet(
-        infos=tuple(infos),
-        step=np.array([step for _, step, _ in stored]),
-        offset=np.array([offset for _, _, offset in stored]),
-        nuclei=tuple(nuclei) if nuclei is not None else (SampleNuclei.unknown(),) * len(infos),
-        flow_power=np.array(power, dtype=np.float64).reshape(-1, 3),
-        read=arrays.__getitem__,
-    )
-
-
 def quantise_image(image: NDArray[np.generic]) -> tuple[NDArray[np.uint16], float, float]:
     """Store an image as uint16; exact for unsigned integers of up to 16 bits, else to 1/65535 of its range.
 
-    Returns
-    -------
-    stored, step, offset
-        ``image = stored * step + offset``.
+    Gives (stored, step, offset): ``image = stored * step + offset``.
     """
     if image.dtype in (np.uint8, np.uint16, np.bool_):
         return image.astype(np.uint16, copy=False), 1.0, 0.0
@@ -202,12 +163,6 @@ def quantise_flows(flows: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
     """Store flows (component, ...) from -1 to 1 as int8 (..., component), times `FLOW_STEPS`."""
     stored = np.asarray(np.rint(np.clip(flows, -1, 1) * FLOW_STEPS), np.int8)
     return np.ascontiguousarray(np.moveaxis(stored, 0, -1))
-
-
-def compact_type(labels: NDArray[np.integer[Any]]) -> NDArray[np.unsignedinteger[Any]]:
-    """Store labels as uint16 where they fit, else as uint32."""
-    dtype = np.uint16 if int(labels.max(initial=0)) < 2**16 else np.uint32
-    return np.ascontiguousarray(labels, dtype=dtype)
 
 
 def measure_flow_power(

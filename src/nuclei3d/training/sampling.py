@@ -24,11 +24,6 @@ def sample_weights(
 
     A crop of a volume is to show every nucleus alike often, so the weight of a volume is the number of nuclei
     (at least 1), times the weights of `params` that are not about planes.
-
-    Raises
-    ------
-    InputError
-        If no sample has a weight above 0.
     """
     planes = np.array([info.is_plane for info in infos], dtype=bool)
     nuclei = np.array([info.nuclei for info in infos], dtype=np.float64)
@@ -79,14 +74,10 @@ def epoch_order(weights: NDArray[np.float64], crops: int, seed: int, epoch: int)
 
 
 def plane_contrasts(image: NDArray[np.float32], labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """Measure the contrast of each nucleus in a plane (Y, X).
+    """Measure the contrast of each nucleus in a plane (Y, X): float64 (largest label + 1,).
 
-    The median inside, less the median of the unlabelled pixels around, over 1.4826 times the MAD of these.
-
-    Returns
-    -------
-    float64 (largest label + 1,)
-        nan for the background, missing labels and nuclei without unlabelled pixels around.
+    The median inside, less the median of the unlabelled pixels around, over 1.4826 times the MAD of these;
+    nan for the background, missing labels and nuclei without unlabelled pixels around.
     """
     contrasts = np.full(int(labels.max(initial=0)) + 1, np.nan)
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -105,12 +96,9 @@ def plane_contrasts(image: NDArray[np.float32], labels: NDArray[np.integer[Any]]
 
 
 def nucleus_weights(samples: SampleSet, params: LossParams) -> list[NDArray[np.float32]] | None:
-    """Compute the weight of every nucleus of every sample in the loss, by contrast or size.
+    """Compute the weight of every nucleus in the loss, by contrast or size; None if all are 1.
 
-    Returns
-    -------
-    list of float32 (largest label + 1,), one per sample, or None
-        Entry 0 (background) is 1; None if all weights are 1.
+    Gives float32 (largest label + 1,) of each sample, whose entry 0 (background) is 1.
     """
     if params.weight_by == "none" or params.power == 0 or not len(samples):
         return None

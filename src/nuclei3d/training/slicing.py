@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,7 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
-
-View = Literal["xy", "xz", "yz"]
-VIEW_AXIS: Mapping[View, int] = {"xy": 0, "xz": 1, "yz": 2}
-"""The axis of (z, y, x) along which the planes of a view are counted."""
+from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 
 @dataclass(frozen=True)
@@ -53,21 +50,9 @@ class Plane:
 def to_isotropic(
     image: NDArray[np.generic], labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, downsample_xy: float
 ) -> IsotropicVolume:
-    """Downsample in x and y, then resample z to cubic voxels.
+    """Bring image (linearly) and labels (nearest neighbour), both (Z, Y, X), to cubic voxels.
 
-    Parameters
-    ----------
-    image, labels
-        (Z, Y, X). The image is interpolated linearly, labels by nearest neighbour.
-    voxel_size
-        Of the input.
-    downsample_xy
-        How many times wider the cubic voxels are than the input's in x.
-
-    Raises
-    ------
-    InputError
-        If nothing would be left of an axis.
+    These are `downsample_xy` times wider than the input's in x.
     """
     voxel_um = voxel_size.x * downsample_xy
     shape = isotropic_shape(image.shape, voxel_size, voxel_um)
@@ -85,14 +70,10 @@ def to_isotropic(
 def drop_slivers(
     labels: NDArray[np.integer[Any]], min_area_px: int
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """Remove nuclei cut so tangentially that less than `min_area_px` is left, and renumber the others.
+    """Remove nuclei cut so tangentially that less than `min_area_px` is left, and renumber the others to
+    1..n.
 
-    Returns
-    -------
-    labels
-        The plane with labels 1..n.
-    label_of
-        The original label of each, entry 0 being 0.
+    Gives the plane, and the original label of each nucleus, entry 0 being 0.
     """
     values, inverse, areas = np.unique(labels, return_inverse=True, return_counts=True)
     keep = (values != 0) & (areas >= min_area_px)
@@ -100,11 +81,6 @@ def drop_slivers(
     new[keep] = np.arange(1, keep.sum() + 1)
     label_of = np.concatenate([[0], values[keep]]).astype(np.uint32)
     return new[inverse].reshape(labels.shape), label_of
-
-
-def plane_indices(length: int, step: int) -> range:
-    """Give the indices of the planes looked at: every `step`-th from half a step on; none if `step` is 0."""
-    return range(step // 2, length, step) if step > 0 else range(0)
 
 
 def cut_planes(
@@ -115,24 +91,17 @@ def cut_planes(
     min_area_px: int,
     sparse_share: float = 0.0,
 ) -> Iterator[Plane]:
-    """Cut planes from the three views.
+    """Cut planes from the three views, of each every so many as `steps` says (0: none).
 
-    Parameters
-    ----------
-    volume
-        Image and labels on cubic voxels.
-    steps
-        For each view, every how many planes one is taken (0: none).
-    min_nuclei
-        A plane with fewer nuclei is left out,
-    min_area_px
-        where a nucleus counts if it covers at least this many pixels of the plane,
-    sparse_share
-        unless it belongs to this share of the left out planes, taken evenly through the view.
+    A plane with fewer than `min_nuclei` nuclei of at least `min_area_px` pixels is left out, unless it
+    belongs to the share `sparse_share` of these, taken evenly through the view.
     """
-    for view, axis in VIEW_AXIS.items():
+    for view in VIEWS:
+        axis = VIEW_AXIS[view]
         passed_over = 0
-        for index in plane_indices(volume.labels.shape[axis], steps.get(view, 0)):
+        step = steps.get(view, 0)
+        # from half a step on
+        for index in range(step // 2, volume.labels.shape[axis], step) if step > 0 else ():
             labels, label_of = drop_slivers(np.take(volume.labels, index, axis=axis), min_area_px)
             if len(label_of) - 1 < min_nuclei:
                 # even spacing without a generator: take one each time the share passes an integer
@@ -145,23 +114,10 @@ def cut_planes(
 def drop_small_labels(
     labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, min_volume_um3: float
 ) -> tuple[NDArray[np.integer[Any]], int]:
-    """Make labels below a volume background, such as the debris of hand labelling.
+    """Make labels below a volume background, such as the debris of hand labelling; the others keep their
+    numbers.
 
-    Parameters
-    ----------
-    labels
-        (z, y, x), 0 for background; left as it is.
-    voxel_size
-        Of the labels.
-    min_volume_um3
-        Least volume that is kept; 0 keeps all.
-
-    Returns
-    -------
-    labels : array of the same shape and dtype
-        Without the small ones; the others keep their numbers.
-    dropped : int
-        How many labels went.
+    Gives the labels (z, y, x), the very same if none goes, and how many went.
     """
     small = [
         label for label, volume in nucleus_volumes_um3(labels, voxel_size).items() if volume < min_volume_um3

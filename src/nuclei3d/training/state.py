@@ -51,14 +51,8 @@ whole epoch, the network waited for crops.
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch did.
-
-    Attributes
-    ----------
-    epoch
-        Counted from 1.
-    measured
-        Values by name (`METRICS`); what was not measured is absent or nan.
+    """What one epoch, counted from 1, did: values by name (`METRICS`); what was not measured is absent or
+    nan.
     """
 
     epoch: int
@@ -122,38 +116,17 @@ class TrainingState:
 
     def as_plain(self) -> dict[str, Any]:
         """Give the state, without the best weights, as tensors, numbers, texts, lists and dictionaries."""
-        return {
-            "format": FORMAT,
-            "network": self.network,
-            "optimizer": self.optimizer,
-            "average": self.average,
-            "generator": self.generator,
-            "history": [asdict(report) for report in self.history],
-            "best_epoch": self.best_epoch,
-            "best_score": self.best_score,
-        }
+        history = [asdict(report) for report in self.history]
+        return {**vars(self), "best": None, "history": history, "format": FORMAT}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], best: dict[str, Tensor]) -> TrainingState:
-        """Restore what `as_plain` gave.
-
-        Raises
-        ------
-        KeyError, TypeError
-            If it is something else.
-        """
+        """Restore what `as_plain` gave; KeyError or TypeError if it is something else."""
         if plain["format"] != FORMAT:
             raise KeyError("format")
-        return cls(
-            network=plain["network"],
-            optimizer=plain["optimizer"],
-            average=plain["average"],
-            generator=plain["generator"],
-            history=tuple(EpochReport(**report) for report in plain["history"]),
-            best_epoch=plain["best_epoch"],
-            best_score=plain["best_score"],
-            best=best,
-        )
+        history = tuple(EpochReport(**report) for report in plain["history"])
+        values = {name: value for name, value in plain.items() if name != "format"}
+        return cls(**{**values, "history": history, "best": best})
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Seq
             "the validation volumes hold no nucleus as faint as the faintest fifth in training; search for "
             "search.objective: ap, or validate on other embryos"
         )
-    reached = recall_at_precision(assessments, search.precision, edges=edges, bin_index=_FAINTEST)
+    reached = recall_at_precision(assessments, search.precision, edges=edges)
     if reached is not None:
         return reached[0]
     # below every model that reaches the precision, and the lower the further from it

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from nuclei3d.config.sections import AugmentParams
 from nuclei3d.images.voxel_size import VoxelSize
@@ -7,11 +8,27 @@ from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
-from nuclei3d.training.batches import NO_AUGMENTATION, CropMaker, validation_batches
 from nuclei3d.training.crops import CropGrid, draw_crop
+from nuclei3d.training.examples import NO_AUGMENTATION, BatchStream, CropMaker, validation_batches
+from nuclei3d.training.samples import quantise_image
+from slices_fixture import make_planes
 from volumes_fixture import make_volumes
 
+EVERYTHING = AugmentParams(
+    dim_share=0.5,
+    depth_attenuation=1.0,
+    blur_px=1.0,
+    noise=0.1,
+    low_resolution=0.5,
+    brightness_linear=0.3,
+    brightness_gamma=0.3,
+)
 SIZE = VoxelSize(2.0, 1.0, 1.0)
+GRID = CropGrid((1, 48, 48), 14.0)
+
+
+def maker(augment=EVERYTHING, seed=5, **settings):
+    return CropMaker(make_planes(), augment, GRID, seed, **settings)
 
 
 def maker_of(volumes, augment=NO_AUGMENTATION, shape=(20, 40, 40), voxel_size=SIZE, seed=0, **settings):
@@ -20,6 +37,107 @@ def maker_of(volumes, augment=NO_AUGMENTATION, shape=(20, 40, 40), voxel_size=SI
 
 def one(maker, index=0, epoch=0, volume=0):
     return maker.make_batch(np.array([volume]), epoch, index)
+
+
+def joined(batches):
+    batches = list(batches)
+    return torch.cat([b.images for b in batches]), torch.cat([b.flows for b in batches])
+
+
+def plane_maker(seed):
+    return maker(seed=seed)
+
+
+def volume_maker(seed):
+    augment = AugmentParams(
+        dim_share=0.5, noise=0.1, blur_px=1.0, depth_attenuation=0.5, brightness_gamma=0.3
+    )
+    return maker_of(make_volumes(2), augment, shape=(8, 16, 16), seed=seed, nucleus_centred=0.5)
+
+
+@pytest.mark.parametrize("make", [plane_maker, volume_maker])
+def test_a_crop_depends_on_seed_epoch_and_number_only(make):
+    whole = make(5).make_batch(np.array([0, 1, 0, 0]), 2, 5)
+    alone = one(make(5), 6, epoch=2, volume=1)
+    assert torch.equal(whole.images[1], alone.images[0])
+    np.testing.assert_array_equal(whole.labels[1], alone.labels[0])
+    assert not torch.equal(whole.images[2], whole.images[3])
+    for other in (one(make(5), 6, epoch=3, volume=1), one(make(6), 6, epoch=2, volume=1)):
+        assert not torch.equal(other.images[0], alone.images[0])
+
+
+@pytest.mark.parametrize(
+    ("samples", "grid"),
+    [(make_planes(9), GRID), (make_volumes(3), CropGrid((8, 16, 16), 12.0, SIZE, nucleus_centred=0.5))],
+)
+def test_validation_crops_are_the_same_every_time_and_from_all_views_and_volumes(samples, grid):
+    first, second = (validation_batches(samples, 6, grid, 4) for _ in range(2))
+    assert [len(batch.samples) for batch in first] == [4, 2]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+    drawn = [samples.infos[sample] for batch in first for sample in batch.samples]
+    assert {info.view for info in drawn} == {info.view for info in samples.infos}
+    assert len({info.file for info in drawn}) == min(6, len(samples))
+    values = torch.cat([b.images[:, 0].flatten() for b in first])
+    assert -0.2 < float(values.min()) < 0 < float(values.max()) < 1.3
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 5), (3, 4), (2, 12)])
+def test_crops_depend_neither_on_workers_nor_on_batches(workers, batch_size):
+    def stream(batch_size, workers):
+        with BatchStream(
+            maker(), lambda epoch: (np.arange(12) + epoch) % 6, range(3, 5), batch_size, workers
+        ) as batches:
+            return joined(batches)
+
+    images, flows = stream(batch_size, workers)
+    expected_images, expected_flows = stream(12, 1)
+    assert len(images) == 2 * 12
+    assert torch.equal(images, expected_images)
+    assert torch.equal(flows, expected_flows)
+
+
+def test_a_batch_is_laid_out_for_the_network():
+    batch = maker().make_batch(np.arange(4), 0, 0)
+    assert batch.images.shape == (4, 2, 48, 48)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert not batch.images[:, 1].any()
+    assert np.array_equal(batch.foreground.numpy(), batch.labels > 0)
+    lengths = batch.flows.norm(dim=1)
+    assert not lengths[~batch.foreground].any()
+    assert float(lengths[batch.foreground].median()) == pytest.approx(1, abs=1e-4)
+
+
+def test_appearance_leaves_labels_and_flows_alone():
+    plain = maker(AugmentParams()).make_batch(np.arange(6), 0, 0)
+    changed = maker().make_batch(np.arange(6), 0, 0)
+    assert np.array_equal(plain.labels, changed.labels)
+    assert torch.equal(plain.flows, changed.flows)
+    assert not torch.equal(plain.images, changed.images)
+
+
+def test_weights_follow_the_labels():
+    planes = make_planes()
+    tables = [np.arange(planes.read(p).labels.max() + 1, dtype=np.float32) + 1 for p in range(len(planes))]
+    batch = maker(nucleus_weights=tables).make_batch(np.arange(6), 0, 0)
+    assert np.array_equal(batch.weights.numpy(), batch.labels + 1)
+
+
+def test_no_validation_planes_give_no_batches():
+    assert validation_batches(make_planes(0), 6, GRID, 4) == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_small_unsigned_images_are_stored_exactly(dtype):
+    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (20, 20)).astype(dtype)
+    stored, step, offset = quantise_image(image)
+    np.testing.assert_array_equal(stored * step + offset, image)
+
+
+@pytest.mark.parametrize("image", [np.linspace(-3, 900, 400).reshape(20, 20), np.full((4, 4), -2.5)])
+def test_other_images_are_stored_to_a_65535th_of_their_range(image):
+    stored, step, offset = quantise_image(image.astype(np.float32))
+    assert stored.dtype == np.uint16
+    np.testing.assert_allclose(stored * step + offset, image, atol=np.ptp(image) / 65535 + 1e-4)
 
 
 def test_an_unchanged_patch_of_the_whole_volume_is_the_volume():
@@ -92,23 +210,6 @@ def test_outside_the_volume_all_is_zero():
     assert (batch.labels[0] > 0).sum() == (volumes.read(0).labels > 0).sum()
 
 
-def test_a_patch_depends_on_seed_epoch_and_number_only():
-    volumes = make_volumes(2)
-    augment = AugmentParams(
-        dim_share=0.5, noise=0.1, blur_px=1.0, depth_attenuation=0.5, brightness_gamma=0.3
-    )
-    maker = maker_of(volumes, augment, shape=(8, 16, 16), nucleus_centred=0.5)
-    whole = maker.make_batch(np.array([0, 1, 0]), 2, 5)
-    alone = maker.make_batch(np.array([1]), 2, 6)
-    np.testing.assert_array_equal(whole.images[1], alone.images[0])
-    np.testing.assert_array_equal(whole.labels[1], alone.labels[0])
-    for other in (
-        one(maker, 6, epoch=3, volume=1),
-        one(maker_of(volumes, augment, (8, 16, 16), seed=1), 6, 2, 1),
-    ):
-        assert not np.array_equal(other.images[0], alone.images[0])
-
-
 def test_a_dimmed_nucleus_is_dimmed_in_all_its_planes_alike():
     volumes = make_volumes(1, nuclei=3, shape=(20, 60, 60))
     before = one(maker_of(volumes, shape=(20, 60, 60)))
@@ -142,12 +243,3 @@ def test_light_falls_along_z_only():
     assert np.nanmax(np.nanstd(ratio, axis=(1, 2))) < 1e-4
     steps = np.diff(by_plane[np.isfinite(by_plane)])
     assert (steps < 0).all() or (steps > 0).all()
-
-
-def test_validation_patches_are_fixed_and_come_from_every_volume():
-    volumes = make_volumes(3)
-    grid = CropGrid((8, 16, 16), 12.0, SIZE, nucleus_centred=0.5)
-    first, again = (validation_batches(volumes, 6, grid, 4) for _ in range(2))
-    assert [len(batch.samples) for batch in first] == [4, 2]
-    assert {int(v) for batch in first for v in batch.samples} == {0, 1, 2}
-    assert all(np.array_equal(a.images, b.images) for a, b in zip(first, again, strict=True))
