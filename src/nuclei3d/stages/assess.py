@@ -44,17 +44,7 @@ _HEADLINE = (
 
 @dataclass(frozen=True)
 class AssessFolders:
-    """Where an assessment puts its results.
-
-    Attributes
-    ----------
-    predictions
-        Masks of the model, a folder per embryo.
-    baselines
-        Those of the baselines that are predictions too, a folder each.
-    evaluation
-        metrics.json, nuclei.csv, report.
-    """
+    """Where masks (a folder per embryo), those of baselines, and metrics.json with its report go."""
 
     predictions: Path
     baselines: Path
@@ -74,18 +64,14 @@ def assess(
     *,
     slices: Path | None = None,
 ) -> EvaluateResult:
-    """Predict the held-out (test) frames of a data set and evaluate them.
+    """Predict the held-out (test) frames of a data set and evaluate them, with the baselines beside them.
 
     Parameters
     ----------
     params
         `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
-    data
-        The data set.
     model
         A model folder, weights file, or URI.
-    folders
-        Where the masks go, a folder per embryo, and metrics.json and the report.
     slices
         The slice data set of the training, whose bins of contrast the evaluation then takes.
     """
@@ -195,26 +181,11 @@ class _Baseline(NamedTuple):
 def predict_baselines(
     params: Params, frames: Mapping[str, Sequence[Path]], model: str, out: Path
 ) -> dict[str, Path]:
-    """Predict held-out frames with the baselines that `evaluate.baselines` names.
+    """Predict held-out frames (images by embryo) with the baselines that `evaluate.baselines` names.
 
     Frames that were done before with the same network and settings are kept; baselines of earlier calls
-    that are no longer wanted are removed.
-
-    Parameters
-    ----------
-    params
-        The sections evaluate, predict, data and tracking are used.
-    frames
-        Images by embryo.
-    model
-        The model that is evaluated: a folder, weights file, or URI.
-    out
-        The folder to write: ``<baseline>/<embryo>/<stem>_masks.ome.tif``.
-
-    Returns
-    -------
-    dict[str, Path]
-        The folder of each baseline by the name that the report gives it.
+    that are no longer wanted are removed. Gives the folder of each, ``<out>/<baseline>``, with a folder per
+    embryo, by the name that the report gives it.
     """
     from nuclei3d.stages.predict import predict
 

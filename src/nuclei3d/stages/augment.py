@@ -35,13 +35,7 @@ class SheetResult:
 
 
 def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetResult:
-    """Draw augmented crops of a slice data set into a PNG and keep it in MLflow.
-
-    Raises
-    ------
-    InputError
-        If `slices` is no slice data set, has no training planes, or `out` cannot be written.
-    """
+    """Draw augmented crops of a slice data set into a PNG and keep it in MLflow."""
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.training_data import load_samples, read_slices
 

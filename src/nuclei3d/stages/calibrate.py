@@ -33,20 +33,8 @@ class ValidationVolumes:
 def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> ValidationVolumes:
     """Read the validation frames that a training needs, before it starts.
 
-    Parameters
-    ----------
-    params
-        The sections data, calibrate and train.
-    data
-        Labelled embryos; None: those that the slices were made from, if they are still there. Where they are
-        not, or the split has changed, that is said and the training goes without.
-    described
-        The slices.
-
-    Raises
-    ------
-    InputError
-        If `data` is given and unusable.
+    They come from `data` or, if None, from where the slices were made from: where that is gone, or the split
+    has changed, that is said and the training goes without.
     """
     wanted = params.train.validation_volumes if params.train.validate_volumes_every else 0
     if not wanted and params.calibrate.volumes == 0:
@@ -120,22 +108,10 @@ class CalibrateResult:
 
 
 def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
-    """Choose a model's thresholds on the validation embryos of a data set.
+    """Choose a model's thresholds on the validation embryos of a data set; write them into its model.json.
 
-    Parameters
-    ----------
-    params
-        The sections calibrate, data (split) and predict are used. Where predict names further models, the
-        thresholds are for this one with those: a prediction takes them from this one.
-    model
-        Model folder; its model.json is replaced.
-    data
-        Labelled embryos; those that the model was trained on must not be among the validation ones.
-
-    Raises
-    ------
-    InputError
-        If there is no model, or no labelled validation frame.
+    Where the section predict names further models, the thresholds are for this one with those: a prediction
+    takes them from this one. The model must not have been trained on these embryos.
     """
     from nuclei3d.networks.folder import INFO_FILE
 

@@ -67,18 +67,12 @@ class _Evaluation:
 
 
 def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> CompareResult:
-    """Compare two evaluations volume by volume.
+    """Compare two evaluations, each a metrics.json or its folder, volume by volume.
 
     Both are pooled over the volumes that they share; whole embryos (or blocks of time, see
     `nuclei3d.scoring.bootstrap`) are drawn with replacement, the same for both, so what varies between
-    embryos cancels out and small differences become visible.
-
-    Parameters
-    ----------
-    a, b
-        metrics.json, or the folder of an evaluation.
-    out
-        A ``.json`` file, or a folder to hold compare.json; None writes nothing.
+    embryos cancels out and small differences become visible. The result goes to `out`, a ``.json`` file or a
+    folder to hold compare.json.
 
     Raises
     ------

@@ -48,15 +48,7 @@ _WORTH_PROCESSES = 200_000_000
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What the evaluation found.
-
-    Attributes
-    ----------
-    metrics
-        The content of metrics.json.
-    files
-        What was written, metrics.json first; for the artifacts of the run.
-    """
+    """The content of metrics.json, and what was written, metrics.json first."""
 
     out: Path
     metrics: dict[str, Any]
@@ -106,8 +98,6 @@ def evaluate(
 
     Parameters
     ----------
-    params
-        The sections data and evaluate are used.
     truth, pred
         Folders of label volumes (or single volumes); see `nuclei3d.stages.pairing` for how names pair. True
         volumes without prediction, and the reverse, are left out and named.
@@ -127,12 +117,6 @@ def evaluate(
         What the report calls the predictions.
     only
         The files of true labels that count, of all that lie below `truth`; None: all.
-
-    Raises
-    ------
-    InputError
-        If nothing pairs, it is in doubt what pairs, shapes differ, a file is damaged or `out` is no place
-        for an evaluation.
     """
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -172,13 +156,7 @@ def evaluate(
 
 
 def read_baselines(given: Sequence[str]) -> dict[str, Path]:
-    """Read baselines written as ``NAME=DIR``.
-
-    Raises
-    ------
-    InputError
-        If one is not, or a name occurs twice.
-    """
+    """Read baselines written as ``NAME=DIR``."""
     baselines: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -242,12 +220,7 @@ def _assess(
 ) -> tuple[dict[str, list[Assessment]], list[str]]:
     """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
 
-    Returns
-    -------
-    assessed
-        Per method its assessments, in the order of `pairs`.
-    digests
-        Fingerprints of the true labels.
+    Gives the assessments of each method in the order of `pairs`, and fingerprints of the true labels.
     """
     results = _map("evaluate", partial(_assess_methods, params, method), pairs)
     digests = [digest for digest, _ in results]

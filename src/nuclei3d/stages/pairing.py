@@ -42,16 +42,16 @@ _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
+    Folders called `labels`, `images` and the like count for nothing here.
+
     Attributes
     ----------
     folders
-        Names of the folders between the root and the file, without `labels`, `images` and the like.
+        Names of the folders between the root and the file.
     stem
         Name of the frame without `_masks` and the like.
-    home
-        The folder of the embryo as far as folders tell: the innermost one, not called `labels` or the like.
-    root
-        Name of the folder that was searched.
+    home, root
+        The innermost folder, and the name of the one that was searched.
     """
 
     frame: Frame
@@ -128,20 +128,10 @@ def pair_entries(
 def refuse_doubt(
     first: Sequence[Entry], second: Sequence[Entry], pairs: Sequence[tuple[Entry, Entry]]
 ) -> None:
-    """Refuse two folders of labels whose frames may be those of different embryos.
+    """Refuse true and predicted volumes, paired by `pair_entries`, that may be of different embryos.
 
-    Parameters
-    ----------
-    first, second
-        The true and the predicted volumes.
-    pairs
-        From `pair_entries`.
-
-    Raises
-    ------
-    InputError
-        If a frame without an embryo's folder has the name of frames of several embryos, or a pair lies in
-        folders named after different embryos of one data set.
+    So it is if a frame without an embryo's folder has the name of frames of several embryos, or a pair lies
+    in folders named after different embryos of one data set.
     """
     for one, other in pairs:
         if _of_different_embryos(one, other) or _of_different_embryos(other, one):
@@ -239,10 +229,6 @@ class VolumePair:
     ----------
     name
         ``<embryo>/<frame>``, unique.
-    pred
-        The prediction of the model.
-    image
-        None where there is none.
     voxel_size
         In um if `physical`; else of unit length, because no file says it.
     baselines
@@ -306,12 +292,7 @@ def pair_volumes(
     baselines: Mapping[str, Path],
     only: Collection[Path] | None = None,
 ) -> Pairing:
-    """Find which prediction, image and baseline belongs to each true volume.
-
-    Parameters
-    ----------
-    only
-        The files of true labels that count, of all that lie below `truth`; None: all.
+    """Find which prediction, image and baseline belongs to each true volume, `only` of those files if given.
 
     Raises
     ------

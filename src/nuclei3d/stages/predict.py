@@ -85,12 +85,6 @@ def predict(
         Folder for ``<stem>_masks.ome.tif`` and ``<stem>_nuclei.csv``.
     overwrite
         Segment again what was done before.
-
-    Raises
-    ------
-    InputError
-        If inputs or model are missing or wrong, two frames would have outputs of one name, or the folder
-        cannot be written.
     """
     frames = find_all(inputs, params)
     predictor = open_model(params, model)
@@ -157,20 +151,7 @@ def _say_plan(frames: Sequence[Frame], out: Path) -> None:
 
 
 def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
-    """Find the frames of all inputs, in their order.
-
-    Parameters
-    ----------
-    inputs
-        Files, folders, OME-Zarr.
-    params
-        Section ``data``: channel, voxel size.
-
-    Raises
-    ------
-    InputError
-        If there are none, one does not state its voxel size, or two frames would have outputs of one name.
-    """
+    """Find the frames of all inputs, in their order; all state their voxel size and differ in name."""
     if not inputs:
         raise InputError("nothing to predict: give files, folders or OME-Zarr")
     given = params.data.voxel_size_um
@@ -199,17 +180,7 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model here or behind an address, and what its results depend on.
-
-    Attributes
-    ----------
-    model
-        Where frames are segmented.
-    params
-        Of the prediction.
-    identity
-        Of model and settings, for `fingerprint_of`.
-    """
+    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`."""
 
     model: Segmenter | RemoteModel
     params: PredictParams

@@ -85,8 +85,6 @@ class BlockRun:
         Address of a Dask scheduler that is already there; None for none.
     slack
         By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     """
 
     memory_gb: float
@@ -129,17 +127,8 @@ def required_gb(frame: Frame, settings: SegmentationSettings) -> float:
 def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folder: Path) -> list[Block]:
     """Cut a frame into as few blocks as each fit into what a worker may use.
 
-    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies.
-
-    Parameters
-    ----------
-    folder
-        Of intermediate results. It remembers the blocks; the results of others are removed.
-
-    Raises
-    ------
-    InputError
-        If blocks cannot be small enough.
+    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies. The folder of
+    intermediate results remembers them; the results of other blocks are removed.
     """
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
     voxel_size = frame.require_voxel_size()
@@ -196,16 +185,10 @@ class BlockTask:
 
     Attributes
     ----------
-    frame
-        The whole volume.
     outer
-        The box of it that is read and segmented.
-    weights, orthogonal_weights, volume_weights
-        Files of the models (`nuclei3d.segmentation.segmenter.Models`), read by every worker.
+        The box of the frame that is read and segmented.
     settings
         With the range of intensities of the whole frame.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     threads
         For torch; None for all.
     labels_file
@@ -269,22 +252,7 @@ def _network(weights: Path) -> Any:
 def join_blocks(
     frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
 ) -> list[Nucleus]:
-    """Join the nuclei of all blocks and write the masks core by core.
-
-    Parameters
-    ----------
-    frame
-        The volume; read again, core by core, to measure the nuclei.
-    blocks, tasks
-        How it was cut, and the results; one task per block.
-    masks
-        OME-Zarr folder to write, whole or not at all.
-
-    Returns
-    -------
-    list of Nucleus
-        By label, 1..n.
-    """
+    """Join the nuclei of all blocks (one task each) and write the masks, OME-Zarr, core by core."""
     voxel_size = frame.require_voxel_size()
     located = [
         locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
@@ -415,26 +383,16 @@ def predict_in_blocks(
     masks: Path,
     progress: Callable[[float], None],
 ) -> list[Nucleus]:
-    """Segment a frame block by block.
+    """Segment a frame block by block, in any mode but ``cellpose``, and give its nuclei.
 
     Parameters
     ----------
-    frame
-        The volume.
-    models, settings
-        As for the whole volume; any mode but ``cellpose``.
-    run
-        Memory, workers and device.
     fingerprint
         Of frame, models and settings: results of a run before with another are not used.
     masks
         OME-Zarr folder to write, whole or not at all.
     progress
         Called with the share done.
-
-    Returns
-    -------
-    list of Nucleus
 
     Raises
     ------

@@ -79,19 +79,12 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 
     Parameters
     ----------
-    params
-        The sections data, normalization and prepare are used, and train.network.
     data
         ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
     out
         The folder to write: ``train``, ``validation`` and ``test`` with the samples, manifest.csv,
         summary.json and slices.png (volumes: nuclei.csv). It appears when all is done; one that is there is
         replaced.
-
-    Raises
-    ------
-    InputError
-        If the data set or the split is unusable, or no training plane holds enough nuclei.
     """
     refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     solid = params.train.network == "full3d"
@@ -124,18 +117,9 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 
 @dataclass(frozen=True)
 class PreparedFrame:
-    """What one frame gave.
+    """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
-    Attributes
-    ----------
-    samples
-        As they were written.
-    voxel_um
-        Edge of a pixel in x and y, as stored.
-    volumes_um3, contrasts
-        Of its nuclei in 3D; a contrast may be nan.
-    labels_left_out
-        How many were too small.
+    A contrast may be nan; `labels_left_out` counts those that were too small.
     """
 
     samples: tuple[StoredSample, ...]

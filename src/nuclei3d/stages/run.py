@@ -18,22 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What the job made.
+    """What the job made; the metrics are those that a reader looks at first, on the held-out embryos.
 
-    Attributes
-    ----------
-    out
-        The folder with all of it.
-    metrics
-        The few numbers that a reader looks at first, on the held-out embryos.
-    name, version
-        The registered model; None with tracking switched off.
-    champion, reason
-        The version that is champion now, and why it moved or stayed.
-    skipped
-        Stages that found themselves done before with the same inputs.
-    run_id
-        The parent run in MLflow.
+    With tracking switched off nothing is registered: name, version, champion and reason are None.
     """
 
     out: Path
@@ -54,21 +41,8 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     """Prepare, train, predict the held-out embryos, evaluate, register.
 
     One MLflow run holds a child per stage. Every stage finds out by itself what of it was done before: a job
-    that was killed goes on where it was when it is started again, in the same MLflow run.
-
-    Parameters
-    ----------
-    params
-        All of them.
-    data
-        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
-    out
-        The folder to write: slices, models/<name>, predictions, baselines, evaluation.
-
-    Raises
-    ------
-    InputError
-        If the data, a parameter or the tracking store is at fault.
+    that was killed goes on where it was when it is started again, in the same MLflow run. Below `out` appear
+    slices, models/<name>, predictions, baselines and evaluation.
     """
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.assess import (

@@ -46,11 +46,6 @@ def simulate(params: Params, out: Path) -> SimulateResult:
     """Write the embryos of the section `simulate` into ``<out>/<embryo>/{images,labels}/<frame>.tif``.
 
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
-
-    Raises
-    ------
-    InputError
-        If `out` cannot be written, or holds something other than an earlier simulation.
     """
     _check_replaceable(out)
     settings = params.simulate

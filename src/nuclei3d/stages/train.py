@@ -57,18 +57,12 @@ class TrainResult:
 
     Attributes
     ----------
-    model
-        The model folder.
-    epochs
-        Epochs done, those before a kill included.
-    epoch
-        The epoch whose weights were kept.
+    epochs, epoch
+        Epochs done, those before a kill included, and the one whose weights were kept.
     stopped
         Why the training ended early, or an empty text.
     metrics
         Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
-    run_id
-        MLflow run, if tracking is on.
     done_before
         Whether the same training had been finished before; its model was kept.
     """
@@ -105,8 +99,6 @@ def train(
     ----------
     params
         The sections train, normalization, data (for volumes), calibrate, predict and tracking are used.
-    slices
-        Folder made by prepare.
     out
         Model folder to write, with history.csv and planes_drawn.csv (volumes_drawn.csv); a model that is
         there is replaced at the end.
@@ -122,8 +114,6 @@ def train(
 
     Raises
     ------
-    InputError
-        If slices, weights to start from, device or output folder are unusable.
     DivergedError
         If the loss becomes NaN or explodes; the checkpoint of the last good epoch stays.
     """
@@ -230,22 +220,9 @@ def _note_finished(result: TrainResult, cause: str) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """A network to train and its examples.
+    """A network to train, a digest of where its weights come from, its examples, and what there is in words.
 
-    Attributes
-    ----------
-    network
-        To start from.
-    start_digest
-        Digest of where its weights come from.
-    spec
-        Of a 3D network; None for a 2D one.
-    examples
-        What it is trained on.
-    samples
-        What crops are drawn from.
-    plan
-        What there is, in words.
+    `spec` is that of a 3D network, None for a 2D one.
     """
 
     network: nn.Module
@@ -257,14 +234,7 @@ class Training:
 
 
 def open_training(params: Params, described: Slices) -> Training:
-    """Open the data set and make the network.
-
-    Raises
-    ------
-    InputError
-        If the data set was prepared for the other kind of network, is unusable, or the weights to start from
-        are.
-    """
+    """Open the data set and make the network."""
     settings = params.train
     if described.network != settings.network:
         raise InputError(

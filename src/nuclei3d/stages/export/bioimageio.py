@@ -86,17 +86,7 @@ _EXAMPLE_DIAMETERS = 3.0
 
 @dataclass(frozen=True)
 class SpaceAxis:
-    """An axis in space of input and output.
-
-    Attributes
-    ----------
-    name
-        ``z``, ``y`` or ``x``.
-    least, step
-        Sizes are ``least`` and any number of ``step`` more.
-    voxel_um
-        Edge of a voxel; None if the training's is unknown.
-    """
+    """An axis in space: sizes are ``least`` and any number of ``step`` more; None for an unknown voxel."""
 
     name: str
     least: int
@@ -110,16 +100,13 @@ class Contents:
 
     Attributes
     ----------
-    citations
-        Text and DOI of each.
     documentation
         Markdown, without the model's card.
     example
         Input (1, channel, *axes), float32, on which the package is tested.
-    source, make, arguments
-        Python file with the architecture, its function or class, and plain values that it is called with.
-    packages
-        What that file needs beside torch, as pip names it.
+    source, make, arguments, packages
+        Python file with the architecture, its function or class, plain values that it is called with, and
+        what that file needs beside torch, as pip names it.
     """
 
     description: str
@@ -237,25 +224,13 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
 
 
 def check_installed() -> None:
-    """Refuse in one line where the package bioimageio.core is missing.
-
-    Raises
-    ------
-    InputError
-        With the command that installs it.
-    """
+    """Refuse in one line where the package bioimageio.core is missing."""
     if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
         raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
 
 
 def write_package(model: Model, folder: Path) -> Path:
-    """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card.
-
-    Raises
-    ------
-    InputError
-        If bioimageio.core is not installed.
-    """
+    """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card."""
     check_installed()
     from bioimageio.spec import save_bioimageio_package
 

@@ -75,17 +75,10 @@ def write_weights(model: Model, folder: Path) -> Path:
 def write_seg(
     folder: Path, name: str, image: NDArray[Any], labels: NDArray[np.uint32], voxel_size: VoxelSize
 ) -> Path:
-    """Write an image as ``<name>.tif`` and its labels beside it as ``<name>_seg.npy``.
+    """Write an image as ``<name>.tif`` and its labels, both (Z, Y, X), beside it as ``<name>_seg.npy``.
 
     Cellpose's GUI opens the image and finds the labels by their name; the folder may be moved. The ``.npy``
     is a pickle, because that is Cellpose's format; nuclei3d never reads one.
-
-    Parameters
-    ----------
-    image, labels
-        (Z, Y, X), on one grid.
-    voxel_size
-        Of that grid.
     """
     from cellpose.utils import masks_to_outlines
 
@@ -136,19 +129,9 @@ def _warn_of_axes(name: str, shape: tuple[int, ...]) -> None:
 
 
 def write_training_files(stem: Path, image: NDArray[Any], labels: NDArray[np.unsignedinteger[Any]]) -> Path:
-    """Write a plane as Cellpose's training reads it: image, labels, and flows, so that it starts at once.
+    """Write a plane (Y, X) as Cellpose's training reads it, with flows, so that it starts at once.
 
-    Parameters
-    ----------
-    stem
-        The files are ``<stem>_img.tif``, ``<stem>_lbl.tif`` and ``<stem>_img_flows.tif``.
-    image, labels
-        (Y, X); labels 1..n.
-
-    Returns
-    -------
-    Path
-        The image.
+    The files are ``<stem>_img.tif``, which is given back, ``<stem>_lbl.tif`` and ``<stem>_img_flows.tif``.
     """
     labels = labels.astype(np.uint16, copy=False)
     targets = np.stack([labels, labels > 0, *plane_flows(labels)]).astype(np.float32)
@@ -163,11 +146,6 @@ def write_training_set(slices: Path, folder: Path) -> list[Path]:
 
     Intensities that are no integers of up to 16 bits come back to 1/65535 of a plane's range, as they are
     stored, and the user is told.
-
-    Raises
-    ------
-    InputError
-        If `slices` is no data set of planes.
     """
     described = read_slices(slices)
     if described.network != "views2d":

@@ -24,15 +24,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
-
-    Attributes
-    ----------
-    out
-        The folder; it has a folder for each format.
-    files
-        The files that the other programs open, by format.
-    """
+    """The folder, which has one for each format, and the files that the other programs open, by format."""
 
     out: Path
     files: dict[Format, tuple[Path, ...]]
@@ -55,20 +47,15 @@ def export(
     slices: Path | None = None,
     formats: Sequence[str] = (),
 ) -> ExportResult:
-    """Write a model, masks or training planes for other programs.
+    """Write a model, masks or training planes for other programs into a folder that holds nothing yet.
 
     Parameters
     ----------
-    params
-        The section data (voxel size and channel of the images); tracking for models of the registry.
-    out
-        Folder to write; it must not hold anything yet.
     model
         Model folder, weights file or ``models:/name@alias``; for the formats of models.
-    masks
-        Labels such as ``predict`` writes, a folder or a file; for the formats of masks.
-    images
-        Their images; for ``seg``.
+    masks, images
+        Labels such as ``predict`` writes, a folder or a file, for the formats of masks; their images, for
+        ``seg``.
     slices
         Data set made by ``prepare``; for ``cellpose-training``.
     formats
@@ -77,12 +64,6 @@ def export(
         ``rois``: zip files for ImageJ's ROI manager. ``cellpose-training``: TIFF pairs with flows, for
         ``python -m cellpose --train``. None: what was given decides (a model ``cellpose``, masks ``rois``,
         with images ``seg`` too, slices ``cellpose-training``).
-
-    Raises
-    ------
-    InputError
-        If a format is unknown, lacks its input or is not for this kind of model, model or masks cannot be
-        read, or `out` holds something.
     """
     wanted = _choose_formats(formats, model, masks, images, slices)
     loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None

@@ -28,13 +28,7 @@ _ENOUGH_FOR_IMPORTANCE = 4
 
 
 def write_study(studies: Sequence[Study], space: SearchSpace, folder: Path) -> list[Path]:
-    """Write the trials as study.json and study.csv, and the plots as search.html; give their paths.
-
-    Parameters
-    ----------
-    studies
-        The search, and the study of its confirmations if there is one.
-    """
+    """Write the trials of a search and of its confirmations: study.json, study.csv and search.html."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(trial, space) for study in studies for trial in study.get_trials(deepcopy=False)]
     # whole numbers and gaps stay what they are only as objects

@@ -56,22 +56,16 @@ class SearchResult:
 
     Attributes
     ----------
-    out, study
-        Folder and name of the search.
     finished, pruned, failed
         Numbers of trials; those whose process died and that were run again are among the failed.
-    best_trial, best_value, best_values
-        The best trial, what it reached, and its parameters by dotted name.
+    best_values
+        By dotted name.
     start_value
         What the values of params.yaml reached; None if that trial did not finish.
     confirmed
         Per trial that was repeated with other seeds: the values reached, its own first.
     model
         Model folder of the best trial, if it is on this machine.
-    applied
-        Whether params.yaml was changed.
-    run_id
-        MLflow run of the search, if tracking is on.
     """
 
     out: Path
@@ -131,24 +125,14 @@ def search(
         Folder made by prepare. It is never computed again.
     out
         Folder of the search: the study, its plots, the best models.
-    trials
-        Finished and pruned trials wanted in all, over all starts.
     storage
         None: a journal file in `out`, for one command at a time. ``postgresql://...``: a database, for many.
-    workers
-        Processes on this machine.
     data
         Labelled embryos for validation; None: those that the slices were cut from.
     apply, params_file
         Write the best values into this file; only then is anything outside `out` changed.
     objective
         What a trial computes; another one must be a function of a module, so that workers can be sent it.
-
-    Raises
-    ------
-    InputError
-        If the storage does not answer, the study in it was made with other slices or parameters, the ranges
-        are unusable, or trials fail for a reason that will not go away.
     """
     _check(trials, workers, apply, params_file, out)
     if params.tracking.enabled:
