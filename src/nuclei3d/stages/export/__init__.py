@@ -1,1 +1,219 @@
-"""Models and masks in the formats of other programs."""
+"""export: a model, masks or training planes for Cellpose, bioimage.io and ImageJ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from nuclei3d.config import Params
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
+from nuclei3d.outputs import whole_folder
+
+if TYPE_CHECKING:
+    from nuclei3d.networks.folder import Model
+    from nuclei3d.stages.pairing import Entry
+
+Format = Literal["cellpose", "bioimageio", "seg", "rois", "cellpose-training"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+OF_MODELS: tuple[Format, ...] = ("cellpose", "bioimageio")
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The folder, which has one for each format, and the files that the other programs open, by format."""
+
+    out: Path
+    files: dict[Format, tuple[Path, ...]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {
+            "out": str(self.out),
+            "files": {name: [str(path) for path in paths] for name, paths in self.files.items()},
+        }
+
+
+def export(
+    params: Params,
+    out: Path,
+    *,
+    model: str | None = None,
+    masks: Path | None = None,
+    images: Path | None = None,
+    slices: Path | None = None,
+    formats: Sequence[str] = (),
+) -> ExportResult:
+    """Write a model, masks or training planes for other programs into a folder that holds nothing yet.
+
+    Parameters
+    ----------
+    model
+        Model folder, weights file or ``models:/name@alias``; for the formats of models.
+    masks, images
+        Labels such as ``predict`` writes, a folder or a file, for the formats of masks; their images, for
+        ``seg``.
+    slices
+        Data set made by ``prepare``; for ``cellpose-training``.
+    formats
+        ``cellpose``: weights of a 2D network that Cellpose's command line and GUI load. ``bioimageio``: a
+        package of the network. ``seg``: a folder of images with ``_seg.npy`` that Cellpose's GUI opens.
+        ``rois``: zip files for ImageJ's ROI manager. ``cellpose-training``: TIFF pairs with flows, for
+        ``python -m cellpose --train``. None: what was given decides (a model ``cellpose``, masks ``rois``,
+        with images ``seg`` too, slices ``cellpose-training``).
+    """
+    wanted = _choose_formats(formats, model, masks, images, slices)
+    loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
+    if loaded is not None and "cellpose" in wanted:
+        _check_for_cellpose(loaded)
+    if "bioimageio" in wanted:
+        from nuclei3d.stages.export.bioimageio import check_installed
+
+        check_installed()
+    entries = _find_masks(masks) if masks is not None and {"seg", "rois"} & set(wanted) else []
+    pairs = _find_images(entries, images, params) if images is not None and "seg" in wanted else []
+    files: dict[Format, tuple[Path, ...]] = {}
+    with whole_folder(out, replace=False) as folder:
+        for name in wanted:
+            place = folder / name
+            place.mkdir()
+            if loaded is not None and name in OF_MODELS:
+                written = _write_model(loaded, name, place)
+            elif name == "seg":
+                written = _write_seg(pairs, params, place)
+            elif slices is not None and name == "cellpose-training":
+                from nuclei3d.stages.export.cellpose import write_training_set
+
+                written = write_training_set(slices, place)
+            else:
+                written = _write_rois(entries, place)
+            files[name] = tuple(out / path.relative_to(folder) for path in written)
+    for name, paths in files.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        say(f"{name}: {paths[0]}{more}")
+    return ExportResult(out, files)
+
+
+def _choose_formats(
+    formats: Sequence[str], model: str | None, masks: Path | None, images: Path | None, slices: Path | None
+) -> list[Format]:
+    """Check the formats against what was given, or choose those that it allows."""
+    if model is None and masks is None and slices is None:
+        raise InputError("nothing to export: give a model (--model), masks (--masks), or slices (--slices)")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise InputError(f"unknown format '{unknown[0]}'; known: {', '.join(FORMATS)}")
+    if not formats:
+        chosen: dict[Format, object] = {
+            "cellpose": model,
+            "seg": masks and images,
+            "rois": masks,
+            "cellpose-training": slices,
+        }
+        return [name for name, given in chosen.items() if given]
+    wanted = [name for name in FORMATS if name in formats]
+    for name in wanted:
+        if name in OF_MODELS and model is None:
+            raise InputError(f"the format {name} is one of models; give --model")
+        if name in ("seg", "rois") and masks is None:
+            raise InputError(
+                f"the format {name} is one of masks; give --masks (nuclei3d predict writes them)"
+            )
+        if name == "seg" and images is None:
+            raise InputError("the format seg holds images with their masks; give --images")
+        if name == "cellpose-training" and slices is None:
+            raise InputError(
+                f"the format {name} holds training planes; give --slices (from nuclei3d prepare)"
+            )
+    return wanted
+
+
+def _load(model: str, params: Params) -> Model:
+    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.networks.folder import load_model
+
+    return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
+
+
+def _check_for_cellpose(model: Model) -> None:
+    if model.info.kind != "views2d":
+        raise InputError(
+            f"the model '{model.info.name}' is a 3D network, which Cellpose cannot load; export it with "
+            "--format bioimageio"
+        )
+
+
+def _find_masks(masks: Path) -> list[Entry]:
+    from nuclei3d.stages.pairing import find_label_entries
+
+    entries = find_label_entries(masks)
+    names: dict[str, Path] = {}
+    for entry in entries:
+        other = names.setdefault(entry.key, entry.frame.path)
+        if other != entry.frame.path:
+            raise InputError(
+                f"{other} and {entry.frame.path} would both be exported as {entry.key}; export them into "
+                "folders of their own"
+            )
+    return entries
+
+
+def _find_images(entries: Sequence[Entry], images: Path, params: Params) -> list[tuple[Entry, Entry]]:
+    from nuclei3d.stages.pairing import find_image_entries, pair_entries
+
+    pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
+    paired = {id(first) for first, _ in pairs}
+    alone = [entry for entry in entries if id(entry) not in paired]
+    if alone:
+        raise InputError(
+            f"{alone[0].frame.path} has no image of its name in {images} ({len(alone)} such masks)"
+        )
+    for first, image in pairs:
+        if first.frame.shape != image.frame.shape:
+            raise InputError(
+                f"{first.frame.path} is {_edges(first)}, its image {image.frame.path} is {_edges(image)}; "
+                "masks and images must lie on one grid"
+            )
+    return pairs
+
+
+def _edges(entry: Entry) -> str:
+    return " x ".join(map(str, entry.frame.shape))
+
+
+def _write_model(model: Model, name: Format, folder: Path) -> list[Path]:
+    if name == "bioimageio":
+        from nuclei3d.stages.export.bioimageio import write_package
+
+        return [write_package(model, folder)]
+    from nuclei3d.stages.export.cellpose import write_weights
+
+    return [write_weights(model, folder)]
+
+
+def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Path) -> list[Path]:
+    from nuclei3d.images.voxel_size import VoxelSize
+    from nuclei3d.stages.export.cellpose import write_seg
+
+    given = params.data.voxel_size_um
+    written = []
+    for labels, image in _shown(pairs):
+        size = VoxelSize.of(given) if given is not None else image.frame.require_voxel_size()
+        written.append(write_seg(folder, labels.key, image.frame.read(), labels.read_labels(), size))
+    return written
+
+
+def _write_rois(entries: Sequence[Entry], folder: Path) -> list[Path]:
+    from nuclei3d.stages.export.cellpose import write_rois
+
+    return [write_rois(folder / f"{entry.key}_rois.zip", entry.read_labels()) for entry in _shown(entries)]
+
+
+def _shown(items: Sequence[_Item]) -> Iterator[_Item]:
+    with progress_bar("export", total=len(items)) as bar:
+        for item in items:
+            yield item
+            bar.advance(1)
