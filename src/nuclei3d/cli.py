@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -97,11 +98,13 @@ ModelFolder = Annotated[Path, typer.Option(help="Model folder.", metavar="DIR")]
 Out = Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")]
 
 
-class Result(Protocol):
-    """What a stage gives back."""
+Result = Any
+"""What a stage gives back: a dataclass, with `as_json` where its plain data are more than its fields."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
+
+def _print(result: Result, as_json: bool) -> None:
+    if as_json:
+        emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
 
 
 def _load(file: Path | None, overrides: Sequence[str] | None, **given: Mapping[str, object]) -> Params:
@@ -119,7 +122,7 @@ def _load(file: Path | None, overrides: Sequence[str] | None, **given: Mapping[s
     return load_params(file, [*(overrides or ()), *options])
 
 
-def _with_params(work: Callable[..., Result | None]) -> Callable[..., None]:
+def _with_params(work: Callable[..., Result]) -> Callable[..., None]:
     """Put the options --params, --set and, where there is a result, --json in the place of `params`."""
     signature = inspect.signature(work, locals={"Params": object}, eval_str=True)
     common = {"params": (ParamsFile, None), "overrides": (Overrides, None), "as_json": (AsJson, False)}
@@ -132,9 +135,7 @@ def _with_params(work: Callable[..., Result | None]) -> Callable[..., None]:
     ]
 
     def command(params: Path | None, overrides: list[str] | None, as_json: bool = False, **own: Any) -> None:
-        result = work(_load(params, overrides), **own)
-        if as_json and result is not None:
-            emit_json(result.as_json())
+        _print(work(_load(params, overrides), **own), as_json)
 
     command.__name__, command.__doc__ = work.__name__, work.__doc__
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
@@ -224,8 +225,7 @@ def search(
         apply=apply,
         params_file=file if file.is_file() else None,
     )
-    if as_json:
-        emit_json(result.as_json())
+    _print(result, as_json)
 
 
 def predict(
@@ -255,9 +255,7 @@ def predict(
 
     given = {"mode": mode, "memory_gb": memory, "scheduler": scheduler}
     loaded = _load(params, overrides, predict=given)
-    result = predict_tracked(loaded, inputs, model, out, overwrite=overwrite)
-    if as_json:
-        emit_json(result.as_json())
+    _print(predict_tracked(loaded, inputs, model, out, overwrite=overwrite), as_json)
 
 
 @_with_params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,10 +28,6 @@ class SheetResult:
 
     out: Path
     planes: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {"out": str(self.out), "planes": self.planes}
 
 
 def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,6 @@ class PipelineResult:
     reason: str | None
     skipped: tuple[str, ...]
     run_id: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped)}
 
 
 def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:

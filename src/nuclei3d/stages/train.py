@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +74,6 @@ class TrainResult:
     metrics: dict[str, float]
     run_id: str | None
     done_before: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {**vars(self), "model": str(self.model)}
 
 
 def train(
@@ -213,9 +209,9 @@ def _find_finished(out: Path, cause: str) -> TrainResult | None:
 def _note_finished(result: TrainResult, cause: str) -> None:
     from nuclei3d.experiment.provenance import md5_of_input
 
-    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": result.as_json()}
+    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": asdict(result)}
     with whole_file(finished_file(result.model)) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

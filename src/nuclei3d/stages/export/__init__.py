@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
@@ -28,13 +28,6 @@ class ExportResult:
 
     out: Path
     files: dict[Format, tuple[Path, ...]]
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {
-            "out": str(self.out),
-            "files": {name: [str(path) for path in paths] for name, paths in self.files.items()},
-        }
 
 
 def export(
@@ -66,13 +59,16 @@ def export(
         with images ``seg`` too, slices ``cellpose-training``).
     """
     wanted = _choose_formats(formats, model, masks, images, slices)
-    loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
-    if loaded is not None and "cellpose" in wanted:
-        _check_for_cellpose(loaded)
-    if "bioimageio" in wanted:
-        from nuclei3d.stages.export.bioimageio import check_installed
+    from nuclei3d.stages.export import bioimageio, cellpose
 
-        check_installed()
+    loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
+    if loaded is not None and "cellpose" in wanted and loaded.info.kind != "views2d":
+        raise InputError(
+            f"the model '{loaded.info.name}' is a 3D network, which Cellpose cannot load; export it with "
+            "--format bioimageio"
+        )
+    if "bioimageio" in wanted:
+        bioimageio.check_installed()
     entries = _find_masks(masks) if masks is not None and {"seg", "rois"} & set(wanted) else []
     pairs = _find_images(entries, images, params) if images is not None and "seg" in wanted else []
     files: dict[Format, tuple[Path, ...]] = {}
@@ -81,15 +77,17 @@ def export(
             place = folder / name
             place.mkdir()
             if loaded is not None and name in OF_MODELS:
-                written = _write_model(loaded, name, place)
+                write = cellpose.write_weights if name == "cellpose" else bioimageio.write_package
+                written = [write(loaded, place)]
             elif name == "seg":
                 written = _write_seg(pairs, params, place)
             elif slices is not None and name == "cellpose-training":
-                from nuclei3d.stages.export.cellpose import write_training_set
-
-                written = write_training_set(slices, place)
+                written = cellpose.write_training_set(slices, place)
             else:
-                written = _write_rois(entries, place)
+                written = [
+                    cellpose.write_rois(place / f"{entry.key}_rois.zip", entry.read_labels())
+                    for entry in _shown(entries)
+                ]
             files[name] = tuple(out / path.relative_to(folder) for path in written)
     for name, paths in files.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -117,17 +115,16 @@ def _choose_formats(
     wanted = [name for name in FORMATS if name in formats]
     for name in wanted:
         if name in OF_MODELS and model is None:
-            raise InputError(f"the format {name} is one of models; give --model")
-        if name in ("seg", "rois") and masks is None:
-            raise InputError(
-                f"the format {name} is one of masks; give --masks (nuclei3d predict writes them)"
-            )
-        if name == "seg" and images is None:
-            raise InputError("the format seg holds images with their masks; give --images")
-        if name == "cellpose-training" and slices is None:
-            raise InputError(
-                f"the format {name} holds training planes; give --slices (from nuclei3d prepare)"
-            )
+            lacking = "is one of models; give --model"
+        elif name in ("seg", "rois") and masks is None:
+            lacking = "is one of masks; give --masks (nuclei3d predict writes them)"
+        elif name == "seg" and images is None:
+            lacking = "holds images with their masks; give --images"
+        elif name == "cellpose-training" and slices is None:
+            lacking = "holds training planes; give --slices (from nuclei3d prepare)"
+        else:
+            continue
+        raise InputError(f"the format {name} {lacking}")
     return wanted
 
 
@@ -136,14 +133,6 @@ def _load(model: str, params: Params) -> Model:
     from nuclei3d.networks.folder import load_model
 
     return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
-
-
-def _check_for_cellpose(model: Model) -> None:
-    if model.info.kind != "views2d":
-        raise InputError(
-            f"the model '{model.info.name}' is a 3D network, which Cellpose cannot load; export it with "
-            "--format bioimageio"
-        )
 
 
 def _find_masks(masks: Path) -> list[Entry]:
@@ -173,25 +162,12 @@ def _find_images(entries: Sequence[Entry], images: Path, params: Params) -> list
         )
     for first, image in pairs:
         if first.frame.shape != image.frame.shape:
+            one, other = (" x ".join(map(str, entry.frame.shape)) for entry in (first, image))
             raise InputError(
-                f"{first.frame.path} is {_edges(first)}, its image {image.frame.path} is {_edges(image)}; "
+                f"{first.frame.path} is {one}, its image {image.frame.path} is {other}; "
                 "masks and images must lie on one grid"
             )
     return pairs
-
-
-def _edges(entry: Entry) -> str:
-    return " x ".join(map(str, entry.frame.shape))
-
-
-def _write_model(model: Model, name: Format, folder: Path) -> list[Path]:
-    if name == "bioimageio":
-        from nuclei3d.stages.export.bioimageio import write_package
-
-        return [write_package(model, folder)]
-    from nuclei3d.stages.export.cellpose import write_weights
-
-    return [write_weights(model, folder)]
 
 
 def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Path) -> list[Path]:
@@ -204,12 +180,6 @@ def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Pat
         size = VoxelSize.of(given) if given is not None else image.frame.require_voxel_size()
         written.append(write_seg(folder, labels.key, image.frame.read(), labels.read_labels(), size))
     return written
-
-
-def _write_rois(entries: Sequence[Entry], folder: Path) -> list[Path]:
-    from nuclei3d.stages.export.cellpose import write_rois
-
-    return [write_rois(folder / f"{entry.key}_rois.zip", entry.read_labels()) for entry in _shown(entries)]
 
 
 def _shown(items: Sequence[_Item]) -> Iterator[_Item]:
