@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class ValidationVolumes:
     """Labelled validation frames: those that judge epochs and those that choose the thresholds."""
 
-    judging: tuple[LabelledVolume, ...] = ()
-    calibrating: tuple[LabelledVolume, ...] = ()
+    judging: Sequence[LabelledVolume] = ()
+    calibrating: Sequence[LabelledVolume] = ()
 
 
 def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> ValidationVolumes:
@@ -47,8 +47,7 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
         return ValidationVolumes(
-            judging=tuple(_read_spread(frames, wanted, params)),
-            calibrating=tuple(_read_spread(frames, params.calibrate.volumes, params)),
+            _read_spread(frames, wanted, params), _read_spread(frames, params.calibrate.volumes, params)
         )
     except InputError as error:
         if data is not None:

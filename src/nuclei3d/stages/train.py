@@ -6,7 +6,9 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import pickle
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -38,17 +41,22 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, whole_file
-from nuclei3d.stages.checkpoints import Checkpoints, finished_file, training_fingerprint, write_history
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
 from nuclei3d.training.loop import Callbacks, TrainingOutcome, train_network
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.sampling import epoch_order
-from nuclei3d.training.state import EpochReport
+from nuclei3d.training.state import METRICS, EpochReport, TrainingState
 
 if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun
+
+
+_NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")
+"""Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
+_FINISHED = "finished.json"
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def train(
     fingerprint = training_fingerprint(params.train, params.seed, described.digest, training.start_digest)
     checkpoints = Checkpoints(out, fingerprint)
     if not resume:
-        checkpoints.remove()
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}) as run:
         info = _describe_model(params, described, training.spec, run.run_id)
@@ -159,7 +167,7 @@ def train(
             with torch.no_grad():
                 network.diam_labels.fill_(described.diameter_px)  # type: ignore[operator]
         save_model(out, network, info, _model_card(info, outcome, params, described))
-        write_history(out / "history.csv", outcome.state.history)
+        _write_history(out / "history.csv", outcome.state.history)
         _write_drawn(out, training, params.seed, outcome.state.epoch)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
@@ -198,7 +206,7 @@ def _find_finished(out: Path, cause: str) -> TrainResult | None:
     from nuclei3d.experiment.provenance import md5_of_input
 
     try:
-        record = json.loads(finished_file(out).read_text(encoding="utf-8"))
+        record = json.loads((_checkpoint_folder(out) / _FINISHED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if record.get("cause") != cause or record.get("model_md5") != md5_of_input(out):
@@ -210,7 +218,7 @@ def _note_finished(result: TrainResult, cause: str) -> None:
     from nuclei3d.experiment.provenance import md5_of_input
 
     record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": asdict(result)}
-    with whole_file(finished_file(result.model)) as partial:
+    with whole_file(_checkpoint_folder(result.model) / _FINISHED) as partial:
         partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
@@ -337,6 +345,84 @@ def _say_plan(training: Training, params: Params, device: torch.device, describe
         f"training on {where} in {precision}: {training.plan}; "
         f"nuclei of {described.diameter_px:.3g} px scaled to {params.train.diameter_px:.3g} px"
     )
+
+
+def training_fingerprint(params: TrainParams, seed: int, slices_digest: str, start_digest: str) -> str:
+    """Digest everything that decides the weights; a checkpoint is used only if its fingerprint is the same.
+
+    With the constant schedule the number of epochs does not count, so that a training can be prolonged.
+    """
+    chosen = params_as_dict(params)
+    for name in _NO_INFLUENCE:
+        del chosen[name]
+    if params.schedule == "constant":
+        del chosen["epochs"]
+    text = json.dumps([chosen, seed, slices_digest, start_digest], sort_keys=True)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _checkpoint_folder(model: Path) -> Path:
+    return model.with_name(model.name + ".checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of a training, in ``<model folder>.checkpoint``; every file appears whole.
+
+    They are last.pt, best_<epoch>.pt and history.csv. When the training is finished, finished.json says what
+    it was made from, and its result.
+    """
+
+    def __init__(self, model: Path, fingerprint: str) -> None:
+        self.folder = _checkpoint_folder(model)
+        self._last = self.folder / "last.pt"
+        self._fingerprint = fingerprint
+
+    def _best(self, epoch: int) -> Path:
+        return self.folder / f"best_{epoch:05d}.pt"
+
+    def save(self, state: TrainingState, is_best: bool) -> None:
+        """Write a state; at any moment last.pt and the best weights that it names are there."""
+        if is_best:
+            with whole_file(self._best(state.best_epoch)) as path:
+                torch.save(state.best, path)
+        with whole_file(self._last) as path:
+            torch.save({"fingerprint": self._fingerprint, "state": state.as_plain()}, path)
+        for path in self.folder.glob("best_*.pt"):
+            if path != self._best(state.best_epoch):
+                path.unlink()
+        _write_history(self.folder / "history.csv", state.history)
+
+    def load(self) -> TrainingState | None:
+        """Read the last state; None if there is none or (said aloud) it is unusable or out of date."""
+        if not self._last.is_file():
+            return None
+        try:
+            saved = torch.load(self._last, map_location="cpu", weights_only=True)
+            if saved["fingerprint"] != self._fingerprint:
+                say(
+                    f"the parameters or the slices changed since the checkpoint in {self.folder}; "
+                    "training starts afresh"
+                )
+                return None
+            best: dict[str, Any] = {}
+            if saved["state"]["best_epoch"]:
+                path = self._best(saved["state"]["best_epoch"])
+                best = torch.load(path, map_location="cpu", weights_only=True)
+            return TrainingState.from_plain(saved["state"], best)
+        except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            say(f"the checkpoint in {self.folder} cannot be read ({reason}); training starts afresh")
+            return None
+
+
+def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
+    """Write one row per epoch; what was not measured stays empty."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
+        writer.writeheader()
+        for report in history:
+            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
+            writer.writerow({"epoch": report.epoch, **measured})
 
 
 def _train_epochs(

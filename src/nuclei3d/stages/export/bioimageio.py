@@ -261,6 +261,7 @@ def _describe(model: Model, folder: Path) -> Any:
     if (model.path.parent / INFO_FILE).is_file():
         (folder / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         attachments.append(FileDescr(source=folder / INFO_FILE))
+    given, made = _tensors(contents, folder)
     return v0_5.ModelDescr(
         name=info.name,
         description=contents.description,
@@ -270,8 +271,8 @@ def _describe(model: Model, folder: Path) -> Any:
         documentation=FileDescr(source=folder / "README.md"),
         attachments=attachments,
         tags=["nuclei", "segmentation", "embryo", "light-sheet", "cellpose", "3d", "pytorch"],
-        inputs=[_input(contents, folder)],
-        outputs=[_output(contents, folder)],
+        inputs=[given],
+        outputs=[made],
         weights=_weights(contents, folder),
     )
 
@@ -299,57 +300,34 @@ def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None
     torch.save(network.state_dict(), folder / "weights.pt")
 
 
-def _input(contents: Contents, folder: Path) -> Any:
+def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
+    """Describe the input and the output, which lie on one grid."""
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.model import v0_5
 
-    space = [
-        v0_5.SpaceInputAxis(
-            id=v0_5.AxisId(axis.name),
-            size=v0_5.ParameterizedSize(min=axis.least, step=axis.step),
-            **_scale(axis),
-        )
-        for axis in contents.axes
-    ]
-    return v0_5.InputTensorDescr(
-        id=v0_5.TensorId(contents.input_name),
-        description=contents.input_description,
-        axes=[v0_5.BatchAxis(), _channels(contents.input_channels), *space],
-        test_tensor=FileDescr(source=folder / "input.npy"),
-        data=v0_5.IntervalOrRatioDataDescr(type="float32"),
-    )
-
-
-def _output(contents: Contents, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
+    def parts(name: str, description: str, channels: Sequence[str], space: list[Any]) -> dict[str, Any]:
+        names = [v0_5.Identifier(channel) for channel in channels]
+        return {
+            "description": description,
+            "axes": [v0_5.BatchAxis(), v0_5.ChannelAxis(channel_names=names), *space],
+            "test_tensor": FileDescr(source=folder / f"{name}.npy"),
+            "data": v0_5.IntervalOrRatioDataDescr(type="float32"),
+        }
 
     seen = v0_5.TensorId(contents.input_name)
-    space = [
-        v0_5.SpaceOutputAxis(
-            id=v0_5.AxisId(axis.name),
-            size=v0_5.SizeReference(tensor_id=seen, axis_id=v0_5.AxisId(axis.name)),
-            **_scale(axis),
-        )
-        for axis in contents.axes
-    ]
-    return v0_5.OutputTensorDescr(
-        id=v0_5.TensorId("flows"),
-        description=contents.output_description,
-        axes=[v0_5.BatchAxis(), _channels(contents.output_channels), *space],
-        test_tensor=FileDescr(source=folder / "output.npy"),
-        data=v0_5.IntervalOrRatioDataDescr(type="float32"),
-    )
-
-
-def _channels(names: Sequence[str]) -> Any:
-    from bioimageio.spec.model import v0_5
-
-    return v0_5.ChannelAxis(channel_names=[v0_5.Identifier(name) for name in names])
-
-
-def _scale(axis: SpaceAxis) -> dict[str, Any]:
-    return {} if axis.voxel_um is None else {"scale": axis.voxel_um, "unit": "micrometer"}
+    inside, outside = [], []
+    for axis in contents.axes:
+        name = v0_5.AxisId(axis.name)
+        scale: Any = {} if axis.voxel_um is None else {"scale": axis.voxel_um, "unit": "micrometer"}
+        size = v0_5.ParameterizedSize(min=axis.least, step=axis.step)
+        inside.append(v0_5.SpaceInputAxis(id=name, size=size, **scale))
+        same = v0_5.SizeReference(tensor_id=seen, axis_id=name)
+        outside.append(v0_5.SpaceOutputAxis(id=name, size=same, **scale))
+    described = contents.input_description, contents.input_channels
+    given = v0_5.InputTensorDescr(id=seen, **parts("input", *described, inside))
+    described = contents.output_description, contents.output_channels
+    made = v0_5.OutputTensorDescr(id=v0_5.TensorId("flows"), **parts("output", *described, outside))
+    return given, made
 
 
 def _weights(contents: Contents, folder: Path) -> Any:

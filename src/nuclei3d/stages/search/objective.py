@@ -81,6 +81,7 @@ def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     """List the validation frames that are segmented: all, or `search.volumes` of them, spread evenly."""
     from nuclei3d.images.embryos import find_embryos, split_embryos
+    from nuclei3d.stages.calibrate import spread_evenly
 
     if not data.is_dir():
         raise missing(
@@ -91,8 +92,7 @@ def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     frames = split_embryos(find_embryos(data), params.data.split).validation
     if not frames:
         raise InputError(f"the split leaves no validation volumes in {data}; see data.split in params.yaml")
-    count = min(params.search.volumes or len(frames), len(frames))
-    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    return spread_evenly(frames, params.search.volumes or None)
 
 
 def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> list[Assessment]:
