@@ -348,9 +348,9 @@ def assess(
     slices: ContrastBins = None,
 ) -> Result:
     """Predict the held-out embryos of a data set and evaluate them."""
-    from nuclei3d.stages.assess import AssessFolders, assess
+    from nuclei3d.stages.assess import assess
 
-    return assess(params, data, model, AssessFolders.below(out), slices=slices)
+    return assess(params, data, model, out, slices=slices)
 
 
 @_with_params

@@ -6,21 +6,18 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import frame_stem
@@ -35,12 +32,11 @@ from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.summary import Summary, by_embryo, by_stage, summarise
 from nuclei3d.scoring.watershed import otsu_watershed
+from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 
 #: Name of the baseline that the evaluation makes itself.
 OTSU = "Otsu + watershed"
-
-Result = TypeVar("Result")
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
@@ -222,35 +218,18 @@ def _assess(
 
     Gives the assessments of each method in the order of `pairs`, and fingerprints of the true labels.
     """
-    results = _map("evaluate", partial(_assess_methods, params, method), pairs)
+    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
+    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
+    results = map_in_processes("evaluate", partial(_assess_methods, params, method), pairs, workers=workers)
     digests = [digest for digest, _ in results]
     assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
     diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
     possible = all(pair.physical and pair.image is not None for pair in pairs)
     if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
         contrasts = [own.true.contrast for own in assessed[method]]
-        assessed[OTSU] = _map("Otsu baseline", partial(_assess_otsu, params, diameter_um), pairs, contrasts)
+        otsu = partial(_assess_otsu, params, diameter_um)
+        assessed[OTSU] = map_in_processes("Otsu baseline", otsu, pairs, contrasts, workers=workers)
     return assessed, digests
-
-
-def _map(
-    words: str, work: Callable[..., Result], pairs: Sequence[VolumePair], *more: Sequence[Any]
-) -> list[Result]:
-    """Work on pairs in several processes where that pays; each holds one volume at a time."""
-    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
-    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
-    results: list[Result] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(words, total=len(pairs)))
-        found: Iterable[Result] = map(work, pairs, *more)
-        if workers > 1:
-            # spawned, not forked: threads of numerical libraries do not survive a fork
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            found = pool.map(work, pairs, *more)
-        for result in found:
-            results.append(result)
-            bar.advance()
-    return results
 
 
 def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:

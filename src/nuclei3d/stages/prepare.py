@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PrepareParams
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
 from nuclei3d.grid import isotropic_shape, measure_range, resize_linear, resize_nearest
@@ -35,6 +33,7 @@ from nuclei3d.images.embryos import (
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
+from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,
@@ -98,7 +97,9 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     with whole_folder(out) as folder:
         for part in PARTS:
             (folder / part).mkdir()
-        frames = _prepare_frames(tasks, params, folder)
+        workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
+        work = partial(prepare_frame, params=params, folder=folder)
+        frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
         summary = _summarise(params, data, tasks, frames)
@@ -127,25 +128,6 @@ class PreparedFrame:
     volumes_um3: tuple[float, ...]
     contrasts: tuple[float, ...]
     labels_left_out: int
-
-
-def _prepare_frames(tasks: Sequence[Task], params: Params, folder: Path) -> list[PreparedFrame]:
-    work = partial(prepare_frame, params=params, folder=folder)
-    workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-    with progress_bar("prepare", total=len(tasks)) as bar:
-
-        def collect(produced: Iterator[PreparedFrame]) -> list[PreparedFrame]:
-            frames = []
-            for frame in produced:
-                frames.append(frame)
-                bar.advance()
-            return frames
-
-        if workers == 1:
-            return collect(map(work, tasks))
-        # spawned, not forked: numba's and torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            return collect(pool.map(work, tasks))
 
 
 @dataclass(frozen=True)

@@ -41,32 +41,25 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     slices, models/<name>, predictions, baselines and evaluation.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.assess import (
-        HEADLINE_FILE,
-        AssessFolders,
-        evaluate_held_out,
-        predict_baselines_held_out,
-        predict_held_out,
-    )
+    from nuclei3d.stages.assess import evaluate_held_out, headline, predict_held_out
     from nuclei3d.stages.register import register
     from nuclei3d.stages.tracked import prepare_tracked
     from nuclei3d.stages.train import train
 
     _check(data, out)
-    slices, model, held_out = out / "slices", out / "models" / params.train.name, AssessFolders.below(out)
+    slices, model, evaluation = out / "slices", out / "models" / params.train.name, out / "evaluation"
     name = f"whole job: {params.train.name} from {data.name}"
     with stage_run("pipeline", params, inputs={"data": data}, name=name, job=_job(params, data, out)) as run:
         prepare_tracked(params, data, slices)
         trained = train(params, slices, model, data=data)
-        predicted_before = predict_held_out(params, data, str(model), held_out.predictions)
-        baselines = predict_baselines_held_out(params, data, str(model), held_out.baselines)
-        evaluate_held_out(params, data, held_out, baselines, slices=slices, model=model)
+        predicted_before = predict_held_out(params, data, str(model), out)
+        evaluated = evaluate_held_out(params, data, str(model), out, slices=slices)
         registered = None
         if params.tracking.enabled:
-            registered = register(params, model, held_out.evaluation / "metrics.json")
+            registered = register(params, model, evaluation / "metrics.json")
         else:
             say("register: left out, tracking is switched off")
-        scores = json.loads((held_out.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
+        scores = headline(evaluated.metrics)
         run.metrics({f"test/{name}": value for name, value in scores.items()})
         run.note(_note(scores, registered))
         if registered is not None:
@@ -86,7 +79,7 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
         skipped=tuple(stage for stage, done in done_before.items() if done),
         run_id=run.run_id,
     )
-    _say_result(result, model, held_out.evaluation)
+    _say_result(result, model, evaluation)
     return result
 
 
