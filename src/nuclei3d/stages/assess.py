@@ -140,8 +140,6 @@ def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
 
 
 class _Baseline(NamedTuple):
-    """A baseline that is a prediction: its name in the report, its folder, its model and mode."""
-
     name: str
     folder: str
     model: str

@@ -155,12 +155,10 @@ def predict_labelled(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) ->
 def choose_for(
     info: ModelInfo, params: CalibrateParams, settings: SegmentationSettings, seen: Sequence[LabelledFlow]
 ) -> tuple[ModelInfo, Thresholds]:
-    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos.
-
-    The defaults against which they are chosen are those of the package, whatever `settings` have.
-    """
+    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
     from nuclei3d.segmentation.thresholds import choose_thresholds
 
+    # they are chosen against the defaults of the package, whatever the settings have
     masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
     chosen = choose_thresholds(
         seen, replace(settings, masks=masks), params.cellprob, params.iou, params.volume_fractions

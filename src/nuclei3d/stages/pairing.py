@@ -303,7 +303,9 @@ def pair_volumes(
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     if only is not None:
         wanted = {path.resolve() for path in only}
-        truths = [entry for entry in truths if _is_within(entry.frame.path.resolve(), wanted)]
+        # an array of labels lies inside the zarr that is named
+        places = [{entry.frame.path.resolve(), *entry.frame.path.resolve().parents} for entry in truths]
+        truths = [entry for entry, above in zip(truths, places, strict=True) if above & wanted]
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -322,9 +324,11 @@ def pair_volumes(
                 "baselines must hold all volumes that are evaluated"
             )
     given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
-    names = _names([entry for entry, _ in matched])
+    names = Counter(f"{entry.embryo}/{entry.short}" for entry, _ in matched)
     pairs = []
-    for name, (entry, prediction) in zip(names, matched, strict=True):
+    for entry, prediction in matched:
+        name = f"{entry.embryo}/{entry.short}"
+        name = name if names[name] == 1 else entry.key
         image = image_of.get(id(entry))
         size = given or first_voxel_size(entry, image, prediction)
         if size is None and params.evaluate.min_true_volume_um3:
@@ -354,11 +358,6 @@ def pair_volumes(
         [entry.key for entry in truths if id(entry) not in paired],
         [entry.key for entry in predictions if id(entry) not in paired],
     )
-
-
-def _is_within(path: Path, wanted: Collection[Path]) -> bool:
-    # An array of labels lies inside the zarr that is named.
-    return any(place in wanted for place in (path, *path.parents))
 
 
 def _find_images(
@@ -410,11 +409,6 @@ def _say_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> No
         if given is not None and stated is not None and stated.differs_from(given):
             say(f"{path}: the file says voxels of {stated}, the given {given} is used instead")
             return
-
-
-def _names(entries: Sequence[Entry]) -> list[str]:
-    names = [f"{entry.embryo}/{entry.short}" for entry in entries]
-    return [name if names.count(name) == 1 else entry.key for name, entry in zip(names, entries, strict=True)]
 
 
 def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry, truth: Entry) -> None:

@@ -109,11 +109,6 @@ class BlockRun:
         return self.memory_gb / (1 if self.scheduler else self.workers)
 
     @property
-    def in_this_process(self) -> bool:
-        """Whether blocks are segmented here, one after the other."""
-        return self.workers == 1 and self.scheduler is None
-
-    @property
     def threads_per_worker(self) -> int | None:
         """How many threads a worker may use; None for all."""
         return None if self.scheduler or self.workers == 1 else max(1, available_threads() // self.workers)
@@ -220,11 +215,6 @@ class BlockTask:
         labels: NDArray[np.uint32] = np.load(self.labels_file, mmap_mode="r", allow_pickle=False)
         return labels
 
-    def read_scores(self) -> NDArray[np.float32]:
-        """Read the score of each label; entry 0 is unused."""
-        scores: NDArray[np.float32] = np.load(self.scores_file, allow_pickle=False)
-        return scores
-
 
 def segment_block(task: BlockTask) -> int:
     """Segment one block, write its labels and scores, and give the number of nuclei; runs in a worker."""
@@ -267,7 +257,7 @@ def join_blocks(
     final = choose_owners(located, matches)
     scores: dict[int, float] = {}
     for table, task in zip(final, tasks, strict=True):
-        own = task.read_scores()
+        own = np.load(task.scores_file, allow_pickle=False)
         scores.update({int(label): float(own[i]) for i, label in enumerate(table) if label})
     count = max(scores, default=0)
     parts: list[list[Nucleus]] = []
@@ -299,7 +289,7 @@ def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
     """Run the tasks, giving the number of nuclei of each as it is done."""
     if not tasks:
         return
-    if run.in_this_process:
+    if run.workers == 1 and run.scheduler is None:
         for task in tasks:
             yield segment_block(task)
         return
@@ -345,7 +335,15 @@ def _client(run: BlockRun) -> Iterator[Client]:
                 f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
             ) from None
         with client:
-            _look_at_workers(run.scheduler, client)
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if not workers:
+                say(f"{run.scheduler} has no workers yet; waiting for the first")
+            threads = max((worker["nthreads"] for worker in workers), default=1)
+            if threads > 1:
+                say(
+                    f"workers of {run.scheduler} run up to {threads} blocks at once, each of which may take "
+                    "predict.memory_gb; start them with --nthreads 1"
+                )
             yield client
         return
     with (
@@ -360,18 +358,6 @@ def _client(run: BlockRun) -> Iterator[Client]:
         Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
         yield client
-
-
-def _look_at_workers(scheduler: str, client: Client) -> None:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    if not workers:
-        say(f"{scheduler} has no workers yet; waiting for the first")
-    threads = max((worker["nthreads"] for worker in workers), default=1)
-    if threads > 1:
-        say(
-            f"workers of {scheduler} run up to {threads} blocks at once, each of which may take "
-            "predict.memory_gb; start them with --nthreads 1"
-        )
 
 
 def predict_in_blocks(
@@ -422,7 +408,12 @@ def predict_in_blocks(
             )
             for block in blocks
         ]
-        _segment(frame.name, tasks, run, progress)
+        missing = [task for task in tasks if not task.is_done]
+        before = len(tasks) - len(missing)
+        say(f"{frame.name}: {len(tasks)} blocks{f', {before} of them done before' if before else ''}")
+        progress(0.95 * before / len(tasks))
+        for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
+            progress(0.95 * done / len(tasks))
         nuclei = join_blocks(frame, blocks, tasks, masks)
     except InputError:
         if not any(folder.glob("*.npy")):
@@ -430,16 +421,6 @@ def predict_in_blocks(
         raise
     _close_folder(folder)
     return nuclei
-
-
-def _segment(name: str, tasks: Sequence[BlockTask], run: BlockRun, progress: Callable[[float], None]) -> None:
-    """Segment the blocks that are not done yet."""
-    missing = [task for task in tasks if not task.is_done]
-    before = len(tasks) - len(missing)
-    say(f"{name}: {len(tasks)} blocks{f', {before} of them done before' if before else ''}")
-    progress(0.95 * before / len(tasks))
-    for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
-        progress(0.95 * done / len(tasks))
 
 
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:

@@ -52,9 +52,6 @@ from nuclei3d.training.slicing import (
     to_isotropic,
 )
 
-Task = tuple[str, EmbryoFrame]
-"""The part of the data set that a frame goes into, and the frame."""
-
 
 @dataclass(frozen=True)
 class PrepareResult:
@@ -146,7 +143,7 @@ class _Cut:
     voxel_size: VoxelSize
 
 
-def prepare_frame(task: Task, params: Params, folder: Path) -> PreparedFrame:
+def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> PreparedFrame:
     """Cut one frame and write its samples into ``folder/<part>``."""
     part, frame = task
     volume = read_labelled(frame, params.data)
@@ -268,7 +265,7 @@ def _check_enough(samples: Sequence[StoredSample], params: Params, data: Path) -
 
 
 def _summarise(
-    params: Params, data: Path, tasks: Sequence[Task], frames: Sequence[PreparedFrame]
+    params: Params, data: Path, tasks: Sequence[tuple[str, EmbryoFrame]], frames: Sequence[PreparedFrame]
 ) -> dict[str, Any]:
     training = [frame for (part, _), frame in zip(tasks, frames, strict=True) if part == "train"]
     samples = [sample for frame in frames for sample in frame.samples]

@@ -13,7 +13,7 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 
 if TYPE_CHECKING:
-    from nuclei3d.experiment.registry import Registered
+    pass
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,12 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
             say("register: left out, tracking is switched off")
         scores = headline(evaluated.metrics)
         run.metrics({f"test/{name}": value for name, value in scores.items()})
-        run.note(_note(scores, registered))
+        table = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
+        note = f"On the held-out embryos:\n\n| | |\n|---|---|\n{table}"
         if registered is not None:
             run.tags({"nuclei3d.registered": f"{registered.name} version {registered.version}"})
+            note += f"\nRegistered {registered.name} version {registered.version}: {registered.reason}.\n"
+        run.note(note + "\nThe report is an artifact of the child run *evaluate*.\n")
     done_before = {
         "train": trained.done_before,
         "predict": predicted_before,
@@ -98,15 +101,6 @@ def _job(params: Params, data: Path, out: Path) -> str:
     """Name the job, so that a second start finds the MLflow run that the first one left unfinished."""
     text = json.dumps([params_as_dict(params), str(data.resolve()), str(out.resolve())])
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _note(scores: dict[str, Any], registered: Registered | None) -> str:
-    """Describe the job for MLflow's UI, in Markdown."""
-    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
-    text = f"On the held-out embryos:\n\n| | |\n|---|---|\n{table}"
-    if registered is not None:
-        text += f"\nRegistered {registered.name} version {registered.version}: {registered.reason}.\n"
-    return text + "\nThe report is an artifact of the child run *evaluate*.\n"
 
 
 def _say_result(result: PipelineResult, model: Path, evaluation: Path) -> None:

@@ -81,13 +81,20 @@ def write_seg(
     is a pickle, because that is Cellpose's format; nuclei3d never reads one.
     """
     from cellpose.utils import masks_to_outlines
+    from skimage.segmentation import relabel_sequential
 
     file = folder / f"{name}.tif"
     check_image(image, name)
     write_image(file, image, voxel_size)
-    _warn_of_axes(name, image.shape)
+    shape, shortest = image.shape, int(np.argmin(image.shape))
+    if shortest and shape[shortest] < max(shape) / 3:
+        say(
+            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
+            f"{shape[2]}, so it will show image and masks turned against each other"
+        )
     # the GUI renumbers labels with gaps, and then loses their outlines
-    masks = _without_gaps(labels)
+    masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]
+    masks = masks.astype(np.uint16 if masks.max(initial=0) < 2**16 - 1 else np.uint32)
     outlines = masks * masks_to_outlines(masks).astype(masks.dtype)
     count = int(masks.max(initial=0))
     content = {
@@ -103,13 +110,6 @@ def write_seg(
     return path
 
 
-def _without_gaps(labels: NDArray[np.uint32]) -> NDArray[Any]:
-    from skimage.segmentation import relabel_sequential
-
-    masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]
-    return masks.astype(np.uint16 if masks.max(initial=0) < 2**16 - 1 else np.uint32)
-
-
 def _median_diameter_px(masks: NDArray[Any], voxel_size: VoxelSize) -> float:
     """Give the diameter, along x, of the sphere of the median volume; Cellpose's 30 without nuclei."""
     voxels = np.bincount(masks.ravel())[1:]
@@ -117,15 +117,6 @@ def _median_diameter_px(masks: NDArray[Any], voxel_size: VoxelSize) -> float:
         return 30.0
     volume_um3 = float(np.median(voxels)) * voxel_size.z * voxel_size.y * voxel_size.x
     return float(np.cbrt(6 * volume_um3 / np.pi)) / voxel_size.x
-
-
-def _warn_of_axes(name: str, shape: tuple[int, ...]) -> None:
-    shortest = int(np.argmin(shape))
-    if shortest and shape[shortest] < max(shape) / 3:
-        say(
-            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
-            f"{shape[2]}, so it will show image and masks turned against each other"
-        )
 
 
 def write_training_files(stem: Path, image: NDArray[Any], labels: NDArray[np.unsignedinteger[Any]]) -> Path:

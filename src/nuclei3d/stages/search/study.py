@@ -145,7 +145,15 @@ def search(
     objective
         What a trial computes; another one must be a function of a module, so that workers can be sent it.
     """
-    _check(trials, workers, apply, params_file, out)
+    for option, count in (("trials", trials), ("workers", workers)):
+        if count < 1:
+            raise InputError(f"--{option} is {count}; expected at least 1")
+    if apply and (params_file is None or not params_file.is_file()):
+        raise InputError(
+            "--apply writes the best values into params.yaml, but there is none; give --params FILE"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; expected a folder")
     if params.tracking.enabled:
         refuse_shared_database(storage, store_uri(params.tracking))
     space = search_space(params)
@@ -161,19 +169,6 @@ def search(
         result = replace(result, applied=True)
     _say_result(result, params_file)
     return result
-
-
-def _check(trials: int, workers: int, apply: bool, params_file: Path | None, out: Path) -> None:
-    if trials < 1:
-        raise InputError(f"--trials is {trials}; expected at least 1")
-    if workers < 1:
-        raise InputError(f"--workers is {workers}; expected at least 1")
-    if apply and (params_file is None or not params_file.is_file()):
-        raise InputError(
-            "--apply writes the best values into params.yaml, but there is none; give --params FILE"
-        )
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; expected a folder")
 
 
 @contextmanager
