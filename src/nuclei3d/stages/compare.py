@@ -58,8 +58,6 @@ class CompareResult:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the comparison needs of a metrics.json."""
-
     path: Path
     thresholds: tuple[str, ...]
     edges: tuple[float, ...] | None

@@ -33,7 +33,7 @@ from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.summary import Summary, by_embryo, by_stage, summarise
 from nuclei3d.scoring.watershed import otsu_watershed
 from nuclei3d.stages import map_in_processes
-from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
+from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
 
 #: Name of the baseline that the evaluation makes itself.
 OTSU = "Otsu + watershed"
@@ -121,9 +121,9 @@ def evaluate(
     facts = read_training_facts(summary)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     if alone := pairing.truths_alone:
-        say(f"{len(alone)} true volumes have no prediction and are left out: {_few(alone)}")
+        say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
-        say(f"{len(alone)} predictions have no truth and are left out: {_few(alone)}")
+        say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
     assessed, digests = _assess(params, pairing.pairs, facts, method)
     edges, edges_from = _contrast_edges(params, assessed[method], facts)
     summaries = {
@@ -352,7 +352,6 @@ def _write(
     method: str,
     history: Path | None,
 ) -> None:
-    """Write metrics.json, nuclei.csv, plots, figures and report.html into an empty folder."""
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     rows = [
@@ -390,7 +389,3 @@ def _say_result(summaries: Mapping[str, Summary], method: str, volumes: int, out
         words = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not np.isnan(value))
         say(f"{name}: {words}" if name != method else f"{name}, {volumes} volumes: {words}")
     say(f"evaluation in {out}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

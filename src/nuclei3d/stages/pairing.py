@@ -420,6 +420,10 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry
         )
 
 
+def some_of(names: Sequence[str]) -> str:
+    """Name the first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _examples(entries: Sequence[Entry]) -> str:
-    shown = ", ".join(entry.key for entry in entries[:3])
-    return shown if len(entries) <= 3 else f"{shown} and {len(entries) - 3} more"
+    return some_of([entry.key for entry in entries])

@@ -276,7 +276,6 @@ def join_blocks(
 def _measure_core(
     frame: Frame, block: Block, labels: NDArray[np.uint32], voxel_size: VoxelSize, count: int
 ) -> list[Nucleus]:
-    """Measure what lies in one core, with positions from the volume's origin."""
     image = frame.read_block(block.core)
     z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
     return [

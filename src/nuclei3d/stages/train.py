@@ -271,7 +271,6 @@ def open_training(params: Params, described: Slices) -> Training:
 
 
 def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
-    """Make the network, with the weights that it starts from, and digest these."""
     settings = params.train
     network: nn.Module = (
         new_network(settings.diameter_px, params.seed)
@@ -434,7 +433,6 @@ def _train_epochs(
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
-    """Train from the checkpoint on, with a progress bar, and report every epoch to the run."""
     settings = params.train
     start = checkpoints.load()
     done = start.epoch if start is not None else 0
@@ -485,7 +483,6 @@ def _line(report: EpochReport, epochs: int) -> str:
 
 
 def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
-    """Give the figures of the kept epoch, and the crops per second over all epochs."""
     history = outcome.state.history
     metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
     rates = [report["crops_per_second"] for report in history]
@@ -530,7 +527,6 @@ def _describe_model(
 
 
 def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
-    """Write the card: what the model was trained on, how, and how far it came."""
     embryos = described.summary.get("embryos", {})
     unit = "planes" if info.full3d is None else "volumes"
     rows = [

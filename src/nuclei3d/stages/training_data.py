@@ -266,7 +266,6 @@ def _stored_bytes(info: SampleInfo) -> int:
 
 
 def _read_head(folder: Path, info: SampleInfo) -> NDArray[np.float64]:
-    """Read the five numbers, and check the size of the file."""
     path, expected = _path(folder, info), _stored_bytes(info)
     try:
         with path.open("rb") as file:

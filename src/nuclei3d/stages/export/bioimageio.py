@@ -241,7 +241,6 @@ def write_package(model: Model, folder: Path) -> Path:
 
 
 def _describe(model: Model, folder: Path) -> Any:
-    """Write the parts into a folder and describe the model that they make."""
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
     from bioimageio.spec.model import v0_5
@@ -290,7 +289,6 @@ class _FirstOutput(nn.Module):
 
 
 def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None:
-    """Write weights, TorchScript, and the example with what the network makes of it."""
     example = torch.from_numpy(contents.example)
     first = _FirstOutput(network).eval()
     with torch.no_grad():

@@ -241,7 +241,6 @@ def _open_study(store: StudyStorage, task: SearchTask) -> Study:
 
 
 def _work(task: SearchTask, name: str) -> None:
-    """Join a search from another process."""
     with _quiet(), explained_outage(), open_storage(task.storage, task.out, task.params.search) as store:
         study = optuna.load_study(
             storage=store.backend, study_name=task.study, pruner=new_pruner(task.params.search)
@@ -300,7 +299,6 @@ def _studies(store: StudyStorage, study: Study) -> list[Study]:
 
 
 def _conclude(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRuns) -> SearchResult:
-    """Choose the best trial, write and log the tables and plots."""
     finished = best_first(study)
     if not finished:
         raise InputError(
@@ -346,7 +344,6 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRu
 
 
 def _write_study(studies: Sequence[Study], space: SearchSpace, folder: Path) -> list[Path]:
-    """Write the trials of a search and of its confirmations: study.json, study.csv and search.html."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(trial, space) for study in studies for trial in study.get_trials(deepcopy=False)]
     # whole numbers and gaps stay what they are only as objects

@@ -234,7 +234,6 @@ class Worker:
         return sum(state in (*_COUNTED, TrialState.RUNNING) for state in states) < self.task.trials
 
     def _run_next(self, claim: ExitStack, trials_so_far: int) -> None:
-        """Take a trial within the claim, which ends then, and run it."""
         self.study.sampler = self.task.new_sampler(trials_so_far)
         self._number = -1
         try:
