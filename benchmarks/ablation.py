@@ -26,7 +26,6 @@ processes or jobs share the work; the call without it then reads what they left 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -41,18 +40,15 @@ from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
 from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
-from nuclei3d.networks.cpnet import choose_device
-from nuclei3d.networks.folder import load_model
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.assessment import assess_volume
 from nuclei3d.scoring.bootstrap import bootstrap_weights, percentile_interval, resampling_units
 from nuclei3d.scoring.contrast import contrast_bin
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
+from shared import EMBRYOS, markdown, new_parser
 
-EMBRYOS = tuple(f"Emb{number:02d}" for number in range(1, 12))
 TEST_OF_FOLD = ("Emb11", "Emb09", "Emb04", "Emb02", "Emb06")
 
 RECIPE: dict[str, Any] = {"sampling": {"sparse": 0.0}}
@@ -83,6 +79,7 @@ class Profile:
     every_frame: int
 
 
+TRAINED_WITH = ("epochs", "crops_per_epoch", "batch_size", "crop_px", "learning_rate")
 PROFILES = {
     "cpu": Profile(10, 160, 8, 96, 2e-3, 3, 2),
     "gpu": Profile(20, 1600, 32, 128, 2e-3, 5, 1),
@@ -111,21 +108,11 @@ def params_of(arm: str, fold: int, profile: Profile) -> Params:
         {
             "seed": fold,
             "data": {"split": {"train": rest, "validation": [validation], "test": [test]}},
-            "prepare": {
-                "downsample_xy": 1.0,
-                "step_xy": 2,
-                "step_xz": 8,
-                "step_yz": 8,
-                "sparse_share": 0.3,
-            },
+            "prepare": {"downsample_xy": 1.0, "step_xy": 2, "step_xz": 8, "step_yz": 8, "sparse_share": 0.3},
             "train": {
                 "name": arm,
                 "diameter_px": 17.0,
-                "epochs": profile.epochs,
-                "crops_per_epoch": profile.crops_per_epoch,
-                "batch_size": profile.batch_size,
-                "crop_px": profile.crop_px,
-                "learning_rate": profile.learning_rate,
+                **{name: getattr(profile, name) for name in TRAINED_WITH},
                 "select": "last",
                 **ARMS[arm],
             },
@@ -133,14 +120,6 @@ def params_of(arm: str, fold: int, profile: Profile) -> Params:
         },
         "the ablation",
     )
-
-
-def slices_of(fold: int, data: Path, out: Path, profile: Profile) -> Path:
-    """Prepare the slices of a fold, once for all arms."""
-    slices = out / f"fold{fold}" / "slices"
-    if not (slices / "summary.json").is_file():
-        prepare(params_of("recipe", fold, profile), data, slices)
-    return slices
 
 
 def measure(arm: str, fold: int, data: Path, out: Path, profile: Profile) -> list[Counts]:
@@ -152,20 +131,20 @@ def measure(arm: str, fold: int, data: Path, out: Path, profile: Profile) -> lis
         saved = json.loads(record.read_text())
         if saved["train"] == settings_used:
             return [Counts(**row) for row in saved["volumes"]]
-    slices = slices_of(fold, data, out, profile)
-    model_folder = out / f"fold{fold}" / "models" / arm
+    slices = out / f"fold{fold}" / "slices"
+    if not (slices / "summary.json").is_file():
+        prepare(params_of("recipe", fold, profile), data, slices)
+    model = out / f"fold{fold}" / "models" / arm
     began = time.perf_counter()
-    result = train(params, slices, model_folder)
+    result = train(params, slices, model)
     seconds = time.perf_counter() - began
-    model = load_model(model_folder)
-    device = choose_device(params.train.device)
-    settings = segmentation_settings(model.info, params.predict)
+    segmenter = Segmenter(model, params.predict)
     edges = json.loads((slices / "summary.json").read_text())["contrast_quintiles"]
     frames = split_embryos(find_embryos(data), params.data.split).test[:: profile.every_frame]
     volumes = []
     for frame in frames:
         volume = read_labelled(frame, params.data)
-        found = Segmenter(model.network, settings, device).segment(volume.image, volume.voxel_size)
+        found = segmenter.segment(volume.image, volume.voxel_size)
         assessed = assess_volume(
             volume.labels,
             found.labels,
@@ -186,17 +165,14 @@ def measure(arm: str, fold: int, data: Path, out: Path, profile: Profile) -> lis
                 faintest_found=int(assessed.true.matched[faintest].sum()),
             )
         )
+    found_out = {
+        "train": settings_used,
+        "training_seconds": seconds,
+        "validation_loss": result.metrics.get("validation_loss"),
+        "volumes": [vars(counts) for counts in volumes],
+    }
     with whole_file(record) as path:
-        path.write_text(
-            json.dumps(
-                {
-                    "train": settings_used,
-                    "training_seconds": seconds,
-                    "validation_loss": result.metrics.get("validation_loss"),
-                    "volumes": [vars(counts) for counts in volumes],
-                }
-            )
-        )
+        path.write_text(json.dumps(found_out))
     return volumes
 
 
@@ -209,8 +185,7 @@ def scores(volumes: Sequence[Counts], weights: NDArray[np.float64]) -> NDArray[n
     def pooled(name: str) -> NDArray[np.float64]:
         return weights @ np.array([getattr(counts, name) for counts in volumes], dtype=np.float64)
 
-    true, predicted, hits = pooled("true"), pooled("predicted"), pooled("hits_50")
-    hits_75 = pooled("hits_75")
+    true, predicted, hits, hits_75 = map(pooled, ("true", "predicted", "hits_50", "hits_75"))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.stack(
             [
@@ -231,18 +206,17 @@ def summarise(measured: dict[str, list[Counts]], replicates: int = 2000) -> dict
     once = np.ones((1, len(first)))
     base = measured.get("recipe")
     table: dict[str, Any] = {"resampled": units.words, "volumes": len(first), "arms": {}}
+
+    def by_column(values: NDArray[np.float64], samples: NDArray[np.float64]) -> dict[str, Any]:
+        low, high = percentile_interval(samples)
+        return {name: {"value": values[i], "low": low[i], "high": high[i]} for i, name in enumerate(COLUMNS)}
+
     for arm, volumes in measured.items():
         value, samples = scores(volumes, once)[0], scores(volumes, weights)
-        low, high = percentile_interval(samples)
-        row: dict[str, Any] = {
-            name: {"value": value[i], "low": low[i], "high": high[i]} for i, name in enumerate(COLUMNS)
-        }
+        row = by_column(value, samples)
         if base is not None and arm != "recipe":
-            change = value - scores(base, once)[0]
-            low, high = percentile_interval(samples - scores(base, weights))
-            row["change"] = {
-                name: {"value": change[i], "low": low[i], "high": high[i]} for i, name in enumerate(COLUMNS)
-            }
+            change = value - scores(base, once)[0], samples - scores(base, weights)
+            row["change"] = by_column(*change)
         table["arms"][arm] = row
     return table
 
@@ -250,24 +224,21 @@ def summarise(measured: dict[str, list[Counts]], replicates: int = 2000) -> dict
 def as_markdown(table: dict[str, Any]) -> str:
     """Give the table, and the table of differences, in Markdown."""
 
-    def cell(entry: dict[str, float], sign: str = "") -> str:
-        return f"{entry['value']:{sign}.3f} ({entry['low']:{sign}.3f} to {entry['high']:{sign}.3f})"
+    def cells(row: dict[str, Any], sign: str) -> list[str]:
+        return [
+            f"{entry['value']:{sign}.3f} ({entry['low']:{sign}.3f} to {entry['high']:{sign}.3f})"
+            for entry in (row[name] for name in COLUMNS)
+        ]
 
-    lines = [f"| arm | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for arm, row in table["arms"].items():
-        lines.append(f"| {arm} | " + " | ".join(cell(row[name]) for name in COLUMNS) + " |")
-    lines += ["", f"| change to the recipe | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for arm, row in table["arms"].items():
-        if "change" in row:
-            lines.append(
-                f"| {arm} | " + " | ".join(cell(row["change"][name], "+") for name in COLUMNS) + " |"
-            )
-    return "\n".join(lines)
+    arms = table["arms"]
+    changes = {arm: cells(row["change"], "+") for arm, row in arms.items() if "change" in row}
+    own = markdown(COLUMNS, {arm: cells(row, "") for arm, row in arms.items()}, "arm")
+    return own + "\n\n" + markdown(COLUMNS, changes, "change to the recipe")
 
 
 def main() -> None:
     """Read the command line, measure what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the embryos of BBBC050")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", choices=tuple(PROFILES), default="cpu")
@@ -275,7 +246,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of each training (default: the profile's)")
     parser.add_argument("--folds", type=int, help="number of folds (default: the profile's)")
     parser.add_argument("--only", type=int, nargs="+", help="measure these folds (from 0), draw no table")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
     profile = PROFILES[options.profile]
     arms = options.arms.split(",")
@@ -296,10 +266,9 @@ def main() -> None:
         return
     table = summarise(measured) | {"profile": options.profile, "settings": vars(profile), "folds": folds}
     text = as_markdown(table)
-    with whole_file(out / "ablation.md") as path:
-        path.write_text(text + "\n")
-    with whole_file(out / "ablation.json") as path:
-        path.write_text(json.dumps(table, indent=2) + "\n")
+    for name, content in (("ablation.md", text), ("ablation.json", json.dumps(table, indent=2))):
+        with whole_file(out / name) as path:
+            path.write_text(content + "\n")
     say(text)
     if options.json:
         print(json.dumps(table))

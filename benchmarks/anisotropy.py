@@ -10,7 +10,6 @@ from OME-Zarr, in the modes ortho and stitch, and the results compared voxel by 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +24,13 @@ from nuclei3d.grid import resize_linear, resize_nearest
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.cpnet import choose_device
+from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.stages.predict import predict
+from shared import new_parser
 
 ANISOTROPIES = (5.75, 11.5)
 BAR = 0.02
@@ -52,7 +52,6 @@ def upsampled(
 
 def compare(model: Model, frames: list[Path], modes: list[str]) -> dict[str, dict[str, float]]:
     """AP at .5, pooled over the frames, by mode and anisotropy."""
-    device = choose_device("auto")
     counts: dict[tuple[str, str], np.ndarray] = {}
     for path in frames:
         (frame,) = find_frames(path)
@@ -62,7 +61,7 @@ def compare(model: Model, frames: list[Path], modes: list[str]) -> dict[str, dic
             image, labels, voxel_size = native if anisotropy is None else upsampled(*native, anisotropy)
             for mode in modes:
                 settings = replace(segmentation_settings(model.info, PredictParams()), mode=mode)
-                result = Segmenter(model.network, settings, device).segment(image, voxel_size)
+                result = Segmenter(model.network, settings, "auto").segment(image, voxel_size)
                 table = overlap_table(labels, result.labels)
                 hits = match(table, 0.5).tp
                 key = (mode, "native" if anisotropy is None else f"{anisotropy:g}")
@@ -96,8 +95,6 @@ def compare_movies(model: Path, movie: Path) -> dict[str, bool]:
         del group["0"]
         array = group.create_array("0", shape=(len(images), *shape), dtype=images[0].dtype)
         array[:] = np.stack(images)
-        from nuclei3d.images.writing import write_image
-
         for t, image in enumerate(images):
             write_image(folder / "movie" / f"t{t:03d}.ome.tif", image, voxel_size)
         for mode in ("ortho", "stitch"):
@@ -114,13 +111,12 @@ def compare_movies(model: Path, movie: Path) -> dict[str, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of the embryos (BBBC050)")
     parser.add_argument("--frames", nargs="+", default=["Emb10/t401", "Emb11/t401", "Emb11/t501"])
     parser.add_argument("--stock", action="store_true", help="stock Cellpose beside it (slow)")
     parser.add_argument("--movie", help="embryo whose time-lapse is predicted from folder and OME-Zarr")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
     paths = [

@@ -10,12 +10,10 @@ with the same network, number of crops and crop size (``cellpose.train.train_seg
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ import numpy as np
 import tifffile
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.console import say
 from nuclei3d.images.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
 from nuclei3d.images.writing import write_labels
 from nuclei3d.networks.folder import load_model
@@ -31,6 +28,7 @@ from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
+from shared import markdown, new_parser, once
 
 OURS = "nuclei3d"
 STOCK = "stock Cellpose 3.1.1.3, do_3D"
@@ -46,19 +44,6 @@ COLUMNS = {
     "recall, faintest fifth": "recall_faint",
     "... at precision .9": "recall_at_precision_0.90",
 }
-
-
-def once(folder: Path, name: str, times: dict[str, float], work: Callable[[], Any]) -> None:
-    """Do a step unless its record says that it is done; keep the seconds it took."""
-    record = folder / f"{name}.seconds"
-    if record.is_file():
-        times[name] = float(record.read_text())
-        return
-    say(f"--- {name}")
-    start = time.perf_counter()
-    work()
-    times[name] = time.perf_counter() - start
-    record.write_text(f"{times[name]:.2f}\n")
 
 
 def train_stock(params: Params, slices: Path, out: Path) -> None:
@@ -127,23 +112,10 @@ def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
     split = split_embryos(find_embryos(data), params.data.split)
     test = list(split.test)
     once(out, "train", times, lambda: train(params, slices, ours, data=data))
-    for embryo in sorted({frame.embryo for frame in test}):
-        once(
-            out,
-            f"predict_{embryo}",
-            times,
-            lambda embryo=embryo: predict(
-                params, [data / embryo / "images"], str(ours), out / "ours" / embryo
-            ),
-        )
+    predict_once(params, sorted({frame.embryo for frame in test}), data, ours, out, times, out / "ours")
     once(out, "stock_train", times, lambda: train_stock(params, slices, out / "stock_model"))
-    weights = out / "stock_model" / "models" / "stock"
-    once(
-        out,
-        "stock_predict",
-        times,
-        lambda: predict_stock(weights, test, params, diameter_um, out / "stock"),
-    )
+    weights, stock = out / "stock_model" / "models" / "stock", out / "stock"
+    once(out, "stock_predict", times, lambda: predict_stock(weights, test, params, diameter_um, stock))
     truth, images = out / "truth" / "labels", out / "truth" / "images"
     once(out, "truth", times, lambda: gather_truth(test, truth, images))
     evaluate(
@@ -152,27 +124,54 @@ def run(params: Params, data: Path, out: Path) -> dict[str, Any]:
         out / "ours",
         out / "evaluation",
         images=images,
-        baselines={STOCK: out / "stock"},
+        baselines={STOCK: stock},
         summary=slices,
         history=ours / "history.csv",
         method=OURS,
     )
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
     info = load_model(ours).info
-    methods = {OURS: metrics, **metrics["baselines"]}
     return {
         "test": sorted({frame.embryo for frame in test}),
         "volumes": len(test),
         "nuclei": metrics["n_true"],
         "thresholds": {"cellprob": info.cellprob_threshold, "score": info.score_threshold},
         "seconds": times,
+        **figures_of(metrics, OURS),
+    }
+
+
+def predict_once(
+    params: Params,
+    embryos: Iterable[str],
+    data: Path,
+    model: Path,
+    record: Path,
+    times: dict[str, float],
+    out: Path,
+) -> None:
+    """Predict all frames of some embryos, each a step of its own."""
+    for embryo in embryos:
+        images, masks = [data / embryo / "images"], out / embryo
+        once(
+            record,
+            f"predict_{embryo}",
+            times,
+            lambda images=images, masks=masks: predict(params, images, str(model), masks),
+        )
+
+
+def figures_of(metrics: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Give the figures of the table, and recall by contrast, of a method and its baselines."""
+    methods = {method: metrics, **metrics["baselines"]}
+    return {
         "metrics": {
-            method: {name: describe(values, key) for name, key in COLUMNS.items()}
-            for method, values in methods.items()
+            name: {column: describe(values, key) for column, key in COLUMNS.items()}
+            for name, values in methods.items()
         },
         "recall_by_contrast": {
-            method: [bin_["recall"] for bin_ in values["recall_by_contrast"]]
-            for method, values in methods.items()
+            name: [bin_["recall"] for bin_ in values["recall_by_contrast"]]
+            for name, values in methods.items()
         },
     }
 
@@ -203,10 +202,8 @@ def gather_truth(frames: list[EmbryoFrame], labels: Path, images: Path) -> None:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Draw the table of the README: figures with 95 % intervals."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for method, values in result["metrics"].items():
-        lines.append(f"| {method} | " + " | ".join(as_cell(figure) for figure in values.values()) + " |")
-    return "\n".join(lines)
+    rows = {method: [as_cell(each) for each in row.values()] for method, row in result["metrics"].items()}
+    return markdown(list(COLUMNS), rows)
 
 
 def as_cell(figure: dict[str, Any]) -> str:
@@ -220,14 +217,11 @@ def as_cell(figure: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, whole=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--params", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = run(load_params(args.params, args.overrides), args.data, args.out)
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -31,6 +31,7 @@ import torch
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
+from shared import markdown, new_parser
 
 # column of the table: name in an arm's record
 COLUMNS = {
@@ -80,18 +81,15 @@ _SOLID = {
 }
 _FIRST = {"profile": "small", "patch": [24, 64, 64], "pooling": "isotropic", "balance_axes": False}
 _SPACING = {"profile": "small", "patch": [24, 64, 64]}
+_UNBALANCED = {**_SPACING, "balance_axes": False}
 # name: (data, targets, train)
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tanh, isotropic pooling": ("bbbc050", "tanh", {**_SOLID, "full3d": _FIRST}),
-    "heat, isotropic pooling": (
-        "bbbc050",
-        "heat",
-        {**_SOLID, "full3d": {**_FIRST, "balance_axes": True}},
-    ),
+    "heat, isotropic pooling": ("bbbc050", "heat", {**_SOLID, "full3d": {**_FIRST, "balance_axes": True}}),
     "tanh, pooling by spacing": (
         "bbbc050",
         "tanh",
-        {**_SOLID, "full3d": {**_SPACING, "balance_axes": False}},
+        {**_SOLID, "full3d": _UNBALANCED},
     ),
     "heat, pooling by spacing": ("bbbc050", "heat", {**_SOLID, "full3d": _SPACING}),
     "2D views": ("bbbc050", "heat", _VIEWS),
@@ -272,11 +270,7 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         "arm": arm,
         "ap_0.50": metrics["ap"]["0.50"],
         "ap_0.75": metrics["ap"]["0.75"],
-        "seg": metrics["seg"],
-        "mucov": metrics["mucov"],
-        "recall_faint": metrics["recall_faint"],
-        "precision": metrics["precision"],
-        "recall": metrics["recall"],
+        **{name: metrics[name] for name in ("seg", "mucov", "recall_faint", "precision", "recall")},
         "intervals": metrics.get("intervals", {}),
         **{f"cosine_{axis}": float(value) for axis, value in zip("zyx", cosines, strict=True)},
         "seconds_per_mvox": seconds / voxels * 1e6,
@@ -309,31 +303,22 @@ def run_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> di
 
 def as_markdown(records: list[dict[str, Any]]) -> str:
     """Draw the table."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for record in records:
-        cells = [
-            str(record[key])
-            if isinstance(record[key], int)
-            else f"{record[key]:.3f}"
-            if record[key] is not None
-            else ""
-            for key in COLUMNS.values()
-        ]
-        lines.append(f"| {record['arm']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+    rows = {record["arm"]: [cell(record[key]) for key in COLUMNS.values()] for record in records}
+    return markdown(list(COLUMNS), rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, whole=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of the embryos (BBBC050)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MIXED], default=[*ARMS, *MIXED], metavar="NAME")
     parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--minutes", type=float, default=6.0, help="of each training")
     parser.add_argument("--step", choices=["train", "predict"], help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step == "train":

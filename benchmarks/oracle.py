@@ -14,7 +14,6 @@ Each figure is the median over volumes of different seeds; `worst` holds the low
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
@@ -24,15 +23,13 @@ from nuclei3d.console import emit_json, say
 from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
-from shapes import touching_nuclei
+from shared import CUBIC, Labels, ap_of, new_parser, touching_nuclei
 
-Labels = NDArray[np.uint32]
 ANISOTROPIES = (1.0, 2.2, 5.75, 11.5)
 THRESHOLDS = (0.5, 0.75, 0.9)
 DIAMETER = 35.0
@@ -77,39 +74,34 @@ def stock_masks(views: list[ViewPrediction], shape: tuple[int, ...]) -> Labels:
     return np.asarray(masks, np.uint32)
 
 
-def scores_of(truth: Labels, labels: Labels) -> list[float]:
-    return [float(value) for value in average_precision(overlap_table(truth, labels), THRESHOLDS)]
-
-
 def one_volume(anisotropy: float, seed: int, *, stock: bool) -> tuple[int, dict[str, list[float]]]:
     """Run all ways on one volume; the number of nuclei and the AP of each way."""
     voxel_size = VoxelSize(anisotropy, 1, 1)
-    cubic = VoxelSize(1, 1, 1)
     truth = touching_nuclei(BOX, 90, DIAMETER, voxel_size, seed)
     isotropic = resize_nearest(truth, isotropic_shape(truth.shape, voxel_size, 1.0)).astype(np.uint32)
     views = exact_views(isotropic)
     flow, logit = fuse_views(views)
     settings = MaskSettings()
-    labels, _ = masks_from_field(FlowField.of(flow, logit, cubic), DIAMETER, settings)
-    ap = {"ap_ours": scores_of(truth, resize_nearest(labels, truth.shape).astype(np.uint32))}
+    labels, _ = masks_from_field(FlowField.of(flow, logit, CUBIC), DIAMETER, settings)
+    ap = {"ap_ours": ap_of(truth, resize_nearest(labels, truth.shape).astype(np.uint32), *THRESHOLDS)}
     native_flow = np.stack([resize_linear(part, truth.shape) for part in flow])
     native_logit = resize_linear(logit, truth.shape)
     labels, _ = masks_from_field(FlowField.of(native_flow, native_logit, voxel_size), DIAMETER, settings)
-    ap["ap_ours_native"] = scores_of(truth, labels)
+    ap["ap_ours_native"] = ap_of(truth, labels, *THRESHOLDS)
     own_logit = np.where(truth > 0, LOGIT, -LOGIT).astype(np.float32)
-    own_field = FlowField.of(flows_3d(truth, voxel_size), own_logit, voxel_size)
-    labels, _ = masks_from_field(own_field, DIAMETER, settings)
-    ap["ap_round_trip"] = scores_of(truth, labels)
+    labels, _ = masks_from_field(
+        FlowField.of(flows_3d(truth, voxel_size), own_logit, voxel_size), DIAMETER, settings
+    )
+    ap["ap_round_trip"] = ap_of(truth, labels, *THRESHOLDS)
     if stock:
-        ap["ap_stock"] = scores_of(truth, stock_masks(views, truth.shape))
+        ap["ap_stock"] = ap_of(truth, stock_masks(views, truth.shape), *THRESHOLDS)
     return int(truth.max()), ap
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="volumes per anisotropy")
     parser.add_argument("--no-stock", action="store_true", help="leave stock Cellpose out")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
     report: dict[str, dict[str, dict[str, float]]] = {"worst": {}}
     counts = []

@@ -10,7 +10,6 @@ peer's torch, `NUMBA_NUM_THREADS` for ours).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +19,12 @@ from numpy.typing import NDArray
 from nuclei3d.console import emit_json, say
 from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.grid import available_threads
-from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
-from shapes import touching_nuclei
-from timing import measure_in_turns, ratio_of
+from shared import CUBIC, ap_of, measure_in_turns, new_parser, ratio_of, touching_nuclei
 
 DIAMETER = 35.0
-CUBIC = VoxelSize(1, 1, 1)
 BARS = {"targets_3d_speedup": 30.0, "dynamics_speedup": 15.0, "targets_2d_speedup": 5.0}
 
 
@@ -61,13 +56,12 @@ def stock_masks(flow: NDArray[np.float32], logit: NDArray[np.float32]) -> NDArra
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--peer-repeats", type=int, default=1, help="repeats of stock Cellpose, which is slow"
     )
     parser.add_argument("--side", type=int, default=184, help="edge of the volume in voxels")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
 
     import torch
@@ -117,10 +111,7 @@ def main() -> None:
         lambda: flows_3d(labels, CUBIC),
         lambda: dynamics.masks_to_flows_gpu_3d(wide, device=cpu),
     )
-    report["ap_90"] = {
-        "ours": float(average_precision(overlap_table(labels, found), (0.9,))[0]),
-        "stock": float(average_precision(overlap_table(labels, stock_found), (0.9,))[0]),
-    }
+    report["ap_90"] = {"ours": ap_of(labels, found, 0.9)[0], "stock": ap_of(labels, stock_found, 0.9)[0]}
     report["passed"] = all(report[key] >= bar for key, bar in BARS.items())
     if arguments.json:
         emit_json(report)

@@ -17,7 +17,6 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,27 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from embryo_like import CUBIC, Filters, Volume, draw_volume, train_briefly
 from nuclei3d.console import emit_json, say
 from nuclei3d.networks.cpnet import choose_device, choose_precision
-from nuclei3d.networks.folder import load_model
-from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.openvino_network import has_openvino
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.segmentation.stock import segment_with_cellpose
-from timing import Timing, measure, measure_in_turns, ratio_of
+from shared import (
+    CUBIC,
+    Filters,
+    Labels,
+    Timing,
+    add_network_options,
+    ap_of,
+    draw_volume,
+    measure,
+    measure_in_turns,
+    network_of,
+    new_parser,
+    ratio_of,
+)
 
 SHAPE = (96, 256, 256)
 MEMORY_SHAPE = (120, 500, 500)
@@ -97,7 +106,7 @@ def flops_per_pixel(network: nn.Module) -> float:
 
 def compare(
     name: str,
-    volume: Volume,
+    volume: tuple[NDArray[np.uint16], Labels],
     network: nn.Module,
     settings: SegmentationSettings,
     device: torch.device,
@@ -115,10 +124,7 @@ def compare(
     )
     (own, result), (peer, masks) = both["ours"], both["stock"]
     share = result.seconds["network"] / result.seconds["total"]
-    ap = {
-        "ours": average_precision(overlap_table(truth, result.labels), (0.5, 0.75)).tolist(),
-        "stock": average_precision(overlap_table(truth, masks), (0.5, 0.75)).tolist(),
-    }
+    ap = {"ours": ap_of(truth, result.labels, 0.5, 0.75), "stock": ap_of(truth, masks, 0.5, 0.75)}
     wall, processor = ratio_of(peer.seconds, own.seconds), ratio_of(peer.cpu_seconds, own.cpu_seconds)
     report[f"speedup_{name}"] = wall["median"]
     report[name] = {
@@ -137,42 +143,28 @@ def compare(
     say(f"{name}: {spreads[0]} x as fast, {spreads[1]} x by processor time; AP .5, .75: {ap}")
 
 
-def engine_of(wish: str, device: torch.device) -> str:
-    """Name the engine that runs the network."""
-    if wish != "auto":
-        return wish
-    return "openvino" if device.type == "cpu" and has_openvino() else "torch"
-
-
 def _tell(timing: Timing) -> str:
     return f"{timing.median:.1f} s ({timing.cpu_median:.1f} s of processor time)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model folder; without, one is trained briefly")
+    parser = new_parser(__doc__)
+    add_network_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=1)
     parser.add_argument("--volumes", nargs="*", choices=tuple(SHARES), default=list(SHARES))
-    parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the volumes, to try things out")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--engine", default="auto", choices=["auto", "torch", "openvino"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--steps", type=int, default=150, help="of the brief training")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory-of", choices=["ours", "stock"], help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
     if arguments.memory_of:
         emit_json({"peak_mb": memory_of(arguments.memory_of, arguments.diameter)})
         return
     device = choose_device(arguments.device)
-    if arguments.model:
-        network = load_model(arguments.model).network
-    else:
-        say(f"no --model: training one for {arguments.steps} steps")
-        network = train_briefly(arguments.diameter, arguments.steps, 0)
+    network = network_of(arguments)
     with torch.no_grad():
         network.diam_mean.fill_(arguments.diameter)
     settings = SegmentationSettings(
@@ -181,12 +173,15 @@ def main() -> None:
         precision=arguments.precision,
         engine=arguments.engine,
     )
+    engine = arguments.engine
+    if engine == "auto":
+        engine = "openvino" if device.type == "cpu" and has_openvino() else "torch"
     shape = tuple(round(size * arguments.scale) for size in SHAPE)
     report: dict[str, Any] = {
         "voxels": int(np.prod(shape)),
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "engine": engine_of(arguments.engine, device),
+        "engine": engine,
         "precision": str(choose_precision(arguments.precision, device)),
     }
     repeats = (arguments.repeats, arguments.peer_repeats)

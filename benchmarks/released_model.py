@@ -21,18 +21,16 @@ by side; the command without --folds and --final then gathers what they made.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bbbc050 import COLUMNS, as_markdown, describe, gather_truth, once
+from bbbc050 import as_markdown, figures_of, gather_truth, predict_once
 from nuclei3d.config import Params, load_params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
-from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.matching import match, overlap_table
@@ -46,9 +44,9 @@ from nuclei3d.stages.calibrate import (
     validation_settings,
 )
 from nuclei3d.stages.evaluate import evaluate
-from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
+from shared import EMBRYOS, new_parser, once
 
 METHOD = "nuclei3d, embryos left out"
 PARAMETERS = "parameters.json"
@@ -75,7 +73,6 @@ FOLDS = (
     Fold(2, ("Emb10", "Emb07", "Emb04", "Emb01"), "Emb09"),
     Fold(3, ("Emb09", "Emb06", "Emb03"), "Emb08"),
 )
-EMBRYOS = tuple(sorted(name for fold in FOLDS for name in fold.held_out))
 
 
 def repaired_view(data: Path, out: Path) -> Path:
@@ -120,37 +117,21 @@ def final_params(params: Params) -> Params:
     )
 
 
-def run_fold(params: Params, fold: Fold, data: Path, out: Path) -> dict[str, float]:
-    """Train without the fold's embryos, then segment them; give the seconds of each step."""
+def train_once(params: Params, data: Path, folder: Path) -> dict[str, float]:
+    """Prepare and train in a folder; give the seconds of each step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    times: dict[str, float] = {}
+    once(folder, "prepare", times, lambda: prepare(params, data, folder / "slices"))
+    once(folder, "train", times, lambda: train(params, folder / "slices", folder / "model", data=data))
+    return times
+
+
+def run_fold(params: Params, fold: Fold, data: Path, out: Path) -> None:
+    """Train without the fold's embryos, then segment them."""
     say(f"=== {fold.name}: without {', '.join(fold.held_out)}; {fold.validation} validates")
-    chosen = fold_params(params, fold)
-    folder = out / fold.name
-    folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "model"
-    times: dict[str, float] = {}
-    once(folder, "prepare", times, lambda: prepare(chosen, data, folder / "slices"))
-    once(folder, "train", times, lambda: train(chosen, folder / "slices", model, data=data))
-    for embryo in fold.held_out:
-        images, masks = data / embryo / "images", out / "predictions" / embryo
-        once(
-            folder,
-            f"predict_{embryo}",
-            times,
-            lambda images=images, masks=masks: predict(chosen, [images], str(model), masks),
-        )
-    return times
-
-
-def train_final(params: Params, data: Path, out: Path) -> dict[str, float]:
-    """Train on all embryos; give the seconds of each step."""
-    say(f"=== final: {len(EMBRYOS)} embryos")
-    chosen = final_params(params)
-    folder = out / "final"
-    folder.mkdir(parents=True, exist_ok=True)
-    times: dict[str, float] = {}
-    once(folder, "prepare", times, lambda: prepare(chosen, data, folder / "slices"))
-    once(folder, "train", times, lambda: train(chosen, folder / "slices", folder / "model", data=data))
-    return times
+    chosen, folder = fold_params(params, fold), out / fold.name
+    times = train_once(chosen, data, folder)
+    predict_once(chosen, fold.held_out, data, folder / "model", folder, times, out / "predictions")
 
 
 def pool_thresholds(
@@ -186,17 +167,14 @@ def evaluate_held_out(params: Params, data: Path, out: Path, name: str, least_um
 
 def gather(params: Params, metrics: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Put result.json together from what the steps left."""
-    methods = {METHOD: metrics, **metrics["baselines"]}
-    folds = []
-    for fold in FOLDS:
-        info = load_model(out / fold.name / "model").info
-        folds.append(
-            {
-                **asdict(fold),
-                "thresholds": thresholds_of(info),
-                "seconds": seconds_of(out / fold.name),
-            }
-        )
+    folds = [
+        {
+            **asdict(fold),
+            "thresholds": thresholds_of(load_model(out / fold.name / "model").info),
+            "seconds": seconds_of(out / fold.name),
+        }
+        for fold in FOLDS
+    ]
     return {
         "embryos": list(EMBRYOS),
         "volumes": len(metrics["volumes"]),
@@ -204,14 +182,7 @@ def gather(params: Params, metrics: Mapping[str, Any], out: Path) -> dict[str, A
         "steps": params.train.epochs * (params.train.crops_per_epoch or 0) // params.train.batch_size,
         "folds": folds,
         "final_seconds": seconds_of(out / "final"),
-        "metrics": {
-            method: {name: describe(values, key) for name, key in COLUMNS.items()}
-            for method, values in methods.items()
-        },
-        "recall_by_contrast": {
-            method: [bin_["recall"] for bin_ in values["recall_by_contrast"]]
-            for method, values in methods.items()
-        },
+        **figures_of(metrics, METHOD),
         "by_embryo": {
             embryo: {
                 name: scores.get(name) for name in ("seg", "mucov", "foreground_iou", "precision", "recall")
@@ -222,22 +193,10 @@ def gather(params: Params, metrics: Mapping[str, Any], out: Path) -> dict[str, A
     }
 
 
-def as_published(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the rows of the table for the labels as they were published."""
-    methods = {METHOD: metrics, **metrics["baselines"]}
-    return {
-        f"{method}; labels as published": {name: describe(values, key) for name, key in COLUMNS.items()}
-        for method, values in methods.items()
-    }
-
-
 def thresholds_of(info: ModelInfo) -> dict[str, float]:
     """Give a model's thresholds."""
-    return {
-        "cellprob": info.cellprob_threshold,
-        "score": info.score_threshold,
-        "min_volume_um3": info.min_volume_um3,
-    }
+    named = {"cellprob": info.cellprob_threshold, "score": info.score_threshold}
+    return named | {"min_volume_um3": info.min_volume_um3}
 
 
 def seconds_of(folder: Path) -> dict[str, float]:
@@ -245,15 +204,10 @@ def seconds_of(folder: Path) -> dict[str, float]:
     return {path.stem: float(path.read_text()) for path in sorted(folder.glob("*.seconds"))}
 
 
-def released_folder(params: Params, out: Path) -> Path:
-    """Give the place of the released model."""
-    return out / "release" / params.train.name
-
-
 def release(params: Params, data: Path, out: Path, result: Mapping[str, Any], frames_per_embryo: int) -> Path:
     """Write the model folder that is released, with compact weights, pooled thresholds and the card."""
     final = load_model(out / "final" / "model")
-    folder = released_folder(params, out)
+    folder = out / "release" / params.train.name
     if (folder / "model.json").is_file():
         return folder
     info, _ = pool_thresholds(params, final.info, data, out, frames_per_embryo)
@@ -261,20 +215,17 @@ def release(params: Params, data: Path, out: Path, result: Mapping[str, Any], fr
     return folder
 
 
-def compact_agreement(params: Params, data: Path, out: Path) -> dict[str, Any]:
+def compact_agreement(params: Params, data: Path, trained: Path, released: Path) -> dict[str, Any]:
     """Segment the last frame of one embryo a fold with the weights as trained and as released."""
-    device = choose_device(params.predict.device)
-    trained, released = (load_model(path) for path in (out / "final" / "model", released_folder(params, out)))
-    settings = segmentation_settings(released.info, params.predict)
+    settings = segmentation_settings(load_model(released).info, params.predict)
+    segmenters = [
+        Segmenter(load_model(path).network, settings, params.predict.device) for path in (trained, released)
+    ]
     nuclei, hits, union = 0, 0, 0
     for fold in FOLDS:
         frame = split_embryos(find_embryos(data), fold_params(params, fold).data.split).test[-1]
         volume = read_labelled(frame, params.data)
-        masks = [
-            Segmenter(model.network, settings, device).segment(volume.image, volume.voxel_size).labels
-            for model in (trained, released)
-        ]
-        table = overlap_table(*masks)
+        table = overlap_table(*(each.segment(volume.image, volume.voxel_size).labels for each in segmenters))
         same = match(table, 0.9).tp
         nuclei += table.n_true
         hits += same
@@ -284,8 +235,6 @@ def compact_agreement(params: Params, data: Path, out: Path) -> dict[str, Any]:
 
 def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
     """Write the card of the released model."""
-    own = {METHOD: result["metrics"][METHOD]}
-    others = {name: values for name, values in result["metrics"].items() if name != METHOD}
     template = Path(__file__).with_name("released_model_card.md").read_text(encoding="utf-8")
     return template.format(
         name=info.name,
@@ -294,7 +243,7 @@ def model_card(info: ModelInfo, result: Mapping[str, Any]) -> str:
         embryos=len(result["embryos"]),
         volumes=result["volumes"],
         nuclei=result["nuclei"],
-        table=as_markdown({"metrics": own | others}),
+        table=as_markdown(result),
         bins=", ".join(f"{value:.2f}" for value in result["recall_by_contrast"][METHOD]),
         steps=result["steps"],
         lineage="\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in info.lineage.items()),
@@ -329,9 +278,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 def main() -> None:
     """Read the command line, do what is asked, print the table where all of it is there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, whole=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--params", type=Path, default=Path(__file__).with_suffix(".yaml"))
@@ -339,7 +286,6 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", choices=[fold.number for fold in FOLDS])
     parser.add_argument("--final", action="store_true", help="do the last training, not the table")
     parser.add_argument("--calibration-frames", type=int, default=4, help="per held-out embryo")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     params = load_params(args.params, args.overrides)
     keep_parameters(params, args.out)
@@ -349,20 +295,22 @@ def main() -> None:
         if everything or fold.number in (args.folds or ()):
             run_fold(params, fold, data, args.out)
     if everything or args.final:
-        train_final(params, data, args.out)
+        say(f"=== final: {len(EMBRYOS)} embryos")
+        train_once(final_params(params), data, args.out / "final")
     if not everything:
         return
     debris = params.prepare.min_volume_um3
     metrics = evaluate_held_out(params, data, args.out, "evaluation", debris)
     published = evaluate_held_out(params, args.data, args.out, "evaluation_published", 0.0)
     result = gather(params, metrics, args.out)
-    result["metrics"] |= as_published(published)
+    for method, row in figures_of(published, METHOD)["metrics"].items():
+        result["metrics"][f"{method}; labels as published"] = row
     (args.out / "table.md").write_text(as_markdown(result) + "\n")
     folder = release(params, data, args.out, result, args.calibration_frames)
     result["released"] = {
         "folder": str(folder),
         "thresholds": thresholds_of(load_model(folder).info),
-        "float16_against_float32": compact_agreement(params, data, args.out),
+        "float16_against_float32": compact_agreement(params, data, args.out / "final" / "model", folder),
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if args.json else as_markdown(result))

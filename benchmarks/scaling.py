@@ -9,7 +9,6 @@ thread each and compared with the volume as a whole. Without a model, a network 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import resource
@@ -25,16 +24,23 @@ import numpy as np
 import psutil
 import torch
 
-from embryo_like import CUBIC, Filters, draw_volume, train_briefly
 from nuclei3d.console import emit_json, say
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.writing import write_image
-from nuclei3d.networks.folder import ModelInfo, load_model, save_model
-from nuclei3d.scoring.matching import average_precision, overlap_table
+from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.stages.predict_blocks import required_gb
-from timing import measure
+from shared import (
+    CUBIC,
+    Filters,
+    add_network_options,
+    ap_of,
+    draw_volume,
+    measure,
+    network_of,
+    new_parser,
+)
 
 TIME_BAR = 0.15
 MEMORY_BAR = 0.05
@@ -150,7 +156,7 @@ def blocks_against_whole(
         "whole_cpu_s": round(run.cpu_seconds, 1),
         "nuclei": int(whole.max()),
     }
-    result["ap_truth"] = {"whole": _ap(truth, whole, 0.5)}
+    result["ap_truth"] = {"whole": ap_of(truth, whole, 0.5)[0]}
     for workers in (1, 2):
         out = folder / f"blocks_{workers}"
         wishes = [f"predict.memory_gb={memory_gb * workers}", f"predict.workers={workers}"]
@@ -160,14 +166,14 @@ def blocks_against_whole(
         if blocks is None:
             raise RuntimeError(f"{memory_gb} GB were enough for the volume as a whole")
         labels = read_labels(out / "embryo_masks.ome.zarr")
-        against_whole = _ap(whole, labels, 0.9)
+        against_whole = ap_of(whole, labels, 0.9)[0]
         result[f"workers_{workers}"] = {
             "blocks": int(blocks[1]),
             "seconds": round(run.seconds, 1),
             "cpu_seconds": round(run.cpu_seconds, 1),
             "ap_90_against_whole": round(against_whole, 4),
         }
-        result["ap_truth"][f"workers_{workers}"] = _ap(truth, labels, 0.5)
+        result["ap_truth"][f"workers_{workers}"] = ap_of(truth, labels, 0.5)[0]
         say(
             f"{workers} workers, {blocks[0]}: {run.seconds:.0f} s ({run.cpu_seconds:.0f} s by processor), "
             f"AP .9 against the whole {against_whole:.4f}"
@@ -175,32 +181,20 @@ def blocks_against_whole(
     return result
 
 
-def _ap(truth: np.ndarray, labels: np.ndarray, threshold: float) -> float:
-    return float(average_precision(overlap_table(truth, labels), (threshold,))[0])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model folder; without, one is trained briefly")
+    parser = new_parser(__doc__)
+    add_network_options(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 8, 64], help="in Mvox")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
-    parser.add_argument("--steps", type=int, default=150, help="of the brief training")
     parser.add_argument("--frame-shape", type=int, nargs=3, default=[32, 160, 160], help="of a frame")
     parser.add_argument("--block-shape", type=int, nargs=3, default=[64, 256, 256], help="volume that is cut")
     parser.add_argument(
         "--filters", action="store_true", help="time volumes with three filters in place of the network"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
-    diameter = arguments.diameter
-    if arguments.model:
-        network = load_model(arguments.model).network
-    else:
-        say(f"no --model: training one for {arguments.steps} steps")
-        network = train_briefly(diameter, arguments.steps, 0)
+    diameter, network = arguments.diameter, network_of(arguments)
     report: dict[str, Any] = {"network": "filters" if arguments.filters else "cpnet"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

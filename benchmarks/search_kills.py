@@ -30,6 +30,7 @@ from typing import Any
 from nuclei3d.config import load_params
 from nuclei3d.stages.search.objective import TrialJob
 from nuclei3d.stages.search.study import search
+from shared import new_parser
 
 _STATUS_OF = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
@@ -141,14 +142,13 @@ def check(folder: Path, trials: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--storage", help="postgresql://... ; a journal file if left out")
     parser.add_argument("--longest", type=float, default=15.0, help="seconds before a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:

@@ -19,7 +19,6 @@ libraries choose their algorithms, weigh heavily: take --steps 600 or more there
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -45,6 +44,7 @@ from nuclei3d.training.examples import Examples
 from nuclei3d.training.learner import Arithmetic
 from nuclei3d.training.loop import train_network
 from nuclei3d.training.samples import SampleSet
+from shared import new_parser
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,9 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     described = read_slices(slices)
     planes = load_samples(described, "train", settings.memory_limit_gb)
     validation = load_samples(described, "validation", settings.memory_limit_gb)
-    outcome = train_network(
-        network,
-        Examples(
-            planes, validation, settings, CropGrid.of_planes(settings, described.diameter_px), seed=seed
-        ),
-        settings,
-        device=choose_device(settings.device),
-    )
+    grid = CropGrid.of_planes(settings, described.diameter_px)
+    examples = Examples(planes, validation, settings, grid, seed=seed)
+    outcome = train_network(network, examples, settings, device=choose_device(settings.device))
     measured = clock.stop(settings.epochs * (settings.crops_per_epoch or len(planes)))
     network.load_state_dict(outcome.weights)
     return measured, network
@@ -160,9 +155,8 @@ def compare(slices: Path, files: Path, settings: TrainParams, seed: int) -> dict
     say(f"  {ours}")
     say("training with cellpose.train.train_seg")
     stock, network = train_stock(slices, files, settings, seed)
-    stock = replace(
-        stock, validation_loss=validation_loss(network, stock_normalised(planes), described, settings)
-    )
+    planes = stock_normalised(planes)
+    stock = replace(stock, validation_loss=validation_loss(network, planes, described, settings))
     say(f"  {stock}")
     return {
         "throughput_ratio": ours.crops_per_second / stock.crops_per_second,
@@ -175,17 +169,14 @@ def compare(slices: Path, files: Path, settings: TrainParams, seed: int) -> dict
         "threads": torch.get_num_threads(),
         "planes": len(described.infos["train"]),
         "steps": settings.epochs * math.ceil((settings.crops_per_epoch or 0) / settings.batch_size),
-        "learning_rate": settings.learning_rate,
-        "crop_px": settings.crop_px,
-        "batch_size": settings.batch_size,
+        **{name: getattr(settings, name) for name in ("learning_rate", "crop_px", "batch_size")},
     }
 
 
 def warm_up(slices: Path, files: Path, settings: TrainParams) -> None:
     """Load compiled code and touch the files of both sides once."""
-    train_ours(
-        slices, settings.model_copy(update={"epochs": 1, "crops_per_epoch": 2, "validation_crops": 2}), 0
-    )
+    short = {"epochs": 1, "crops_per_epoch": 2, "validation_crops": 2}
+    train_ours(slices, settings.model_copy(update=short), 0)
     from cellpose import train as _  # noqa: F401 - loaded, as ours is
 
     for path in sorted((*(slices / "train").iterdir(), *(files / "train").iterdir())):
@@ -194,15 +185,9 @@ def warm_up(slices: Path, files: Path, settings: TrainParams) -> None:
 
 def sample_slices(folder: Path) -> Path:
     """Simulate and prepare a sample."""
-    params = load_params(
-        None,
-        [
-            "tracking.enabled=false",
-            "data.split.train=[embryo_a]",
-            "data.split.validation=[embryo_b]",
-            "data.split.test=[embryo_c]",
-        ],
-    )
+    split = {"train": "embryo_a", "validation": "embryo_b", "test": "embryo_c"}
+    named = [f"data.split.{part}=[{embryo}]" for part, embryo in split.items()]
+    params = load_params(None, ["tracking.enabled=false", *named])
     simulate(params, folder / "data")
     prepare(params, folder / "data", folder / "slices")
     return folder / "slices"
@@ -210,7 +195,7 @@ def sample_slices(folder: Path) -> Path:
 
 def main() -> None:
     """Read the command line, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--slices", type=Path, help="folder made by prepare; default: a simulated sample")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -218,7 +203,6 @@ def main() -> None:
     parser.add_argument("--diameter-px", type=float, default=17.0)
     parser.add_argument("--learning-rate", type=float, default=TrainParams().learning_rate)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
     # stock warms up for ten epochs, whatever their length
     epochs = 12

@@ -11,7 +11,6 @@ peak_gb_memory   kept in memory
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -31,6 +30,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.train import train
 from nuclei3d.stages.training_data import StoredSample, describe_samples, plane_flows, store_sample
 from nuclei3d.training.samples import SampleInfo, SampleView
+from shared import new_parser
 
 _DRAWN = 48
 _VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
@@ -114,11 +114,10 @@ def main() -> None:
         slices, out, steps, limit_gb = sys.argv[2:]
         train_briefly(Path(slices), Path(out), int(steps), float(limit_gb))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--planes", type=int, default=8000)
     parser.add_argument("--edge", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     options = parser.parse_args()
     result: dict[str, Any] = {"planes": options.planes, "edge_px": options.edge, "steps": options.steps}
     with tempfile.TemporaryDirectory() as place:

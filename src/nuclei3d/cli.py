@@ -1,13 +1,15 @@
-"""The command line: one thin command per stage, listed in `COMMANDS` in the order of the help."""
+"""The command line: one thin command per stage, in the order of the help."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -68,7 +70,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _common(
+def _all_commands(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
@@ -77,134 +79,129 @@ def _common(
 
 
 ParamsFile = Annotated[
-    Path | None, typer.Option("--params", help="Parameter file; params.yaml if there is one.", metavar="FILE")
+    Path | None, typer.Option(help="Parameter file; params.yaml if there is one.", metavar="FILE")
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one parameter; may be repeated.", metavar="SECTION.KEY=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
-Slices = Annotated[Path, typer.Option("--slices", help="Folder made by prepare.", metavar="DIR")]
+Slices = Annotated[Path, typer.Option(help="Folder made by prepare.", metavar="DIR")]
 ContrastBins = Annotated[
-    Path | None,
-    typer.Option("--slices", help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    Path | None, typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR")
 ]
-Data = Annotated[Path, typer.Option("--data", help="Folder of labelled embryos.", metavar="DIR")]
+Data = Annotated[Path, typer.Option(help="Folder of labelled embryos.", metavar="DIR")]
 ValidationData = Annotated[
-    Path | None, typer.Option("--data", help="Labelled embryos, for validation in 3D.", metavar="DIR")
+    Path | None, typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR")
 ]
-ModelFolder = Annotated[Path, typer.Option("--model", help="Model folder.", metavar="DIR")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")]
+ModelFolder = Annotated[Path, typer.Option(help="Model folder.", metavar="DIR")]
+Out = Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")]
 
 
-class Result(Protocol):
-    """What a stage gives back."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
+Result = Any
+"""What a stage gives back: a dataclass, with `as_json` where its plain data are more than its fields."""
 
 
-def load(file: Path | None, overrides: Sequence[str] | None) -> Params:
-    """Load the parameters from a file, or from params.yaml where there is one, and override some."""
+def _print(result: Result, as_json: bool) -> None:
+    if as_json:
+        emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+
+
+def _load(file: Path | None, overrides: Sequence[str] | None, **given: Mapping[str, object]) -> Params:
+    """Load a file, or params.yaml where there is one; override some, `given` ones (by section) last."""
     from nuclei3d.config import load_params
 
     if file is None and Path("params.yaml").is_file():
         file = Path("params.yaml")
-    return load_params(file, overrides or ())
+    options = [
+        f"{section}.{key}={value}"
+        for section, values in given.items()
+        for key, value in values.items()
+        if value is not None
+    ]
+    return load_params(file, [*(overrides or ()), *options])
 
 
-def with_options(overrides: Sequence[str] | None, section: str, given: Mapping[str, object]) -> list[str]:
-    """Turn options such as --mode into overrides of a section's parameters."""
-    named = [f"{section}.{key}={value}" for key, value in given.items() if value is not None]
-    return [*(overrides or ()), *named]
+def _with_params(work: Callable[..., Result]) -> Callable[..., None]:
+    """Put the options --params, --set and, where there is a result, --json in the place of `params`."""
+    signature = inspect.signature(work, locals={"Params": object}, eval_str=True)
+    common = {"params": (ParamsFile, None), "overrides": (Overrides, None), "as_json": (AsJson, False)}
+    if signature.return_annotation is None:
+        del common["as_json"]
+    options = [parameter for name, parameter in signature.parameters.items() if name != "params"]
+    options += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in common.items()
+    ]
+
+    def command(params: Path | None, overrides: list[str] | None, as_json: bool = False, **own: Any) -> None:
+        _print(work(_load(params, overrides), **own), as_json)
+
+    command.__name__, command.__doc__ = work.__name__, work.__doc__
+    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    return command
 
 
-def finish(result: Result, as_json: bool) -> None:
-    """Print the result of a stage where --json asks for it."""
-    if as_json:
-        emit_json(result.as_json())
-
-
-def simulate(
-    out: Out, params: ParamsFile = None, overrides: Overrides = None, as_json: AsJson = False
-) -> None:
+@_with_params
+def simulate(params: Params, out: Out) -> Result:
     """Make time-lapses of synthetic embryos with exact labels."""
     from nuclei3d.stages.tracked import simulate_tracked
 
-    finish(simulate_tracked(load(params, overrides), out), as_json)
+    return simulate_tracked(params, out)
 
 
-def prepare(
-    data: Data,
-    out: Out,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_params
+def prepare(params: Params, data: Data, out: Out) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
     from nuclei3d.stages.tracked import prepare_tracked
 
-    finish(prepare_tracked(load(params, overrides), data, out), as_json)
+    return prepare_tracked(params, data, out)
 
 
+@_with_params
 def augment(
-    slices: Slices,
-    out: Annotated[Path, typer.Option("--out", help="PNG to write.", metavar="FILE")],
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+    params: Params, slices: Slices, out: Annotated[Path, typer.Option(help="PNG to write.", metavar="FILE")]
+) -> Result:
     """Draw a sheet of augmented crops with their labels, to look at before training."""
     from nuclei3d.stages.augment import write_augmentation_sheet
 
-    finish(write_augmentation_sheet(load(params, overrides), slices, out), as_json)
+    return write_augmentation_sheet(params, slices, out)
 
 
+@_with_params
 def train(
+    params: Params,
     slices: Slices,
     out: Out,
     data: ValidationData = None,
     resume: Annotated[
         bool, typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew.")
     ] = True,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Train a network on prepared planes."""
     from nuclei3d.stages.train import train
 
-    finish(train(load(params, overrides), slices, out, data=data, resume=resume), as_json)
+    return train(params, slices, out, data=data, resume=resume)
 
 
-def calibrate(
-    model: ModelFolder,
-    data: Data,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+@_with_params
+def calibrate(params: Params, model: ModelFolder, data: Data) -> Result:
     """Choose a model's thresholds on the validation embryos (train does it by itself)."""
     from nuclei3d.stages.calibrate import calibrate
 
-    finish(calibrate(load(params, overrides), model, data), as_json)
+    return calibrate(params, model, data)
 
 
 def search(
     slices: Slices,
-    trials: Annotated[
-        int, typer.Option("--trials", help="Trials wanted in all, over all starts.", metavar="N")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the search.", metavar="DIR")] = Path(
-        "runs/search"
-    ),
+    trials: Annotated[int, typer.Option(help="Trials wanted in all, over all starts.", metavar="N")],
+    out: Annotated[Path, typer.Option(help="Folder of the search.", metavar="DIR")] = Path("runs/search"),
     storage: Annotated[
         str | None,
-        typer.Option(
-            "--storage", help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"
-        ),
+        typer.Option(help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes on this machine.", metavar="N")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.", metavar="N")] = 1,
     data: ValidationData = None,
     apply: Annotated[
         bool, typer.Option("--apply", help="Write the best values into the parameter file.")
@@ -218,7 +215,7 @@ def search(
 
     file = params or Path("params.yaml")
     result = search(
-        load(params, overrides),
+        _load(params, overrides),
         slices,
         out,
         trials=trials,
@@ -228,28 +225,23 @@ def search(
         apply=apply,
         params_file=file if file.is_file() else None,
     )
-    finish(result, as_json)
+    _print(result, as_json)
 
 
 def predict(
     inputs: Annotated[
         list[Path], typer.Argument(help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False)
     ],
-    model: Annotated[
-        str, typer.Option("--model", help="Model folder, weights file, models:/name@alias or URL.")
-    ],
+    model: Annotated[str, typer.Option(help="Model folder, weights file, models:/name@alias or URL.")],
     out: Out,
     mode: Annotated[
-        str | None,
-        typer.Option("--mode", help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
+        str | None, typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml.")
     ] = None,
     memory: Annotated[
-        float | None,
-        typer.Option("--memory", help="Cut volumes that need more than this into blocks.", metavar="GB"),
+        float | None, typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB")
     ] = None,
     scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
+        str | None, typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Segment again what was done before.")
@@ -262,33 +254,23 @@ def predict(
     from nuclei3d.stages.tracked import predict_tracked
 
     given = {"mode": mode, "memory_gb": memory, "scheduler": scheduler}
-    finish(
-        predict_tracked(
-            load(params, with_options(overrides, "predict", given)),
-            inputs,
-            model,
-            out,
-            overwrite=overwrite,
-        ),
-        as_json,
-    )
+    loaded = _load(params, overrides, predict=given)
+    _print(predict_tracked(loaded, inputs, model, out, overwrite=overwrite), as_json)
 
 
+@_with_params
 def export(
+    params: Params,
     out: Out,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model folder, weights file or models:/name@alias.")
+        str | None, typer.Option(help="Model folder, weights file or models:/name@alias.")
     ] = None,
     masks: Annotated[
-        Path | None,
-        typer.Option("--masks", help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
+        Path | None, typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR")
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Their images, for seg.", metavar="DIR")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Their images, for seg.", metavar="DIR")] = None,
     slices: Annotated[
-        Path | None,
-        typer.Option("--slices", help="Folder made by prepare, for cellpose-training.", metavar="DIR"),
+        Path | None, typer.Option(help="Folder made by prepare, for cellpose-training.", metavar="DIR")
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -296,181 +278,147 @@ def export(
             "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
         ),
     ] = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
-    from nuclei3d.stages.export.export import export
+    from nuclei3d.stages.export import export
 
-    finish(
-        export(
-            load(params, overrides),
-            out,
-            model=model,
-            masks=masks,
-            images=images,
-            slices=slices,
-            formats=formats or (),
-        ),
-        as_json,
-    )
+    return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
 
 
+@_with_params
 def view(
+    params: Params,
     image: Annotated[Path, typer.Argument(help="Image, or a folder of them.", metavar="IMAGE")],
     masks: Annotated[
         list[Path] | None, typer.Argument(help="Masks to lay over it.", metavar="MASKS...")
     ] = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
 ) -> None:
     """Open an image and masks in napari, at the right scale."""
     from nuclei3d.stages.view import view
 
-    view(load(params, overrides), image, masks or ())
+    view(params, image, masks or ())
 
 
+@_with_params
 def evaluate(
-    truth: Annotated[Path, typer.Option("--truth", help="Folder of true labels.", metavar="DIR")],
-    pred: Annotated[Path, typer.Option("--pred", help="Folder of predicted labels.", metavar="DIR")],
+    params: Params,
+    truth: Annotated[Path, typer.Option(help="Folder of true labels.", metavar="DIR")],
+    pred: Annotated[Path, typer.Option(help="Folder of predicted labels.", metavar="DIR")],
     out: Out,
     images: Annotated[
-        Path | None,
-        typer.Option("--images", help="Images, for contrast and baselines.", metavar="DIR"),
+        Path | None, typer.Option(help="Images, for contrast and baselines.", metavar="DIR")
     ] = None,
     slices: ContrastBins = None,
     history: Annotated[
-        Path | None,
-        typer.Option("--history", help="history.csv of the training, for the report.", metavar="FILE"),
+        Path | None, typer.Option(help="history.csv of the training, for the report.", metavar="FILE")
     ] = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            "--baseline",
-            help="Labels by another method, put beside the predictions; may be repeated.",
-            metavar="NAME=DIR",
+            help="Labels by another method, put beside the predictions; may be repeated.", metavar="NAME=DIR"
         ),
     ] = None,
-    name: Annotated[
-        str, typer.Option("--name", help="What the report calls the predictions.")
-    ] = "this model",
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+    name: Annotated[str, typer.Option(help="What the report calls the predictions.")] = "this model",
+) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
-    finish(
-        evaluate_tracked(
-            load(params, overrides),
-            truth,
-            pred,
-            out,
-            images=images,
-            baselines=read_baselines(baseline or ()),
-            summary=slices,
-            history=history,
-            method=name,
-        ),
-        as_json,
+    return evaluate_tracked(
+        params,
+        truth,
+        pred,
+        out,
+        images=images,
+        baselines=read_baselines(baseline or ()),
+        summary=slices,
+        history=history,
+        method=name,
     )
 
 
+@_with_params
 def assess(
+    params: Params,
     data: Data,
-    model: Annotated[str, typer.Option("--model", help="Model folder, weights file or models:/name@alias.")],
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for predictions/ and evaluation/.", metavar="DIR")
-    ] = Path("."),
+    model: Annotated[str, typer.Option(help="Model folder, weights file or models:/name@alias.")],
+    out: Annotated[Path, typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR")] = Path(
+        "."
+    ),
     slices: ContrastBins = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Predict the held-out embryos of a data set and evaluate them."""
-    from nuclei3d.stages.assess import AssessFolders, assess
+    from nuclei3d.stages.assess import assess
 
-    folders = AssessFolders.below(out)
-    finish(assess(load(params, overrides), data, model, folders, slices=slices), as_json)
+    return assess(params, data, model, out, slices=slices)
 
 
+@_with_params
 def compare(
+    params: Params,
     a: Annotated[Path, typer.Argument(help="metrics.json, or the folder of an evaluation.", metavar="A")],
     b: Annotated[Path, typer.Argument(help="The other one, on the same volumes.", metavar="B")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File or folder for the result.", metavar="DIR")
-    ] = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+    out: Annotated[Path | None, typer.Option(help="File or folder for the result.", metavar="DIR")] = None,
+) -> Result:
     """Say whether model B is really better than model A on the same volumes."""
     from nuclei3d.stages.compare import compare
 
-    finish(compare(load(params, overrides), a, b, out), as_json)
+    return compare(params, a, b, out)
 
 
+@_with_params
 def register(
+    params: Params,
     model: ModelFolder,
-    metrics: Annotated[
-        Path, typer.Option("--metrics", help="metrics.json of its evaluation.", metavar="FILE")
-    ],
+    metrics: Annotated[Path, typer.Option(help="metrics.json of its evaluation.", metavar="FILE")],
     force: Annotated[
         bool, typer.Option("--force", help="Make it the champion whatever the comparison says.")
     ] = False,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Register a model as challenger; it becomes champion if it is better."""
     from nuclei3d.stages.register import register
 
-    finish(register(load(params, overrides), model, metrics, force=force), as_json)
+    return register(params, model, metrics, force=force)
 
 
+@_with_params
 def rollback(
+    params: Params,
     version: Annotated[
-        str | None, typer.Option("--version", help="Version to go back to; the one before otherwise.")
+        str | None, typer.Option(help="Version to go back to; the one before otherwise.")
     ] = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Result:
     """Make an earlier version of the registered model the champion again."""
     from nuclei3d.stages.register import roll_back
 
-    finish(roll_back(load(params, overrides), version), as_json)
+    return roll_back(params, version)
 
 
 def serve(
     model: Annotated[
-        str, typer.Option("--model", help="models:/name@alias or a model folder.")
+        str, typer.Option(help="models:/name@alias or a model folder.")
     ] = "models:/nuclei_3d@champion",
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Port to listen on.", metavar="N")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", metavar="N")] = None,
     params: ParamsFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model over HTTP."""
     from nuclei3d.stages.serve import serve
 
-    serve(load(params, with_options(overrides, "serve", {"host": host, "port": port})), model)
+    serve(_load(params, overrides, serve={"host": host, "port": port}), model)
 
 
+@_with_params
 def run(
-    data: Annotated[Path, typer.Option("--data", help="Labelled embryos.", metavar="DIR")] = Path("data"),
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="DIR")] = Path("out"),
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+    params: Params,
+    data: Annotated[Path, typer.Option(help="Labelled embryos.", metavar="DIR")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")] = Path("out"),
+) -> Result:
     """Do the whole job: prepare, train, predict, evaluate, register."""
     from nuclei3d.stages.run import run_pipeline
 
-    finish(run_pipeline(load(params, overrides), data, out), as_json)
+    return run_pipeline(params, data, out)
 
 
 def params(

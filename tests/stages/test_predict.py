@@ -1,6 +1,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_
 
 def test_the_result_is_plain_data(movie, oracle_model, tmp_path):
     result = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
-    told = json.loads(json.dumps(result.as_json()))
+    told = json.loads(json.dumps(asdict(result), default=str))
     assert [frame["name"] for frame in told["frames"]] == ["t1", "t2", "t3"]
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_the_record_says_how_the_embryos_were_made(tmp_path: Path) -> None:
     again = validate_params({"seed": record["seed"], "simulate": record["simulate"]}, "the record")
     assert again.simulate == params.simulate
     assert again.seed == params.seed
-    assert record["embryos"] == json.loads(json.dumps(result.as_json()["embryos"]))
+    assert record["embryos"] == json.loads(json.dumps(asdict(result)["embryos"]))
 
 
 def test_an_earlier_simulation_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_training_writes_a_model_that_cellpose_loads(slices, tmp_path):
     theirs.net.eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs.net(image)[0], model.network(image)[0], atol=1e-4, rtol=0)
-    assert result.as_json()["metrics"]["validation_loss"] > 0
+    assert result.metrics["validation_loss"] > 0
     with (tmp_path / "m" / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]

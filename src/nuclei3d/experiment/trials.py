@@ -41,10 +41,6 @@ class TrialRecord:
     ----------
     key
         Name of the trial, unique within the search, such as ``0003``.
-    state, reason
-        How it ended, and why.
-    values
-        Its parameters by dotted name.
     value
         What was maximised; None if it was never reached.
     curve
@@ -161,13 +157,8 @@ class TrialRuns:
 def search_runs(params: Params, inputs: Mapping[str, Path], parent_id: str | None) -> Iterator[TrialRuns]:
     """Open the parent run of a search, or go on with the one that an earlier start made.
 
-    Parameters
-    ----------
-    params, inputs
-        As for `stage_run`.
-    parent_id
-        The run that the study remembers; None for a new study. A run that is not in this store (another
-        tracking.uri, a deleted database) is replaced by a new one.
+    The study remembers its id; a run that is not in this store (another tracking.uri, a deleted database) is
+    replaced by a new one.
     """
     if not params.tracking.enabled:
         yield TrialRuns(None, StageRun(None, None))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,60 +41,28 @@ _HEADLINE = (
 )
 
 
-@dataclass(frozen=True)
-class AssessFolders:
-    """Where an assessment puts its results.
-
-    Attributes
-    ----------
-    predictions
-        Masks of the model, a folder per embryo.
-    baselines
-        Those of the baselines that are predictions too, a folder each.
-    evaluation
-        metrics.json, nuclei.csv, report.
-    """
-
-    predictions: Path
-    baselines: Path
-    evaluation: Path
-
-    @classmethod
-    def below(cls, out: Path) -> AssessFolders:
-        """Give the usual names below a folder."""
-        return cls(out / "predictions", out / "baselines", out / "evaluation")
-
-
 def assess(
-    params: Params,
-    data: Path,
-    model: str,
-    folders: AssessFolders,
-    *,
-    slices: Path | None = None,
+    params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
-    """Predict the held-out (test) frames of a data set and evaluate them.
+    """Predict the held-out (test) frames of a data set and evaluate them, with the baselines beside them.
 
     Parameters
     ----------
     params
         `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
-    data
-        The data set.
     model
         A model folder, weights file, or URI.
-    folders
-        Where the masks go, a folder per embryo, and metrics.json and the report.
+    out
+        The folder for predictions and baselines (a folder per embryo), and evaluation.
     slices
         The slice data set of the training, whose bins of contrast the evaluation then takes.
     """
-    predict_held_out(params, data, model, folders.predictions)
-    baselines = predict_baselines_held_out(params, data, model, folders.baselines)
-    return evaluate_held_out(params, data, folders, baselines, slices=slices, model=Path(model))
+    predict_held_out(params, data, model, out)
+    return evaluate_held_out(params, data, model, out, slices=slices)
 
 
-def predict_held_out(params: Params, data: Path, model: str, predictions: Path) -> bool:
-    """Predict the held-out frames, a folder per embryo; tell whether all of them had been done before.
+def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
+    """Predict the held-out frames; tell whether all of them had been done before.
 
     Frames that were done before with the same model are kept; masks of frames that are no longer held out
     are removed, for the evaluation would take them in.
@@ -103,7 +70,7 @@ def predict_held_out(params: Params, data: Path, model: str, predictions: Path) 
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.tracked import predict_tracked
 
-    frames = _images_by_embryo(params, data)
+    frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
     with stage_run("predict", params, inputs=inputs):
         results = [
@@ -113,39 +80,28 @@ def predict_held_out(params: Params, data: Path, model: str, predictions: Path) 
     return all(frame.done_before for result in results for frame in result.frames)
 
 
-def predict_baselines_held_out(params: Params, data: Path, model: str, baselines: Path) -> dict[str, str]:
-    """Predict the held-out frames with the baselines; give their folders by name."""
-    made = predict_baselines(params, _images_by_embryo(params, data), model, baselines)
-    return {name: str(folder) for name, folder in made.items()}
-
-
 def evaluate_held_out(
-    params: Params,
-    data: Path,
-    folders: AssessFolders,
-    baselines: Mapping[str, str],
-    *,
-    slices: Path | None = None,
-    model: Path | None = None,
+    params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
-    """Evaluate the predictions of the held-out frames; the main numbers also go to `HEADLINE_FILE`."""
+    """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
     from nuclei3d.stages.tracked import evaluate_tracked
 
-    history = None if model is None else model / "history.csv"
-    named = {"data": data, "slices": slices, "model": model}
+    baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
+    history = Path(model) / "history.csv"
+    named = {"data": data, "slices": slices, "model": Path(model)}
     result = evaluate_tracked(
         params,
         data,
-        folders.predictions,
-        folders.evaluation,
+        out / "predictions",
+        out / "evaluation",
         images=data,
-        baselines={name: Path(folder) for name, folder in baselines.items()},
+        baselines=baselines,
         summary=slices,
-        history=history if history is not None and history.is_file() else None,
+        history=history if history.is_file() else None,
         only=[frame.label_path for frame in _held_out(params, data) if frame.label_path is not None],
         origin={name: path for name, path in named.items() if path is not None and path.exists()},
     )
-    with whole_file(folders.evaluation / HEADLINE_FILE) as partial:
+    with whole_file(out / "evaluation" / HEADLINE_FILE) as partial:
         partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")
     return result
 
@@ -184,8 +140,6 @@ def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
 
 
 class _Baseline(NamedTuple):
-    """A baseline that is a prediction: its name in the report, its folder, its model and mode."""
-
     name: str
     folder: str
     model: str
@@ -195,26 +149,11 @@ class _Baseline(NamedTuple):
 def predict_baselines(
     params: Params, frames: Mapping[str, Sequence[Path]], model: str, out: Path
 ) -> dict[str, Path]:
-    """Predict held-out frames with the baselines that `evaluate.baselines` names.
+    """Predict held-out frames (images by embryo) with the baselines that `evaluate.baselines` names.
 
     Frames that were done before with the same network and settings are kept; baselines of earlier calls
-    that are no longer wanted are removed.
-
-    Parameters
-    ----------
-    params
-        The sections evaluate, predict, data and tracking are used.
-    frames
-        Images by embryo.
-    model
-        The model that is evaluated: a folder, weights file, or URI.
-    out
-        The folder to write: ``<baseline>/<embryo>/<stem>_masks.ome.tif``.
-
-    Returns
-    -------
-    dict[str, Path]
-        The folder of each baseline by the name that the report gives it.
+    that are no longer wanted are removed. Gives the folder of each, ``<out>/<baseline>``, with a folder per
+    embryo, by the name that the report gives it.
     """
     from nuclei3d.stages.predict import predict
 

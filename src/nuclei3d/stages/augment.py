@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,19 +29,9 @@ class SheetResult:
     out: Path
     planes: int
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {"out": str(self.out), "planes": self.planes}
-
 
 def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetResult:
-    """Draw augmented crops of a slice data set into a PNG and keep it in MLflow.
-
-    Raises
-    ------
-    InputError
-        If `slices` is no slice data set, has no training planes, or `out` cannot be written.
-    """
+    """Draw augmented crops of a slice data set into a PNG and keep it in MLflow."""
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.training_data import load_samples, read_slices
 

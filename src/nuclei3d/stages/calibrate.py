@@ -26,27 +26,15 @@ if TYPE_CHECKING:
 class ValidationVolumes:
     """Labelled validation frames: those that judge epochs and those that choose the thresholds."""
 
-    judging: tuple[LabelledVolume, ...] = ()
-    calibrating: tuple[LabelledVolume, ...] = ()
+    judging: Sequence[LabelledVolume] = ()
+    calibrating: Sequence[LabelledVolume] = ()
 
 
 def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> ValidationVolumes:
     """Read the validation frames that a training needs, before it starts.
 
-    Parameters
-    ----------
-    params
-        The sections data, calibrate and train.
-    data
-        Labelled embryos; None: those that the slices were made from, if they are still there. Where they are
-        not, or the split has changed, that is said and the training goes without.
-    described
-        The slices.
-
-    Raises
-    ------
-    InputError
-        If `data` is given and unusable.
+    They come from `data` or, if None, from where the slices were made from: where that is gone, or the split
+    has changed, that is said and the training goes without.
     """
     wanted = params.train.validation_volumes if params.train.validate_volumes_every else 0
     if not wanted and params.calibrate.volumes == 0:
@@ -59,8 +47,7 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
         return ValidationVolumes(
-            judging=tuple(_read_spread(frames, wanted, params)),
-            calibrating=tuple(_read_spread(frames, params.calibrate.volumes, params)),
+            _read_spread(frames, wanted, params), _read_spread(frames, params.calibrate.volumes, params)
         )
     except InputError as error:
         if data is not None:
@@ -120,22 +107,10 @@ class CalibrateResult:
 
 
 def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
-    """Choose a model's thresholds on the validation embryos of a data set.
+    """Choose a model's thresholds on the validation embryos of a data set; write them into its model.json.
 
-    Parameters
-    ----------
-    params
-        The sections calibrate, data (split) and predict are used. Where predict names further models, the
-        thresholds are for this one with those: a prediction takes them from this one.
-    model
-        Model folder; its model.json is replaced.
-    data
-        Labelled embryos; those that the model was trained on must not be among the validation ones.
-
-    Raises
-    ------
-    InputError
-        If there is no model, or no labelled validation frame.
+    Where the section predict names further models, the thresholds are for this one with those: a prediction
+    takes them from this one. The model must not have been trained on these embryos.
     """
     from nuclei3d.networks.folder import INFO_FILE
 
@@ -180,12 +155,10 @@ def predict_labelled(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) ->
 def choose_for(
     info: ModelInfo, params: CalibrateParams, settings: SegmentationSettings, seen: Sequence[LabelledFlow]
 ) -> tuple[ModelInfo, Thresholds]:
-    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos.
-
-    The defaults against which they are chosen are those of the package, whatever `settings` have.
-    """
+    """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
     from nuclei3d.segmentation.thresholds import choose_thresholds
 
+    # they are chosen against the defaults of the package, whatever the settings have
     masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
     chosen = choose_thresholds(
         seen, replace(settings, masks=masks), params.cellprob, params.iou, params.volume_fractions

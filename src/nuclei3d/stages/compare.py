@@ -58,8 +58,6 @@ class CompareResult:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the comparison needs of a metrics.json."""
-
     path: Path
     thresholds: tuple[str, ...]
     edges: tuple[float, ...] | None
@@ -67,18 +65,12 @@ class _Evaluation:
 
 
 def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> CompareResult:
-    """Compare two evaluations volume by volume.
+    """Compare two evaluations, each a metrics.json or its folder, volume by volume.
 
     Both are pooled over the volumes that they share; whole embryos (or blocks of time, see
     `nuclei3d.scoring.bootstrap`) are drawn with replacement, the same for both, so what varies between
-    embryos cancels out and small differences become visible.
-
-    Parameters
-    ----------
-    a, b
-        metrics.json, or the folder of an evaluation.
-    out
-        A ``.json`` file, or a folder to hold compare.json; None writes nothing.
+    embryos cancels out and small differences become visible. The result goes to `out`, a ``.json`` file or a
+    folder to hold compare.json.
 
     Raises
     ------
@@ -89,7 +81,12 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     names = [name for name in first.volumes if name in second.volumes]
     if not names:
         raise InputError(f"{first.path} and {second.path} share no volume; evaluate both on the same embryos")
-    _check_same_truth(first, second, names)
+    for name in names:
+        if first.volumes[name]["truth_digest"] != second.volumes[name]["truth_digest"]:
+            raise InputError(
+                f"volume {name} has other true labels in {first.path} than in {second.path}; evaluate both "
+                "against the same truth"
+            )
     notes = []
     left_out = len(set(first.volumes) ^ set(second.volumes))
     if left_out:
@@ -131,13 +128,10 @@ def _read(path: Path) -> _Evaluation:
     file = path / "metrics.json" if path.is_dir() else path
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        fault = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
         raise InputError(
-            f"cannot read {file}: {error.strerror}; give the metrics.json or folder of nuclei3d evaluate"
-        ) from None
-    except ValueError:
-        raise InputError(
-            f"{file} is not valid JSON; expected the metrics.json of nuclei3d evaluate"
+            f"cannot read {file}: {fault}; give the metrics.json or folder of nuclei3d evaluate"
         ) from None
     try:
         volumes = tree["volumes"]
@@ -150,15 +144,6 @@ def _read(path: Path) -> _Evaluation:
         raise InputError(
             f"{file} lacks the counts per volume; write it again with nuclei3d evaluate of this version"
         ) from None
-
-
-def _check_same_truth(first: _Evaluation, second: _Evaluation, names: Sequence[str]) -> None:
-    for name in names:
-        if first.volumes[name]["truth_digest"] != second.volumes[name]["truth_digest"]:
-            raise InputError(
-                f"volume {name} has other true labels in {first.path} than in {second.path}; evaluate both "
-                "against the same truth"
-            )
 
 
 def _statistics(

@@ -6,21 +6,18 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import frame_stem
@@ -35,12 +32,11 @@ from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.watershed import otsu_watershed
-from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
+from nuclei3d.stages import map_in_processes
+from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
 
 #: Name of the baseline that the evaluation makes itself.
 OTSU = "Otsu + watershed"
-
-Result = TypeVar("Result")
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
@@ -48,15 +44,7 @@ _WORTH_PROCESSES = 200_000_000
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What the evaluation found.
-
-    Attributes
-    ----------
-    metrics
-        The content of metrics.json.
-    files
-        What was written, metrics.json first; for the artifacts of the run.
-    """
+    """The content of metrics.json, and what was written, metrics.json first."""
 
     out: Path
     metrics: dict[str, Any]
@@ -106,8 +94,6 @@ def evaluate(
 
     Parameters
     ----------
-    params
-        The sections data and evaluate are used.
     truth, pred
         Folders of label volumes (or single volumes); see `nuclei3d.stages.pairing` for how names pair. True
         volumes without prediction, and the reverse, are left out and named.
@@ -127,12 +113,6 @@ def evaluate(
         What the report calls the predictions.
     only
         The files of true labels that count, of all that lie below `truth`; None: all.
-
-    Raises
-    ------
-    InputError
-        If nothing pairs, it is in doubt what pairs, shapes differ, a file is damaged or `out` is no place
-        for an evaluation.
     """
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -141,9 +121,9 @@ def evaluate(
     facts = read_training_facts(summary)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     if alone := pairing.truths_alone:
-        say(f"{len(alone)} true volumes have no prediction and are left out: {_few(alone)}")
+        say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
-        say(f"{len(alone)} predictions have no truth and are left out: {_few(alone)}")
+        say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
     assessed, digests = _assess(params, pairing.pairs, facts, method)
     edges, edges_from = _contrast_edges(params, assessed[method], facts)
     summaries = {
@@ -172,13 +152,7 @@ def evaluate(
 
 
 def read_baselines(given: Sequence[str]) -> dict[str, Path]:
-    """Read baselines written as ``NAME=DIR``.
-
-    Raises
-    ------
-    InputError
-        If one is not, or a name occurs twice.
-    """
+    """Read baselines written as ``NAME=DIR``."""
     baselines: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -242,42 +216,20 @@ def _assess(
 ) -> tuple[dict[str, list[Assessment]], list[str]]:
     """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
 
-    Returns
-    -------
-    assessed
-        Per method its assessments, in the order of `pairs`.
-    digests
-        Fingerprints of the true labels.
+    Gives the assessments of each method in the order of `pairs`, and fingerprints of the true labels.
     """
-    results = _map("evaluate", partial(_assess_methods, params, method), pairs)
+    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
+    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
+    results = map_in_processes("evaluate", partial(_assess_methods, params, method), pairs, workers=workers)
     digests = [digest for digest, _ in results]
     assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
     diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
     possible = all(pair.physical and pair.image is not None for pair in pairs)
     if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
         contrasts = [own.true.contrast for own in assessed[method]]
-        assessed[OTSU] = _map("Otsu baseline", partial(_assess_otsu, params, diameter_um), pairs, contrasts)
+        otsu = partial(_assess_otsu, params, diameter_um)
+        assessed[OTSU] = map_in_processes("Otsu baseline", otsu, pairs, contrasts, workers=workers)
     return assessed, digests
-
-
-def _map(
-    words: str, work: Callable[..., Result], pairs: Sequence[VolumePair], *more: Sequence[Any]
-) -> list[Result]:
-    """Work on pairs in several processes where that pays; each holds one volume at a time."""
-    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
-    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
-    results: list[Result] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(words, total=len(pairs)))
-        found: Iterable[Result] = map(work, pairs, *more)
-        if workers > 1:
-            # spawned, not forked: threads of numerical libraries do not survive a fork
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            found = pool.map(work, pairs, *more)
-        for result in found:
-            results.append(result)
-            bar.advance()
-    return results
 
 
 def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
@@ -410,7 +362,6 @@ def _write(
     method: str,
     history: Path | None,
 ) -> None:
-    """Write metrics.json, nuclei.csv, plots, figures and report.html into an empty folder."""
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     rows = [
@@ -448,7 +399,3 @@ def _say_result(summaries: Mapping[str, Summary], method: str, volumes: int, out
         words = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not np.isnan(value))
         say(f"{name}: {words}" if name != method else f"{name}, {volumes} volumes: {words}")
     say(f"evaluation in {out}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

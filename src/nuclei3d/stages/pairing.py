@@ -42,16 +42,16 @@ _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
+    Folders called `labels`, `images` and the like count for nothing here.
+
     Attributes
     ----------
     folders
-        Names of the folders between the root and the file, without `labels`, `images` and the like.
+        Names of the folders between the root and the file.
     stem
         Name of the frame without `_masks` and the like.
-    home
-        The folder of the embryo as far as folders tell: the innermost one, not called `labels` or the like.
-    root
-        Name of the folder that was searched.
+    home, root
+        The innermost folder, and the name of the one that was searched.
     """
 
     frame: Frame
@@ -128,20 +128,10 @@ def pair_entries(
 def refuse_doubt(
     first: Sequence[Entry], second: Sequence[Entry], pairs: Sequence[tuple[Entry, Entry]]
 ) -> None:
-    """Refuse two folders of labels whose frames may be those of different embryos.
+    """Refuse true and predicted volumes, paired by `pair_entries`, that may be of different embryos.
 
-    Parameters
-    ----------
-    first, second
-        The true and the predicted volumes.
-    pairs
-        From `pair_entries`.
-
-    Raises
-    ------
-    InputError
-        If a frame without an embryo's folder has the name of frames of several embryos, or a pair lies in
-        folders named after different embryos of one data set.
+    So it is if a frame without an embryo's folder has the name of frames of several embryos, or a pair lies
+    in folders named after different embryos of one data set.
     """
     for one, other in pairs:
         if _of_different_embryos(one, other) or _of_different_embryos(other, one):
@@ -239,10 +229,6 @@ class VolumePair:
     ----------
     name
         ``<embryo>/<frame>``, unique.
-    pred
-        The prediction of the model.
-    image
-        None where there is none.
     voxel_size
         In um if `physical`; else of unit length, because no file says it.
     baselines
@@ -306,12 +292,7 @@ def pair_volumes(
     baselines: Mapping[str, Path],
     only: Collection[Path] | None = None,
 ) -> Pairing:
-    """Find which prediction, image and baseline belongs to each true volume.
-
-    Parameters
-    ----------
-    only
-        The files of true labels that count, of all that lie below `truth`; None: all.
+    """Find which prediction, image and baseline belongs to each true volume, `only` of those files if given.
 
     Raises
     ------
@@ -322,7 +303,9 @@ def pair_volumes(
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     if only is not None:
         wanted = {path.resolve() for path in only}
-        truths = [entry for entry in truths if _is_within(entry.frame.path.resolve(), wanted)]
+        # an array of labels lies inside the zarr that is named
+        places = [{entry.frame.path.resolve(), *entry.frame.path.resolve().parents} for entry in truths]
+        truths = [entry for entry, above in zip(truths, places, strict=True) if above & wanted]
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -341,9 +324,11 @@ def pair_volumes(
                 "baselines must hold all volumes that are evaluated"
             )
     given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
-    names = _names([entry for entry, _ in matched])
+    names = Counter(f"{entry.embryo}/{entry.short}" for entry, _ in matched)
     pairs = []
-    for name, (entry, prediction) in zip(names, matched, strict=True):
+    for entry, prediction in matched:
+        name = f"{entry.embryo}/{entry.short}"
+        name = name if names[name] == 1 else entry.key
         image = image_of.get(id(entry))
         size = given or first_voxel_size(entry, image, prediction)
         if size is None and params.evaluate.min_true_volume_um3:
@@ -373,11 +358,6 @@ def pair_volumes(
         [entry.key for entry in truths if id(entry) not in paired],
         [entry.key for entry in predictions if id(entry) not in paired],
     )
-
-
-def _is_within(path: Path, wanted: Collection[Path]) -> bool:
-    # An array of labels lies inside the zarr that is named.
-    return any(place in wanted for place in (path, *path.parents))
 
 
 def _find_images(
@@ -431,11 +411,6 @@ def _say_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> No
             return
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    names = [f"{entry.embryo}/{entry.short}" for entry in entries]
-    return [name if names.count(name) == 1 else entry.key for name, entry in zip(names, entries, strict=True)]
-
-
 def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry, truth: Entry) -> None:
     if found != expected:
         raise InputError(
@@ -445,6 +420,10 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry
         )
 
 
+def some_of(names: Sequence[str]) -> str:
+    """Name the first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _examples(entries: Sequence[Entry]) -> str:
-    shown = ", ".join(entry.key for entry in entries[:3])
-    return shown if len(entries) <= 3 else f"{shown} and {len(entries) - 3} more"
+    return some_of([entry.key for entry in entries])

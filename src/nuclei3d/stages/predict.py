@@ -53,17 +53,6 @@ class PredictResult:
     model: str
     frames: tuple[PredictedFrame, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {
-            "out": str(self.out),
-            "model": self.model,
-            "frames": [
-                {**asdict(frame), "masks": str(frame.masks), "table": str(frame.table)}
-                for frame in self.frames
-            ],
-        }
-
 
 def predict(
     params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
@@ -85,38 +74,25 @@ def predict(
         Folder for ``<stem>_masks.ome.tif`` and ``<stem>_nuclei.csv``.
     overwrite
         Segment again what was done before.
-
-    Raises
-    ------
-    InputError
-        If inputs or model are missing or wrong, two frames would have outputs of one name, or the folder
-        cannot be written.
     """
     frames = find_all(inputs, params)
     predictor = open_model(params, model)
     record = PredictionRecord(out)
     done: list[PredictedFrame] = []
-    _say_plan(frames, out)
+    shape = " x ".join(map(str, frames[0].shape))
+    if len({frame.shape for frame in frames}) > 1:
+        shape = "several shapes"
+    say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
             fingerprint = fingerprint_of(frame, predictor.identity)
-            found = None if overwrite else record.find(frame.name, fingerprint)
-            if found is not None:
-                done.append(found)
+            finished = None if overwrite else record.find(frame.name, fingerprint)
+            if finished is not None:
                 bar.advance(1)
-                continue
-            bar.note(frame.name)
-            started = time.perf_counter()
-            masks, nuclei = _predict_frame(frame, predictor, out, bar.advance)
-            finished = PredictedFrame(
-                frame.name,
-                masks,
-                _table_path(out, frame.name),
-                len(nuclei),
-                round(time.perf_counter() - started, 3),
-                done_before=False,
-            )
-            record.add(finished, fingerprint)
+            else:
+                bar.note(frame.name)
+                finished = _predict_frame(frame, predictor, out, bar.advance)
+                record.add(finished, fingerprint)
             done.append(finished)
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
@@ -125,10 +101,8 @@ def predict(
     return PredictResult(out, model, tuple(done))
 
 
-def _predict_frame(
-    frame: Frame, predictor: Predictor, out: Path, advance: Progress
-) -> tuple[Path, list[Nucleus]]:
-    shown = 0.0
+def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
+    started, shown = time.perf_counter(), 0.0
 
     def progress(share: float) -> None:
         nonlocal shown
@@ -138,39 +112,19 @@ def _predict_frame(
     try:
         masks, nuclei = predictor.write_masks(frame, out, progress)
     except InputError as error:
-        raise type(error)(_with_frame(frame, str(error))) from error
-    _write_table(_table_path(out, frame.name), nuclei)
+        if str(frame.path) in str(error):
+            raise
+        where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
+        raise type(error)(f"{where}: {error}") from error
+    table = _table_path(out, frame.name)
+    _write_table(table, nuclei)
     progress(1.0)
-    return masks, nuclei
-
-
-def _with_frame(frame: Frame, message: str) -> str:
-    """Put the frame before a message that does not name it yet."""
-    where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
-    return message if str(frame.path) in message else f"{where}: {message}"
-
-
-def _say_plan(frames: Sequence[Frame], out: Path) -> None:
-    shapes = {frame.shape for frame in frames}
-    shape = " x ".join(map(str, frames[0].shape)) if len(shapes) == 1 else "several shapes"
-    say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
+    seconds = round(time.perf_counter() - started, 3)
+    return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, done_before=False)
 
 
 def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
-    """Find the frames of all inputs, in their order.
-
-    Parameters
-    ----------
-    inputs
-        Files, folders, OME-Zarr.
-    params
-        Section ``data``: channel, voxel size.
-
-    Raises
-    ------
-    InputError
-        If there are none, one does not state its voxel size, or two frames would have outputs of one name.
-    """
+    """Find the frames of all inputs, in their order; all state their voxel size and differ in name."""
     if not inputs:
         raise InputError("nothing to predict: give files, folders or OME-Zarr")
     given = params.data.voxel_size_um
@@ -199,17 +153,7 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model here or behind an address, and what its results depend on.
-
-    Attributes
-    ----------
-    model
-        Where frames are segmented.
-    params
-        Of the prediction.
-    identity
-        Of model and settings, for `fingerprint_of`.
-    """
+    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`."""
 
     model: Segmenter | RemoteModel
     params: PredictParams

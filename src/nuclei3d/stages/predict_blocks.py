@@ -86,8 +86,6 @@ class BlockRun:
         Address of a Dask scheduler that is already there; None for none.
     slack
         By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     """
 
     memory_gb: float
@@ -112,11 +110,6 @@ class BlockRun:
         return self.memory_gb / (1 if self.scheduler else self.workers)
 
     @property
-    def in_this_process(self) -> bool:
-        """Whether blocks are segmented here, one after the other."""
-        return self.workers == 1 and self.scheduler is None
-
-    @property
     def threads_per_worker(self) -> int | None:
         """How many threads a worker may use; None for all."""
         return None if self.scheduler or self.workers == 1 else max(1, available_threads() // self.workers)
@@ -130,17 +123,8 @@ def required_gb(frame: Frame, settings: SegmentationSettings) -> float:
 def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folder: Path) -> list[Block]:
     """Cut a frame into as few blocks as each fit into what a worker may use.
 
-    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies.
-
-    Parameters
-    ----------
-    folder
-        Of intermediate results. It remembers the blocks; the results of others are removed.
-
-    Raises
-    ------
-    InputError
-        If blocks cannot be small enough.
+    Blocks of a run that was stopped are kept where a worker can hold them: free memory varies. The folder of
+    intermediate results remembers them; the results of other blocks are removed.
     """
     margin_um = MARGIN_DIAMETERS * settings.nucleus_diameter_um
     voxel_size = frame.require_voxel_size()
@@ -197,16 +181,10 @@ class BlockTask:
 
     Attributes
     ----------
-    frame
-        The whole volume.
     outer
-        The box of it that is read and segmented.
-    weights, orthogonal_weights, volume_weights
-        Files of the models (`nuclei3d.segmentation.segmenter.Models`), read by every worker.
+        The box of the frame that is read and segmented.
     settings
         With the range of intensities of the whole frame.
-    device
-        ``auto``, ``cpu`` or ``cuda``, chosen by each worker for itself.
     threads
         For torch; None for all.
     labels_file
@@ -238,11 +216,6 @@ class BlockTask:
         labels: NDArray[np.uint32] = np.load(self.labels_file, mmap_mode="r", allow_pickle=False)
         return labels
 
-    def read_scores(self) -> NDArray[np.float32]:
-        """Read the score of each label; entry 0 is unused."""
-        scores: NDArray[np.float32] = np.load(self.scores_file, allow_pickle=False)
-        return scores
-
 
 def segment_block(task: BlockTask) -> int:
     """Segment one block, write its labels and scores, and give the number of nuclei; runs in a worker."""
@@ -270,22 +243,7 @@ def _network(weights: Path) -> Any:
 def join_blocks(
     frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
 ) -> list[Nucleus]:
-    """Join the nuclei of all blocks and write the masks core by core.
-
-    Parameters
-    ----------
-    frame
-        The volume; read again, core by core, to measure the nuclei.
-    blocks, tasks
-        How it was cut, and the results; one task per block.
-    masks
-        OME-Zarr folder to write, whole or not at all.
-
-    Returns
-    -------
-    list of Nucleus
-        By label, 1..n.
-    """
+    """Join the nuclei of all blocks (one task each) and write the masks, OME-Zarr, core by core."""
     voxel_size = frame.require_voxel_size()
     located = [
         locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
@@ -300,7 +258,7 @@ def join_blocks(
     final = choose_owners(located, matches)
     scores: dict[int, float] = {}
     for table, task in zip(final, tasks, strict=True):
-        own = task.read_scores()
+        own = np.load(task.scores_file, allow_pickle=False)
         scores.update({int(label): float(own[i]) for i, label in enumerate(table) if label})
     count = max(scores, default=0)
     parts: list[list[Nucleus]] = []
@@ -319,7 +277,6 @@ def join_blocks(
 def _measure_core(
     frame: Frame, block: Block, labels: NDArray[np.uint32], voxel_size: VoxelSize, count: int
 ) -> list[Nucleus]:
-    """Measure what lies in one core, with positions from the volume's origin."""
     image = frame.read_block(block.core)
     z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
     return [
@@ -332,7 +289,7 @@ def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
     """Run the tasks, giving the number of nuclei of each as it is done."""
     if not tasks:
         return
-    if run.in_this_process:
+    if run.workers == 1 and run.scheduler is None:
         for task in tasks:
             yield segment_block(task)
         return
@@ -378,7 +335,15 @@ def _client(run: BlockRun) -> Iterator[Client]:
                 f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
             ) from None
         with client:
-            _look_at_workers(run.scheduler, client)
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if not workers:
+                say(f"{run.scheduler} has no workers yet; waiting for the first")
+            threads = max((worker["nthreads"] for worker in workers), default=1)
+            if threads > 1:
+                say(
+                    f"workers of {run.scheduler} run up to {threads} blocks at once, each of which may take "
+                    "predict.memory_gb; start them with --nthreads 1"
+                )
             yield client
         return
     with (
@@ -395,18 +360,6 @@ def _client(run: BlockRun) -> Iterator[Client]:
         yield client
 
 
-def _look_at_workers(scheduler: str, client: Client) -> None:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    if not workers:
-        say(f"{scheduler} has no workers yet; waiting for the first")
-    threads = max((worker["nthreads"] for worker in workers), default=1)
-    if threads > 1:
-        say(
-            f"workers of {scheduler} run up to {threads} blocks at once, each of which may take "
-            "predict.memory_gb; start them with --nthreads 1"
-        )
-
-
 def predict_in_blocks(
     frame: Frame,
     models: Models,
@@ -416,26 +369,16 @@ def predict_in_blocks(
     masks: Path,
     progress: Callable[[float], None],
 ) -> list[Nucleus]:
-    """Segment a frame block by block.
+    """Segment a frame block by block, in any mode but ``cellpose``, and give its nuclei.
 
     Parameters
     ----------
-    frame
-        The volume.
-    models, settings
-        As for the whole volume; any mode but ``cellpose``.
-    run
-        Memory, workers and device.
     fingerprint
         Of frame, models and settings: results of a run before with another are not used.
     masks
         OME-Zarr folder to write, whole or not at all.
     progress
         Called with the share done.
-
-    Returns
-    -------
-    list of Nucleus
 
     Raises
     ------
@@ -465,7 +408,12 @@ def predict_in_blocks(
             )
             for block in blocks
         ]
-        _segment(frame.name, tasks, run, progress)
+        missing = [task for task in tasks if not task.is_done]
+        before = len(tasks) - len(missing)
+        say(f"{frame.name}: {len(tasks)} blocks{f', {before} of them done before' if before else ''}")
+        progress(0.95 * before / len(tasks))
+        for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
+            progress(0.95 * done / len(tasks))
         nuclei = join_blocks(frame, blocks, tasks, masks)
     except InputError:
         if not any(folder.glob("*.npy")):
@@ -473,16 +421,6 @@ def predict_in_blocks(
         raise
     _close_folder(folder)
     return nuclei
-
-
-def _segment(name: str, tasks: Sequence[BlockTask], run: BlockRun, progress: Callable[[float], None]) -> None:
-    """Segment the blocks that are not done yet."""
-    missing = [task for task in tasks if not task.is_done]
-    before = len(tasks) - len(missing)
-    say(f"{name}: {len(tasks)} blocks{f', {before} of them done before' if before else ''}")
-    progress(0.95 * before / len(tasks))
-    for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
-        progress(0.95 * done / len(tasks))
 
 
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PrepareParams
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
@@ -36,6 +34,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
+from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,
@@ -53,9 +52,6 @@ from nuclei3d.training.slicing import (
     sphere_diameter_um,
     to_isotropic,
 )
-
-Task = tuple[str, EmbryoFrame]
-"""The part of the data set that a frame goes into, and the frame."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +76,12 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 
     Parameters
     ----------
-    params
-        The sections data, normalization and prepare are used, and train.network.
     data
         ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
     out
         The folder to write: ``train``, ``validation`` and ``test`` with the samples, manifest.csv,
         summary.json and slices.png (volumes: nuclei.csv). It appears when all is done; one that is there is
         replaced.
-
-    Raises
-    ------
-    InputError
-        If the data set or the split is unusable, or no training plane holds enough nuclei.
     """
     refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     solid = params.train.network == "full3d"
@@ -106,7 +95,9 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     with whole_folder(out) as folder:
         for part in PARTS:
             (folder / part).mkdir()
-        frames = _prepare_frames(tasks, params, folder)
+        workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
+        work = partial(prepare_frame, params=params, folder=folder)
+        frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
         summary = _summarise(params, data, tasks, frames)
@@ -125,18 +116,9 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 
 @dataclass(frozen=True)
 class PreparedFrame:
-    """What one frame gave.
+    """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
-    Attributes
-    ----------
-    samples
-        As they were written.
-    voxel_um
-        Edge of a pixel in x and y, as stored.
-    volumes_um3, contrasts
-        Of its nuclei in 3D; a contrast may be nan.
-    labels_left_out
-        How many were too small.
+    A contrast may be nan; `labels_left_out` counts those that were too small.
     """
 
     samples: tuple[StoredSample, ...]
@@ -144,25 +126,6 @@ class PreparedFrame:
     volumes_um3: tuple[float, ...]
     contrasts: tuple[float, ...]
     labels_left_out: int
-
-
-def _prepare_frames(tasks: Sequence[Task], params: Params, folder: Path) -> list[PreparedFrame]:
-    work = partial(prepare_frame, params=params, folder=folder)
-    workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-    with progress_bar("prepare", total=len(tasks)) as bar:
-
-        def collect(produced: Iterator[PreparedFrame]) -> list[PreparedFrame]:
-            frames = []
-            for frame in produced:
-                frames.append(frame)
-                bar.advance()
-            return frames
-
-        if workers == 1:
-            return collect(map(work, tasks))
-        # spawned, not forked: numba's and torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            return collect(pool.map(work, tasks))
 
 
 @dataclass(frozen=True)
@@ -181,7 +144,7 @@ class _Cut:
     voxel_size: VoxelSize
 
 
-def prepare_frame(task: Task, params: Params, folder: Path) -> PreparedFrame:
+def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> PreparedFrame:
     """Cut one frame and write its samples into ``folder/<part>``."""
     part, frame = task
     volume = read_labelled(frame, params.data)
@@ -306,7 +269,7 @@ def _check_enough(samples: Sequence[StoredSample], params: Params, data: Path) -
 
 
 def _summarise(
-    params: Params, data: Path, tasks: Sequence[Task], frames: Sequence[PreparedFrame]
+    params: Params, data: Path, tasks: Sequence[tuple[str, EmbryoFrame]], frames: Sequence[PreparedFrame]
 ) -> dict[str, Any]:
     training = [frame for (part, _), frame in zip(tasks, frames, strict=True) if part == "train"]
     samples = [sample for frame in frames for sample in frame.samples]

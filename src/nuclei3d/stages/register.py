@@ -19,19 +19,10 @@ def register(params: Params, model: Path, metrics: Path, *, force: bool = False)
 
     Parameters
     ----------
-    params
-        The sections tracking and predict are used.
-    model
-        The model folder.
     metrics
         metrics.json of its evaluation on held-out embryos, or the folder that holds it.
     force
         Make it the champion whatever the comparison says.
-
-    Raises
-    ------
-    InputError
-        If the model or the metrics cannot be read, or the tracking store does not answer.
     """
     from nuclei3d.experiment.registry import check_registrable, find_registered, register_model
     from nuclei3d.experiment.runs import stage_run
@@ -50,13 +41,7 @@ def register(params: Params, model: Path, metrics: Path, *, force: bool = False)
 
 
 def roll_back(params: Params, version: str | None = None) -> Registered:
-    """Make an earlier version the champion again: the one before, or the version given.
-
-    Raises
-    ------
-    InputError
-        If there is no such version.
-    """
+    """Make an earlier version the champion again: the one before, or the version given."""
     from nuclei3d.experiment import registry
 
     made = registry.roll_back(params, version)

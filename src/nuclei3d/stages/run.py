@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +13,14 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 
 if TYPE_CHECKING:
-    from nuclei3d.experiment.registry import Registered
+    pass
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What the job made.
+    """What the job made; the metrics are those that a reader looks at first, on the held-out embryos.
 
-    Attributes
-    ----------
-    out
-        The folder with all of it.
-    metrics
-        The few numbers that a reader looks at first, on the held-out embryos.
-    name, version
-        The registered model; None with tracking switched off.
-    champion, reason
-        The version that is champion now, and why it moved or stayed.
-    skipped
-        Stages that found themselves done before with the same inputs.
-    run_id
-        The parent run in MLflow.
+    With tracking switched off nothing is registered: name, version, champion and reason are None.
     """
 
     out: Path
@@ -45,62 +32,41 @@ class PipelineResult:
     skipped: tuple[str, ...]
     run_id: str | None
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped)}
-
 
 def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     """Prepare, train, predict the held-out embryos, evaluate, register.
 
     One MLflow run holds a child per stage. Every stage finds out by itself what of it was done before: a job
-    that was killed goes on where it was when it is started again, in the same MLflow run.
-
-    Parameters
-    ----------
-    params
-        All of them.
-    data
-        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
-    out
-        The folder to write: slices, models/<name>, predictions, baselines, evaluation.
-
-    Raises
-    ------
-    InputError
-        If the data, a parameter or the tracking store is at fault.
+    that was killed goes on where it was when it is started again, in the same MLflow run. Below `out` appear
+    slices, models/<name>, predictions, baselines and evaluation.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.assess import (
-        HEADLINE_FILE,
-        AssessFolders,
-        evaluate_held_out,
-        predict_baselines_held_out,
-        predict_held_out,
-    )
+    from nuclei3d.stages.assess import evaluate_held_out, headline, predict_held_out
     from nuclei3d.stages.register import register
     from nuclei3d.stages.tracked import prepare_tracked
     from nuclei3d.stages.train import train
 
     _check(data, out)
-    slices, model, held_out = out / "slices", out / "models" / params.train.name, AssessFolders.below(out)
+    slices, model, evaluation = out / "slices", out / "models" / params.train.name, out / "evaluation"
     name = f"whole job: {params.train.name} from {data.name}"
     with stage_run("pipeline", params, inputs={"data": data}, name=name, job=_job(params, data, out)) as run:
         prepare_tracked(params, data, slices)
         trained = train(params, slices, model, data=data)
-        predicted_before = predict_held_out(params, data, str(model), held_out.predictions)
-        baselines = predict_baselines_held_out(params, data, str(model), held_out.baselines)
-        evaluate_held_out(params, data, held_out, baselines, slices=slices, model=model)
+        predicted_before = predict_held_out(params, data, str(model), out)
+        evaluated = evaluate_held_out(params, data, str(model), out, slices=slices)
         registered = None
         if params.tracking.enabled:
-            registered = register(params, model, held_out.evaluation / "metrics.json")
+            registered = register(params, model, evaluation / "metrics.json")
         else:
             say("register: left out, tracking is switched off")
-        scores = json.loads((held_out.evaluation / HEADLINE_FILE).read_text(encoding="utf-8"))
+        scores = headline(evaluated.metrics)
         run.metrics({f"test/{name}": value for name, value in scores.items()})
-        run.note(_note(scores, registered))
+        table = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
+        note = f"On the held-out embryos:\n\n| | |\n|---|---|\n{table}"
         if registered is not None:
             run.tags({"nuclei3d.registered": f"{registered.name} version {registered.version}"})
+            note += f"\nRegistered {registered.name} version {registered.version}: {registered.reason}.\n"
+        run.note(note + "\nThe report is an artifact of the child run *evaluate*.\n")
     done_before = {
         "train": trained.done_before,
         "predict": predicted_before,
@@ -116,7 +82,7 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
         skipped=tuple(stage for stage, done in done_before.items() if done),
         run_id=run.run_id,
     )
-    _say_result(result, model, held_out.evaluation)
+    _say_result(result, model, evaluation)
     return result
 
 
@@ -135,15 +101,6 @@ def _job(params: Params, data: Path, out: Path) -> str:
     """Name the job, so that a second start finds the MLflow run that the first one left unfinished."""
     text = json.dumps([params_as_dict(params), str(data.resolve()), str(out.resolve())])
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _note(scores: dict[str, Any], registered: Registered | None) -> str:
-    """Describe the job for MLflow's UI, in Markdown."""
-    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
-    text = f"On the held-out embryos:\n\n| | |\n|---|---|\n{table}"
-    if registered is not None:
-        text += f"\nRegistered {registered.name} version {registered.version}: {registered.reason}.\n"
-    return text + "\nThe report is an artifact of the child run *evaluate*.\n"
 
 
 def _say_result(result: PipelineResult, model: Path, evaluation: Path) -> None:

@@ -10,20 +10,10 @@ from nuclei3d.errors import InputError
 
 
 def serve(params: Params, model: str) -> None:
-    """Serve a model over HTTP until stopped.
+    """Serve a model (``models:/name@alias``, another URI of MLflow, a model folder) over HTTP until stopped.
 
-    Parameters
-    ----------
-    params
-        The section serve has the address and the limits, predict the defaults of a request.
-    model
-        ``models:/name@alias``, ``models:/name/version`` or another URI of MLflow, or a model folder. An alias
-        is looked up once, at the start.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or the address is taken.
+    The section serve has the address and the limits, predict the defaults of a request. An alias is looked up
+    once, at the start.
     """
     from nuclei3d.experiment.registry import load_served_model
     from nuclei3d.serve import Service, listen, run_service

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,22 +36,17 @@ class SimulateResult:
     out: Path
     embryos: tuple[SimulatedEmbryo, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {"out": str(self.out), "embryos": [asdict(embryo) for embryo in self.embryos]}
-
 
 def simulate(params: Params, out: Path) -> SimulateResult:
     """Write the embryos of the section `simulate` into ``<out>/<embryo>/{images,labels}/<frame>.tif``.
 
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
-
-    Raises
-    ------
-    InputError
-        If `out` cannot be written, or holds something other than an earlier simulation.
     """
-    _check_replaceable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise InputError(
+            f"{out} holds files and is no earlier simulation (no {RECORD} in it); "
+            "choose a new or an empty folder"
+        )
     settings = params.simulate
     total = sum(settings.frames_of(index) for index in range(len(settings.embryos)))
     with whole_folder(out) as folder:
@@ -87,11 +81,3 @@ def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[Simulated
             counts.append(int(labels.max()))
             bar.advance()
         yield SimulatedEmbryo(name, tuple(counts))
-
-
-def _check_replaceable(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise InputError(
-            f"{out} holds files and is no earlier simulation (no {RECORD} in it); "
-            "choose a new or an empty folder"
-        )

@@ -6,8 +6,10 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import pickle
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -38,17 +41,22 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, whole_file
-from nuclei3d.stages.checkpoints import Checkpoints, finished_file, training_fingerprint, write_history
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
 from nuclei3d.training.loop import Callbacks, TrainingOutcome, train_network
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.sampling import epoch_order
-from nuclei3d.training.state import EpochReport
+from nuclei3d.training.state import METRICS, EpochReport, TrainingState
 
 if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun
+
+
+_NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")
+"""Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
+_FINISHED = "finished.json"
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,12 @@ class TrainResult:
 
     Attributes
     ----------
-    model
-        The model folder.
-    epochs
-        Epochs done, those before a kill included.
-    epoch
-        The epoch whose weights were kept.
+    epochs, epoch
+        Epochs done, those before a kill included, and the one whose weights were kept.
     stopped
         Why the training ended early, or an empty text.
     metrics
         Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
-    run_id
-        MLflow run, if tracking is on.
     done_before
         Whether the same training had been finished before; its model was kept.
     """
@@ -80,10 +82,6 @@ class TrainResult:
     metrics: dict[str, float]
     run_id: str | None
     done_before: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the result as plain data."""
-        return {**vars(self), "model": str(self.model)}
 
 
 def train(
@@ -105,8 +103,6 @@ def train(
     ----------
     params
         The sections train, normalization, data (for volumes), calibrate, predict and tracking are used.
-    slices
-        Folder made by prepare.
     out
         Model folder to write, with history.csv and planes_drawn.csv (volumes_drawn.csv); a model that is
         there is replaced at the end.
@@ -122,8 +118,6 @@ def train(
 
     Raises
     ------
-    InputError
-        If slices, weights to start from, device or output folder are unusable.
     DivergedError
         If the loss becomes NaN or explodes; the checkpoint of the last good epoch stays.
     """
@@ -149,7 +143,7 @@ def train(
     fingerprint = training_fingerprint(params.train, params.seed, described.digest, training.start_digest)
     checkpoints = Checkpoints(out, fingerprint)
     if not resume:
-        checkpoints.remove()
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}) as run:
         info = _describe_model(params, described, training.spec, run.run_id)
@@ -173,7 +167,7 @@ def train(
             with torch.no_grad():
                 network.diam_labels.fill_(described.diameter_px)  # type: ignore[operator]
         save_model(out, network, info, _model_card(info, outcome, params, described))
-        write_history(out / "history.csv", outcome.state.history)
+        _write_history(out / "history.csv", outcome.state.history)
         _write_drawn(out, training, params.seed, outcome.state.epoch)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
@@ -212,7 +206,7 @@ def _find_finished(out: Path, cause: str) -> TrainResult | None:
     from nuclei3d.experiment.provenance import md5_of_input
 
     try:
-        record = json.loads(finished_file(out).read_text(encoding="utf-8"))
+        record = json.loads((_checkpoint_folder(out) / _FINISHED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if record.get("cause") != cause or record.get("model_md5") != md5_of_input(out):
@@ -223,29 +217,16 @@ def _find_finished(out: Path, cause: str) -> TrainResult | None:
 def _note_finished(result: TrainResult, cause: str) -> None:
     from nuclei3d.experiment.provenance import md5_of_input
 
-    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": result.as_json()}
-    with whole_file(finished_file(result.model)) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": asdict(result)}
+    with whole_file(_checkpoint_folder(result.model) / _FINISHED) as partial:
+        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Training:
-    """A network to train and its examples.
+    """A network to train, a digest of where its weights come from, its examples, and what there is in words.
 
-    Attributes
-    ----------
-    network
-        To start from.
-    start_digest
-        Digest of where its weights come from.
-    spec
-        Of a 3D network; None for a 2D one.
-    examples
-        What it is trained on.
-    samples
-        What crops are drawn from.
-    plan
-        What there is, in words.
+    `spec` is that of a 3D network, None for a 2D one.
     """
 
     network: nn.Module
@@ -257,14 +238,7 @@ class Training:
 
 
 def open_training(params: Params, described: Slices) -> Training:
-    """Open the data set and make the network.
-
-    Raises
-    ------
-    InputError
-        If the data set was prepared for the other kind of network, is unusable, or the weights to start from
-        are.
-    """
+    """Open the data set and make the network."""
     settings = params.train
     if described.network != settings.network:
         raise InputError(
@@ -297,7 +271,6 @@ def open_training(params: Params, described: Slices) -> Training:
 
 
 def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
-    """Make the network, with the weights that it starts from, and digest these."""
     settings = params.train
     network: nn.Module = (
         new_network(settings.diameter_px, params.seed)
@@ -373,6 +346,84 @@ def _say_plan(training: Training, params: Params, device: torch.device, describe
     )
 
 
+def training_fingerprint(params: TrainParams, seed: int, slices_digest: str, start_digest: str) -> str:
+    """Digest everything that decides the weights; a checkpoint is used only if its fingerprint is the same.
+
+    With the constant schedule the number of epochs does not count, so that a training can be prolonged.
+    """
+    chosen = params_as_dict(params)
+    for name in _NO_INFLUENCE:
+        del chosen[name]
+    if params.schedule == "constant":
+        del chosen["epochs"]
+    text = json.dumps([chosen, seed, slices_digest, start_digest], sort_keys=True)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _checkpoint_folder(model: Path) -> Path:
+    return model.with_name(model.name + ".checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of a training, in ``<model folder>.checkpoint``; every file appears whole.
+
+    They are last.pt, best_<epoch>.pt and history.csv. When the training is finished, finished.json says what
+    it was made from, and its result.
+    """
+
+    def __init__(self, model: Path, fingerprint: str) -> None:
+        self.folder = _checkpoint_folder(model)
+        self._last = self.folder / "last.pt"
+        self._fingerprint = fingerprint
+
+    def _best(self, epoch: int) -> Path:
+        return self.folder / f"best_{epoch:05d}.pt"
+
+    def save(self, state: TrainingState, is_best: bool) -> None:
+        """Write a state; at any moment last.pt and the best weights that it names are there."""
+        if is_best:
+            with whole_file(self._best(state.best_epoch)) as path:
+                torch.save(state.best, path)
+        with whole_file(self._last) as path:
+            torch.save({"fingerprint": self._fingerprint, "state": state.as_plain()}, path)
+        for path in self.folder.glob("best_*.pt"):
+            if path != self._best(state.best_epoch):
+                path.unlink()
+        _write_history(self.folder / "history.csv", state.history)
+
+    def load(self) -> TrainingState | None:
+        """Read the last state; None if there is none or (said aloud) it is unusable or out of date."""
+        if not self._last.is_file():
+            return None
+        try:
+            saved = torch.load(self._last, map_location="cpu", weights_only=True)
+            if saved["fingerprint"] != self._fingerprint:
+                say(
+                    f"the parameters or the slices changed since the checkpoint in {self.folder}; "
+                    "training starts afresh"
+                )
+                return None
+            best: dict[str, Any] = {}
+            if saved["state"]["best_epoch"]:
+                path = self._best(saved["state"]["best_epoch"])
+                best = torch.load(path, map_location="cpu", weights_only=True)
+            return TrainingState.from_plain(saved["state"], best)
+        except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            say(f"the checkpoint in {self.folder} cannot be read ({reason}); training starts afresh")
+            return None
+
+
+def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
+    """Write one row per epoch; what was not measured stays empty."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
+        writer.writeheader()
+        for report in history:
+            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
+            writer.writerow({"epoch": report.epoch, **measured})
+
+
 def _train_epochs(
     training: Training,
     params: Params,
@@ -382,7 +433,6 @@ def _train_epochs(
     run: StageRun,
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
-    """Train from the checkpoint on, with a progress bar, and report every epoch to the run."""
     settings = params.train
     start = checkpoints.load()
     done = start.epoch if start is not None else 0
@@ -433,7 +483,6 @@ def _line(report: EpochReport, epochs: int) -> str:
 
 
 def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
-    """Give the figures of the kept epoch, and the crops per second over all epochs."""
     history = outcome.state.history
     metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
     rates = [report["crops_per_second"] for report in history]
@@ -478,7 +527,6 @@ def _describe_model(
 
 
 def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
-    """Write the card: what the model was trained on, how, and how far it came."""
     embryos = described.summary.get("embryos", {})
     unit = "planes" if info.full3d is None else "volumes"
     rows = [

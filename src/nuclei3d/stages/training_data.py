@@ -61,10 +61,6 @@ class StoredSample:
 
     Attributes
     ----------
-    part
-        ``train``, ``validation`` or ``test``.
-    info
-        What it shows; its `file` is ``<part>/<name>``.
     nuclei
         float64 (n, 5): (z, y, x) of the centre in voxels, volume in um3, contrast (nan where unknown); empty
         for planes.
@@ -87,10 +83,6 @@ class Slices:
 
     Attributes
     ----------
-    folder
-        Where it lies.
-    summary
-        Content of summary.json.
     infos
         Rows of manifest.csv by part.
     digest
@@ -130,14 +122,8 @@ def store_sample(
 ) -> StoredSample:
     """Write a sample into the data set that is being made; the same arrays give the same bytes.
 
-    Parameters
-    ----------
-    folder
-        Of the data set; the folder of the part is there.
-    image, labels
-        (Z, Y, X); labels are 1..n, 0 is background.
-    flows
-        (components, Z, Y, X), from -1 to 1.
+    Image and labels are (Z, Y, X), labels 1..n with 0 for background; flows are (components, Z, Y, X), from
+    -1 to 1. The folder of the part is there.
     """
     pixels, step, offset = quantise_image(image)
     power = measure_flow_power(flows, labels)
@@ -194,13 +180,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def read_slices(folder: Path) -> Slices:
-    """Read summary.json and manifest.csv.
-
-    Raises
-    ------
-    InputError
-        If the folder is no slice data set.
-    """
+    """Read summary.json and manifest.csv."""
     summary_path, manifest_path = folder / SUMMARY_FILE, folder / MANIFEST_FILE
     for path in (summary_path, manifest_path):
         if not path.is_file():
@@ -249,12 +229,7 @@ def load_samples(slices: Slices, part: str, memory_limit_gb: float = 2.0) -> Sam
     """Open the samples of ``train``, ``validation`` or ``test``.
 
     Planes are read when they are first drawn, and kept if all of them take less than the limit; volumes are
-    mapped.
-
-    Raises
-    ------
-    InputError
-        If a file is missing, unreadable or of another size than the manifest says.
+    mapped. A file that is missing or of another size than the manifest says raises InputError at once.
     """
     folder, infos = slices.folder, slices.infos.get(part, ())
     # the heads tell early of a file that is missing or damaged; on a network drive opening takes its time
@@ -291,7 +266,6 @@ def _stored_bytes(info: SampleInfo) -> int:
 
 
 def _read_head(folder: Path, info: SampleInfo) -> NDArray[np.float64]:
-    """Read the five numbers, and check the size of the file."""
     path, expected = _path(folder, info), _stored_bytes(info)
     try:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from nuclei3d.stages.pairing import (
 
 
 def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool = True) -> Any:
-    """Show one volume and any number of label volumes on it, with the right scale.
+    """Show one volume and any number of label volumes on it, with the right scale; give napari's viewer.
 
     Parameters
     ----------
@@ -31,16 +31,6 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
         Label volumes, or folders of them; each becomes a layer.
     block
         Wait until the window is closed.
-
-    Returns
-    -------
-    viewer
-        napari's viewer.
-
-    Raises
-    ------
-    InputError
-        If napari is not installed, or nothing fits together.
     """
     if importlib.util.find_spec("napari") is None:
         raise InputError("nuclei3d view needs napari; install it with: pip install 'nuclei3d[view]'")

@@ -25,7 +25,7 @@ from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
-from nuclei3d.stages.export.export import ExportResult, export
+from nuclei3d.stages.export import ExportResult, export
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 

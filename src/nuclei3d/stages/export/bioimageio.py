@@ -86,17 +86,7 @@ _EXAMPLE_DIAMETERS = 3.0
 
 @dataclass(frozen=True)
 class SpaceAxis:
-    """An axis in space of input and output.
-
-    Attributes
-    ----------
-    name
-        ``z``, ``y`` or ``x``.
-    least, step
-        Sizes are ``least`` and any number of ``step`` more.
-    voxel_um
-        Edge of a voxel; None if the training's is unknown.
-    """
+    """An axis in space: sizes are ``least`` and any number of ``step`` more; None for an unknown voxel."""
 
     name: str
     least: int
@@ -110,16 +100,13 @@ class Contents:
 
     Attributes
     ----------
-    citations
-        Text and DOI of each.
     documentation
         Markdown, without the model's card.
     example
         Input (1, channel, *axes), float32, on which the package is tested.
-    source, make, arguments
-        Python file with the architecture, its function or class, and plain values that it is called with.
-    packages
-        What that file needs beside torch, as pip names it.
+    source, make, arguments, packages
+        Python file with the architecture, its function or class, plain values that it is called with, and
+        what that file needs beside torch, as pip names it.
     """
 
     description: str
@@ -237,25 +224,13 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
 
 
 def check_installed() -> None:
-    """Refuse in one line where the package bioimageio.core is missing.
-
-    Raises
-    ------
-    InputError
-        With the command that installs it.
-    """
+    """Refuse in one line where the package bioimageio.core is missing."""
     if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
         raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
 
 
 def write_package(model: Model, folder: Path) -> Path:
-    """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card.
-
-    Raises
-    ------
-    InputError
-        If bioimageio.core is not installed.
-    """
+    """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card."""
     check_installed()
     from bioimageio.spec import save_bioimageio_package
 
@@ -266,7 +241,6 @@ def write_package(model: Model, folder: Path) -> Path:
 
 
 def _describe(model: Model, folder: Path) -> Any:
-    """Write the parts into a folder and describe the model that they make."""
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
     from bioimageio.spec.model import v0_5
@@ -286,6 +260,7 @@ def _describe(model: Model, folder: Path) -> Any:
     if (model.path.parent / INFO_FILE).is_file():
         (folder / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         attachments.append(FileDescr(source=folder / INFO_FILE))
+    given, made = _tensors(contents, folder)
     return v0_5.ModelDescr(
         name=info.name,
         description=contents.description,
@@ -295,8 +270,8 @@ def _describe(model: Model, folder: Path) -> Any:
         documentation=FileDescr(source=folder / "README.md"),
         attachments=attachments,
         tags=["nuclei", "segmentation", "embryo", "light-sheet", "cellpose", "3d", "pytorch"],
-        inputs=[_input(contents, folder)],
-        outputs=[_output(contents, folder)],
+        inputs=[given],
+        outputs=[made],
         weights=_weights(contents, folder),
     )
 
@@ -314,7 +289,6 @@ class _FirstOutput(nn.Module):
 
 
 def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None:
-    """Write weights, TorchScript, and the example with what the network makes of it."""
     example = torch.from_numpy(contents.example)
     first = _FirstOutput(network).eval()
     with torch.no_grad():
@@ -324,57 +298,34 @@ def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None
     torch.save(network.state_dict(), folder / "weights.pt")
 
 
-def _input(contents: Contents, folder: Path) -> Any:
+def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
+    """Describe the input and the output, which lie on one grid."""
     from bioimageio.spec.common import FileDescr
     from bioimageio.spec.model import v0_5
 
-    space = [
-        v0_5.SpaceInputAxis(
-            id=v0_5.AxisId(axis.name),
-            size=v0_5.ParameterizedSize(min=axis.least, step=axis.step),
-            **_scale(axis),
-        )
-        for axis in contents.axes
-    ]
-    return v0_5.InputTensorDescr(
-        id=v0_5.TensorId(contents.input_name),
-        description=contents.input_description,
-        axes=[v0_5.BatchAxis(), _channels(contents.input_channels), *space],
-        test_tensor=FileDescr(source=folder / "input.npy"),
-        data=v0_5.IntervalOrRatioDataDescr(type="float32"),
-    )
-
-
-def _output(contents: Contents, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
+    def parts(name: str, description: str, channels: Sequence[str], space: list[Any]) -> dict[str, Any]:
+        names = [v0_5.Identifier(channel) for channel in channels]
+        return {
+            "description": description,
+            "axes": [v0_5.BatchAxis(), v0_5.ChannelAxis(channel_names=names), *space],
+            "test_tensor": FileDescr(source=folder / f"{name}.npy"),
+            "data": v0_5.IntervalOrRatioDataDescr(type="float32"),
+        }
 
     seen = v0_5.TensorId(contents.input_name)
-    space = [
-        v0_5.SpaceOutputAxis(
-            id=v0_5.AxisId(axis.name),
-            size=v0_5.SizeReference(tensor_id=seen, axis_id=v0_5.AxisId(axis.name)),
-            **_scale(axis),
-        )
-        for axis in contents.axes
-    ]
-    return v0_5.OutputTensorDescr(
-        id=v0_5.TensorId("flows"),
-        description=contents.output_description,
-        axes=[v0_5.BatchAxis(), _channels(contents.output_channels), *space],
-        test_tensor=FileDescr(source=folder / "output.npy"),
-        data=v0_5.IntervalOrRatioDataDescr(type="float32"),
-    )
-
-
-def _channels(names: Sequence[str]) -> Any:
-    from bioimageio.spec.model import v0_5
-
-    return v0_5.ChannelAxis(channel_names=[v0_5.Identifier(name) for name in names])
-
-
-def _scale(axis: SpaceAxis) -> dict[str, Any]:
-    return {} if axis.voxel_um is None else {"scale": axis.voxel_um, "unit": "micrometer"}
+    inside, outside = [], []
+    for axis in contents.axes:
+        name = v0_5.AxisId(axis.name)
+        scale: Any = {} if axis.voxel_um is None else {"scale": axis.voxel_um, "unit": "micrometer"}
+        size = v0_5.ParameterizedSize(min=axis.least, step=axis.step)
+        inside.append(v0_5.SpaceInputAxis(id=name, size=size, **scale))
+        same = v0_5.SizeReference(tensor_id=seen, axis_id=name)
+        outside.append(v0_5.SpaceOutputAxis(id=name, size=same, **scale))
+    described = contents.input_description, contents.input_channels
+    given = v0_5.InputTensorDescr(id=seen, **parts("input", *described, inside))
+    described = contents.output_description, contents.output_channels
+    made = v0_5.OutputTensorDescr(id=v0_5.TensorId("flows"), **parts("output", *described, outside))
+    return given, made
 
 
 def _weights(contents: Contents, folder: Path) -> Any:

@@ -75,26 +75,26 @@ def write_weights(model: Model, folder: Path) -> Path:
 def write_seg(
     folder: Path, name: str, image: NDArray[Any], labels: NDArray[np.uint32], voxel_size: VoxelSize
 ) -> Path:
-    """Write an image as ``<name>.tif`` and its labels beside it as ``<name>_seg.npy``.
+    """Write an image as ``<name>.tif`` and its labels, both (Z, Y, X), beside it as ``<name>_seg.npy``.
 
     Cellpose's GUI opens the image and finds the labels by their name; the folder may be moved. The ``.npy``
     is a pickle, because that is Cellpose's format; nuclei3d never reads one.
-
-    Parameters
-    ----------
-    image, labels
-        (Z, Y, X), on one grid.
-    voxel_size
-        Of that grid.
     """
     from cellpose.utils import masks_to_outlines
+    from skimage.segmentation import relabel_sequential
 
     file = folder / f"{name}.tif"
     check_image(image, name)
     write_image(file, image, voxel_size)
-    _warn_of_axes(name, image.shape)
+    shape, shortest = image.shape, int(np.argmin(image.shape))
+    if shortest and shape[shortest] < max(shape) / 3:
+        say(
+            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
+            f"{shape[2]}, so it will show image and masks turned against each other"
+        )
     # the GUI renumbers labels with gaps, and then loses their outlines
-    masks = _without_gaps(labels)
+    masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]
+    masks = masks.astype(np.uint16 if masks.max(initial=0) < 2**16 - 1 else np.uint32)
     outlines = masks * masks_to_outlines(masks).astype(masks.dtype)
     count = int(masks.max(initial=0))
     content = {
@@ -110,13 +110,6 @@ def write_seg(
     return path
 
 
-def _without_gaps(labels: NDArray[np.uint32]) -> NDArray[Any]:
-    from skimage.segmentation import relabel_sequential
-
-    masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]
-    return masks.astype(np.uint16 if masks.max(initial=0) < 2**16 - 1 else np.uint32)
-
-
 def _median_diameter_px(masks: NDArray[Any], voxel_size: VoxelSize) -> float:
     """Give the diameter, along x, of the sphere of the median volume; Cellpose's 30 without nuclei."""
     voxels = np.bincount(masks.ravel())[1:]
@@ -126,29 +119,10 @@ def _median_diameter_px(masks: NDArray[Any], voxel_size: VoxelSize) -> float:
     return float(np.cbrt(6 * volume_um3 / np.pi)) / voxel_size.x
 
 
-def _warn_of_axes(name: str, shape: tuple[int, ...]) -> None:
-    shortest = int(np.argmin(shape))
-    if shortest and shape[shortest] < max(shape) / 3:
-        say(
-            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
-            f"{shape[2]}, so it will show image and masks turned against each other"
-        )
-
-
 def write_training_files(stem: Path, image: NDArray[Any], labels: NDArray[np.unsignedinteger[Any]]) -> Path:
-    """Write a plane as Cellpose's training reads it: image, labels, and flows, so that it starts at once.
+    """Write a plane (Y, X) as Cellpose's training reads it, with flows, so that it starts at once.
 
-    Parameters
-    ----------
-    stem
-        The files are ``<stem>_img.tif``, ``<stem>_lbl.tif`` and ``<stem>_img_flows.tif``.
-    image, labels
-        (Y, X); labels 1..n.
-
-    Returns
-    -------
-    Path
-        The image.
+    The files are ``<stem>_img.tif``, which is given back, ``<stem>_lbl.tif`` and ``<stem>_img_flows.tif``.
     """
     labels = labels.astype(np.uint16, copy=False)
     targets = np.stack([labels, labels > 0, *plane_flows(labels)]).astype(np.float32)
@@ -163,11 +137,6 @@ def write_training_set(slices: Path, folder: Path) -> list[Path]:
 
     Intensities that are no integers of up to 16 bits come back to 1/65535 of a plane's range, as they are
     stored, and the user is told.
-
-    Raises
-    ------
-    InputError
-        If `slices` is no data set of planes.
     """
     described = read_slices(slices)
     if described.network != "views2d":

@@ -22,16 +22,10 @@ _FAINTEST = 0
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a trial is to compute.
+    """What a trial is to compute, with its own values among the parameters.
 
-    Attributes
-    ----------
-    params
-        All parameters, with the trial's own values in place.
-    slices, data
-        The slice data set; the labelled embryos for validation in 3D (None: where the slices were cut from).
-    folder
-        The trial's folder; what an attempt that was killed left there may be used.
+    Without `data` it is judged on the embryos that the slices were cut from. What an attempt that was killed
+    left in the folder may be used.
     """
 
     params: Params
@@ -49,11 +43,6 @@ def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -
 
     The training keeps no MLflow run of its own: the trial's run has its curves. A trial that was killed goes
     on from its last checkpoint.
-
-    Raises
-    ------
-    InputError
-        If slices or embryos are unusable, or there is no validation volume.
     """
     from nuclei3d.stages.train import train
 
@@ -82,13 +71,7 @@ def without_idle_work(params: Params) -> Params:
 
 
 def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str, Any], list[EmbryoFrame]]:
-    """Give the summary of the slices and the frames on which models are judged.
-
-    Raises
-    ------
-    InputError
-        If there are none; cheap enough to be asked before anything is computed.
-    """
+    """Give the summary of the slices and the frames that models are judged on; refuse if there are none."""
     from nuclei3d.stages.training_data import read_slices
 
     summary = dict(read_slices(slices).summary)
@@ -98,6 +81,7 @@ def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     """List the validation frames that are segmented: all, or `search.volumes` of them, spread evenly."""
     from nuclei3d.images.embryos import find_embryos, split_embryos
+    from nuclei3d.stages.calibrate import spread_evenly
 
     if not data.is_dir():
         raise missing(
@@ -108,8 +92,7 @@ def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     frames = split_embryos(find_embryos(data), params.data.split).validation
     if not frames:
         raise InputError(f"the split leaves no validation volumes in {data}; see data.split in params.yaml")
-    count = min(params.search.volumes or len(frames), len(frames))
-    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    return spread_evenly(frames, params.search.volumes or None)
 
 
 def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> list[Assessment]:
@@ -141,18 +124,7 @@ def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> 
 
 
 def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Sequence[float]) -> float:
-    """Reduce assessed validation volumes, pooled, to what is maximised.
-
-    Parameters
-    ----------
-    edges
-        Inner edges of the contrast bins, from the training nuclei.
-
-    Raises
-    ------
-    InputError
-        If there is nothing to measure: no nuclei at all, or none in the faintest bin.
-    """
+    """Reduce assessed validation volumes, pooled, to what is maximised; `edges` part the contrast bins."""
     from nuclei3d.scoring.assessment import count_by_contrast, recall_at_precision
     from nuclei3d.scoring.metrics import score, stack_tallies
 

@@ -33,15 +33,7 @@ _WITHOUT_EFFECT = ("name", "device", "workers", "memory_limit_gb", "memory_gb", 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The searched parameters.
-
-    Attributes
-    ----------
-    distributions
-        Optuna's distribution of each parameter by its dotted name.
-    start
-        Their values in params.yaml: the first trial.
-    """
+    """Optuna's distribution of each searched parameter by its dotted name, and the values in params.yaml."""
 
     distributions: Mapping[str, BaseDistribution]
     start: Mapping[str, Value]
@@ -63,11 +55,6 @@ def search_space(params: Params) -> SearchSpace:
     """Make the space from ``params.search``.
 
     A range that leaves out the value in params.yaml, which is the first trial, is widened to hold it.
-
-    Raises
-    ------
-    InputError
-        If a name is unknown or of another section, or a range holds values that the parameter cannot take.
     """
     ranges = params.search.ranges()
     if not ranges:
@@ -82,13 +69,7 @@ def search_space(params: Params) -> SearchSpace:
 
 
 def params_with(params: Params, values: Mapping[str, Value]) -> Params:
-    """Give the parameters with some values replaced, by dotted names.
-
-    Raises
-    ------
-    InputError
-        If the values together are not allowed.
-    """
+    """Give the parameters with some values replaced, by dotted names."""
     tree = params_as_dict(params)
     for name, value in values.items():
         *sections, key = name.split(".")

@@ -30,17 +30,10 @@ _JOURNAL_BEGINS = b'{"op_code":'
 
 @dataclass(frozen=True)
 class StudyStorage:
-    """The storage of a search; made by `open_storage`.
+    """Optuna's storage of a search, and the journal file that it is kept in (None: a database).
 
-    Attributes
-    ----------
-    backend
-        Optuna's storage.
-    claim
-        Makes a context within which this process is the only one, on all machines, that creates a study or
-        takes a trial. It ends with the process, however that dies.
-    journal
-        The file that the study is kept in; None: a database.
+    `claim` makes a context within which this process is the only one, on all machines, that creates a study
+    or takes a trial. It ends with the process, however that dies.
     """
 
     backend: BaseStorage
@@ -52,11 +45,6 @@ class StudyStorage:
         """Be the only command that starts workers on the journal; a database may have many, and no lock.
 
         So whatever runs in a journal when a command begins was left by one that died.
-
-        Raises
-        ------
-        InputError
-            If there is another.
         """
         if self.journal is None:
             yield
@@ -82,20 +70,8 @@ class _Database(RDBStorage):
 def open_storage(address: str | None, folder: Path, params: SearchParams) -> Iterator[StudyStorage]:
     """Open the storage of a search.
 
-    Parameters
-    ----------
-    address
-        None: a journal file in `folder`; ``postgresql://...``: a database for workers on many machines; else
-        the path of a journal file.
-    folder
-        Folder of the search.
-    params
-        Heartbeat and grace in a database.
-
-    Raises
-    ------
-    InputError
-        If the database does not answer, the journal cannot be written, or the address is of another kind.
+    The address is ``postgresql://...``, for workers on many machines, or the path of a journal file; None
+    means one in the folder of the search.
     """
     if address is not None and re.match(r"postgres(ql)?(\+\w+)?:", address):
         with _open_postgresql(address, params) as opened:

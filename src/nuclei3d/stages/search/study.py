@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import html
+import json
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna import Study
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import Params
 from nuclei3d.config.loading import write_values
@@ -24,9 +28,9 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.store import store_uri
 from nuclei3d.experiment.trials import TrialRuns, attached_runs, search_runs
+from nuclei3d.outputs import whole_file
 from nuclei3d.stages.search.objective import Objective, judged_on, train_and_validate
-from nuclei3d.stages.search.report import write_study
-from nuclei3d.stages.search.space import Value, differences, fingerprint, search_space
+from nuclei3d.stages.search.space import SearchSpace, Value, differences, fingerprint, search_space
 from nuclei3d.stages.search.storage import (
     StudyStorage,
     explained_outage,
@@ -39,6 +43,7 @@ from nuclei3d.stages.search.worker import (
     START,
     SearchTask,
     Worker,
+    attempts,
     best_first,
     new_pruner,
     record_of,
@@ -48,6 +53,12 @@ from nuclei3d.stages.search.worker import (
 
 _PARENT_RUN = "mlflow_run"
 _MADE_WITH = "made_with"
+_STYLE = (
+    "body{font:15px/1.4 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
+)
+# Below this, importances are noise.
+_ENOUGH_FOR_IMPORTANCE = 4
 
 
 @dataclass(frozen=True)
@@ -56,22 +67,16 @@ class SearchResult:
 
     Attributes
     ----------
-    out, study
-        Folder and name of the search.
     finished, pruned, failed
         Numbers of trials; those whose process died and that were run again are among the failed.
-    best_trial, best_value, best_values
-        The best trial, what it reached, and its parameters by dotted name.
+    best_values
+        By dotted name.
     start_value
         What the values of params.yaml reached; None if that trial did not finish.
     confirmed
         Per trial that was repeated with other seeds: the values reached, its own first.
     model
         Model folder of the best trial, if it is on this machine.
-    applied
-        Whether params.yaml was changed.
-    run_id
-        MLflow run of the search, if tracking is on.
     """
 
     out: Path
@@ -131,26 +136,24 @@ def search(
         Folder made by prepare. It is never computed again.
     out
         Folder of the search: the study, its plots, the best models.
-    trials
-        Finished and pruned trials wanted in all, over all starts.
     storage
         None: a journal file in `out`, for one command at a time. ``postgresql://...``: a database, for many.
-    workers
-        Processes on this machine.
     data
         Labelled embryos for validation; None: those that the slices were cut from.
     apply, params_file
         Write the best values into this file; only then is anything outside `out` changed.
     objective
         What a trial computes; another one must be a function of a module, so that workers can be sent it.
-
-    Raises
-    ------
-    InputError
-        If the storage does not answer, the study in it was made with other slices or parameters, the ranges
-        are unusable, or trials fail for a reason that will not go away.
     """
-    _check(trials, workers, apply, params_file, out)
+    for option, count in (("trials", trials), ("workers", workers)):
+        if count < 1:
+            raise InputError(f"--{option} is {count}; expected at least 1")
+    if apply and (params_file is None or not params_file.is_file()):
+        raise InputError(
+            "--apply writes the best values into params.yaml, but there is none; give --params FILE"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; expected a folder")
     if params.tracking.enabled:
         refuse_shared_database(storage, store_uri(params.tracking))
     space = search_space(params)
@@ -166,19 +169,6 @@ def search(
         result = replace(result, applied=True)
     _say_result(result, params_file)
     return result
-
-
-def _check(trials: int, workers: int, apply: bool, params_file: Path | None, out: Path) -> None:
-    if trials < 1:
-        raise InputError(f"--trials is {trials}; expected at least 1")
-    if workers < 1:
-        raise InputError(f"--workers is {workers}; expected at least 1")
-    if apply and (params_file is None or not params_file.is_file()):
-        raise InputError(
-            "--apply writes the best values into params.yaml, but there is none; give --params FILE"
-        )
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; expected a folder")
 
 
 @contextmanager
@@ -251,7 +241,6 @@ def _open_study(store: StudyStorage, task: SearchTask) -> Study:
 
 
 def _work(task: SearchTask, name: str) -> None:
-    """Join a search from another process."""
     with _quiet(), explained_outage(), open_storage(task.storage, task.out, task.params.search) as store:
         study = optuna.load_study(
             storage=store.backend, study_name=task.study, pruner=new_pruner(task.params.search)
@@ -310,7 +299,6 @@ def _studies(store: StudyStorage, study: Study) -> list[Study]:
 
 
 def _conclude(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRuns) -> SearchResult:
-    """Choose the best trial, write and log the tables and plots."""
     finished = best_first(study)
     if not finished:
         raise InputError(
@@ -344,7 +332,7 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRu
         run_id=runs.parent_id,
     )
     with store.claim():
-        written = write_study(studies, task.space, task.out)
+        written = _write_study(studies, task.space, task.out)
         for path in written if store.journal is None else [*written, store.journal]:
             runs.parent.artifact(path, "search")
         runs.parent.metrics({"best": result.best_value, "finished": result.finished, "pruned": result.pruned})
@@ -353,6 +341,90 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, runs: TrialRu
             | {f"nuclei3d.best.{name}": value for name, value in result.best_values.items()}
         )
     return result
+
+
+def _write_study(studies: Sequence[Study], space: SearchSpace, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [_row(trial, space) for study in studies for trial in study.get_trials(deepcopy=False)]
+    # whole numbers and gaps stay what they are only as objects
+    table = pd.DataFrame([row | row["values"] for row in rows], dtype=object)
+    table = table.drop(columns=["values", "curve", "attempts"])
+    paths = [folder / "study.json", folder / "study.csv", folder / "search.html"]
+    with whole_file(paths[0]) as path:
+        path.write_text(json.dumps({"study": studies[0].study_name, "trials": rows}, indent=2) + "\n")
+    with whole_file(paths[1]) as path:
+        table.to_csv(path, index=False, lineterminator="\n")
+    with whole_file(paths[2]) as path:
+        columns = ["trial", "state", "value", *space.distributions, "reason"]
+        path.write_text(_page(studies[0], table[columns]), encoding="utf-8")
+    return paths
+
+
+def _row(trial: FrozenTrial, space: SearchSpace) -> dict[str, Any]:
+    record = record_of(trial)
+    return {
+        "trial": record.key,
+        "state": record.state,
+        "reason": record.reason,
+        "value": record.value,
+        "values": {name: trial.params.get(name) for name in space.distributions},
+        "confirms": trial.user_attrs.get(CONFIRMS),
+        "seed": trial.user_attrs.get(SEED),
+        "attempts": attempts(trial),
+        "started": _time(trial.datetime_start),
+        "ended": _time(trial.datetime_complete),
+        "curve": {str(step): value for step, value in sorted(record.curve.items())},
+    }
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="seconds")
+
+
+def _page(study: Study, table: pd.DataFrame) -> str:
+    """Make one page with all plots, which needs no network: plotly's script is inside."""
+    from optuna import visualization
+
+    plots: dict[str, Callable[[Study], Any]] = {
+        "History": visualization.plot_optimization_history,
+        "Importance of the parameters": _importances,
+        "Parameters together": visualization.plot_parallel_coordinate,
+        "Values compared on the way (by share of the epochs, in thousandths)": (
+            visualization.plot_intermediate_values
+        ),
+    }
+    sections: list[str] = []
+    for heading, plot in plots.items():
+        sections.append(f"<h2>{html.escape(heading)}</h2>")
+        try:
+            with warnings.catch_warnings():
+                # Optuna's remarks on studies that are still small
+                warnings.simplefilter("ignore")
+                figure = plot(study)
+        except (ValueError, RuntimeError) as error:
+            sections.append(f"<p>Not drawn: {html.escape(str(error))}</p>")
+            continue
+        script = not any("<script" in section for section in sections)
+        sections.append(figure.to_html(full_html=False, include_plotlyjs=script))
+    states = list(table["state"])
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "pruned", "failed"))
+    title = f"Search {html.escape(study.study_name)}"
+    trials = table.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+        f"<p>{counts}; best {study.best_value:.4f}</p>{''.join(sections)}"
+        f"<h2>Trials</h2>{trials}</body></html>"
+    )
+
+
+def _importances(study: Study) -> Any:
+    from optuna import visualization
+
+    # they want several finished trials that differ
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < _ENOUGH_FOR_IMPORTANCE:
+        raise ValueError(f"fewer than {_ENOUGH_FOR_IMPORTANCE} finished trials")
+    return visualization.plot_param_importances(study)
 
 
 def _say_result(result: SearchResult, params_file: Path | None) -> None:

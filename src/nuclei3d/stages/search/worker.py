@@ -78,16 +78,10 @@ class SearchTask:
 
     Attributes
     ----------
-    params, space
-        As in params.yaml, and what is searched.
-    slices, out, data
-        Inputs, and the folder of the search.
     storage, study
         Address of the storage (None: a journal in `out`) and name of the study in it.
     trials
         Finished and pruned trials wanted in all.
-    objective
-        What a trial computes.
     """
 
     params: Params
@@ -179,12 +173,8 @@ def requeue(study: Study, max_retries: int, dead: str | None = None) -> None:
     """Queue the trials whose worker died, to be run again, with their values and curve so far.
 
     To be called within `StudyStorage.claim`. A trial that runs without a worker's name on it was left by one
-    that died while it took the trial: taking and naming happen within one claim.
-
-    Parameters
-    ----------
-    dead
-        What the names of workers known to be dead begin with. Of others only the heartbeat tells.
+    that died while it took the trial: taking and naming happen within one claim. Names of workers known to be
+    dead begin with `dead`; of others only the heartbeat tells.
     """
     fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -224,11 +214,6 @@ class Worker:
         """Run trials until as many are finished or pruned as are wanted, whoever ran them.
 
         Where the last ones run elsewhere, wait for them: should their worker die, this one takes them over.
-
-        Raises
-        ------
-        InputError
-            If trials fail for a reason that will not go away.
         """
         while True:
             with ExitStack() as claim:
@@ -249,7 +234,6 @@ class Worker:
         return sum(state in (*_COUNTED, TrialState.RUNNING) for state in states) < self.task.trials
 
     def _run_next(self, claim: ExitStack, trials_so_far: int) -> None:
-        """Take a trial within the claim, which ends then, and run it."""
         self.study.sampler = self.task.new_sampler(trials_so_far)
         self._number = -1
         try:
@@ -396,21 +380,11 @@ def _outcome(record: TrialRecord, finished: list[FrozenTrial]) -> str:
 
 
 def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callable[[str], None]) -> None:
-    """Run `work` in so many processes until all of them have ended well.
+    """Run `work`, which is given the worker's name, in so many processes until all of them have ended well.
 
-    A process that dies (killed by the system for lack of memory, say) is replaced, up to twenty times. When
-    this process dies, however it dies, they die too. An error of one ends all, and is raised here.
-
-    Parameters
-    ----------
-    work
-        Can be pickled; is given the worker's name; ends when nothing is left to do.
-    name
-        What the names of the workers begin with.
-    count
-        Number of processes. They share the cores, and the GPUs in turn.
-    bury
-        Called with the name of a worker that died.
+    They share the cores, and the GPUs in turn. One that dies (killed by the system for lack of memory, say)
+    is buried by its name and replaced, up to twenty times. When this process dies, however it dies, they die
+    too. An error of one ends all, and is raised here.
     """
     running: dict[Future[None], tuple[int, str]] = {}
     deaths = 0
