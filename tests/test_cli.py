@@ -1,5 +1,8 @@
 """How commands end: one line on stderr and a code."""
 
+import subprocess
+import sys
+
 import pytest
 
 from nuclei3d import cli
@@ -27,3 +30,33 @@ def test_a_command_that_cannot_go_on_says_so_in_one_line(monkeypatch, capsys, er
         cli.main()
     assert ended.value.code == code
     assert capsys.readouterr().err == f"nuclei3d: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("predict nowhere --model m --out o", "nowhere does not exist"),
+        ("prepare --data nowhere --out o", "nowhere does not exist (--data)"),
+        ("train --slices nowhere --out o", "nowhere does not exist (--slices)"),
+        ("evaluate --truth . --pred nowhere --out o", "nowhere does not exist (--pred)"),
+        ("compare nowhere .", "nowhere does not exist"),
+        (
+            "predict . --model m --out o --set normalization.noise_floor=5",
+            "--set normalization.noise_floor=5 would not act: predict normalises as the model was trained; "
+            "set it for prepare and train anew",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_large_is_imported(tmp_path, arguments, line):
+    code = (
+        "import sys\n"
+        "from nuclei3d import cli\n"
+        f"sys.argv = ['nuclei3d', *{arguments.split()!r}]\n"
+        "try:\n    cli.main()\n"
+        "finally:\n    print(sorted({'torch', 'mlflow', 'numpy', 'scipy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"nuclei3d: {line}\n", "[]\n")
+    assert not any(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from nuclei3d import __version__
 from nuclei3d.console import emit_json, say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
 
 if TYPE_CHECKING:
     from nuclei3d.config import Params
@@ -34,6 +34,12 @@ app = typer.Typer(
 )
 
 
+# What a command reads: whether it is there is known before anything large is imported.
+_READ = frozenset(
+    ("data", "slices", "inputs", "image", "masks", "truth", "pred", "images", "history", "metrics", "a", "b")
+)
+# Commands that show images to a model as its training showed them.
+_AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
 # How several values stand in one text, for options that may be repeated.
 _SEVERAL = {"--set": re.compile(r"\s+(?=(?:seed|\w+\.[\w.]+)=)"), "--format": re.compile(r"\s+")}
 
@@ -61,6 +67,24 @@ class _Command(TyperCommand):
                 if text and not (word == "--set" and text.endswith("=")):
                     kept += [word, text]
         return super().parse_args(ctx, kept)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Refuse at once what is not there or would not act."""
+        for option in self.params:
+            given = ctx.params.get(option.name)
+            if option.name in _READ and given is not None:
+                for path in map(Path, given if isinstance(given, list | tuple) else [given]):
+                    if not path.exists():
+                        name = f" ({option.opts[0]})" if option.opts[0].startswith("--") else ""
+                        raise missing(path, f"{path} does not exist{name}")
+        if self.name in _AS_TRAINED:
+            for override in ctx.params.get("overrides") or ():
+                if override.startswith("normalization."):
+                    raise InputError(
+                        f"--set {override} would not act: {self.name} normalises as the model was trained; "
+                        "set it for prepare and train anew"
+                    )
+        return super().invoke(ctx)
 
 
 def _print_version(wanted: bool) -> None:
