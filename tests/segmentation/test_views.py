@@ -234,3 +234,39 @@ def test_bfloat16_changes_flows_by_a_percent_at_most():
         for precision in ("float32", "bfloat16")
     )
     assert np.abs(fine.flow - coarse.flow).max() < 0.03 * np.abs(fine.flow).max()
+
+
+def noisy_spots() -> np.ndarray:
+    rng = np.random.default_rng(4)
+    image = rng.normal(100, 5, (10, 40, 36))
+    image[3:7, 12:20, 10:18] += 120
+    return image.astype(np.float32)
+
+
+@pytest.mark.parametrize("fill", [0.0, np.nan])
+def test_fill_changes_nothing_of_the_image_and_holds_no_nucleus(fill):
+    """PositionNetwork gives the normalised image as logit."""
+    settings = SegmentationSettings(
+        diameter_px=8.0, nucleus_diameter_um=8.0, skip_empty=False, precision="float32"
+    )
+    image = noisy_spots()
+    padded = np.pad(image, ((0, 0), (8, 8), (8, 8)), constant_values=fill)
+    size = VoxelSize(1, 1, 1)
+    alone, _ = predict_flows(image, size, Networks(PositionNetwork()), settings, CPU)
+    inside = (slice(None), slice(8, -8), slice(8, -8))
+    found, _ = predict_flows(padded, size, Networks(PositionNetwork()), settings, CPU)
+    np.testing.assert_allclose(found.logit[inside], alone.logit, atol=0.02)
+    outside = np.ones(padded.shape, bool)
+    outside[inside] = False
+    assert (found.logit[outside] < -30).all()
+
+
+def test_a_black_plane_is_seen_through():
+    settings = SegmentationSettings(
+        diameter_px=8.0, nucleus_diameter_um=8.0, skip_empty=False, precision="float32"
+    )
+    image = noisy_spots()
+    image[5] = 0
+    found, _ = predict_flows(image, VoxelSize(1, 1, 1), Networks(PositionNetwork()), settings, CPU)
+    assert (found.logit[5, 14:18, 12:16] > 0.5).all()
+    assert (found.logit > -30).all()
