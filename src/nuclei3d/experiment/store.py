@@ -95,8 +95,8 @@ def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
     location = None
     uri = store_uri(params)
     if urlsplit(uri).scheme.partition("+")[0] in _DATABASES:
-        beside = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else project_folder()
-        location = (beside / "mlartifacts" / name).as_uri()
+        home = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else project_folder()
+        location = (home / "mlartifacts" / name).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=dict([_KIND])))
     except MlflowException:

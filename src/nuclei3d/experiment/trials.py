@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from nuclei3d.config import Params
 from nuclei3d.config.sections import TrackingParams
 from nuclei3d.console import say
-from nuclei3d.experiment.runs import StageRun, stage_run
+from nuclei3d.experiment.runs import StageRun, is_known, stage_run
 from nuclei3d.experiment.store import open_store
 
 if TYPE_CHECKING:
@@ -164,14 +164,14 @@ def search_runs(params: Params, inputs: Mapping[str, Path], parent_id: str | Non
         yield TrialRuns(None, StageRun(None, None))
         return
     client = open_store(params.tracking)
-    if parent_id is None or not _is_known(client, parent_id):
+    if parent_id is None or not is_known(client, parent_id):
         with stage_run("search", params, inputs=inputs) as parent:
             yield TrialRuns(client, parent)
         return
     parent = StageRun(client, parent_id)
     client.update_run(parent_id, status="RUNNING")
     outer = os.environ.get("MLFLOW_RUN_ID")
-    if outer and outer != parent_id and _is_known(client, outer):
+    if outer and outer != parent_id and is_known(client, outer):
         # `mlflow run` made a run for this start, too; it says where the results are
         client.set_tag(outer, "nuclei3d.continues", parent_id)
     try:
@@ -195,15 +195,6 @@ def attached_runs(params: TrackingParams, parent_id: str | None) -> TrialRuns:
         return TrialRuns(None, StageRun(None, None))
     client = open_store(params)
     return TrialRuns(client, StageRun(client, parent_id))
-
-
-def _is_known(client: MlflowClient, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException:
-        return False
 
 
 @contextmanager

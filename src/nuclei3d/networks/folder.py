@@ -165,8 +165,8 @@ def load_model(path: str | PathLike[str]) -> Model:
         )
     else:
         weights = path
-        beside = path.parent / INFO_FILE
-        if beside.is_file() and (found := read_info(beside)).name == path.name:
+        info_file = path.parent / INFO_FILE
+        if info_file.is_file() and (found := read_info(info_file)).name == path.name:
             info = found
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)

@@ -154,8 +154,8 @@ def refuse_doubt(
 
 def _of_different_embryos(one: Entry, other: Entry) -> bool:
     """Say whether beside the folder of one entry there is another folder of the name of the other's."""
-    beside = one.home.parent / other.home.name
-    return one.home.name != other.home.name and beside.is_dir() and not beside.samefile(other.home)
+    sibling = one.home.parent / other.home.name
+    return one.home.name != other.home.name and sibling.is_dir() and not sibling.samefile(other.home)
 
 
 def _unique(entries: Sequence[Entry], name: str, taken: Collection[int]) -> dict[str, int]:
@@ -376,13 +376,13 @@ def _find_images(
     folder = truth.parent if truth.name == "labels" else truth
     label_paths = {entry.frame.path for entry in truths}
     try:
-        beside = [
+        siblings = [
             entry for entry in find_image_entries(folder, channel) if entry.frame.path not in label_paths
         ]
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}
-    return _by_truth(truths, beside, by_name_only=True)
+    return _by_truth(truths, siblings, by_name_only=True)
 
 
 def _by_truth(
