@@ -135,7 +135,7 @@ def predict_flows(
         check_scale(image.shape, voxel_size, each)
     settings = with_ranges(settings, image)
     assert settings.intensity_range is not None
-    image, outside = settings.intensity_range.without_fill(image)
+    image, outside = settings.intensity_range.clean(image)
     solid = _volume_network(networks, settings)
     views = () if settings.mode == "full3d" else settings.seen_views
     # The 3D network counts as a view in the progress; how long each takes depends on the networks.

@@ -256,7 +256,7 @@ def _read_shown(
     """Read a pair for a picture: background in the place of fill."""
     image, truth, pred = pair.read()
     if image is not None:
-        image, _ = measure_range(image).without_fill(image)
+        image, _ = measure_range(image).clean(image)
     return image, truth, pred
 
 

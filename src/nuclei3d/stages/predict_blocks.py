@@ -228,7 +228,9 @@ def segment_block(task: BlockTask) -> int:
         _network(task.orthogonal_weights) if task.orthogonal_weights else None,
         _network(task.volume_weights) if task.volume_weights else None,
     )
-    found = Segmenter(networks, task.settings, task.device).segment(image, task.frame.require_voxel_size())
+    assert task.settings.intensity_range is not None
+    settings = replace(task.settings, intensity_range=task.settings.intensity_range.of_part(*task.outer[1:]))
+    found = Segmenter(networks, settings, task.device).segment(image, task.frame.require_voxel_size())
     for path, array in ((task.scores_file, found.scores), (task.labels_file, found.labels)):
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)

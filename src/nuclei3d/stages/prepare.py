@@ -150,7 +150,7 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
     volume = read_labelled(frame, params.data)
     norm = params.normalization
     intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
-    image, outside = intensity.without_fill(volume.image)
+    image, outside = intensity.clean(volume.image)
     if outside is not None:
         volume = replace(volume, image=image, labels=np.where(outside, 0, volume.labels))
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
