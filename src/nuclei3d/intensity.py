@@ -105,6 +105,11 @@ class IntensityRange:
             mask = dark if mask is None else mask | dark
         return mask if mask is not None and mask.any() else None
 
+    def _debris_gone(self, image: NDArray[Any]) -> NDArray[Any]:
+        if self.ceiling is None:
+            return image
+        return _without_debris(image, self.low, self.ceiling, self.opening_px)
+
     def clean(self, image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Put the intensity of background where an image is fill or debris, and even out its background.
 
@@ -121,10 +126,10 @@ class IntensityRange:
         mask = self.fill_mask(image)
         image = _without_background(image, self.background)
         if mask is None:
-            return self._without_debris(image), None
+            return self._debris_gone(image), None
         whole = np.issubdtype(image.dtype, np.integer)
         filled = np.where(mask, np.asarray(round(self.low) if whole else self.low, image.dtype), image)
-        filled = self._without_debris(filled)
+        filled = self._debris_gone(filled)
         if image.ndim != 3:
             return filled, mask
         there = np.flatnonzero(mask.mean(axis=(1, 2)) <= _MOSTLY_FILL)
@@ -137,11 +142,6 @@ class IntensityRange:
                 filled[z] = np.rint(between) if whole else between
                 mask[z] = mask[first] & mask[last]
         return filled, mask
-
-    def _without_debris(self, image: NDArray[Any]) -> NDArray[Any]:
-        if self.ceiling is None or not (bright := image > self.ceiling).any():
-            return image
-        return np.where(bright, _opened(image, self.opening_px), image)
 
 
 def measure_range(
@@ -235,8 +235,22 @@ def _find_debris(
                 if high > ceiling:
                     return ceiling, size
                 break
-    hot = low + _HOT_RATIO * (high - low)
-    return (hot, _OPENINGS_PX[-1]) if values.max(where=values < np.inf, initial=low) > hot else (None, 1)
+    hot, size = low + _HOT_RATIO * (high - low), _OPENINGS_PX[-1]
+    bright = values > hot
+    planes = values[bright.any(axis=(-2, -1))] if values.ndim == 3 else values
+    if bright.any() and not np.array_equal(planes, _without_debris(planes, low, hot, size), equal_nan=True):
+        return hot, size
+    return None, 1
+
+
+def _without_debris(image: NDArray[Any], low: float, ceiling: float, opening_px: int) -> NDArray[Any]:
+    """Replace what is brighter than the ceiling and stands alone; the middle of a nucleus does not."""
+    bright = image > ceiling
+    if not bright.any():
+        return image
+    opened = _opened(image, opening_px)
+    alone = opened - np.float32(low) < (image - np.float32(low)) / _DEBRIS_RATIO
+    return np.where(bright & alone, opened, image)
 
 
 def _saturation(share: float, upper_percentile: float) -> float:
