@@ -121,8 +121,7 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
             "calibrate.volumes above 0"
         )
-    assert segmenter.models is not None
-    main, *others = segmenter.models.loaded
+    main, *others = segmenter.models.values()
     if others:
         joined = "' and '".join(each.info.name for each in others)
         say(f"the thresholds are for '{main.info.name}' with '{joined}' beside it")

@@ -178,7 +178,6 @@ class Predictor:
             say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
             masks = out / f"{frame.name}_masks.ome.zarr"
             fingerprint = fingerprint_of(frame, self.identity)
-            assert segmenter.models is not None
             return masks, predict_in_blocks(
                 frame, segmenter.models, settings, run, fingerprint, masks, progress
             )
@@ -199,13 +198,12 @@ def open_model(params: Params, model: str) -> Predictor:
 
     path = fetch_model(model, params) if is_registered(model) else Path(model)
     segmenter = Segmenter(path, params.predict)
-    assert segmenter.models is not None
-    models = segmenter.models.loaded
+    models = segmenter.models
     identity = {
-        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models],
+        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
         "settings": asdict(segmenter.settings),
     }
-    say(f"model {models[0].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
+    say(f"model {models['main'].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
     return Predictor(segmenter, params.predict, identity)
 
 

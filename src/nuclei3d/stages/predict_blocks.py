@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,14 +29,12 @@ from nuclei3d.errors import InputError, MachineError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
-from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import sampled_planes
-from nuclei3d.networks.folder import load_model
+from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.outputs import whole_file, whole_folder
 from nuclei3d.segmentation.blocks import (
     MARGIN_DIAMETERS,
     Block,
-    Box,
     assemble_core,
     choose_owners,
     count_blocks,
@@ -48,7 +46,7 @@ from nuclei3d.segmentation.blocks import (
 )
 from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
 from nuclei3d.segmentation.network_pass import Networks
-from nuclei3d.segmentation.segmenter import Models, Segmenter
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, view_grid, with_ranges
 
 if TYPE_CHECKING:
@@ -177,12 +175,12 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """All that a worker needs for one block, and where its results are.
+    """All that a worker needs for one block.
 
     Attributes
     ----------
-    outer
-        The box of the frame that is read and segmented.
+    weights
+        Weights files by the names that `Networks` gives.
     settings
         With the range of intensities of the whole frame.
     threads
@@ -192,10 +190,8 @@ class BlockTask:
     """
 
     frame: Frame
-    outer: Box
-    weights: Path
-    orthogonal_weights: Path | None
-    volume_weights: Path | None
+    block: Block
+    weights: Mapping[str, Path]
     settings: SegmentationSettings
     device: str
     threads: int | None
@@ -221,13 +217,9 @@ def segment_block(task: BlockTask) -> int:
     """Segment one block, write its labels and scores, and give the number of nuclei; runs in a worker."""
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    image = task.frame.read_block(task.outer)
+    image = task.frame.read_block(task.block.outer)
     check_image(image, str(task.frame.path), part=True)
-    networks = Networks(
-        _network(task.weights),
-        _network(task.orthogonal_weights) if task.orthogonal_weights else None,
-        _network(task.volume_weights) if task.volume_weights else None,
-    )
+    networks = Networks(**{part: _network(weights) for part, weights in task.weights.items()})
     found = Segmenter(networks, task.settings, task.device).segment(image, task.frame.require_voxel_size())
     for path, array in ((task.scores_file, found.scores), (task.labels_file, found.labels)):
         with whole_file(path) as partial, partial.open("wb") as file:
@@ -240,15 +232,11 @@ def _network(weights: Path) -> Any:
     return load_model(weights).network
 
 
-def join_blocks(
-    frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
-) -> list[Nucleus]:
-    """Join the nuclei of all blocks (one task each) and write the masks, OME-Zarr, core by core."""
+def join_blocks(tasks: Sequence[BlockTask], masks: Path) -> list[Nucleus]:
+    """Join the nuclei of all blocks of a frame and write the masks, OME-Zarr, core by core."""
+    frame, blocks = tasks[0].frame, [task.block for task in tasks]
     voxel_size = frame.require_voxel_size()
-    located = [
-        locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
-        for block, task in zip(blocks, tasks, strict=True)
-    ]
+    located = [locate_nuclei(task.block, np.asarray(task.open_labels()), voxel_size) for task in tasks]
     matches: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for a, b in itertools.combinations(range(len(blocks)), 2):
         shared = blocks[a].shared(blocks[b])
@@ -270,19 +258,17 @@ def join_blocks(
             sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]]
             labels = assemble_core(block, sources)
             array[block.core] = labels.astype(dtype)
-            parts.append(_measure_core(frame, block, labels, voxel_size, count))
+            z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
+            measured = measure_nuclei(
+                labels, frame.read_block(block.core), voxel_size, np.zeros(count + 1, np.float32)
+            )
+            parts.append(
+                [
+                    replace(each, z_um=each.z_um + z, y_um=each.y_um + y, x_um=each.x_um + x)
+                    for each in measured
+                ]
+            )
     return merge_nuclei(parts, scores)
-
-
-def _measure_core(
-    frame: Frame, block: Block, labels: NDArray[np.uint32], voxel_size: VoxelSize, count: int
-) -> list[Nucleus]:
-    image = frame.read_block(block.core)
-    z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
-    return [
-        replace(nucleus, z_um=nucleus.z_um + z, y_um=nucleus.y_um + y, x_um=nucleus.x_um + x)
-        for nucleus in measure_nuclei(labels, image, voxel_size, np.zeros(count + 1, np.float32))
-    ]
 
 
 def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
@@ -326,9 +312,7 @@ def _client(run: BlockRun) -> Iterator[Client]:
     logging.getLogger("distributed").setLevel(logging.ERROR)
     if run.scheduler is not None:
         try:
-            client = Client(  # type: ignore[no-untyped-call]
-                run.scheduler, timeout=f"{_ANSWER_S}s"
-            )
+            client = Client(run.scheduler, timeout=f"{_ANSWER_S}s")  # type: ignore[no-untyped-call]
         except (OSError, ValueError, TimeoutError) as error:
             reason = " ".join(str(error).split()) or f"no answer within {_ANSWER_S} s"
             raise InputError(
@@ -362,23 +346,16 @@ def _client(run: BlockRun) -> Iterator[Client]:
 
 def predict_in_blocks(
     frame: Frame,
-    models: Models,
+    models: Mapping[str, Model],
     settings: SegmentationSettings,
     run: BlockRun,
     fingerprint: str,
     masks: Path,
     progress: Callable[[float], None],
 ) -> list[Nucleus]:
-    """Segment a frame block by block, in any mode but ``cellpose``, and give its nuclei.
+    """Segment a frame block by block, in any mode but ``cellpose``, write its masks and give its nuclei.
 
-    Parameters
-    ----------
-    fingerprint
-        Of frame, models and settings: results of a run before with another are not used.
-    masks
-        OME-Zarr folder to write, whole or not at all.
-    progress
-        Called with the share done.
+    `fingerprint` is of frame, models and settings: results of a run before with another are not used.
 
     Raises
     ------
@@ -393,20 +370,17 @@ def predict_in_blocks(
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
     try:
-        blocks = cut_frame(frame, settings, run, folder)
         tasks = [
             BlockTask(
                 frame=frame,
-                outer=block.outer,
-                weights=models.main.path.resolve(),
-                orthogonal_weights=models.orthogonal.path.resolve() if models.orthogonal else None,
-                volume_weights=models.volume.path.resolve() if models.volume else None,
+                block=block,
+                weights={part: model.path.resolve() for part, model in models.items()},
                 settings=settings,
                 device=run.device,
                 threads=run.threads_per_worker,
                 labels_file=folder.resolve() / f"{block.index:05d}.npy",
             )
-            for block in blocks
+            for block in cut_frame(frame, settings, run, folder)
         ]
         missing = [task for task in tasks if not task.is_done]
         before = len(tasks) - len(missing)
@@ -414,7 +388,7 @@ def predict_in_blocks(
         progress(0.95 * before / len(tasks))
         for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
             progress(0.95 * done / len(tasks))
-        nuclei = join_blocks(frame, blocks, tasks, masks)
+        nuclei = join_blocks(tasks, masks)
     except InputError:
         if not any(folder.glob("*.npy")):
             _close_folder(folder)
@@ -426,8 +400,10 @@ def predict_in_blocks(
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
     """Add the range of the whole frame, from the planes that `measure_range` would take, and no others."""
     _, height, width = frame.shape
-    whole_plane = (slice(0, height), slice(0, width))
-    planes = [frame.read_block((slice(z, z + 1), *whole_plane)) for z in sampled_planes(frame.shape)]
+    planes = [
+        frame.read_block((slice(z, z + 1), slice(0, height), slice(0, width)))
+        for z in sampled_planes(frame.shape)
+    ]
     return with_ranges(settings, np.concatenate(planes), sampled=True)
 
 
