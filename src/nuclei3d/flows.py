@@ -81,9 +81,10 @@ def flows_3d(
     edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
 
     def work(chosen: NDArray[np.int64]) -> None:
-        _label_flows_3d(volume, chosen, where.boxes, edges, tolerance, flows)
+        for label in chosen:
+            nucleus_flows_3d(volume, label, where.boxes[label], edges, tolerance, flows)
 
-    share_labels(work, where.present, where.voxels, threads)
+    share_labels(work, where, threads)
     return flows
 
 
@@ -112,20 +113,6 @@ def _check(labels: Labels, ndim: int) -> None:
         raise InputError(
             f"flow targets: expected integer labels with {ndim} axes, got {labels.dtype} {labels.shape}"
         )
-
-
-@njit(cache=True, nogil=True)
-def _label_flows_3d(
-    labels: NDArray[np.uint32],
-    chosen: NDArray[np.int64],
-    boxes: NDArray[np.int32],
-    edges: Floats,
-    tolerance: float,
-    flows: NDArray[np.float32],
-) -> None:
-    """Do `nucleus_flows_3d` for each chosen label; `boxes` has a row for each label number."""
-    for label in chosen:
-        nucleus_flows_3d(labels, label, boxes[label], edges, tolerance, flows)
 
 
 @njit(cache=True, nogil=True)

@@ -174,21 +174,19 @@ def available_threads() -> int:
 
 
 def share_labels(
-    work: Callable[[NDArray[np.int64]], Any],
-    chosen: NDArray[np.int64],
-    voxels: NDArray[np.int64],
-    threads: int | None = None,
+    work: Callable[[NDArray[np.int64]], Any], where: LabelBoxes, threads: int | None = None
 ) -> None:
     """Run `work` on groups of labels in threads; the kernels that it calls must release the GIL.
 
     Plain threads instead of numba's own: they may be started from any number of threads (Dask) and
     survive a fork. Labels are dealt out by size, so that no thread is left with the largest at the end.
     """
+    chosen = where.present
     threads = available_threads() if threads is None else threads
     if threads <= 1 or len(chosen) <= 1:
         work(chosen)
         return
-    ordered = chosen[np.argsort(-voxels[chosen], kind="stable")]
+    ordered = chosen[np.argsort(-where.voxels[chosen], kind="stable")]
     groups = [ordered[start :: 4 * threads] for start in range(min(4 * threads, len(ordered)))]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, groups))

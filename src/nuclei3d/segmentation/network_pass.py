@@ -32,7 +32,7 @@ from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.networks.unet3d import Triple, VolumeNetwork
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, MOST_UNITS, FlowField
 from nuclei3d.segmentation.foreground import OccupiedSpace, occupied_space
-from nuclei3d.segmentation.fusion import ViewPrediction, VolumeView, add_views, component_weights, fuse_views
+from nuclei3d.segmentation.fusion import VolumeView, add_views, component_weights, fuse_views, keep_planes
 from nuclei3d.segmentation.network_runner import (
     MAX_VOXELS,
     NetworkRunner,
@@ -65,14 +65,8 @@ Progress = Callable[[float], None]
 class Networks:
     """The networks that see a volume.
 
-    Attributes
-    ----------
-    main
-        A 2D network such as CPnet; in mode ``full3d`` a `VolumeNetwork`.
-    orthogonal
-        Another 2D network for the xz and yz planes.
-    volume
-        The `VolumeNetwork` of mode ``mixed``.
+    `main` is a 2D network such as CPnet, or in mode ``full3d`` a `VolumeNetwork`; `orthogonal` another 2D
+    network for the xz and yz planes; `volume` the `VolumeNetwork` of mode ``mixed``.
     """
 
     main: nn.Module
@@ -112,9 +106,9 @@ def predict_flows(
     image
         (z, y, x), any real dtype; what is not finite is fill.
     networks
-        Those that the mode needs; they are moved to `device`, their training mode is left as it was.
+        They are moved to `device`; their training mode is left as it was.
     settings
-        What to do, in any mode but ``cellpose``.
+        In any mode but ``cellpose``.
     progress
         Called with the share done, below 1: the last hundredth is for the masks.
 
@@ -160,16 +154,14 @@ def _volume_network(
     networks: Networks, settings: SegmentationSettings
 ) -> tuple[VolumeNetwork, SegmentationSettings] | None:
     """Give the 3D network that takes part, and its settings; check that mode and networks fit."""
-    if settings.mode == "full3d":
-        if not isinstance(networks.main, VolumeNetwork):
-            raise InputError(
-                "mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch"
-            )
-        return networks.main, settings
-    if isinstance(networks.main, VolumeNetwork):
+    solid = settings.mode == "full3d"
+    if solid != isinstance(networks.main, VolumeNetwork):
+        wanted, found, use = ("3D", "2D", "ortho or stitch") if solid else ("2D", "3D", "full3d")
         raise InputError(
-            f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
+            f"mode '{settings.mode}' needs a {wanted} network; this model has a {found} network: use {use}"
         )
+    if isinstance(networks.main, VolumeNetwork):
+        return networks.main, settings
     if settings.mode != "mixed":
         return None
     if settings.volume is None or not isinstance(networks.volume, VolumeNetwork):
@@ -314,7 +306,7 @@ def _predict_views(
         return whole_planes(computed(view), view, shape)
 
     if settings.fusion != "mean":
-        kept = [ViewPrediction.of_planes(view, planes_of(view), shape) for view in views]
+        kept = {view: keep_planes(view, planes_of(view), shape) for view in views}
         field = FlowField.of(*fuse_views(kept, settings.fusion, weights, volume_view), grid_voxel_size)
     elif on_device:
         field = sum_on_device(computed, weights, steps, shape, grid_voxel_size, device)
@@ -347,16 +339,10 @@ class PlaneBox:
 
 @dataclass(frozen=True)
 class ComputedPlanes:
-    """What the network says of some planes of a view.
+    """What the network says of some planes of a view, in the box of each that was computed.
 
-    Attributes
-    ----------
-    indices
-        Numbers of the planes.
-    box
-        The part of each that was computed; None if nothing can be in them.
-    output
-        float32 (n, 3, rows, columns) of that box, on the view grid: flow along the plane's axes, logit.
+    `output` is float32 (n, 3, rows, columns) on the view grid: flow along the plane's axes, logit. Box and
+    output are None if nothing can be in the planes.
     """
 
     indices: Sequence[int]
@@ -373,7 +359,7 @@ def compute_view(
     step: int = 1,
     report: Progress = lambda share: None,
 ) -> Iterator[ComputedPlanes]:
-    """Run a network over the planes of one view, and yield them in order.
+    """Run a network over the planes of one view, every `step`-th, and yield them in order.
 
     Parameters
     ----------
@@ -383,8 +369,6 @@ def compute_view(
         Where nuclei can be; planes and margins outside are not computed.
     stretched_depth
         Number of cubic voxels along z at the network's scale.
-    step
-        Every how many planes one is computed.
     report
         Called with the share of the planes that were dealt with.
     """
@@ -511,14 +495,8 @@ def sum_on_device(
 ) -> FlowField:
     """Sum up the mean of the views where they were computed, and fetch it packed.
 
-    It is the field that `add_views` sums up on the host, up to the rounding of a unit or two.
-
-    Parameters
-    ----------
-    computed
-        Gives what was computed of a view (`compute_view`), on the device.
-    weights, steps
-        Relative trust in each view, and every how many of its planes one is computed.
+    It is the field that `add_views` sums up on the host, up to the rounding of a unit or two. `computed`
+    gives what was computed of a view (`compute_view`), on the device.
     """
     seen = component_weights(weights)
     total = torch.zeros((4, *shape), device=device)

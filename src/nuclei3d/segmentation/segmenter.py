@@ -172,7 +172,7 @@ class Segmenter:
         started = time.perf_counter()
         voxel_size = _voxel_size(voxel_size_um)
         seconds: dict[str, float] = {}
-        if self.settings.is_stock:
+        if self.settings.mode == "cellpose":
             check_scale(image.shape, voxel_size, self.settings)
             labels = segment_with_cellpose(image, voxel_size, self._networks.main, self.settings, self.device)
             scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
@@ -201,7 +201,7 @@ class Segmenter:
         """Run the networks over a volume, for `label`; parameters and errors as `segment`."""
         from nuclei3d.segmentation.network_pass import predict_flows
 
-        if self.settings.is_stock:
+        if self.settings.mode == "cellpose":
             raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
         voxel_size = _voxel_size(voxel_size_um)
         return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)[0]

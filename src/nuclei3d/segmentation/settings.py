@@ -116,16 +116,6 @@ class SegmentationSettings:
         return ("xy",) if self.mode == "stitch" else self.views
 
     @property
-    def is_3d(self) -> bool:
-        """Whether the network sees the volume as a whole, not its planes."""
-        return self.mode == "full3d"
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether Cellpose itself segments."""
-        return self.mode == "cellpose"
-
-    @property
     def network_voxel_um(self) -> float:
         """Edge of a voxel at the network's scale."""
         return self.nucleus_diameter_um / self.diameter_px
@@ -153,15 +143,9 @@ _MOST_UNEQUAL = 3.0
 def view_grid(
     shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings
 ) -> tuple[tuple[int, int, int], VoxelSize, int]:
-    """Choose the view grid.
+    """Choose the view grid: its shape, its voxel size, and how many voxels z has at the network's scale.
 
-    Returns
-    -------
-    shape : tuple of int
-        x and y at the network's scale; z as in the image, or at the network's scale if that is coarser.
-    voxel_size : VoxelSize
-    stretched_depth : int
-        Number of voxels along z at the network's scale.
+    x and y are at the network's scale; z as in the image, or at the network's scale if that is coarser.
     """
     depth, height, width = isotropic_shape(shape, voxel_size, settings.network_voxel_um)
     grid = (min(shape[0], depth), height, width)
@@ -174,10 +158,7 @@ def with_ranges(
 ) -> SegmentationSettings:
     """Add the intensity range of a whole volume, for each network as it was trained, unless it is given.
 
-    Parameters
-    ----------
-    image
-        (z, y, x); with `sampled` those planes of it that `nuclei3d.intensity.sampled_planes` names.
+    `image` is (z, y, x), or those planes of it that `nuclei3d.intensity.sampled_planes` names (`sampled`).
     """
     volume = None if settings.volume is None else with_ranges(settings.volume, image, sampled=sampled)
     found = settings.intensity_range or measure_range(

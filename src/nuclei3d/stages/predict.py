@@ -174,7 +174,7 @@ class Predictor:
 
         settings, run = segmenter.settings, BlockRun.of(self.params)
         needed = required_gb(frame, settings)
-        if needed > run.worker_gb and not settings.is_stock:
+        if needed > run.worker_gb and settings.mode != "cellpose":
             say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
             masks = out / f"{frame.name}_masks.ome.zarr"
             fingerprint = fingerprint_of(frame, self.identity)

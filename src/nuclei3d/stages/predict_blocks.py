@@ -156,7 +156,7 @@ def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:
     """Give the network's pixels per voxel of the frame along (z, y, x)."""
     (_, height, width), _, depth = view_grid(frame.shape, frame.require_voxel_size(), settings)
     # a 3D network pools the image's own planes
-    depth = frame.shape[0] if settings.is_3d else depth
+    depth = frame.shape[0] if settings.mode == "full3d" else depth
     return tuple(new / old for new, old in zip((depth, height, width), frame.shape, strict=True))
 
 
@@ -165,7 +165,7 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
     for each in settings.passes:
         grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), each)
         share = float(np.prod(grid)) / float(np.prod(frame.shape))
-        consensus = each.fusion == "consensus" and not each.is_3d
+        consensus = each.fusion == "consensus" and each.mode != "full3d"
         bytes_of_pass.append((_GRID_BYTES + (_CONSENSUS_BYTES if consensus else 0)) * share)
     if settings.volume is not None:
         # share is that of the 3D network, whose field is kept while the views are computed
