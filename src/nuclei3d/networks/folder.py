@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -28,10 +29,6 @@ _OPTIONAL = ("diam_mean", "diam_labels", "num_batches_tracked")
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class ModelInfo(BaseModel):
@@ -75,7 +72,9 @@ class ModelInfo(BaseModel):
     min_volume_um3: Annotated[float, Field(ge=0)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
-    created: str = Field(default_factory=_now)
+    created: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
 
     @model_validator(mode="after")
     def _check_kind(self) -> ModelInfo:
@@ -172,7 +171,8 @@ def load_model(path: str | PathLike[str]) -> Model:
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
         diameter = float(network.get_parameter("diam_mean").item())
-        info = ModelInfo(name=_valid_name(weights.name), diameter_px=diameter)
+        name = re.sub("[^A-Za-z0-9_.-]", "_", weights.name)
+        info = ModelInfo(name=name, diameter_px=diameter)
         say(
             f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
             "and default normalisation and thresholds"
@@ -241,7 +241,3 @@ def _half(kernel: Tensor) -> Tensor:
     """Round to float16; a value beyond its range, which no trained kernel has, keeps the tensor as it is."""
     rounded = kernel.half()
     return rounded if bool(torch.isfinite(rounded).all()) else kernel
-
-
-def _valid_name(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "weights"

@@ -41,8 +41,10 @@ from nuclei3d.segmentation.blocks import (
     lay_blocks,
     locate_nuclei,
     match_shared,
+    meet,
     merge_nuclei,
     plan_blocks,
+    within,
 )
 from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
 from nuclei3d.segmentation.network_pass import Networks
@@ -239,9 +241,11 @@ def join_blocks(tasks: Sequence[BlockTask], masks: Path) -> list[Nucleus]:
     located = [locate_nuclei(task.block, np.asarray(task.open_labels()), voxel_size) for task in tasks]
     matches: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for a, b in itertools.combinations(range(len(blocks)), 2):
-        shared = blocks[a].shared(blocks[b])
+        shared = meet(blocks[a].outer, blocks[b].outer)
         if shared is not None:
-            first, second = (np.asarray(tasks[i].open_labels()[blocks[i].within(shared)]) for i in (a, b))
+            first, second = (
+                np.asarray(tasks[i].open_labels()[within(shared, blocks[i].outer)]) for i in (a, b)
+            )
             matches[a, b] = match_shared(located[a], located[b], first, second, shared)
     final = choose_owners(located, matches)
     scores: dict[int, float] = {}
@@ -254,8 +258,8 @@ def join_blocks(tasks: Sequence[BlockTask], masks: Path) -> list[Nucleus]:
         dtype = np.uint16 if count < 2**16 else np.uint32
         array = create_zarr(partial, frame.shape, dtype, voxel_size, _CHUNK, labels=True)
         for block in blocks:
-            others = [b for b in blocks if b.index != block.index and b.shared(block) is not None]
-            sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]]
+            order = [block, *(b for b in blocks if b is not block and meet(b.outer, block.core) is not None)]
+            sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in order]
             labels = assemble_core(block, sources)
             array[block.core] = labels.astype(dtype)
             z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
@@ -59,7 +60,7 @@ def export(
         with images ``seg`` too, slices ``cellpose-training``).
     """
     wanted = _choose_formats(formats, model, masks, images, slices)
-    from nuclei3d.stages.export import bioimageio, cellpose
+    from nuclei3d.stages.export import cellpose
 
     loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
     if loaded is not None and "cellpose" in wanted and loaded.info.kind != "views2d":
@@ -68,7 +69,9 @@ def export(
             "--format bioimageio"
         )
     if "bioimageio" in wanted:
-        bioimageio.check_installed()
+        if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
+            raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
+        from nuclei3d.stages.export import bioimageio
     entries = _find_masks(masks) if masks is not None and {"seg", "rois"} & set(wanted) else []
     pairs = _find_images(entries, images, params) if images is not None and "seg" in wanted else []
     files: dict[Format, tuple[Path, ...]] = {}

@@ -7,17 +7,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bioimageio.spec import save_bioimageio_package
+from bioimageio.spec.common import FileDescr
+from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
+from bioimageio.spec.model import v0_5
 from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d import __version__
-from nuclei3d.errors import InputError
 from nuclei3d.networks import unet3d
 from nuclei3d.networks.cpnet import CHANNELS
 from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, Model, ModelInfo
@@ -223,17 +225,8 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
     return image[None, None].astype(np.float32)
 
 
-def check_installed() -> None:
-    """Refuse in one line where the package bioimageio.core is missing."""
-    if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
-        raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
-
-
 def write_package(model: Model, folder: Path) -> Path:
     """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card."""
-    check_installed()
-    from bioimageio.spec import save_bioimageio_package
-
     path = folder / f"{model.info.name}.zip"
     with tempfile.TemporaryDirectory(prefix="nuclei3d-") as scratch:
         save_bioimageio_package(_describe(model, Path(scratch)), output_path=path)
@@ -241,10 +234,6 @@ def write_package(model: Model, folder: Path) -> Path:
 
 
 def _describe(model: Model, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
-    from bioimageio.spec.model import v0_5
-
     info = model.info
     contents = plane_contents(info) if info.full3d is None else volume_contents(info, info.full3d)
     _write_tensors(model.network, contents, folder)
@@ -300,8 +289,6 @@ def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None
 
 def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
     """Describe the input and the output, which lie on one grid."""
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
 
     def parts(name: str, description: str, channels: Sequence[str], space: list[Any]) -> dict[str, Any]:
         names = [v0_5.Identifier(channel) for channel in channels]
@@ -329,9 +316,6 @@ def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
 
 
 def _weights(contents: Contents, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
-
     version = v0_5.Version(torch.__version__.partition("+")[0])
     packages = "".join(f"      - {name}\n" for name in (f"torch=={version}", *contents.packages))
     environment = folder / "environment.yaml"
