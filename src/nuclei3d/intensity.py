@@ -118,7 +118,7 @@ def measure_range(
 
     Fill is left out. Where the brightest 1.2 % reach twelve times as high above the background as what is
     below them, and that in turn stands out of the noise, they are debris, and left out of the upper
-    percentile (on BBBC050 the ratio is below 11).
+    percentile (on BBBC050 the ratio is below 11). A constant image has the range (value, value + 1).
 
     Parameters
     ----------
@@ -126,16 +126,9 @@ def measure_range(
         Volume (z, y, x) or plane (y, x), any real dtype; what is not finite is fill. Of more than 16 million
         voxels every k-th plane is used.
     lower_percentile, upper_percentile
-        Percentiles that become 0 and 1.
-    noise_floor
-        The range is at least this many standard deviations of the noise.
+        They become 0 and 1, but the range is at least `noise_floor` standard deviations of the noise.
     sampled
         The image consists of the `sampled_planes` of a larger volume already.
-
-    Returns
-    -------
-    IntensityRange
-        A constant image has the range (value, value + 1): it becomes 0 everywhere.
     """
     step = 1 if sampled or image.ndim != 3 else sampled_planes(image.shape).step
     values = image[::step]
@@ -215,19 +208,8 @@ def measure_noise(image: NDArray[Any], fill: float | None = None) -> float:
     """Estimate the standard deviation of pixel noise from differences between neighbours in x.
 
     The median absolute difference ignores edges as long as they fill less than half of the image, and is
-    that of the background where most of the image is background.
-
-    Parameters
-    ----------
-    image
-        Any real dtype; what is not finite is left out.
-    fill
-        Voxels up to this intensity are left out.
-
-    Returns
-    -------
-    float
-        Noise in the image's units; 0 for an image one voxel wide.
+    that of the background where most of the image is background. Voxels that are not finite, or of an
+    intensity up to `fill`, are left out. It is in the image's units, and 0 for an image one voxel wide.
     """
     if image.shape[-1] < 2:
         return 0.0

@@ -154,19 +154,17 @@ def load_model(path: str | PathLike[str]) -> Model:
     """
     path = Path(path)
     require_model(path)
-    info: ModelInfo | None = None
-    if path.is_dir():
-        info = read_info(path / INFO_FILE)
-        weights = path / info.name
-    elif path.name in (INFO_FILE, CARD_FILE):
+    if path.name in (INFO_FILE, CARD_FILE):
         raise InputError(
             f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
         )
-    else:
-        weights = path
-        info_file = path.parent / INFO_FILE
-        if info_file.is_file() and (found := read_info(info_file)).name == path.name:
-            info = found
+    info: ModelInfo | None = None
+    weights, described = path, path.parent / INFO_FILE
+    if path.is_dir():
+        info = read_info(path / INFO_FILE)
+        weights = path / info.name
+    elif described.is_file() and (found := read_info(described)).name == path.name:
+        info = found
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:

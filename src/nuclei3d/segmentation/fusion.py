@@ -66,10 +66,11 @@ class VolumeView:
         values /= np.float32(LOGIT_UNITS if component == LOGIT else FLOW_UNITS)
         return values
 
-    def slabs(self) -> Iterator[slice]:
-        """Give the planes of the grid of the views, a few at a time."""
-        for start in range(0, self.shape[0], _SLAB):
-            yield slice(start, min(start + _SLAB, self.shape[0]))
+
+def _slabs(depth: int) -> Iterator[slice]:
+    """Give the planes of a volume, a few at a time."""
+    for start in range(0, depth, _SLAB):
+        yield slice(start, min(start + _SLAB, depth))
 
 
 def component_weights(weights: Mapping[View, float], volume_weight: float = 0.0) -> list[float]:
@@ -95,7 +96,7 @@ def add_views(
     trust = 0.0 if volume is None else volume.weight
     seen = component_weights(weights, trust)
     if volume is not None:
-        for planes in volume.slabs():
+        for planes in _slabs(field.shape[0]):
             box = (planes, slice(0, field.shape[1]), slice(0, field.shape[2]))
             for component, total in enumerate(seen):
                 field.add(box, component, volume.planes(component, planes), trust / total)
@@ -172,9 +173,8 @@ def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: 
     """Write the weighted mean of the sources slab by slab."""
     depth = out.shape[0]
     margin = _VARIANCE_WINDOW // 2 if by_variance else 0
-    for start in range(0, depth, _SLAB):
-        stop = min(start + _SLAB, depth)
-        low, high = max(start - margin, 0), min(stop + margin, depth)
+    for slab in _slabs(depth):
+        low, high = max(slab.start - margin, 0), min(slab.stop + margin, depth)
         fused = np.zeros((high - low, *out.shape[1:]), np.float32)
         total = np.zeros_like(fused)
         for planes, trust in sources:
@@ -185,7 +185,7 @@ def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: 
             fused += weight * values
             total += weight
         fused /= total
-        out[start:stop] = fused[start - low : stop - low]
+        out[slab] = fused[slab.start - low : slab.stop - low]
 
 
 def _local_variance(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -283,18 +283,8 @@ def measure_nuclei(
     sums = np.zeros((count, 5))
     native = values.dtype.newbyteorder("=")
     _sum_up(np.ascontiguousarray(labels, dtype=np.uint32), np.ascontiguousarray(values, dtype=native), sums)
-    nuclei = []
-    for label in np.flatnonzero(sums[:, 0]):
-        voxels, z, y, x, intensity = sums[label]
-        nuclei.append(
-            Nucleus(
-                label=int(label),
-                z_um=float(z / voxels * voxel_size.z),
-                y_um=float(y / voxels * voxel_size.y),
-                x_um=float(x / voxels * voxel_size.x),
-                volume_um3=float(voxels * voxel_size.volume_um3),
-                mean_intensity=float(intensity / voxels),
-                score=float(scores[label]),
-            )
-        )
-    return nuclei
+    present = np.flatnonzero(sums[:, 0])
+    voxels = sums[present, :1]
+    z, y, x, intensity = (sums[present, 1:] / voxels * (*voxel_size.zyx, 1.0)).T
+    rows = np.stack([z, y, x, voxels[:, 0] * voxel_size.volume_um3, intensity, scores[present]], axis=1)
+    return [Nucleus(label, *row) for label, row in zip(present.tolist(), rows.tolist(), strict=True)]

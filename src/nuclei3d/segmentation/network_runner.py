@@ -348,8 +348,6 @@ class Tiling:
 
     Parameters
     ----------
-    box
-        What is to be covered: a slice for each axis.
     size, overlap
         Of a tile along each axis; neighbours overlap by so much at least, but half a tile at most.
     multiple

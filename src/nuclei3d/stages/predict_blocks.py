@@ -130,8 +130,9 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     voxel_size = frame.require_voxel_size()
     voxel_bytes = _voxel_bytes(frame, settings)
     pixels = list(zip(*(_pixels(frame, each) for each in settings.passes), strict=True))
-    counts = _read_counts(folder / _PLAN_FILE)
-    if counts is not None:
+    plan, counts = folder / _PLAN_FILE, None
+    if plan.is_file():
+        counts = tuple(json.loads(plan.read_text(encoding="utf-8")))
         blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts, pixels)
         room = run.slack * run.worker_gb * 1e9 - _PROCESS_BYTES
         if max(block.voxels for block in blocks) * voxel_bytes <= room:
@@ -141,17 +142,9 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     if count_blocks(blocks) != counts:
         for result in folder.glob("*.npy"):
             result.unlink()
-        with whole_file(folder / _PLAN_FILE) as partial:
+        with whole_file(plan) as partial:
             partial.write_text(json.dumps(count_blocks(blocks)), encoding="utf-8")
     return blocks
-
-
-def _read_counts(file: Path) -> tuple[int, int, int] | None:
-    try:
-        z, y, x = (int(count) for count in json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return (z, y, x) if min(z, y, x) > 0 else None
 
 
 def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:

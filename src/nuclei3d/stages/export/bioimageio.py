@@ -117,8 +117,6 @@ class Contents:
     input_name: str
     input_description: str
     input_channels: Sequence[str]
-    output_description: str
-    output_channels: Sequence[str]
     axes: Sequence[SpaceAxis]
     example: NDArray[np.float32]
     source: Path
@@ -147,20 +145,12 @@ def plane_contents(info: ModelInfo) -> Contents:
         input_name="plane",
         input_description="a plane, normalised as the documentation says, and an empty channel",
         input_channels=["nuclei", "empty"],
-        output_description="5 x flow in y, 5 x flow in x, logit",
-        output_channels=["flow_y", "flow_x", "logit"],
         # three poolings by two
         axes=[SpaceAxis("y", 16, 8, pixel_um), SpaceAxis("x", 16, 8, pixel_um)],
         example=np.stack([image, 0 * image])[None].astype(np.float32),
         source=Path(plane_network.__file__),
         make=plane_network.PlaneNetwork.__name__,
-        arguments={
-            "nbase": list(CHANNELS),
-            "nout": 3,
-            "sz": 3,
-            "max_pool": True,
-            "diam_mean": info.diameter_px,
-        },
+        arguments=dict(nbase=list(CHANNELS), nout=3, sz=3, max_pool=True, diam_mean=info.diameter_px),
         packages=[f"cellpose=={metadata.version('cellpose')}"],
     )
 
@@ -189,8 +179,6 @@ def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
         input_name="volume",
         input_description="a volume, resampled and normalised as the documentation says",
         input_channels=["nuclei"],
-        output_description="5 x flow in z, 5 x flow in y, 5 x flow in x, logit",
-        output_channels=["flow_z", "flow_y", "flow_x", "logit"],
         axes=[
             SpaceAxis(name, step, step, edge)
             for name, step, edge in zip("zyx", multiple, (deep_um, edge_um, edge_um), strict=True)
@@ -310,7 +298,11 @@ def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
         outside.append(v0_5.SpaceOutputAxis(id=name, size=same, **scale))
     described = contents.input_description, contents.input_channels
     given = v0_5.InputTensorDescr(id=seen, **parts("input", *described, inside))
-    described = contents.output_description, contents.output_channels
+    names = [axis.name for axis in contents.axes]
+    described = (
+        ", ".join([*(f"5 x flow in {name}" for name in names), "logit"]),
+        [*(f"flow_{name}" for name in names), "logit"],
+    )
     made = v0_5.OutputTensorDescr(id=v0_5.TensorId("flows"), **parts("output", *described, outside))
     return given, made
 
