@@ -36,12 +36,12 @@ _DEBRIS_PERCENTILE = 98.8
 class IntensityRange:
     """The intensities that become 0 and 1.
 
+    All are in the image's own units.
+
     Attributes
     ----------
-    low, high
-        In the image's own units; ``high > low``.
     noise
-        Standard deviation of the noise, in the image's own units (0 where none was found).
+        Standard deviation of the noise (0 where none was found).
     fill
         Voxels up to this intensity, and those that are not finite, are no image: what registration, fusion
         and deskewing leave around it. None where the image has no such constant far below its background.
@@ -80,12 +80,8 @@ class IntensityRange:
         A plane of a volume (z, y, x) that is nearly all fill and lies between others is interpolated from
         the nearest of them, so that nuclei go on through it.
 
-        Returns
-        -------
-        image
-            The very image if it has no fill.
-        outside : bool array or None
-            Where no nucleus can be: fill that was not interpolated; None if there is none.
+        The very image is given if it has no fill; and the mask where no nucleus can be, fill that was not
+        interpolated, or None if there is none.
         """
         mask = self.fill_mask(image)
         if mask is None:

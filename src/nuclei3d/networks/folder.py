@@ -112,8 +112,7 @@ def save_model(
     Parameters
     ----------
     network
-        A 3D network, or one whose state is that of a Cellpose 3 CNN; it is saved from the CPU, the latter as
-        ``cellpose.models.CellposeModel`` loads it.
+        A 3D network, or a Cellpose 3 CNN, whose weights ``cellpose.models.CellposeModel`` loads.
     info
         Becomes model.json; ``info.name`` is the name of the weights file.
     card

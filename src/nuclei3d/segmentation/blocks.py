@@ -133,19 +133,12 @@ def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class BlockNuclei:
-    """Where the nuclei of one block lie; row 0 of each array is unused.
+    """Where the nuclei of one block lie: a row for each label; row 0 is unused.
 
-    Attributes
-    ----------
-    centres
-        float64 (n + 1, 3) in voxels of the volume.
-    in_core
-        bool (n + 1,): whether the centre lies in the core.
-    near_core
-        bool (n + 1,): whether it lies in the core or an eighth of the margin around it. Two blocks may each
-        see the centre of a nucleus on a face on the other's side; fragments at cut faces lie farther out.
-    depth_um
-        float64 (n + 1,): distance of the centre from the nearest face at which the volume was cut.
+    `centres` (n + 1, 3) are in voxels of the volume; `depth_um` is their distance from the nearest face at
+    which the volume was cut. `near_core` says whether they lie in the core or an eighth of the margin around
+    it: two blocks may each see the centre of a nucleus on a face on the other's side; fragments at cut faces
+    lie farther out.
     """
 
     block: Block

@@ -361,16 +361,9 @@ def compute_view(
 ) -> Iterator[ComputedPlanes]:
     """Run a network over the planes of one view, every `step`-th, and yield them in order.
 
-    Parameters
-    ----------
-    volume
-        Normalised float32 (z, y, x) on the view grid, on any device, which the results are on too.
-    occupied
-        Where nuclei can be; planes and margins outside are not computed.
-    stretched_depth
-        Number of cubic voxels along z at the network's scale.
-    report
-        Called with the share of the planes that were dealt with.
+    The volume is normalised, float32 (z, y, x) on the view grid, on any device, which the results are on too;
+    `stretched_depth` is its number of cubic voxels along z at the network's scale. Planes and margins that
+    are not `occupied` are not computed.
     """
     axis = VIEW_AXIS[view]
     planes = volume.movedim(axis, 0)

@@ -74,18 +74,10 @@ _ANSWER_S = 10
 
 @dataclass(frozen=True)
 class BlockRun:
-    """How blocks are run.
+    """How blocks are run: the parameters of the prediction, with a limit of the memory.
 
-    Attributes
-    ----------
-    memory_gb
-        What all workers on this machine together may use (on a cluster: each worker).
-    workers
-        Processes on this machine; 1 means this process.
-    scheduler
-        Address of a Dask scheduler that is already there; None for none.
-    slack
-        By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
+    `memory_gb` is for all workers on this machine together (on a cluster: for each). Blocks of a run before
+    may exceed it by `slack`: above 1 where nobody asked for a limit.
     """
 
     memory_gb: float
@@ -172,16 +164,8 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
 class BlockTask:
     """All that a worker needs for one block.
 
-    Attributes
-    ----------
-    weights
-        Weights files by the names that `Networks` gives.
-    settings
-        With the range of intensities of the whole frame.
-    threads
-        For torch; None for all.
-    labels_file
-        Appears when the block is done.
+    `weights` are files by the names that `Networks` gives; the settings hold the range of intensities of the
+    whole frame; `threads` are torch's, None for all.
     """
 
     frame: Frame

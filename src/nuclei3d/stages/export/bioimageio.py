@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,8 +86,7 @@ _EXAMPLE_PX = 64
 _EXAMPLE_DIAMETERS = 3.0
 
 
-@dataclass(frozen=True)
-class SpaceAxis:
+class SpaceAxis(NamedTuple):
     """An axis in space: sizes are ``least`` and any number of ``step`` more; None for an unknown voxel."""
 
     name: str
@@ -100,15 +99,9 @@ class SpaceAxis:
 class Contents:
     """A network as a package describes it: one input, one output, axes in the order of the arrays.
 
-    Attributes
-    ----------
-    documentation
-        Markdown, without the model's card.
-    example
-        Input (1, channel, *axes), float32, on which the package is tested.
-    source, make, arguments, packages
-        Python file with the architecture, its function or class, plain values that it is called with, and
-        what that file needs beside torch, as pip names it.
+    `documentation` is Markdown, without the model's card; `example` an input (1, channel, *axes) on which the
+    package is tested. `source` is a Python file with the architecture, `make` its function or class,
+    `arguments` plain values that it is called with, `packages` what it needs beside torch, as pip names it.
     """
 
     description: str
