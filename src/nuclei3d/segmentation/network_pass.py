@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,17 +76,6 @@ class Networks:
         """Give the 2D network of a view."""
         return self.main if view == "xy" or self.orthogonal is None else self.orthogonal
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Leave the training mode of all networks as it is now at the end."""
-        networks = [each for each in (self.main, self.orthogonal, self.volume) if each is not None]
-        modes = [(each, each.training) for each in networks]
-        try:
-            yield
-        finally:
-            for each, training in modes:
-                each.train(training)
-
 
 def predict_flows(
     image: NDArray[Any],
@@ -136,7 +124,9 @@ def predict_flows(
     share = 1 / (1 + len(views)) if solid is not None else 0.0
     report = _part_of(progress or (lambda share: None), 0.0, 0.99)
     field, spent = None, 0.0
-    with networks.evaluating():
+    used = [each for each in (networks.main, networks.orthogonal, networks.volume) if each is not None]
+    training = [each.training for each in used]
+    try:
         if solid is not None:
             field, spent = _predict_patches(image, voxel_size, *solid, device, _part_of(report, 0.0, share))
         if views:
@@ -144,6 +134,9 @@ def predict_flows(
                 image, voxel_size, networks, settings, device, _part_of(report, share, 1.0), field
             )
             spent += spent_on_views
+    finally:
+        for network, mode in zip(used, training, strict=True):
+            network.train(mode)
     assert field is not None
     if outside is not None:
         field.exclude(outside)
