@@ -39,15 +39,14 @@ class ModelInfo(BaseModel):
     kind
         ``views2d``: Cellpose's 2D CNN run over planes; ``full3d``: a 3D network.
     name
-        Name of the weights file in the folder, the name that Cellpose shows.
+        Of the weights file in the folder; Cellpose shows it.
     diameter_px
         Diameter of a typical nucleus in pixels at the network's scale.
-    nucleus_diameter_um
-        Diameter of a typical nucleus of the training embryos; None if unknown (bare Cellpose weights).
-    voxel_size_um
-        Voxel size (z, y, x) of the training embryos.
+    nucleus_diameter_um, voxel_size_um
+        Diameter of a typical nucleus and voxel size (z, y, x) of the training embryos; None if unknown (bare
+        Cellpose weights).
     lower_percentile, upper_percentile, noise_floor
-        Normalisation (`nuclei3d.grid`).
+        Normalisation (`nuclei3d.intensity`).
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3

@@ -87,14 +87,13 @@ def predict_flows(
 ) -> tuple[FlowField, dict[str, float]]:
     """Run the networks over a volume.
 
-    What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there.
+    What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there. The networks are
+    moved to the device; their training mode is left as it was.
 
     Parameters
     ----------
     image
         (z, y, x), any real dtype; what is not finite is fill.
-    networks
-        They are moved to `device`; their training mode is left as it was.
     settings
         In any mode but ``cellpose``.
     progress

@@ -69,7 +69,7 @@ class NetworkRunner:
         A `VolumeNetwork`; or one that takes (n, 2, height, width) and gives (n, 3, height, width): 5 x flow
         along the two axes of the plane, and the logit; or a tuple that starts with that, as CPnet does.
     precision
-        Type for convolutions (autocast); float32 for none.
+        Type for convolutions (autocast).
     flip_average
         Average over the flips of an image along all its axes: 4 times the work in 2D, 8 times in 3D.
     engine
@@ -81,11 +81,6 @@ class NetworkRunner:
     seconds, pixels
         Time inside the network's forward pass so far, and pixels, padding and overlap included, that went
         through it.
-
-    Raises
-    ------
-    InputError
-        If the engine is unknown, not installed or not for this network.
     """
 
     def __init__(

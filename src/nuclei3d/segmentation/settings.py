@@ -73,15 +73,13 @@ class SegmentationSettings:
         ``ortho``: the planes of `views`, fused in 3D; ``stitch``: xy planes, segmented one by one and linked;
         ``full3d``: a 3D network; ``mixed``: as ``ortho``, and a 3D network is fused with the views;
         ``cellpose``: stock Cellpose's do_3D with the same weights, for comparison.
-    diameter_px
-        Diameter of a nucleus in pixels at the network's scale.
-    nucleus_diameter_um
-        Diameter of a typical nucleus in the volume.
+    diameter_px, nucleus_diameter_um
+        Diameter of a typical nucleus in pixels at the network's scale, and in the volume.
     volume
         How the 3D network of mode ``mixed`` sees the volume: settings of mode ``full3d`` with its own scale
         and normalisation, for a network knows images only as it was trained on them.
     lower_percentile, upper_percentile, noise_floor
-        Normalisation (`nuclei3d.grid`).
+        Normalisation (`nuclei3d.intensity`).
     intensity_range
         Given for a block of a larger volume: the range of the whole.
     skip_empty

@@ -41,15 +41,9 @@ def stitch_planes(
 ) -> NDArray[np.uint32]:
     """Link the masks of successive planes into 3D labels 1..n, uint32 (Z, Y, X), each one 6-connected piece.
 
-    Parameters
-    ----------
-    planes
-        Labels of each plane on its own; equal numbers in different planes mean nothing. A 2D label on
-        several pieces counts as several masks.
-    min_iou
-        Masks of neighbouring planes are linked if their IoU is at least this.
-    max_gap
-        Number of successive planes in which a nucleus may be missing.
+    Equal numbers in different planes mean nothing, and a 2D label on several pieces counts as several masks.
+    Masks of neighbouring planes are linked if their IoU is at least `min_iou`; a nucleus may be missing in
+    `max_gap` successive planes.
     """
     masks = _number_masks(planes)
     areas = np.bincount(masks.ravel())

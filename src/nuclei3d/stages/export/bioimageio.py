@@ -206,15 +206,15 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
     return image[None, None].astype(np.float32)
 
 
-def write_package(model: Model, folder: Path) -> Path:
+def write_package(model: Model, out: Path) -> Path:
     """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card."""
-    path = folder / f"{model.info.name}.zip"
+    path = out / f"{model.info.name}.zip"
     with tempfile.TemporaryDirectory(prefix="nuclei3d-") as scratch:
         save_bioimageio_package(_describe(model, Path(scratch)), output_path=path)
     return path
 
 
-def _describe(model: Model, folder: Path) -> Any:
+def _describe(model: Model, folder: Path) -> v0_5.ModelDescr:
     info = model.info
     contents = plane_contents(info) if info.full3d is None else volume_contents(info, info.full3d)
     _write_tensors(model.network, contents, folder)
