@@ -103,11 +103,6 @@ class LabelBoxes:
     boxes: NDArray[np.int32]
     voxels: NDArray[np.int64]
 
-    @property
-    def present(self) -> NDArray[np.int64]:
-        """The label numbers that have voxels, ascending."""
-        return np.flatnonzero(self.voxels).astype(np.int64)
-
 
 @njit(cache=True, nogil=True)
 def _scan(labels: NDArray[np.uint32], boxes: NDArray[np.int32], voxels: NDArray[np.int64]) -> None:
@@ -168,7 +163,7 @@ def share_labels(
     Plain threads instead of numba's own: they may be started from any number of threads (Dask) and
     survive a fork. Labels are dealt out by size, so that no thread is left with the largest at the end.
     """
-    chosen = where.present
+    chosen = np.flatnonzero(where.voxels).astype(np.int64)
     threads = available_threads() if threads is None else threads
     if threads <= 1 or len(chosen) <= 1:
         work(chosen)
