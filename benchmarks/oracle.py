@@ -15,6 +15,7 @@ Each figure is the median over volumes of different seeds; `worst` holds the low
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,9 @@ from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import fuse_views
 from nuclei3d.segmentation.settings import MaskSettings
-from nuclei3d.views import VIEW_AXIS, VIEWS
+from nuclei3d.views import VIEW_AXES, VIEW_AXIS, VIEWS, View
 from shared import CUBIC, Labels, ap_of, new_parser, touching_nuclei
 
 ANISOTROPIES = (1.0, 2.2, 5.75, 11.5)
@@ -37,29 +38,28 @@ BOX = (150.0, 150.0, 150.0)
 LOGIT = 5.0
 
 
-def exact_views(labels: Labels) -> list[ViewPrediction]:
+def exact_views(labels: Labels) -> dict[View, NDArray[np.float32]]:
     """What a perfect network says about all planes of three directions of an isotropic volume."""
-    logit = np.where(labels > 0, LOGIT, -LOGIT).astype(np.float32)
-    views = []
+    views = {}
     for name in VIEWS:
         axis = VIEW_AXIS[name]
-        flow = np.empty((2, *labels.shape), np.float32)
-        for plane, out in zip(np.moveaxis(labels, axis, 0), np.moveaxis(flow, axis + 1, 0), strict=True):
-            out[:] = flows_2d(plane)
-        views.append(ViewPrediction(name, flow, logit))
+        shown = views[name] = np.empty((3, *labels.shape), np.float32)
+        for plane, out in zip(np.moveaxis(labels, axis, 0), np.moveaxis(shown, axis + 1, 0), strict=True):
+            out[:2] = flows_2d(plane)
+        shown[2] = np.where(labels > 0, LOGIT, -LOGIT)
     return views
 
 
-def stock_masks(views: list[ViewPrediction], shape: tuple[int, ...]) -> Labels:
+def stock_masks(views: Mapping[View, NDArray[np.float32]], shape: tuple[int, ...]) -> Labels:
     """Do what stock `eval(do_3D=True)` does after its network, with its own functions."""
     import torch
     from cellpose import dynamics, transforms
 
-    summed = np.zeros((*views[0].logit.shape, 4), np.float32)
-    for view in views:
-        for part, axis in zip(view.flow, [a for a in range(3) if a != VIEW_AXIS[view.view]], strict=True):
+    summed = np.zeros((*views["xy"].shape[1:], 4), np.float32)
+    for view, (*flow, logit) in views.items():
+        for part, axis in zip(flow, VIEW_AXES[view], strict=True):
             summed[..., axis] += 5 * part
-        summed[..., 3] += view.logit
+        summed[..., 3] += logit
     if summed.shape[0] != shape[0]:
         resized = transforms.resize_image(summed.transpose(1, 0, 2, 3), Ly=shape[0], Lx=shape[2])
         summed = resized.transpose(1, 0, 2, 3)

@@ -56,12 +56,12 @@ _MOST_SATURATION = 2.5
 class IntensityRange:
     """The intensities that become 0 and 1.
 
+    All are in the image's own units.
+
     Attributes
     ----------
-    low, high
-        In the image's own units; ``high > low``.
     noise
-        Standard deviation of the noise, in the image's own units (0 where none was found).
+        Standard deviation of the noise (0 where none was found).
     fill
         Voxels up to this intensity, and those that are not finite, are no image: what registration, fusion
         and deskewing leave around it. None where the image has no such constant far below its background.
@@ -116,12 +116,8 @@ class IntensityRange:
         A plane of a volume (z, y, x) that is nearly all fill and lies between others is interpolated from
         the nearest of them, so that nuclei go on through it.
 
-        Returns
-        -------
-        image
-            The very image if nothing has to be done.
-        outside : bool array or None
-            Where no nucleus can be: fill that was not interpolated; None if there is none.
+        The very image is given if nothing has to be done; and the mask where no nucleus can be, fill that was
+        not interpolated, or None if there is none.
         """
         mask = self.fill_mask(image)
         image = _without_background(image, self.background)
@@ -156,6 +152,7 @@ def measure_range(
 
     Fill, debris and an uneven background are found and left out. The background is uneven if its lower
     decile, over all planes and a sixth of the rows and columns, varies by more than a tenth of the range.
+    A constant image has the range (value, value + 1).
 
     Parameters
     ----------
@@ -163,16 +160,9 @@ def measure_range(
         Volume (z, y, x) or plane (y, x), any real dtype; what is not finite is fill. Of more than 16 million
         voxels every k-th plane is used.
     lower_percentile, upper_percentile
-        Percentiles that become 0 and 1.
-    noise_floor
-        The range is at least this many standard deviations of the noise.
+        They become 0 and 1, but the range is at least `noise_floor` standard deviations of the noise.
     sampled
         The image consists of the `sampled_planes` of a larger volume already.
-
-    Returns
-    -------
-    IntensityRange
-        A constant image has the range (value, value + 1): it becomes 0 everywhere.
     """
     step = 1 if sampled or image.ndim != 3 else sampled_planes(image.shape).step
     values = image[::step]
@@ -376,19 +366,8 @@ def measure_noise(image: NDArray[Any], fill: float | None = None) -> float:
     """Estimate the standard deviation of pixel noise from differences between neighbours in x.
 
     The median absolute difference ignores edges as long as they fill less than half of the image, and is
-    that of the background where most of the image is background.
-
-    Parameters
-    ----------
-    image
-        Any real dtype; what is not finite is left out.
-    fill
-        Voxels up to this intensity are left out.
-
-    Returns
-    -------
-    float
-        Noise in the image's units; 0 for an image one voxel wide.
+    that of the background where most of the image is background. Voxels that are not finite, or of an
+    intensity up to `fill`, are left out. It is in the image's units, and 0 for an image one voxel wide.
     """
     if image.shape[-1] < 2:
         return 0.0

@@ -271,7 +271,7 @@ def test_workers_elsewhere_get_whole_paths(frame, model, tmp_path, monkeypatch):
         predict(in_blocks(), [Path("embryo.tif")], "model", Path("out"))
     (task,) = tasks
     assert task.frame.path == frame.resolve()
-    assert all(path.is_absolute() for path in (task.weights, task.labels_file))
+    assert all(path.is_absolute() for path in (*task.weights.values(), task.labels_file))
 
 
 def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
