@@ -81,8 +81,6 @@ class LabelledVolume:
     image: NDArray[Any]
     labels: NDArray[np.uint32]
     voxel_size: VoxelSize
-    embryo: str
-    frame: str
 
 
 def find_embryos(data: Path) -> list[Embryo]:
@@ -135,7 +133,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     labels = to_labels(label_frame.read(), str(frame.label_path))
     if not labels.any():
         say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
-    return LabelledVolume(image, labels, voxel_size, frame.embryo, frame.frame)
+    return LabelledVolume(image, labels, voxel_size)
 
 
 def _find_embryo(folder: Path) -> Embryo:

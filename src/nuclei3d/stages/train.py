@@ -44,10 +44,16 @@ from nuclei3d.outputs import refuse_foreign_folder, whole_file
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
-from nuclei3d.training.loop import Callbacks, TrainingOutcome, train_network
+from nuclei3d.training.loop import (
+    METRICS,
+    Callbacks,
+    EpochReport,
+    TrainingOutcome,
+    TrainingState,
+    train_network,
+)
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.sampling import epoch_order
-from nuclei3d.training.state import METRICS, EpochReport, TrainingState
 
 if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun

@@ -6,10 +6,11 @@ Crops are cut ahead of the network in threads that hold no interpreter lock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -173,8 +174,16 @@ def validation_batches(samples: SampleSet, count: int, grid: CropGrid, batch_siz
     ]
 
 
-class BatchStream:
-    """The batches of epoch after epoch, cut ahead by threads, also while the network is validated.
+def stream_batches(
+    maker: CropMaker,
+    order_of: Callable[[int], NDArray[np.int64]],
+    epochs: range,
+    batch_size: int,
+    workers: int,
+    *,
+    pinned: bool = False,
+) -> Generator[Batch]:
+    """Give the batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
     Parameters
     ----------
@@ -183,60 +192,32 @@ class BatchStream:
     epochs
         The epochs to make, in order; the last batch of each may be smaller.
     workers
-        Threads; their number does not change the crops.
+        Threads; their number does not change the crops. They end when the generator is closed.
     pinned
         Whether the threads put batches in page-locked memory, from which a GPU fetches them.
     """
 
-    def __init__(
-        self,
-        maker: CropMaker,
-        order_of: Callable[[int], NDArray[np.int64]],
-        epochs: range,
-        batch_size: int,
-        workers: int,
-        *,
-        pinned: bool = False,
-    ) -> None:
-        self._maker = maker
-        self._pinned = pinned
-        self._jobs = self._list_jobs(order_of, epochs, batch_size)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
-        self._waiting: deque[Future[Batch]] = deque()
-        self._ahead = 2 * workers
+    def make(samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
+        batch = maker.make_batch(samples, epoch, first)
+        return batch.copied(Tensor.pin_memory) if pinned else batch
 
-    @staticmethod
-    def _list_jobs(
-        order_of: Callable[[int], NDArray[np.int64]], epochs: range, batch_size: int
-    ) -> Iterator[tuple[NDArray[np.int64], int, int]]:
-        for epoch in epochs:
-            order = order_of(epoch)
-            for first in range(0, len(order), batch_size):
-                yield order[first : first + batch_size], epoch, first
-
-    def __iter__(self) -> BatchStream:
-        return self
-
-    def __next__(self) -> Batch:
-        while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
-            self._waiting.append(self._pool.submit(self._make, *job))
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft().result()
-
-    def _make(self, samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
-        batch = self._maker.make_batch(samples, epoch, first)
-        return batch.copied(Tensor.pin_memory) if self._pinned else batch
-
-    def close(self) -> None:
-        """Stop the threads; batches not taken are lost."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> BatchStream:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    jobs = (
+        (order[first : first + batch_size], epoch, first)
+        for epoch in epochs
+        for order in (order_of(epoch),)
+        for first in range(0, len(order), batch_size)
+    )
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            more = islice(jobs, 2 * workers + 1 - len(waiting))
+            waiting.extend([pool.submit(make, *job) for job in more])
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Examples:
@@ -270,16 +251,14 @@ class Examples:
         )
         self._seen = FlowFigures()
 
-    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> BatchStream:
-        """Open the stream of the batches of these epochs; parameters as `BatchStream`."""
-        return BatchStream(
-            self._maker,
-            lambda epoch: epoch_order(self.weights, self.crops, self._maker.seed, epoch),
-            epochs,
-            self._params.batch_size,
-            workers,
-            pinned=pinned,
+    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> Generator[Batch]:
+        """Stream the batches of these epochs as `stream_batches` does."""
+        return stream_batches(
+            self._maker, self._order, epochs, self._params.batch_size, workers, pinned=pinned
         )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(self.weights, self.crops, self._maker.seed, epoch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Compute the loss of the network's output on a batch; on a GPU, without waiting for it."""
@@ -294,7 +273,7 @@ class Examples:
     def validate(self, network: nn.Module, arithmetic: Arithmetic) -> dict[str, float]:
         """Judge a network on fixed crops of the validation samples; it is left in training mode if it was.
 
-        Gives names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
+        Gives names as in `nuclei3d.training.loop.METRICS`: losses (of planes also by view), shares found by
         quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
         """
         figures = {f"train_{name}": value for name, value in self._seen.figures().items()}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +21,122 @@ from nuclei3d.config.sections import TrainParams
 from nuclei3d.errors import InputError
 from nuclei3d.training.examples import Batch, Examples
 from nuclei3d.training.learner import Learner, choose_arithmetic, learning_rate
-from nuclei3d.training.state import EpochReport, TrainingState, copy_state
 
 _DIVERGED_FACTOR = 5.0
 _WORKERS_BESIDE_GPU = 8
+
+
+_FORMAT = 3
+
+_FIGURES = (*(f"flow_{figure}_{axis}" for figure in ("mse", "cosine") for axis in "zyx"), "dice")
+
+METRICS = (
+    "train_loss",
+    "train_flow_loss",
+    "train_probability_loss",
+    "validation_loss",
+    "validation_flow_loss",
+    "validation_probability_loss",
+    "validation_loss_xy",
+    "validation_loss_xz",
+    "validation_loss_yz",
+    *(f"train_{name}" for name in _FIGURES),
+    *(f"validation_{name}" for name in _FIGURES),
+    "found_faintest",
+    "found_faint",
+    "found_middle",
+    "found_bright",
+    "found_brightest",
+    "volume_ap",
+    "learning_rate",
+    "crops_per_second",
+    "seconds",
+    "waited_seconds",
+)
+"""What an epoch is measured by, in the order of history.csv.
+
+train_... are means over the crops of the epoch, validation_... over the fixed validation crops, also by view.
+The figures of the flow and `dice` are those of a 3D network (`nuclei3d.training.losses.FlowFigures`).
+found_... is the mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's
+contrast; volume_ap the average precision at IoU 0.5 on the validation volumes. The learning rate is that of
+the last step; crops_per_second is of training alone; waited_seconds is how much of `seconds`, the time of the
+whole epoch, the network waited for crops.
+"""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch, counted from 1, did: values by name (`METRICS`); what was not measured is absent or
+    nan.
+    """
+
+    epoch: int
+    measured: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """Give one value, nan if it was not measured."""
+        return self.measured.get(name, math.nan)
+
+    def metrics(self) -> dict[str, float]:
+        """Give the measured numbers by name, in the order of `METRICS`."""
+        return {name: self[name] for name in METRICS if not math.isnan(self[name])}
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the crops of the epoch."""
+        return self["train_loss"]
+
+    @property
+    def validation_loss(self) -> float:
+        """Mean loss on the validation crops, or nan."""
+        return self["validation_loss"]
+
+    @property
+    def volume_ap(self) -> float:
+        """Average precision on the validation volumes, or nan."""
+        return self["volume_ap"]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything after an epoch that the next one depends on.
+
+    Attributes
+    ----------
+    learner
+        As `Learner.state` gives it.
+    history
+        One report per epoch.
+    best_epoch, best_score
+        The best epoch so far (0: none) and its score; larger is better.
+    best
+        The weights of that epoch.
+    """
+
+    learner: dict[str, Any]
+    history: tuple[EpochReport, ...] = ()
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done."""
+        return len(self.history)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Give the state, without the best weights, as tensors, numbers, texts, lists and dictionaries."""
+        history = [asdict(report) for report in self.history]
+        return {**vars(self), "best": None, "history": history, "format": _FORMAT}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], best: dict[str, Tensor]) -> TrainingState:
+        """Restore what `as_plain` gave; KeyError or TypeError if it is something else."""
+        values = dict(plain)
+        if values.pop("format") != _FORMAT:
+            raise KeyError("format")
+        history = tuple(EpochReport(**report) for report in plain["history"])
+        return cls(**{**values, "history": history, "best": best})
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error
@@ -112,13 +226,14 @@ class _Loop:
         return math.ceil(self.examples.crops / self.params.batch_size)
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
-        state = start or TrainingState({}, {}, None, torch.get_rng_state(), (), 0, -math.inf, {})
-        self.learner.restore(state)
+        state = start or TrainingState({})
+        if state.epoch:
+            self.learner.restore(state.learner)
         stopped = ""
         on_gpu = self.learner.arithmetic.device.type == "cuda"
         workers = self.params.workers or (_WORKERS_BESIDE_GPU if on_gpu else 1)
         epochs = range(state.epoch, self.params.epochs)
-        with self.examples.batches(epochs, workers, pinned=on_gpu) as batches:
+        with closing(self.examples.batches(epochs, workers, pinned=on_gpu)) as batches:
             while state.epoch < self.params.epochs:
                 stopped = self._why_stop(state)
                 if stopped:
@@ -168,10 +283,7 @@ class _Loop:
         is_best = score > state.best_score
         return (
             TrainingState(
-                network=copy_state(self.learner.network),
-                optimizer=self.learner.optimizer_state(),
-                average=self.learner.average_state(),
-                generator=torch.get_rng_state(),
+                learner=self.learner.state(),
                 history=(*state.history, report),
                 best_epoch=report.epoch if is_best else state.best_epoch,
                 best_score=score if is_best else state.best_score,
@@ -198,7 +310,7 @@ class _Loop:
             waited += time.perf_counter() - asked
             rate = learning_rate(self.params, step, self.steps_per_epoch)
             batch = batch.to(device)
-            output, losses = learner.step(batch, rate, step)
+            output, losses = learner.step(batch, rate)
             self.examples.observe(output, batch)
             sums += losses.double() * len(batch.samples)
             unseen += len(batch.samples)
