@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ _HEAD = """# Parameters
 Made from the classes in src/nuclei3d/config by `nuclei3d params`; a test holds them to each other. Each value
 may stand in params.yaml or be given as `--set section.key=value`; what is left out has the default.
 """
+_COLUMNS = "| parameter | default | values | meaning |\n|---|---|---|---|"
 _WORDS = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {
     "minimum": "at least",
@@ -55,28 +55,19 @@ def _page(name: str, kind: type[BaseModel]) -> str:
     schema = kind.model_json_schema()
     rows = [
         f"| `{key}` | `{_as_text(schema['properties'][key].get('default'))}` "
-        f"| {_allowed(schema['properties'][key], schema)} |"
+        f"| {_allowed(schema['properties'][key], schema)} "
+        f"| {' '.join((field.description or '').replace('``', '`').split())} |"
         for key, field in kind.model_fields.items()
         if field.annotation not in _sections("", kind).values()
     ]
     title = f"## {name}" if name else "## At the top"
-    return "\n".join(
-        [title, "", _prose(kind), "", "| parameter | default | values |", "|---|---|---|", *rows, ""]
-    )
+    return "\n".join([title, "", _prose(kind), "", _COLUMNS, *rows, ""])
 
 
 def _prose(kind: type[BaseModel]) -> str:
-    """Give the docstrings of a class and its parents, their lists of attributes as lists in Markdown."""
+    """Give the docstrings of a class and its parents."""
     family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
-    text = "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family)
-    text = re.sub(r"\n*Attributes\n-+\n", "\n\n", text)
-    lines: list[str] = []
-    for line in text.replace("``", "`").splitlines():
-        if re.fullmatch(r"[a-z][a-z0-9_]*(, [a-z][a-z0-9_]*)*", line):
-            lines.append(f"- {', '.join(f'`{name}`' for name in line.split(', '))}:")
-        else:
-            lines.append(line.replace("    ", "  ", 1) if line.startswith("    ") else line)
-    return "\n".join(lines)
+    return "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family).replace("``", "`")
 
 
 def _as_text(value: Any) -> str:
