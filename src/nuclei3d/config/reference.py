@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
@@ -53,21 +55,29 @@ def _sections(name: str, kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
 
 def _page(name: str, kind: type[BaseModel]) -> str:
     schema = kind.model_json_schema()
+    family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
+    prose = "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family)
+    meanings = {key: text for each in family for key, text in _meanings(each).items()}
     rows = [
         f"| `{key}` | `{_as_text(schema['properties'][key].get('default'))}` "
-        f"| {_allowed(schema['properties'][key], schema)} "
-        f"| {' '.join((field.description or '').replace('``', '`').split())} |"
+        f"| {_allowed(schema['properties'][key], schema)} | {meanings.get(key, '')} |"
         for key, field in kind.model_fields.items()
         if field.annotation not in _sections("", kind).values()
     ]
     title = f"## {name}" if name else "## At the top"
-    return "\n".join([title, "", _prose(kind), "", _COLUMNS, *rows, ""])
+    return "\n".join([title, "", prose, "", _COLUMNS, *rows, ""]).replace("``", "`")
 
 
-def _prose(kind: type[BaseModel]) -> str:
-    """Give the docstrings of a class and its parents."""
-    family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
-    return "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family).replace("``", "`")
+def _meanings(kind: type[BaseModel]) -> dict[str, str]:
+    """Give the texts that stand below the fields of a class; pydantic would read them at every import."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def _as_text(value: Any) -> str:
