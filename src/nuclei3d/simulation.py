@@ -109,10 +109,8 @@ def _cytoplasm(cells: Sequence[Cell], params: SimulateParams) -> NDArray[np.floa
 class Illumination:
     """What is uneven in one embryo's film, fixed over its frames.
 
-    slopes
-        (3,) change of the background across the field along z, y, x.
-    waves
-        (n, 5): amplitude, phase and waves per field in z, y, x.
+    `slopes` (3,) are the change of the background across the field along z, y, x; `waves` (n, 5) are
+    amplitude, phase and waves per field in z, y, x.
     """
 
     slopes: NDArray[np.float64]
@@ -196,21 +194,13 @@ def _glow(nuclei: NDArray[np.float32], params: SimulateParams) -> NDArray[np.flo
 class Cell:
     """One cell: where it is, how it looks, and where it stands in its cycle.
 
-    position
-        Centre in um, (z, y, x).
-    frame
-        (3, 3) rotation from space to the body's own axes; the first is the axis of division.
-    radius_um, elongation, bumps
-        Radius of the sphere of equal volume when grown; factors of the three half axes (product 1);
-        coefficients of the smooth deformation.
-    spacing
-        Radius that it claims against neighbours, as a multiple of its radius.
-    log_brightness, faint
-        Logarithm of its light against the typical nucleus; whether it belongs to the faint tail.
-    age, cycle
-        Minutes since its birth; minutes from birth to division.
-    texture_seed
-        Where in the chromatin pattern it lies, (3,) in um; fixed for life.
+    `position` is its centre (z, y, x), `frame` a (3, 3) rotation from space to the body's own axes, of which
+    the first is the axis of division. `radius_um` is that of the sphere of equal volume when grown,
+    `elongation` the factors of the half axes (product 1), `bumps` the coefficients of the smooth deformation,
+    `spacing` the radius that it claims against neighbours as a multiple of its own. `log_brightness` is the
+    logarithm of its light against the typical nucleus; `faint` ones belong to the faint tail. `age` and
+    `cycle` are minutes since birth, and from birth to division; `texture_seed` is its place (3,) in the
+    chromatin pattern in um, fixed for life.
     """
 
     position: NDArray[np.float64]

@@ -69,19 +69,8 @@ class Frame:
     """One volume on disk, read when asked.
 
     A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
-
-    Attributes
-    ----------
-    path
-        The TIFF file or OME-Zarr folder.
-    name
-        Stem for the names of outputs, unique within a listing.
-    shape
-        Number of voxels (z, y, x).
-    voxel_size
-        Given by the user or read from the file; None where neither says it.
-    time
-        Index on the time axis of the file; None where the file holds one time point.
+    `name` is a stem for the names of outputs, unique within a listing; `voxel_size` was given by the user or
+    read from the file; `time` is the index on the time axis of the file. These are None where there is none.
     """
 
     path: Path

@@ -68,16 +68,9 @@ _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 class TrainResult:
     """What `train` made.
 
-    Attributes
-    ----------
-    epochs, epoch
-        Epochs done, those before a kill included, and the one whose weights were kept.
-    stopped
-        Why the training ended early, or an empty text.
-    metrics
-        Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
-    done_before
-        Whether the same training had been finished before; its model was kept.
+    `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
+    `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
+    early, or is empty. `done_before`: the same training had been finished before; its model was kept.
     """
 
     model: Path

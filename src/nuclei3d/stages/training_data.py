@@ -57,15 +57,10 @@ _NUCLEI_COLUMNS = ("file", "label", "z", "y", "x", "volume_um3", "contrast")
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample that was written.
+    """A sample that was written; `md5` is that of the file.
 
-    Attributes
-    ----------
-    nuclei
-        float64 (n, 5): (z, y, x) of the centre in voxels, volume in um3, contrast (nan where unknown); empty
-        for planes.
-    step, offset, flow_power, md5
-        As stored; MD5 of the file.
+    `nuclei`, float64 (n, 5), has (z, y, x) of the centre in voxels, volume in um3, contrast (nan where
+    unknown); it is empty for planes.
     """
 
     part: str
@@ -81,12 +76,8 @@ class StoredSample:
 class Slices:
     """A data set's description.
 
-    Attributes
-    ----------
-    infos
-        Rows of manifest.csv by part.
-    digest
-        MD5 of the manifest, which holds the MD5 of every sample, and of the size of nuclei.
+    `infos` are the rows of manifest.csv by part; `digest` is the MD5 of the manifest, which holds the MD5 of
+    every sample, and of the size of nuclei.
     """
 
     folder: Path

@@ -31,18 +31,10 @@ Triple = tuple[float, float, float]
 class Appearance(NamedTuple):
     """How one crop is changed; the neutral values change nothing. Dimming is drawn nucleus by nucleus.
 
-    Attributes
-    ----------
-    attenuation
-        Optical depth; negative: light comes from the other side.
-    blur
-        Sigma across z in pixels; along z it is `AugmentParams.blur_anisotropy` times as wide.
-    coarse
-        Pixels averaged into one and interpolated back, along z where that is seen (1: none).
-    noise
-        Standard deviation of the shot noise at intensity 1; the read noise is half of it.
-    gain, offset, gamma
-        ``sign(I) |I|**gamma * gain + offset``.
+    `attenuation` is an optical depth (negative: light comes from the other side), `blur` the sigma across z
+    in pixels (along z it is `AugmentParams.blur_anisotropy` times as wide), `coarse` the pixels averaged into
+    one and interpolated back (1: none), `noise` the standard deviation of the shot noise at intensity 1, half
+    of which is the read noise. Brightness becomes ``sign(I) |I|**gamma * gain + offset``.
     """
 
     attenuation: float = 0.0
@@ -93,16 +85,8 @@ def change_crop(
 ) -> None:
     """Draw the changes of a crop and do them in place.
 
-    Parameters
-    ----------
-    image, labels
-        float32 and int32 (Z, Y, X), contiguous; the image is normalised.
-    generator_of
-        Gives the generator of a `nuclei3d.training.crops.Stream`.
-    plan, info, grid
-        Where the crop was cut, from which sample, and its grid.
-    largest_label
-        Up to which label dimming is drawn.
+    `image` and `labels` are float32 and int32 (Z, Y, X), contiguous, the image normalised; `generator_of`
+    gives the generator of a `nuclei3d.training.crops.Stream`; dimming is drawn up to `largest_label`.
     """
     appearance = draw_appearance(augment, generator_of(Stream.APPEARANCE))
     if augment.dim_share > 0:

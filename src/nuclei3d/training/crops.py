@@ -49,14 +49,10 @@ class CropGrid:
 
     Attributes
     ----------
-    shape
-        (z, y, x) of the crops; (1, P, P) for planes.
-    diameter_px
-        Diameter of a nucleus in pixels of the crop.
-    voxel_size
-        Of the grid, in um; None for planes.
-    scale
-        For planes: crop pixels per pixel of the plane, the same for all.
+    shape, diameter_px
+        (z, y, x) of the crops, (1, P, P) for planes; diameter of a nucleus in pixels of the crop.
+    voxel_size, scale
+        Of the grid, in um, None for planes; for planes, crop pixels per pixel of the plane, the same for all.
     nucleus_centred, faint_centred
         Shares of the crops that are drawn around a nucleus (of a plane: a pixel), or one of the faintest.
     unit_flows
@@ -117,14 +113,9 @@ class CropGrid:
 class CropPlan(NamedTuple):
     """Where a crop lies in its sample.
 
-    Attributes
-    ----------
-    centre_z, centre_y, centre_x
-        Middle of the crop in voxels of the sample (voxel i covers i to i + 1).
-    flip_z, q00, q01, q10, q11
-        1 or -1, and the orthogonal matrix from directions (y, x) in the crop to directions in the sample.
-    scale_z, scale_y, scale_x
-        Voxels of the crop per voxel of the sample, along the sample's axes.
+    Its middle is in voxels of the sample (voxel i covers i to i + 1); `flip_z` is 1 or -1, q the orthogonal
+    matrix from directions (y, x) in the crop to directions in the sample, and the scales are voxels of the
+    crop per voxel of the sample, along the sample's axes.
     """
 
     centre_z: float

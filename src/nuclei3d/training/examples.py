@@ -47,19 +47,10 @@ _VALIDATION_EPOCH = 2**62
 class Batch:
     """Crops and targets, in 2D (B, ..., Y, X) or in 3D (B, ..., Z, Y, X).
 
-    Attributes
-    ----------
-    images
-        float32, normalised. In 2D two channels, of which the second is empty, as Cellpose's networks want it,
-        stored channels last; in 3D one channel.
-    foreground, labels
-        bool and int32 (0 is background), without channels.
-    flows
-        float32: (dy, dx) or (dz, dy, dx).
-    weights
-        float32 as `foreground`, loss weights, or None for all 1.
-    samples
-        int64 (B,): the sample that each crop was cut from.
+    `images` are float32, normalised: in 2D two channels, of which the second is empty, as Cellpose's networks
+    want it, stored channels last; in 3D one channel. `foreground` (bool), `labels` (int32, 0 is background)
+    and `weights` (float32, of the loss; None: all 1) have no channels, `flows` (float32) are (dy, dx) or (dz,
+    dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
     """
 
     images: Tensor
@@ -185,16 +176,9 @@ def stream_batches(
 ) -> Generator[Batch]:
     """Give the batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
-    Parameters
-    ----------
-    order_of
-        Gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`).
-    epochs
-        The epochs to make, in order; the last batch of each may be smaller.
-    workers
-        Threads; their number does not change the crops. They end when the generator is closed.
-    pinned
-        Whether the threads put batches in page-locked memory, from which a GPU fetches them.
+    `order_of` gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`); the last
+    batch of each may be smaller. The number of threads (`workers`) does not change the crops; they end when
+    the generator is closed. `pinned` batches are put in page-locked memory, from which a GPU fetches them.
     """
 
     def make(samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
@@ -223,14 +207,8 @@ def stream_batches(
 class Examples:
     """Training and validation samples (planes, or volumes), cut into crops on the network's grid.
 
-    `seed` is that of all draws.
-
-    Attributes
-    ----------
-    weights
-        float64 (samples,): how often each is drawn.
-    crops
-        Number of crops an epoch.
+    `seed` is that of all draws; `weights`, float64 (samples,), say how often each is drawn, `crops` is the
+    number of crops an epoch.
     """
 
     def __init__(

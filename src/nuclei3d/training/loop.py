@@ -101,16 +101,8 @@ class EpochReport:
 class TrainingState:
     """Everything after an epoch that the next one depends on.
 
-    Attributes
-    ----------
-    learner
-        As `Learner.state` gives it.
-    history
-        One report per epoch.
-    best_epoch, best_score
-        The best epoch so far (0: none) and its score; larger is better.
-    best
-        The weights of that epoch.
+    `learner` is as `Learner.state` gives it; `best` are the weights of the best epoch so far (0: none), whose
+    score is the larger, the better.
     """
 
     learner: dict[str, Any]
@@ -165,16 +157,10 @@ class TrainingOutcome:
 class Callbacks:
     """What happens around the loop; each may be left out.
 
-    Attributes
-    ----------
-    save, on_epoch
-        Called after each epoch, with the state and whether it is the best so far, and then with the report;
-        the
-        latter may raise `StopTraining`, or any exception, which ends the training.
-    validate_volumes
-        Segments the validation volumes with a network and gives the average precision.
-    on_step
-        Called after each step with the loss, the number of crops and the learning rate.
+    After each epoch `save` is called with the state and whether it is the best so far, then `on_epoch` with
+    the report; the latter may raise `StopTraining`, or any exception, which ends the training.
+    `validate_volumes` segments the validation volumes with a network and gives the average precision.
+    `on_step` is called after each step with the loss, the number of crops and the learning rate.
     """
 
     save: Callable[[TrainingState, bool], None] | None = None
@@ -192,21 +178,11 @@ def train_network(
     start: TrainingState | None = None,
     callbacks: Callbacks | None = None,
 ) -> TrainingOutcome:
-    """Train a network.
+    """Train a network, whose first output is what the examples' loss wants; it is moved and changed.
 
-    Parameters
-    ----------
-    network
-        It is moved to the device and changed. Its first output is what the examples' loss wants.
-    examples
-        What to learn and to be judged by; without validation data the training loss chooses the best epoch.
-    start
-        State to go on from.
-
-    Raises
-    ------
-    DivergedError
-        If the loss is not finite, or an epoch's is several times that of the first.
+    `examples` are what to learn and to be judged by; without validation data the training loss chooses the
+    best epoch. `start` is a state to go on from. DivergedError is raised if the loss is not finite, or an
+    epoch's is several times that of the first.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

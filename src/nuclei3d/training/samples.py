@@ -56,16 +56,9 @@ class SampleInfo:
 
 
 class SampleArrays(NamedTuple):
-    """The voxels of one sample.
+    """The voxels of one sample: intensities as stored, and labels 1..n with 0 for background, (Z, Y, X).
 
-    Attributes
-    ----------
-    pixels
-        uint16 (Z, Y, X): intensities as stored.
-    labels
-        Unsigned integers (Z, Y, X): 0 is background, 1..n.
-    flows
-        int8 (Z, Y, X, components) times `FLOW_STEPS`: (dy, dx) for planes, (dz, dy, dx) for volumes.
+    `flows` are (Z, Y, X, components) times `FLOW_STEPS`: (dy, dx) for planes, (dz, dy, dx) for volumes.
     """
 
     pixels: NDArray[np.uint16]
@@ -76,12 +69,8 @@ class SampleArrays(NamedTuple):
 class SampleNuclei(NamedTuple):
     """The nuclei of one sample, in the order of their labels 1..n; without rows for planes.
 
-    Attributes
-    ----------
-    centres
-        float32 (n, 3): (z, y, x) in voxels, voxel i covers i to i + 1.
-    volumes_um3, contrasts
-        float32 (n,); a contrast may be nan.
+    `centres`, float32 (n, 3), are (z, y, x) in voxels (voxel i covers i to i + 1); `volumes_um3` and
+    `contrasts`, of which some may be nan, are float32 (n,).
     """
 
     centres: NDArray[np.float32]
@@ -91,19 +80,11 @@ class SampleNuclei(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Many planes, or many volumes, wherever their voxels lie.
+    """Many planes, or many volumes, wherever their voxels lie: float64 arrays with an entry for each.
 
-    Attributes
-    ----------
-    infos, nuclei
-        One per sample.
-    step, offset
-        float64 (samples,): intensity = stored * step + offset, in the units of the image.
-    flow_power
-        float64 (samples, 3): mean square of the flow (z, y, x) inside nuclei; nan for planes and without
-        nuclei.
-    read
-        Gives the voxels of a sample, from memory or from a file; called from several threads.
+    intensity = stored * `step` + `offset`, in the units of the image. `flow_power` (samples, 3) is the mean
+    square of the flow (z, y, x) inside nuclei, nan for planes and without nuclei. `read` gives the voxels of
+    a sample, from memory or from a file; it is called from several threads.
     """
 
     infos: tuple[SampleInfo, ...]
