@@ -268,10 +268,10 @@ def test_the_mean_of_weights_is_exponential():
     torch.nn.init.constant_(network.weight, 1.0)
     mean.update_parameters(network)
     # the first decay is 1/10
-    assert float(mean.module.weight) == pytest.approx(0.9)
+    assert float(mean.module.state_dict()["weight"]) == pytest.approx(0.9)
     mean.n_averaged.fill_(101)
     mean.update_parameters(network)
-    assert float(mean.module.weight) == pytest.approx(0.95)
+    assert float(mean.module.state_dict()["weight"]) == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("epochs", [5, 60, 150, 400])

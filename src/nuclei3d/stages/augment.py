@@ -60,7 +60,7 @@ def draw_augmentation_sheet(
 
     from nuclei3d.training.crops import CropGrid
     from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker
-    from nuclei3d.training.sampling import epoch_order, sample_weights
+    from nuclei3d.training.samples import epoch_order, sample_weights
 
     settings = params.train
     if not len(planes):

@@ -52,8 +52,7 @@ from nuclei3d.training.loop import (
     TrainingState,
     train_network,
 )
-from nuclei3d.training.samples import SampleSet
-from nuclei3d.training.sampling import epoch_order
+from nuclei3d.training.samples import SampleSet, epoch_order
 
 if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun

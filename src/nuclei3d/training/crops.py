@@ -215,7 +215,7 @@ def _turn_matrix(
 
 
 @njit(cache=True, nogil=True)
-def _bilinear(pixels: NDArray[np.uint16], y: float, x: float) -> float:
+def interpolate(pixels: NDArray[Any], y: float, x: float) -> float:
     """Interpolate at (y, x), pixel centres at integers; held constant beyond the outermost centres."""
     height, width = pixels.shape
     y = min(max(y, 0.0), height - 1.0)
@@ -298,15 +298,15 @@ def cut_crop(
                         for sub_x in (-0.25, 0.25):
                             at_y = y + a00 * sub_y + a01 * sub_x
                             at_x = x + a10 * sub_y + a11 * sub_x
-                            part = _bilinear(near, at_y, at_x)
+                            part = interpolate(near, at_y, at_x)
                             if share != 0.0:
-                                part = part * (1 - share) + _bilinear(far, at_y, at_x) * share
+                                part = part * (1 - share) + interpolate(far, at_y, at_x) * share
                             value += part
                     value *= 0.25
                 else:
-                    value = _bilinear(near, y, x)
+                    value = interpolate(near, y, x)
                     if share != 0.0:
-                        value = value * (1 - share) + _bilinear(far, y, x) * share
+                        value = value * (1 - share) + interpolate(far, y, x) * share
                 image[k, i, j] = value * gain + bias
                 row = min(max(math.floor(y + 0.5), 0), height - 1)
                 column = min(max(math.floor(x + 0.5), 0), width - 1)

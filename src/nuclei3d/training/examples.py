@@ -29,8 +29,7 @@ from nuclei3d.training.losses import (
     losses_of_crops,
     network_loss,
 )
-from nuclei3d.training.samples import SampleSet
-from nuclei3d.training.sampling import epoch_order, nucleus_weights, plane_contrasts, sample_weights
+from nuclei3d.training.samples import SampleSet, epoch_order, nucleus_weights, plane_contrasts, sample_weights
 
 if TYPE_CHECKING:
     from nuclei3d.training.learner import Arithmetic
@@ -84,7 +83,7 @@ class Batch:
 class CropMaker:
     """Cuts and augments crops; every crop depends on (seed, epoch, index, sample) and on nothing else.
 
-    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.sampling`), or is None.
+    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.samples`), or is None.
     """
 
     samples: SampleSet
@@ -176,7 +175,7 @@ def stream_batches(
 ) -> Generator[Batch]:
     """Give the batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
-    `order_of` gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`); the last
+    `order_of` gives the sample of each crop of an epoch (`nuclei3d.training.samples.epoch_order`); the last
     batch of each may be smaller. The number of threads (`workers`) does not change the crops; they end when
     the generator is closed. `pinned` batches are put in page-locked memory, from which a GPU fetches them.
     """
