@@ -64,12 +64,8 @@ class FrameAxes:
 def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> list[FrameAxes]:
     """Find the frames in a stored array: one per time point, of one channel (None: there is one only).
 
-    `where` is the name of the file for messages.
-
-    Raises
-    ------
-    InputError
-        If the array is not 3D, an axis has no meaning, or the channel is missing, unknown or ambiguous.
+    `where` is the name of the file for messages. InputError is raised if the array is not 3D, an axis has no
+    meaning, or the channel is missing, unknown or ambiguous.
     """
     axes = _name_unknown_axis(layout, where)
     length = dict(zip(axes, layout.shape, strict=True))

@@ -46,12 +46,8 @@ class TiffArray:
     """An open TIFF file whose first image is read in parts.
 
     Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
-    one plane is held besides what is asked for.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, empty, no TIFF, damaged, or holds several images.
+    one plane is held besides what is asked for. InputError is raised if the file is missing, empty, no TIFF,
+    damaged, or holds several images.
     """
 
     def __init__(self, path: Path) -> None:

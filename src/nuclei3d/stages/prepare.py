@@ -70,19 +70,13 @@ class PrepareResult:
 def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut every labelled frame of a data set into planes and write them with their flows.
 
-    For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead.
+    For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead. Frames
+    are read, cut and written one at a time in each of `prepare.workers` processes, so memory does not grow
+    with their number. The same input gives the same bytes.
 
-    Frames are read, cut and written one at a time in each of `prepare.workers` processes, so memory does
-    not grow with their number. The same input gives the same bytes.
-
-    Parameters
-    ----------
-    data
-        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
-    out
-        The folder to write: ``train``, ``validation`` and ``test`` with the samples, manifest.csv,
-        summary.json and slices.png (volumes: nuclei.csv). It appears when all is done; one that is there is
-        replaced.
+    `data` has ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``. `out` gets ``train``,
+    ``validation`` and ``test`` with the samples, manifest.csv, summary.json and slices.png (volumes:
+    nuclei.csv); it appears when all is done, and one that is there is replaced.
     """
     refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     solid = params.train.network == "full3d"
