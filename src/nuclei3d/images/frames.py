@@ -113,20 +113,11 @@ def find_frames(
 ) -> list[Frame]:
     """List the frames of a file or folder: one per file and time point; never none.
 
-    Parameters
-    ----------
-    source
-        A TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder of
-        such, taken in natural order (t2 before t10). Hidden files are passed over.
-    channel
-        Name or number (from 0) of the channel to read where there are several.
-    voxel_size
-        Wins over what the files say; where they say something else, the user is told once.
-
-    Raises
-    ------
-    InputError
-        If there is nothing to read, or a file is damaged, not 3D, or leaves the channel open.
+    `source` is a TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder
+    of such, taken in natural order (t2 before t10); hidden files are passed over. `channel` is a name or
+    number (from 0) where there are several. `voxel_size` wins over what the files say; where they say
+    something else, the user is told once. InputError is raised if there is nothing to read, or a file is
+    damaged, not 3D, or leaves the channel open.
     """
     listing = volume_paths(Path(source))
     frames: list[Frame] = []

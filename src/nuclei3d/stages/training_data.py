@@ -40,8 +40,6 @@ from nuclei3d.training.samples import (
 SUMMARY_FILE = "summary.json"
 MANIFEST_FILE = "manifest.csv"
 NUCLEI_FILE = "nuclei.csv"
-VOLUME = "volume"
-"""The view of a sample that is a whole volume."""
 
 _MEND = "make the data set again with 'nuclei3d prepare'"
 _HEADER = 5 * 8
@@ -248,12 +246,9 @@ def _label_type(info: SampleInfo) -> str:
     return "<u2" if info.nuclei < 2**16 else "<u4"
 
 
-def _components(info: SampleInfo) -> int:
-    return 2 if info.is_plane else 3
-
-
 def _stored_bytes(info: SampleInfo) -> int:
-    return _HEADER + math.prod(info.shape) * (np.dtype(_label_type(info)).itemsize + 2 + _components(info))
+    components = 2 if info.is_plane else 3
+    return _HEADER + math.prod(info.shape) * (np.dtype(_label_type(info)).itemsize + 2 + components)
 
 
 def _read_head(folder: Path, info: SampleInfo) -> NDArray[np.float64]:

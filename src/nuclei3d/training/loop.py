@@ -255,7 +255,9 @@ class _Loop:
             more["volume_ap"] = validate_volumes(judged)
         more["seconds"] = time.perf_counter() - began
         report = EpochReport(report.epoch, {**report.measured, **more})
-        score = _score(report, in_volumes=validate_volumes is not None and every > 0)
+        # larger is better; an epoch that was not judged in 3D where others are, nan, is never the best
+        in_volumes = validate_volumes is not None and every > 0
+        score = report.volume_ap if in_volumes else -_loss_of(report)
         is_best = score > state.best_score
         return (
             TrainingState(
@@ -317,10 +319,3 @@ _MEND = "lower train.learning_rate, or set train.gradient_clip (try 5)"
 
 def _loss_of(report: EpochReport) -> float:
     return report.train_loss if math.isnan(report.validation_loss) else report.validation_loss
-
-
-def _score(report: EpochReport, *, in_volumes: bool) -> float:
-    """Larger is better: the average precision where epochs are judged in 3D, else minus the loss."""
-    if in_volumes:
-        return -math.inf if math.isnan(report.volume_ap) else report.volume_ap
-    return -_loss_of(report)
