@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,8 +238,8 @@ def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
-def _open(path: Path) -> TiffArray | ZarrArray:
-    return ZarrArray(path) if is_zarr(path) else TiffArray(path)
+def _open(path: Path) -> AbstractContextManager[TiffArray | ZarrArray]:
+    return nullcontext(ZarrArray(path)) if is_zarr(path) else TiffArray(path)
 
 
 def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterable[Frame]:

@@ -31,12 +31,6 @@ class ZarrArray:
         self.array, attributes = _open_array(path)
         self.layout = _read_layout(self.array, attributes, path)
 
-    def __enter__(self) -> ZarrArray:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""
         try:

@@ -366,7 +366,11 @@ def _write_ome_tiff(path: Path, volume: NDArray[Any], voxel_size: VoxelSize) -> 
     big = volume.nbytes > CLASSIC_TIFF_BYTES
     with whole_file(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, shaped=True) as writer:
         writer.write(volume, **options)
-        writer.overwrite_description(_imagej_description(volume.shape[0], voxel_size))
+        # The version is that of the format, as tifffile writes it too.
+        writer.overwrite_description(
+            f"ImageJ=1.11a\nimages={len(volume)}\nslices={len(volume)}\nunit=micron\n"
+            f"spacing={voxel_size.z!r}\nloop=false\n"
+        )
 
 
 def _ome_xml(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
@@ -379,13 +383,6 @@ def _ome_xml(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
     depth, height, width = volume.shape
     document.addimage(volume.dtype, volume.shape, (depth, 1, 1, height, width, 1), axes="ZYX", **sizes)
     return document.tostring(declaration=True)
-
-
-def _imagej_description(depth: int, voxel_size: VoxelSize) -> str:
-    # The version is that of the format, as tifffile writes it too.
-    return (
-        f"ImageJ=1.11a\nimages={depth}\nslices={depth}\nunit=micron\nspacing={voxel_size.z!r}\nloop=false\n"
-    )
 
 
 def _content_uuid(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
