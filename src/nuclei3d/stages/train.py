@@ -150,14 +150,7 @@ def train(
             return volumes_ap(judging, volumes.judging)
 
         outcome = _train_epochs(
-            training,
-            described,
-            params,
-            device,
-            checkpoints,
-            judge if volumes.judging else None,
-            run,
-            on_epoch,
+            training, params, device, checkpoints, judge if volumes.judging else None, run, on_epoch
         )
         network.load_state_dict(outcome.weights)
         network.eval()
@@ -206,13 +199,13 @@ def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str
 
 @dataclass(frozen=True)
 class Training:
-    """A network to train, a digest of where its weights come from, its examples, and what there is in words.
+    """A network to train, a digest of all that decides its weights, its examples, and what there is in words.
 
     `spec` is that of a 3D network, None for a 2D one.
     """
 
     network: nn.Module
-    start_digest: str
+    fingerprint: str
     spec: VolumeSpec | None
     examples: Examples
     samples: SampleSet
@@ -255,7 +248,8 @@ def open_training(params: Params, described: Slices) -> Training:
             f"({describe(spec.architecture)})"
         )
     examples = Examples(samples, validation, settings, grid, seed=params.seed)
-    return Training(network, digest, spec, examples, samples, plan)
+    fingerprint = _fingerprint(params, described, digest)
+    return Training(network, fingerprint, spec, examples, samples, plan)
 
 
 def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
@@ -321,14 +315,14 @@ def _say_plan(training: Training, params: Params, device: torch.device, describe
     )
 
 
-def _fingerprint(params: Params, described: Slices, training: Training) -> str:
+def _fingerprint(params: Params, described: Slices, start_digest: str) -> str:
     """Digest everything that decides the weights; a checkpoint is used only if its fingerprint is the same.
 
     With the constant schedule the number of epochs does not count, so that a training can be prolonged.
     """
     ignored = {*_NO_INFLUENCE, "epochs"} if params.train.schedule == "constant" else {*_NO_INFLUENCE}
     chosen = params.train.model_dump(mode="json", exclude=ignored)
-    return _md5([chosen, params.seed, described.digest, training.start_digest])
+    return _md5([chosen, params.seed, described.digest, start_digest])
 
 
 class Checkpoints:
@@ -414,7 +408,6 @@ def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
 
 def _train_epochs(
     training: Training,
-    described: Slices,
     params: Params,
     device: torch.device,
     checkpoints: Checkpoints,
@@ -423,8 +416,7 @@ def _train_epochs(
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
     settings = params.train
-    fingerprint = _fingerprint(params, described, training)
-    start = checkpoints.load(fingerprint)
+    start = checkpoints.load(training.fingerprint)
     done = start.epoch if start is not None else 0
     if start is not None:
         say(f"going on after epoch {done} of {settings.epochs}, from {checkpoints.folder}")
@@ -454,7 +446,7 @@ def _train_epochs(
             device=device,
             start=start,
             callbacks=Callbacks(
-                save=partial(checkpoints.save, fingerprint=fingerprint),
+                save=partial(checkpoints.save, fingerprint=training.fingerprint),
                 validate_volumes=judge,
                 on_epoch=epoch_done,
                 on_step=step,
