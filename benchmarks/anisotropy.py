@@ -23,8 +23,8 @@ from nuclei3d.console import emit_json, say
 from nuclei3d.grid import resize_linear, resize_nearest
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter

@@ -22,7 +22,7 @@ import tifffile
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.images.embryos import EmbryoFrame, find_embryos, read_labelled, split_embryos
-from nuclei3d.images.writing import write_labels
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict

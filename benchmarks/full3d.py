@@ -219,7 +219,7 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
     from nuclei3d.flows import flows_3d
     from nuclei3d.grid import resize_nearest
     from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
-    from nuclei3d.images.writing import write_image, write_labels
+    from nuclei3d.images.tiff import write_image, write_labels
     from nuclei3d.networks.folder import load_model
     from nuclei3d.segmentation.segmenter import Segmenter
     from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds

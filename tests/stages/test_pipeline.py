@@ -13,8 +13,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.registry import Registered
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.assess import headline
 from nuclei3d.stages.run import PipelineResult, run_pipeline
 from nuclei3d.stages.simulate import simulate

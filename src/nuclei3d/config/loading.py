@@ -21,14 +21,9 @@ from nuclei3d.outputs import whole_file
 
 
 def load_params(path: Path | None, overrides: Iterable[str] = ()) -> Params:
-    """Load parameters from a YAML file, apply overrides, validate.
+    """Load parameters from a YAML file (None: the defaults, the recipe's), apply overrides, validate.
 
-    Parameters
-    ----------
-    path
-        The file; None means all defaults (the recipe's).
-    overrides
-        Texts such as ``train.epochs=5``; the value is read as YAML.
+    Overrides are texts such as ``train.epochs=5``; the value is read as YAML.
     """
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:

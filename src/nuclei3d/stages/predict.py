@@ -206,7 +206,7 @@ def open_model(params: Params, model: str) -> Predictor:
 def _write_whole(
     model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
 ) -> tuple[Path, list[Nucleus]]:
-    from nuclei3d.images.writing import write_labels
+    from nuclei3d.images.tiff import write_labels
 
     image = frame.read()
     check_image(image, str(frame.path))

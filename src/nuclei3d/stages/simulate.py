@@ -12,10 +12,10 @@ import numpy as np
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import Bar, progress_bar, say
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.outputs import whole_folder
-from nuclei3d.simulation.embryo import simulate_embryo
+from nuclei3d.simulation import simulate_embryo
 
 # Lies in the folder beside the embryos: says how they were made, and that the folder may be replaced.
 RECORD = "simulation.json"

@@ -15,7 +15,7 @@ from nuclei3d.errors import InputError, missing
 if TYPE_CHECKING:
     from nuclei3d.images.embryos import EmbryoFrame
     from nuclei3d.scoring.assessment import Assessment
-    from nuclei3d.training.state import EpochReport
+    from nuclei3d.training.loop import EpochReport
 
 _FAINTEST = 0
 

@@ -43,7 +43,7 @@ from nuclei3d.stages.search.space import SearchSpace, params_with
 from nuclei3d.stages.search.storage import StudyStorage
 
 if TYPE_CHECKING:
-    from nuclei3d.training.state import EpochReport
+    from nuclei3d.training.loop import EpochReport
 
 START = "start"
 CONFIRMS = "confirms"

@@ -13,9 +13,19 @@ from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
 from nuclei3d.config.sections import SimulateParams
-from nuclei3d.simulation.bodies import Body, FineGrid, chromatin, chromatin_pattern, draw_scene
-from nuclei3d.simulation.cells import found_embryo, pass_time
-from nuclei3d.simulation.embryo import Illumination, expose, photograph, simulate_embryo
+from nuclei3d.simulation import (
+    Body,
+    FineGrid,
+    Illumination,
+    chromatin,
+    chromatin_pattern,
+    draw_scene,
+    expose,
+    found_embryo,
+    pass_time,
+    photograph,
+    simulate_embryo,
+)
 
 VOXEL_UM = (2.0, 0.348, 0.348)
 SHAPE = (16, 64, 64)
