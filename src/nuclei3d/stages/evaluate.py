@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
@@ -25,7 +26,7 @@ from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
-from nuclei3d.report.tables import nucleus_rows, write_nuclei, write_plot_data
+from nuclei3d.report.tables import nucleus_table, write_plot_data
 from nuclei3d.report.viewer import ShownVolume, pack_volumes
 from nuclei3d.scoring.assessment import Assessment, Summary, assess_volume, by_embryo, by_stage, summarise
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
@@ -364,22 +365,22 @@ def _write(
 ) -> None:
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
-    rows = [
-        row
+    tables = [
+        nucleus_table(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
         for pair, assessment in zip(pairs, assessments, strict=True)
-        for row in nucleus_rows(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
     ]
-    write_nuclei(folder / "nuclei.csv", rows)
+    nuclei = pd.concat(tables, ignore_index=True)
+    nuclei.to_csv(folder / "nuclei.csv", index=False, float_format="%.4f", lineterminator="\n")
     write_plot_data(folder / "plots", metrics)
     volumes = [
         ShownVolume(pair.name, pair.voxel_size, assessment, partial(_read_shown, pair))
         for pair, assessment in zip(pairs, assessments, strict=True)
     ]
-    draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, rows)
+    draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, nuclei)
     if params.evaluate.report:
         page = build_page(
             metrics,
-            rows,
+            nuclei,
             pack_volumes(volumes, params.evaluate.viewer_megabytes),
             method=method,
             unit="um" if all(pair.physical for pair in pairs) else "voxels",
