@@ -23,7 +23,7 @@ def metrics_of(found: int, missed: int, false: int, **more: Any) -> dict[str, An
         if label <= found or label > found + missed:
             pred[box] = label
     volume = assess_volume(truth, pred, VoxelSize(1, 1, 1))
-    summary = summarise([volume], ["E"], rng=np.random.default_rng(0)).as_json()
+    summary = summarise([volume], ["E"], rng=np.random.default_rng(0))
     return {
         **summary,
         "nuclei3d": "1",
