@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,58 +29,6 @@ _LISTED = (
 # Found nuclei are listed too, as long as they do not make the page heavy.
 _MOST_FOUND = 5000
 
-# (key, name, explanation) of the table of scores; keys with a slash lie one level down.
-_ROWS = (
-    ("ap/0.50", "AP at IoU .5", "found / (found + missed + false); a match overlaps by half of the union"),
-    ("ap/0.75", "AP at IoU .75", "the same with outlines that fit closely"),
-    ("f1/0.50", "F1 at IoU .5", "harmonic mean of precision and recall"),
-    ("precision", "precision", "share of predictions that match a true nucleus at IoU .5"),
-    ("recall", "recall", "share of true nuclei that are matched at IoU .5"),
-    ("recall_faint", "recall, faintest bin", "recall of the true nuclei in the faintest bin of contrast"),
-    (
-        "recall_at_precision/0.90/recall_faint",
-        "... at precision .9",
-        "the same if predictions of low score are dropped until 90 % are right",
-    ),
-    ("recall_at_precision/0.95/recall_faint", "... at precision .95", "the same until 95 % are right"),
-    ("recall_bright", "recall, brightest bin", "recall of the true nuclei in the brightest bin of contrast"),
-    (
-        "seg",
-        "SEG",
-        "mean IoU of each true nucleus with the prediction that holds most of it (Cell Tracking Challenge)",
-    ),
-    ("det", "DET", "detection: a miss weighs 10, a double 5, a false nucleus 1 (Cell Tracking Challenge)"),
-    ("mucov", "MUCov", "mean over predictions of the best IoU with a true nucleus"),
-    ("true_cover", "mean best IoU", "mean over true nuclei of the best IoU with a prediction"),
-    ("pq", "PQ", "panoptic quality: F1 times the mean IoU of matches"),
-    ("foreground_iou", "foreground IoU", "overlap of all nuclei together, voxel by voxel"),
-    ("surface_distance_um", "surface distance", "mean distance of the outlines of matched nuclei, in µm"),
-    ("centre_distance_um", "centre distance", "mean distance of the centres of matched nuclei, in µm"),
-    ("splits", "splits", "true nuclei that hold two predictions or more"),
-    ("merges", "merges", "predictions that hold two true nuclei or more"),
-    ("n_true", "true nuclei", ""),
-    ("n_pred", "predicted nuclei", ""),
-)
-_CARDS = {
-    "ap/0.50": "AP at IoU .5",
-    "seg": "SEG",
-    "mucov": "MUCov",
-    "precision": "precision",
-    "recall": "recall",
-    "recall_faint": "recall, faintest bin",
-}
-# of the tables by volume, embryo and stage
-_COLUMNS = {
-    "n_true": "true",
-    "n_pred": "predicted",
-    "ap/0.50": "AP .5",
-    "ap/0.75": "AP .75",
-    "precision": "precision",
-    "recall": "recall",
-    "seg": "SEG",
-    "mucov": "MUCov",
-    "foreground_iou": "foreground IoU",
-}
 _LOW_IS_GOOD = frozenset({"surface_distance_um", "centre_distance_um", "splits", "merges"})
 _NEUTRAL = frozenset({"n_true", "n_pred"})
 
@@ -119,7 +67,7 @@ def build_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"number": _number, "score": _look_up, "interval": _interval}
+    pages.filters |= {"number": _number, "score": _look_up, "interval": _interval, "best": _best}
     methods = {method: metrics, **metrics["baselines"]}
     symbol = "µm" if unit == "um" else unit
     return pages.get_template("report.html").render(
@@ -128,9 +76,6 @@ def build_page(
         method=method,
         embryos={volume["embryo"] for volume in metrics["volumes"].values()},
         shown=len(volumes),
-        cards=_CARDS,
-        columns=_COLUMNS,
-        rows=_score_rows(methods),
         averages={name: _averages(scores) for name, scores in methods.items()},
         charts=charts_of(methods, symbol, history),
         few_units=FEW_UNITS,
@@ -160,19 +105,12 @@ def _embedded(nuclei: pd.DataFrame, volumes: Sequence[Mapping[str, Any]], symbol
     return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _score_rows(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give the rows of the table of scores: name, meaning, the best value and that of each method."""
-    rows = []
-    for key, name, meaning in _ROWS:
-        values = [_look_up(scores, key) for scores in methods.values()]
-        known = [value for value in values if value is not None]
-        if not known:
-            continue
-        best = min(known) if key in _LOW_IS_GOOD else max(known)
-        if len(values) == 1 or key in _NEUTRAL:
-            best = None
-        rows.append({"key": key, "name": name, "meaning": meaning, "best": best})
-    return rows
+def _best(values: Iterable[float | None], key: str) -> float | None:
+    """Give the best of the methods' values of a score; None where there is no choice."""
+    known = [value for value in values if value is not None]
+    if not known or key in _NEUTRAL:
+        return None
+    return min(known) if key in _LOW_IS_GOOD else max(known)
 
 
 def _averages(scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,45 +111,49 @@ def assess_volume(
     table = overlap_table(true_labels, pred_labels)
     matching = match(table, MATCH_IOU)
     true_at, pred_at = matching.true_index, matching.pred_index
-
-    def spread(values: Floats, at: Integers, count: int) -> Floats:
-        column = np.full(count, np.nan)
-        column[at] = values
-        return column
-
-    def partners(names: Integers, own: Integers, other: Integers, count: int) -> Integers:
-        index = np.zeros(count, dtype=np.int64)
-        index[own] = other + 1
-        return names[index]
-
-    def contrast_of(labels: Labels, count: int) -> Floats:
-        return np.full(count, np.nan) if image is None else nucleus_contrast(image, labels, voxel_size)[1:]
-
-    pairs = np.stack([true_at + 1, pred_at + 1], axis=1)
-    surface = np.full(len(pairs), np.nan)
+    surface = np.full(len(true_at), np.nan)
     if surfaces:
+        pairs = np.stack([true_at + 1, pred_at + 1], axis=1)
         surface = surface_distances_um(true_labels, pred_labels, pairs, voxel_size)
     given = scores or {}
     pred_score = np.array([given.get(int(name), np.nan) for name in pred_names[1:]], dtype=np.float64)
+
+    def spread(values: NDArray[Any], at: Integers, count: int, unmatched: float = np.nan) -> NDArray[Any]:
+        column = np.full(count, unmatched, values.dtype)
+        column[at] = values
+        return column
+
+    def describe(
+        labels: Labels,
+        names: Integers,
+        sizes: Integers,
+        at: Integers,
+        partner: Integers,
+        contrast: Floats | None,
+    ) -> dict[str, Any]:
+        n = len(sizes)
+        if contrast is None and image is not None:
+            contrast = nucleus_contrast(image, labels, voxel_size)[1:]
+        return {
+            "label": names[1:],
+            "place_um": centroids_um(labels, np.arange(1, n + 1), voxel_size),
+            "volume_um3": sizes * voxel_size.volume_um3,
+            "contrast": np.full(n, np.nan) if contrast is None else contrast,
+            "partner": spread(partner, at, n, 0),
+            "surface_um": spread(surface, at, n),
+        }
+
     true = NucleusTable(
-        label=true_names[1:],
-        place_um=centroids_um(true_labels, table.true_labels, voxel_size),
-        volume_um3=table.true_sizes * voxel_size.volume_um3,
-        contrast=contrast_of(true_labels, table.n_true) if true_contrast is None else true_contrast,
+        **describe(
+            true_labels, true_names, table.true_sizes, true_at, pred_names[pred_at + 1], true_contrast
+        ),
         best_iou=table.best_true_iou,
-        partner=partners(pred_names, true_at, pred_at, table.n_true),
         score=spread(pred_score[pred_at], true_at, table.n_true),
-        surface_um=spread(surface, true_at, table.n_true),
     )
     pred = NucleusTable(
-        label=pred_names[1:],
-        place_um=centroids_um(pred_labels, table.pred_labels, voxel_size),
-        volume_um3=table.pred_sizes * voxel_size.volume_um3,
-        contrast=contrast_of(pred_labels, table.n_pred),
+        **describe(pred_labels, pred_names, table.pred_sizes, pred_at, true_names[true_at + 1], None),
         best_iou=table.best_pred_iou,
-        partner=partners(true_names, pred_at, true_at, table.n_pred),
         score=pred_score,
-        surface_um=spread(surface, pred_at, table.n_pred),
     )
     apart_um = np.linalg.norm(true.place_um[true_at] - pred.place_um[pred_at], axis=1)
     return Assessment(tally_of(table, thresholds), true, pred, apart_um)
@@ -214,29 +218,23 @@ class BinCounts:
 
 def count_by_contrast(assessments: Sequence[Assessment], edges: Sequence[float]) -> BinCounts:
     """Count nuclei by contrast, faintest bin first; those without a contrast are left out."""
-    return _count(assessments, len(edges) + 1, lambda table: contrast_bin(table.contrast, edges))
+    return _count(assessments, edges, lambda table: table.contrast)
 
 
 def count_by_depth(assessments: Sequence[Assessment], edges_um: Sequence[float]) -> BinCounts:
     """Count nuclei by the z of their centroid; `edges_um` are the inner edges."""
-    edges = np.asarray(edges_um, dtype=np.float64)
-    return _count(
-        assessments,
-        len(edges) + 1,
-        lambda table: np.searchsorted(edges, table.place_um[:, 0], side="right"),
-    )
+    return _count(assessments, edges_um, lambda table: table.place_um[:, 0])
 
 
 def _count(
-    assessments: Sequence[Assessment], bins: int, bin_of: Callable[[NucleusTable], Integers]
+    assessments: Sequence[Assessment], edges: Sequence[float], value_of: Callable[[NucleusTable], Floats]
 ) -> BinCounts:
-    def tabulate(tables: Sequence[NucleusTable]) -> tuple[Floats, Floats]:
-        placed = [(bin_of(table), table.matched) for table in tables]
-        totals = [np.bincount(b[b >= 0], minlength=bins) for b, _ in placed]
-        hits = [np.bincount(b[(b >= 0) & matched], minlength=bins) for b, matched in placed]
-        return np.array(totals, dtype=np.float64), np.array(hits, dtype=np.float64)
-
-    return BinCounts(*tabulate([a.true for a in assessments]), *tabulate([a.pred for a in assessments]))
+    counts = []
+    for tables in ([a.true for a in assessments], [a.pred for a in assessments]):
+        placed = [(contrast_bin(value_of(table), edges), table.matched) for table in tables]
+        for kept in ([b[b >= 0] for b, _ in placed], [b[(b >= 0) & matched] for b, matched in placed]):
+            counts.append(np.array([np.bincount(b, minlength=len(edges) + 1) for b in kept], np.float64))
+    return BinCounts(*counts)
 
 
 def score_bins(counts: BinCounts, edges: Sequence[float], weights: Floats | None) -> list[dict[str, Any]]:
@@ -425,7 +423,7 @@ def _recall_at(
     edges: Sequence[float] | None,
     weights: Floats | None,
 ) -> dict[str, Any] | None:
-    """Give the recall of the faintest bin and of all nuclei, and the score to cut at; None if out of reach."""
+    """Give the recall of the faintest bin and of all nuclei, and the cut; None where it is out of reach."""
 
     def reach(edges: Sequence[float] | None) -> tuple[float | None, list[float] | None, float]:
         (recall,), (cut,) = recall_at_precision(assessments, target, edges=edges)

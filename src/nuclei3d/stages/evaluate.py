@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
@@ -27,7 +26,7 @@ from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_table, write_plot_data
-from nuclei3d.report.viewer import ShownVolume, pack_volumes
+from nuclei3d.report.viewer import Arrays, ShownVolume, pack_volumes
 from nuclei3d.scoring.assessment import (
     Assessment,
     assess_volume,
@@ -259,14 +258,12 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
     return _digest_of(true), found
 
 
-def _read_shown(
-    pair: VolumePair,
-) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
+def _read_shown(pair: VolumePair) -> Arrays:
     """Read a pair for a picture: background in the place of fill."""
-    image, truth, pred = pair.read()
+    image, truth = pair.read_image(), pair.read_truth()
     if image is not None:
         image, _ = measure_range(image).without_fill(image)
-    return image, truth, pred
+    return image, truth, pair.read_prediction(pair.pred, truth.shape)
 
 
 def _assess_otsu(
@@ -361,6 +358,8 @@ def _write(
     method: str,
     history: Path | None,
 ) -> None:
+    import pandas as pd
+
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     tables = [

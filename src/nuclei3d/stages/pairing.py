@@ -260,11 +260,6 @@ class VolumePair:
         _check_shape(labels.shape, shape, method, self.truth)
         return labels
 
-    def read(self) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
-        """Read the image, the truth and the prediction of the model."""
-        truth = self.read_truth()
-        return self.read_image(), truth, self.read_prediction(self.pred, truth.shape)
-
     def read_image(self) -> NDArray[Any] | None:
         """Read and check the image; None where there is none."""
         if self.image is None:
