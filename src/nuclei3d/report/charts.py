@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from nuclei3d.scoring.matching import Floats
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -35,7 +37,7 @@ METHOD_STYLES: tuple[dict[str, Any], ...] = (
 OUTLINES = {"true": "#56B4E9", "pred": "#F0E442", "missed": "#FF6A13", "false": "#E58BBF"}
 
 _MOST_EMBRYOS = 6
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8c959f",
@@ -79,7 +81,12 @@ def draw_chart(draw: Callable[[Axes], None], title: str) -> str:
 
 
 def draw_series(
-    axes: Axes, name: str, x: Sequence[float], y: Sequence[float | None], hints: Sequence[str], **style: Any
+    axes: Axes,
+    name: str,
+    x: Sequence[float] | Floats,
+    y: Sequence[float | None],
+    hints: Sequence[str],
+    **style: Any,
 ) -> None:
     """Draw a line of points; None leaves a gap. The hint of a point shows under the mouse."""
     axes.plot(x, np.array(y, float), label=name, clip_on=False, **style)

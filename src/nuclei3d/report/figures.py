@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,8 @@ def draw_nuclei(nuclei: pd.DataFrame, volumes: Mapping[str, ShownVolume], out: P
     arrays = {name: volumes[name].read() for name in nuclei["volume"].unique()}
     figure = Figure(figsize=(1.9 * max(len(nuclei), 2), 4.2), layout="constrained")
     panels = figure.subplots(2, len(nuclei), squeeze=False)
-    for column, row in enumerate(nuclei.itertuples()):
+    rows: Iterable[Any] = nuclei.itertuples()
+    for column, row in enumerate(rows):
         volume = volumes[row.volume]
         centre = _voxel_of(row, volume.voxel_size)
         box = [

@@ -14,18 +14,7 @@ from nuclei3d.scoring.bootstrap import FEW_UNITS, side_of_zero
 if TYPE_CHECKING:
     import pandas as pd
 
-_LISTED = (
-    "volume",
-    "outcome",
-    "label",
-    "z_um",
-    "y_um",
-    "x_um",
-    "volume_um3",
-    "contrast",
-    "best_iou",
-    "score",
-)
+_NOT_LISTED = ["embryo", "frame", "contrast_bin", "partner", "surface_um"]
 # Found nuclei are listed too, as long as they do not make the page heavy.
 _MOST_FOUND = 5000
 
@@ -88,16 +77,16 @@ def build_page(
 
 def _embedded(nuclei: pd.DataFrame, volumes: Sequence[Mapping[str, Any]], symbol: str) -> str:
     """Give what the viewer needs as JSON: volumes, and nuclei with the errors first."""
-    listed = None
+    listed: dict[str, Any] = {"columns": [], "data": []}
     if volumes:
         found = nuclei["outcome"] == "found"
-        kept = nuclei[~found | (found.cumsum() <= _MOST_FOUND)]
+        kept = nuclei[~found | (found.cumsum() <= _MOST_FOUND)].drop(columns=_NOT_LISTED)
         kept = kept.sort_values("outcome", key=lambda outcome: outcome == "found", kind="stable")
-        listed = kept[[*_LISTED]].round(3).astype(object)
+        listed = json.loads(kept.round(3).to_json(orient="split", index=False))
     tree = {
         "volumes": volumes,
-        "fields": _LISTED,
-        "nuclei": [] if listed is None else listed.where(listed.notna(), None).to_numpy().tolist(),
+        "fields": listed["columns"],
+        "nuclei": listed["data"],
         "colors": OUTLINES,
         "unit": symbol,
     }

@@ -247,10 +247,10 @@ def score_bins(counts: BinCounts, edges: Sequence[float], weights: Floats | None
     def share(part: Floats, whole: Floats) -> tuple[int, float | None, list[float] | None]:
         n, value = whole.sum(), ratio(part.sum(), whole.sum())
         if weights is None:
-            bounds = wilson_interval(float(part.sum()), float(n))
+            interval = interval_as_json(wilson_interval(float(part.sum()), float(n)))
         else:
-            bounds = percentile_interval(ratio(weights @ part, weights @ whole))
-        return int(n), number_or_none(value), interval_as_json(bounds)
+            interval = interval_as_json(percentile_interval(ratio(weights @ part, weights @ whole)))
+        return int(n), number_or_none(value), interval
 
     bounds, bins = [None, *edges, None], []
     for index, (low, high) in enumerate(pairwise(bounds)):
@@ -403,7 +403,7 @@ def _pools(
     return pools
 
 
-def interval_as_json(bounds: Sequence[float]) -> list[float] | None:
+def interval_as_json(bounds: tuple[Any, Any]) -> list[float] | None:
     """Give an interval as a list of two, or None where it is undefined."""
     return None if np.isnan(bounds).any() else [float(bound) for bound in bounds]
 

@@ -77,7 +77,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     for name in names:
         if first["volumes"][name]["truth_digest"] != second["volumes"][name]["truth_digest"]:
             raise InputError(
-                f"volume {name} has other true labels in {a} than in {b}; evaluate both against the same truth"
+                f"volume {name} has other true labels in {a} than in {b}; evaluate both against the same "
+                "truth"
             )
     notes = []
     left_out = len(first["volumes"].keys() ^ second["volumes"].keys())

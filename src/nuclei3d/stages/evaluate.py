@@ -133,7 +133,7 @@ def evaluate(
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
     assessed, digests = _assess(params, pairing.pairs, diameter_um, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
-    edges_from = "true labels" if edges is None else "training labels"
+    edges_from: str | None = "true labels" if edges is None else "training labels"
     if not np.isfinite(contrast).any():
         edges = edges_from = None
     elif edges is None:
