@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,8 +59,8 @@ def style_of(position: int) -> dict[str, Any]:
     return METHOD_STYLES[position % len(METHOD_STYLES)]
 
 
-def draw_chart(draw: Callable[[Axes], None], title: str) -> str:
-    """Give what `draw` draws as SVG with a legend below; screen readers read the title, not drawn."""
+def draw_chart(draw: Callable[[Axes], None]) -> str:
+    """Give what `draw` draws as SVG with a legend below; screen readers read what is drawn by what."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -72,6 +72,7 @@ def draw_chart(draw: Callable[[Axes], None], title: str) -> str:
         handles, names = axes.get_legend_handles_labels()
         if len(names) > 1:
             figure.legend(handles, names, loc="outside lower left", ncols=3)
+        title = f"{axes.get_ylabel()} by {axes.get_xlabel()}"
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     text = file.getvalue()
@@ -111,11 +112,7 @@ def draw_ap(axes: Axes, methods: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def draw_bins(
-    axes: Axes,
-    methods: Mapping[str, Mapping[str, Any]],
-    key: str,
-    quantity: Literal["recall", "precision"],
-    caption: str,
+    axes: Axes, methods: Mapping[str, Mapping[str, Any]], key: str, quantity: str, caption: str
 ) -> None:
     """Draw recall or precision by bin of contrast or depth, with intervals as whiskers."""
     interval, count = ("interval", "n") if quantity == "recall" else ("precision_interval", "n_pred")
@@ -149,25 +146,21 @@ def charts_of(
     history.csv of the training.
     """
     metrics = next(iter(methods.values()))
-    charts = [
+    charts = [("Average precision (band: 95 % interval)", draw_chart(partial(draw_ap, methods=methods)))]
+    contrast, depth = "recall_by_contrast", "recall_by_depth_um"
+    for title, key, quantity, caption in (
         (
-            "Average precision (band: 95 % interval)",
-            draw_chart(lambda axes: draw_ap(axes, methods), "Average precision by IoU threshold"),
-        )
-    ]
-
-    def add_bins(title: str, key: str, quantity: Literal["recall", "precision"], caption: str) -> None:
+            "Are faint nuclei found? Recall by contrast",
+            contrast,
+            "recall",
+            "contrast, faintest true nuclei left",
+        ),
+        ("Are faint predictions right?", contrast, "precision", "contrast, faintest predictions left"),
+        ("Recall by depth", depth, "recall", f"z of the nucleus ({unit}), first plane left"),
+    ):
         if metrics[key]:
             draw = partial(draw_bins, methods=methods, key=key, quantity=quantity, caption=caption)
-            charts.append((title, draw_chart(draw, f"{quantity} by bin")))
-
-    key = "recall_by_contrast"
-    caption = "contrast, faintest true nuclei left"
-    add_bins("Are faint nuclei found? Recall by contrast", key, "recall", caption)
-    caption = "contrast, faintest predictions left"
-    add_bins("Are faint predictions right?", key, "precision", caption)
-    caption = f"z of the nucleus ({unit}), first plane left"
-    add_bins("Recall by depth", "recall_by_depth_um", "recall", caption)
+            charts.append((title, draw_chart(draw)))
     charts += [("Numbers of nuclei over time", chart) for chart in counts_charts(metrics["volumes"].values())]
     return charts + (training_charts(history) if history is not None else [])
 
@@ -188,7 +181,7 @@ def counts_charts(volumes: Iterable[Mapping[str, Any]]) -> list[str]:
         axes.set(xlabel=f"frame of {embryo}", ylabel="nuclei", ylim=(0, max(1, axes.get_ylim()[1])))
 
     return [
-        draw_chart(partial(draw, embryo=embryo, frames=frames), f"Numbers of nuclei over time in {embryo}")
+        draw_chart(partial(draw, embryo=embryo, frames=frames))
         for embryo, frames in list(by_embryo.items())[:_MOST_EMBRYOS]
         if len(frames) > 1
     ]
@@ -213,7 +206,7 @@ def training_charts(history: Path) -> list[tuple[str, str]]:
         curves = {name: curve for name, curve in curves.items() if len(curve)}
         if curves:
             draw = partial(_draw_curves, curves=curves, label=label, top=top)
-            charts.append((caption, draw_chart(draw, f"{label} by epoch")))
+            charts.append((caption, draw_chart(draw)))
     return charts
 
 
