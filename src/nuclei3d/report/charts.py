@@ -42,6 +42,7 @@ _LOOK: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": "#8c959f",
     "axes.grid": True,
+    "font.sans-serif": ["DejaVu Sans"],
     "axes.grid.axis": "y",
     "grid.color": "#eaeef2",
     "legend.frameon": False,
