@@ -151,20 +151,19 @@ def _find_images(entries: Sequence[Entry], images: Path, params: Params) -> list
     from nuclei3d.stages.pairing import find_image_entries, pair_entries
 
     pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
-    paired = {id(first) for first, _ in pairs}
-    alone = [entry for entry in entries if id(entry) not in paired]
+    alone = [entry for entry in entries if entry not in pairs]
     if alone:
         raise InputError(
             f"{alone[0].frame.path} has no image of its name in {images} ({len(alone)} such masks)"
         )
-    for first, image in pairs:
+    for first, image in pairs.items():
         if first.frame.shape != image.frame.shape:
             one, other = (" x ".join(map(str, entry.frame.shape)) for entry in (first, image))
             raise InputError(
                 f"{first.frame.path} is {one}, its image {image.frame.path} is {other}; "
                 "masks and images must lie on one grid"
             )
-    return pairs
+    return [*pairs.items()]
 
 
 def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Path) -> list[Path]:

@@ -138,9 +138,9 @@ def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Seq
             "the validation volumes hold no nucleus as faint as the faintest fifth in training; search for "
             "search.objective: ap, or validate on other embryos"
         )
-    reached = recall_at_precision(assessments, search.precision, edges=edges)
-    if reached is not None:
-        return reached[0]
+    (recall,), _ = recall_at_precision(assessments, search.precision, edges=edges)
+    if not math.isnan(recall):
+        return float(recall)
     # below every model that reaches the precision, and the lower the further from it
     precision = float(pooled.precision)
     return -search.precision if math.isnan(precision) else precision - search.precision
