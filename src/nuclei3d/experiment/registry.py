@@ -16,10 +16,10 @@ import numpy as np
 
 import nuclei3d
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.config.sections import PredictParams, SegmentationParams
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_second_model
+from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
@@ -224,16 +224,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
             ]
         ),
         outputs=Schema([ColSpec(DataType.string, "labels"), ColSpec(Array(nucleus), "nuclei")]),
-        params=ParamSchema([_parameter(name, info, predict) for name in _request_order()]),
+        params=ParamSchema([_parameter(name, info, predict) for name in RequestParams.model_fields]),
     )
-
-
-def _request_order() -> list[str]:
-    """Name what a request may set; what is said of the image follows the diameter."""
-    shared = list(SegmentationParams.model_fields)
-    own = [name for name in RequestParams.model_fields if name not in shared]
-    after = shared.index("diameter_um") + 1
-    return [*shared[:after], *own, *shared[after:]]
 
 
 _MLFLOW_TYPES = {"string": "string", "number": "double", "integer": "long", "boolean": "boolean"}
@@ -335,15 +327,8 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     from nuclei3d.experiment.serving_model import NucleiModel
 
     served = NucleiModel()
-    served.open(
-        folder,
-        {
-            "root": params.serve.root,
-            "max_voxels": params.serve.max_voxels,
-            "device": params.predict.device,
-            "predict": params_as_dict(params.predict),
-        },
-    )
+    root = Path(params.serve.root) if params.serve.root else None
+    served.open(folder, VolumeLimits(root, params.serve.max_voxels), params.predict)
     return served
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config.loading import flat
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.provenance import environment_listing, trace_provenance
@@ -316,19 +317,10 @@ def _end(status: str) -> None:
 
 def _stage_params(stage: str, params: Params) -> dict[str, object]:
     """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
-    tree = params_as_dict(params)
-    sections = _SECTIONS.get(stage, tuple(tree))
-    flat: dict[str, object] = {"run.seed": params.seed}
-
-    def walk(prefix: str, node: Mapping[str, object]) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = without_passwords(value) if isinstance(value, str) else value
-
-    walk("", {name: tree[name] for name in sections if isinstance(tree[name], dict)})
-    return flat
+    tree = {name: section for name, section in params_as_dict(params).items() if isinstance(section, dict)}
+    values = flat({name: tree[name] for name in _SECTIONS.get(stage, tree)})
+    shown = {name: without_passwords(v) if isinstance(v, str) else v for name, v in values.items()}
+    return {"run.seed": params.seed, **shown}
 
 
 def _device_of(stage: str, params: Params) -> str | None:

@@ -21,14 +21,15 @@ import search_toys
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import Params, load_params
+from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.space import search_space
 from nuclei3d.stages.search.study import SearchResult, search
+from nuclei3d.stages.search.worker import new_pruner
 
-HERE = Path(__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
 
 
@@ -102,6 +103,29 @@ def test_hopeless_trials_are_pruned_and_say_so(tmp_path: Path) -> None:
 def test_the_first_trial_is_never_given_up(tmp_path: Path) -> None:
     result = run(tmp_path, "train.learning_rate=0.01", "search.first_rung=0.2", trials=5, workers=2)
     assert result.start_value is not None
+
+
+def report_half(trial: optuna.Trial, value: float) -> bool:
+    """Report a value at the half of a trial's epochs; tell whether it is to be given up."""
+    trial.report(value, 500)
+    return trial.should_prune()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_that_was_put_back_is_counted_once() -> None:
+    """Of 3, 2 and 1 the two best would fill the upper half if the 3 counted three times."""
+    pruner = new_pruner(SearchParams(first_rung=0.5, reduction=2))
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    best = study.ask()
+    report_half(best, 3.0)
+    for _ in range(2):
+        study._storage.set_trial_state_values(best._trial_id, TrialState.WAITING)
+        again = study.ask()
+        assert again.number == best.number
+        assert not again.should_prune(), "it does not race against itself"
+    report_half(study.ask(), 1.0)
+    assert report_half(study.ask(), 0.5)
+    assert not report_half(study.ask(), 2.0), "2 is among the better half of 3, 2, 1, 0.5"
 
 
 def test_a_long_schedule_survives_the_comparison_with_short_ones(tmp_path: Path) -> None:
@@ -299,21 +323,10 @@ def test_a_half_written_journal_is_mended(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 3
 
 
-KILLED = """
-import sys, pathlib, search_toys
-from test_search import run
-run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))
-"""
-
-
 def start_elsewhere(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "TOY_EPOCH_S": "0.05"}
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), str(workers)],
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    code = "import sys, pathlib; from test_search import run; "
+    code += "run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))"
+    return search_toys.start_elsewhere(code, folder, workers)
 
 
 def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:

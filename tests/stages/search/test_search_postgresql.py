@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -27,8 +26,6 @@ from nuclei3d.errors import InputError
 from nuclei3d.stages.search.objective import TrialJob
 from nuclei3d.stages.search.storage import WORKER, open_storage
 from nuclei3d.stages.search.study import SearchResult, search
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -111,20 +108,10 @@ def run(folder: Path, storage: str, *overrides: str, **options: Any) -> SearchRe
     )
 
 
-ELSEWHERE = """
-import sys, pathlib
-from test_search_postgresql import run
-run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))
-"""
-
-
 def start_elsewhere(folder: Path, storage: str, trials: int, epoch_s: float) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        "TOY_EPOCH_S": str(epoch_s),
-    }
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), storage, str(trials)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    code = "import sys, pathlib; from test_search_postgresql import run; "
+    code += "run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))"
+    return search_toys.start_elsewhere(code, folder, storage, trials, epoch_s=epoch_s)
 
 
 def open_database(storage: str) -> str:

@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from optuna import Trial
 from optuna.distributions import (
@@ -17,7 +16,7 @@ from optuna.distributions import (
 )
 
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.config.loading import validate_params
+from nuclei3d.config.loading import flat, validate_params
 from nuclei3d.config.sections import Range
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
@@ -83,7 +82,7 @@ def fingerprint(params: Params, space: SearchSpace, slices_md5: str) -> str:
     without = {f"{section}.{key}" for section in SEARCHED_SECTIONS for key in _WITHOUT_EFFECT}
     described = {
         name: value
-        for name, value in _flat(sections).items()
+        for name, value in flat(sections).items()
         if name not in without and name not in space.distributions
     }
     described |= {
@@ -105,20 +104,13 @@ def differences(known: str, wanted: str) -> str:
     return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names[:3])
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _start_value(params: Params, name: str) -> Value:
     if name.split(".")[0] not in SEARCHED_SECTIONS:
         raise InputError(
             f"search.more: '{name}' cannot be searched; only parameters of the sections "
             f"{' and '.join(SEARCHED_SECTIONS)} can, because the slices are not made again"
         )
-    known = _flat(params.model_dump(mode="json", include=set(SEARCHED_SECTIONS)))
+    known = flat(params.model_dump(mode="json", include=set(SEARCHED_SECTIONS)))
     if name in known and not isinstance(known[name], list):
         value: Value = known[name]
         return value

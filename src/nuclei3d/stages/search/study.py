@@ -111,8 +111,7 @@ def search(
 
     The first trial takes the values in params.yaml. The search may be killed at any time; the same command
     goes on until `trials` trials are finished or pruned in all, and with a trial that was running from its
-    last checkpoint. In PostgreSQL the same command started several times works on one
-    search together.
+    last checkpoint. In PostgreSQL the same command started several times works on one search together.
 
     Parameters
     ----------
@@ -271,8 +270,7 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, run: StageRun
         written = _write_study(study, records, task)
         for path in written if store.journal is None else [*written, store.journal]:
             run.artifact(path, "search")
-        counts = {state: result.trials[state] for state in ("finished", "pruned")}
-        run.metrics({"best": result.best.value, **counts})
+        run.metrics({"best": result.best.value} | {state: states.count(state) for state in _SHOWN[:2]})
         run.tags(
             {"nuclei3d.best_trial": best.number}
             | {f"nuclei3d.best.{name}": value for name, value in result.best.values.items()}
@@ -281,7 +279,6 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, run: StageRun
 
 
 def _write_study(study: Study, records: Sequence[TrialRecord], task: SearchTask) -> list[Path]:
-    task.out.mkdir(parents=True, exist_ok=True)
     searched = optuna.create_study(study_name=study.study_name, direction="maximize")
     searched.add_trials(counted(study, *TrialState))
     rows = [asdict(record) for record in records]

@@ -221,20 +221,19 @@ class Worker:
     def _attempt(self, claim: ExitStack, trial: Trial) -> float:
         """Compute what a trial is judged by; its reason, if it ends early, is on the trial."""
         attrs = trial.user_attrs
-        trial.set_user_attr(WORKER, self.name)
-        trial.set_user_attr(ATTEMPTS, attrs.get(ATTEMPTS, 0) + 1)
-        values = self.task.space.draw(trial)
-        self.store.beat(trial._trial_id)
-        claim.close()
-        frozen = self._frozen(trial)
-        self._run = self.runs.begin(record_of(frozen))
-        params = params_with(self.task.params, values)
-        if SEED in attrs:
-            params = params.model_copy(update={"seed": attrs[SEED]})
-        job = TrialJob(params, self.task.slices, self.task.folder_of(frozen), self.task.data)
         try:
+            trial.set_user_attr(WORKER, self.name)
+            trial.set_user_attr(ATTEMPTS, attrs.get(ATTEMPTS, 0) + 1)
+            params = params_with(self.task.params, self.task.space.draw(trial))
+            if SEED in attrs:
+                params = params.model_copy(update={"seed": attrs[SEED]})
+            self.store.beat(trial._trial_id)
+            claim.close()
+            frozen = self._frozen(trial)
+            self._run = self.runs.begin(record_of(frozen))
             if attrs.get(ATTEMPTS, 0) > self.search.max_retries:
                 raise TrialError(f"its process died {attrs[ATTEMPTS]} times")
+            job = TrialJob(params, self.task.slices, self.task.folder_of(frozen), self.task.data)
             value = self.task.objective(job, self._reporter(trial, params.train.epochs))
             self._leave_if_taken_over(trial)
             if not math.isfinite(value):
