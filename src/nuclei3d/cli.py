@@ -110,73 +110,67 @@ def _all_commands(
     pass
 
 
-def _flag(name: str, told: str) -> Any:
-    return typer.Option(name, help=told)
-
-
-def _value(told: str, shown: str | None = None, *names: str) -> Any:
-    return typer.Option(*names, help=told, metavar=shown)
-
-
-def _place(told: str, shown: str, **more: Any) -> Any:
-    return typer.Argument(help=told, metavar=shown, **more)
-
-
 # What the help says of an option or argument, by its name or, where commands differ, by command and name.
 _OPTIONS: dict[str, Any] = {
-    "params": _value("Parameter file; params.yaml if there is one.", "FILE"),
-    "overrides": _value("Override one parameter; may be repeated.", "SECTION.KEY=VALUE", "--set"),
-    "as_json": _flag("--json", "Print the result as one JSON object on stdout."),
-    "slices": _value("Folder made by prepare.", "DIR"),
-    "data": _value("Folder of labelled embryos.", "DIR"),
-    "model": _value("Model folder.", "DIR"),
-    "out": _value("Folder to write.", "DIR"),
-    "augment.out": _value("PNG to write.", "FILE"),
-    "train.data": _value("Labelled embryos, for validation in 3D.", "DIR"),
-    "train.resume": _flag("--resume/--afresh", "Go on from the last checkpoint, or start anew."),
-    "predict.inputs": _place("Files, folders or OME-Zarr.", "INPUT...", show_default=False),
-    "predict.model": _value("Model folder, weights file, models:/name@alias or URL."),
-    "predict.mode": _value("auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
-    "predict.memory": _value("Cut volumes that need more than this into blocks.", "GB"),
-    "predict.scheduler": _value("Dask cluster for the blocks.", "tcp://HOST:PORT"),
-    "predict.overwrite": _flag("--overwrite", "Segment again what was done before."),
-    "evaluate.truth": _value("Folder of true labels.", "DIR"),
-    "evaluate.pred": _value("Folder of predicted labels.", "DIR"),
-    "evaluate.images": _value("Images, for contrast and baselines.", "DIR"),
-    "evaluate.slices": _value("Folder made by prepare: its bins of contrast.", "DIR"),
-    "evaluate.history": _value("history.csv of the training, for the report.", "FILE"),
-    "evaluate.baseline": _value(
-        "Labels by another method, put beside the predictions; may be repeated.", "NAME=DIR"
+    "params": typer.Option(help="Parameter file; params.yaml if there is one.", metavar="FILE"),
+    "overrides": typer.Option(
+        "--set", help="Override one parameter; may be repeated.", metavar="SECTION.KEY=VALUE"
     ),
-    "evaluate.name": _value("What the report calls the predictions."),
-    "assess.model": _value("Model folder, weights file or models:/name@alias."),
-    "assess.out": _value("Folder for predictions/ and evaluation/.", "DIR"),
-    "assess.slices": _value("Folder made by prepare: its bins of contrast.", "DIR"),
-    "compare.a": _place("metrics.json, or the folder of an evaluation.", "A"),
-    "compare.b": _place("The other one, on the same volumes.", "B"),
-    "compare.out": _value("File or folder for the result.", "DIR"),
-    "search.trials": _value("Trials wanted in all, over all starts.", "N"),
-    "search.out": _value("Folder of the search.", "DIR"),
-    "search.storage": _value("postgresql://... for many machines; a file in --out otherwise.", "URL"),
-    "search.workers": _value("Processes on this machine.", "N"),
-    "search.data": _value("Labelled embryos, for validation in 3D.", "DIR"),
-    "search.apply": _flag("--apply", "Write the best values into the parameter file."),
-    "register.metrics": _value("metrics.json of its evaluation.", "FILE"),
-    "register.force": _flag("--force", "Make it the champion whatever the comparison says."),
-    "rollback.version": _value("Version to go back to; the one before otherwise."),
-    "serve.model": _value("models:/name@alias or a model folder."),
-    "serve.host": _value("Address to listen on."),
-    "serve.port": _value("Port to listen on.", "N"),
-    "export.model": _value("Model folder, weights file or models:/name@alias."),
-    "export.masks": _value("Masks that predict wrote, for seg and rois.", "DIR"),
-    "export.images": _value("Their images, for seg.", "DIR"),
-    "export.slices": _value("Folder made by prepare, for cellpose-training.", "DIR"),
-    "export.formats": _value(
-        "cellpose, bioimageio, seg, rois or cellpose-training; may be repeated.", None, "--format"
+    "as_json": typer.Option("--json", help="Print the result as one JSON object on stdout."),
+    "slices": typer.Option(help="Folder made by prepare.", metavar="DIR"),
+    "data": typer.Option(help="Folder of labelled embryos.", metavar="DIR"),
+    "model": typer.Option(help="Model folder.", metavar="DIR"),
+    "out": typer.Option(help="Folder to write.", metavar="DIR"),
+    "augment.out": typer.Option(help="PNG to write.", metavar="FILE"),
+    "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
+    "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
+    "predict.inputs": typer.Argument(
+        help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
     ),
-    "view.image": _place("Image, or a folder of them.", "IMAGE"),
-    "view.masks": _place("Masks to lay over it.", "MASKS..."),
-    "run.data": _value("Labelled embryos.", "DIR"),
+    "predict.model": typer.Option(help="Model folder, weights file, models:/name@alias or URL."),
+    "predict.mode": typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
+    "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
+    "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
+    "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
+    "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
+    "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
+    "evaluate.slices": typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    "evaluate.history": typer.Option(help="history.csv of the training, for the report.", metavar="FILE"),
+    "evaluate.baseline": typer.Option(
+        help="Labels by another method, put beside the predictions; may be repeated.", metavar="NAME=DIR"
+    ),
+    "evaluate.name": typer.Option(help="What the report calls the predictions."),
+    "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "assess.out": typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR"),
+    "assess.slices": typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    "compare.a": typer.Argument(help="metrics.json, or the folder of an evaluation.", metavar="A"),
+    "compare.b": typer.Argument(help="The other one, on the same volumes.", metavar="B"),
+    "compare.out": typer.Option(help="File or folder for the result.", metavar="DIR"),
+    "search.trials": typer.Option(help="Trials wanted in all, over all starts.", metavar="N"),
+    "search.out": typer.Option(help="Folder of the search.", metavar="DIR"),
+    "search.storage": typer.Option(
+        help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"
+    ),
+    "search.workers": typer.Option(help="Processes on this machine.", metavar="N"),
+    "search.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
+    "search.apply": typer.Option("--apply", help="Write the best values into the parameter file."),
+    "register.metrics": typer.Option(help="metrics.json of its evaluation.", metavar="FILE"),
+    "register.force": typer.Option("--force", help="Make it the champion whatever the comparison says."),
+    "rollback.version": typer.Option(help="Version to go back to; the one before otherwise."),
+    "serve.model": typer.Option(help="models:/name@alias or a model folder."),
+    "serve.host": typer.Option(help="Address to listen on."),
+    "serve.port": typer.Option(help="Port to listen on.", metavar="N"),
+    "export.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "export.masks": typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
+    "export.images": typer.Option(help="Their images, for seg.", metavar="DIR"),
+    "export.slices": typer.Option(help="Folder made by prepare, for cellpose-training.", metavar="DIR"),
+    "export.formats": typer.Option(
+        "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
+    ),
+    "view.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
+    "view.masks": typer.Argument(help="Masks to lay over it.", metavar="MASKS..."),
+    "run.data": typer.Option(help="Labelled embryos.", metavar="DIR"),
 }
 
 
@@ -295,7 +289,7 @@ def evaluate(
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
-    options = {"images": images, "summary": slices, "history": history, "method": name}
+    options: dict[str, Any] = {"images": images, "summary": slices, "history": history, "method": name}
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 

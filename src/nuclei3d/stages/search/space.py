@@ -85,16 +85,10 @@ def fingerprint(params: Params, space: SearchSpace, slices_md5: str) -> str:
         for name, value in flat(sections).items()
         if name not in without and name not in space.distributions
     }
-    described |= {
-        "slices": slices_md5,
-        "seed": params.seed,
-        "search.objective": search.objective,
-        "search.precision": search.precision if search.objective == "faint_recall" else None,
-        "search.volumes": search.volumes,
-        "search.prune_on": search.prune_on,
-    }
+    described |= {f"search.{name}": getattr(search, name) for name in ("objective", "volumes", "prune_on")}
+    described |= {"search.precision": search.precision if search.objective == "faint_recall" else None}
     described |= {f"ranges.{name}": str(found) for name, found in space.distributions.items()}
-    return json.dumps(described, sort_keys=True)
+    return json.dumps(described | {"slices": slices_md5, "seed": params.seed}, sort_keys=True)
 
 
 def differences(known: str, wanted: str) -> str:

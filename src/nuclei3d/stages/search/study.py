@@ -241,7 +241,7 @@ def _conclude(store: StudyStorage, study: Study, task: SearchTask, run: StageRun
         )
     records = [record_of(trial) for trial in study.get_trials(deepcopy=False)]
     # what each finished trial reached: with the seed of params.yaml, then with the others
-    values = {trial.number: [trial.value] for trial in finished}
+    values = {trial.number: [trial.value or 0.0] for trial in finished}
     for record in records:
         if record.confirms is not None and record.value is not None:
             values[record.confirms].append(record.value)

@@ -119,7 +119,7 @@ def counted(study: Study, *states: TrialState) -> list[FrozenTrial]:
 def best_first(study: Study) -> list[FrozenTrial]:
     """List the finished trials, the best one first."""
     # sorted() is stable: of equal trials the earlier one, such as that of params.yaml, stays before
-    return sorted(counted(study, TrialState.COMPLETE), key=lambda trial: -trial.value)
+    return sorted(counted(study, TrialState.COMPLETE), key=lambda trial: -(trial.value or 0.0))
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
