@@ -42,7 +42,7 @@ def validate_params(tree: Mapping[str, Any], source: str) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{source}: " + "; ".join(explain(error, Params))) from None
+        raise InputError(f"{source}: " + "; ".join(_explain(error))) from None
 
 
 def params_as_dict(params: BaseModel) -> dict[str, Any]:
@@ -106,13 +106,12 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Say what is wrong with each value of a section, or of all of them (`root`), and how to mend it."""
+def _explain(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = _known_names(root, problem["loc"][:-1])
+            known = _known_names(problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
             lines.append(f"unknown parameter '{name}'; {hint}")
@@ -121,7 +120,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return lines
 
 
-def _known_names(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _known_names(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Params
     for part in location:
         field = section.model_fields.get(str(part))
         # the key of a mapping, such as a parameter's name in search.more, is no field; its section stays

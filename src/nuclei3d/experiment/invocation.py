@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import math
 import re
 import tempfile
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, ValidationError
 
-from nuclei3d.config.loading import explain
 from nuclei3d.config.sections import PositiveFloat, PredictParams, SegmentationParams, Triple
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
@@ -78,10 +78,18 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
     Empty texts and lists mean "not given": that is how MLflow's signature can say it.
     """
     given = {name: value for name, value in (values or {}).items() if not _is_empty(value)}
+    known = sorted(RequestParams.model_fields)
+    for name in given:
+        if name not in RequestParams.model_fields:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            raise InputError(f"unknown parameter '{name}'; {hint}")
     try:
         return RequestParams.model_validate(given)
     except ValidationError as error:
-        raise InputError(explain(error, RequestParams)[0]) from None
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"parameter '{name}' is {problem['input']!r}: {problem['msg']}") from None
 
 
 def decode_volume(value: object) -> bytes:

@@ -19,7 +19,7 @@ from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, VolumeLimits, refuse_second_model
+from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
@@ -327,8 +327,15 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     from nuclei3d.experiment.serving_model import NucleiModel
 
     served = NucleiModel()
-    root = Path(params.serve.root) if params.serve.root else None
-    served.open(folder, VolumeLimits(root, params.serve.max_voxels), params.predict)
+    served.open(
+        folder,
+        {
+            "root": params.serve.root,
+            "max_voxels": params.serve.max_voxels,
+            "device": params.predict.device,
+            "predict": params_as_dict(params.predict),
+        },
+    )
     return served
 
 

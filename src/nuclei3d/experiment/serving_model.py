@@ -48,18 +48,15 @@ class NucleiModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load what MLflow fetched."""
-        config = context.model_config or {}
-        root, device = config.get("root"), config.get("device")
-        predict = (config.get("predict") or {}) | ({"device": device} if device else {})
-        limits = VolumeLimits(Path(root) if root else None, int(config.get("max_voxels") or MAX_VOXELS))
-        self.open(Path(context.artifacts["model"]), limits, PredictParams.model_validate(predict))
+        self.open(Path(context.artifacts["model"]), context.model_config or {})
 
-    def open(self, folder: Path, limits: VolumeLimits, defaults: PredictParams) -> None:
+    def open(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Load the network of a model folder and find out which version of which registered model it is."""
-        self.limits = limits
-        self.defaults = defaults
+        root = config.get("root")
+        self.limits = VolumeLimits(Path(root) if root else None, int(config.get("max_voxels") or MAX_VOXELS))
+        self.defaults = PredictParams.model_validate(config.get("predict") or {})
         self.model = load_model(folder)
-        self.device = choose_device(defaults.device)
+        self.device = choose_device(str(config.get("device") or self.defaults.device))
         self.model.network.to(self.device)
         self.version = {"name": self.model.info.name} | _registered_version(folder)
         # Requests come in threads; the network's work is done for one of them at a time.
