@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 from optuna import Study
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -82,9 +82,10 @@ class StudyStorage:
 
 
 def _put_back(storage: BaseStorage, trial_id: int) -> None:
-    """Let a trial wait for a worker again, with its number, values and curve."""
-    storage.set_trial_user_attr(trial_id, WORKER, None)
-    storage.set_trial_state_values(trial_id, TrialState.WAITING)
+    """Let a trial wait for a worker again, with its number, values and curve; unless it has just ended."""
+    with suppress(UpdateFinishedTrialError):
+        storage.set_trial_user_attr(trial_id, WORKER, None)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
 class _Database(RDBStorage):
