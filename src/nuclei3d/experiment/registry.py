@@ -341,24 +341,19 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics.json."""
-    if path.is_dir():
-        path = path / _METRICS_FILE
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result["volumes"] and all("counts" in item for item in result["volumes"].values()):
+            return result
     except OSError as error:
         raise InputError(
             f"cannot read the metrics {path}: {error.strerror}; nuclei3d evaluate writes it"
         ) from None
-    except ValueError:
-        raise InputError(
-            f"{path} is not valid JSON; expected the metrics.json of nuclei3d evaluate"
-        ) from None
-    volumes = result.get("volumes") if isinstance(result, dict) else None
-    if not isinstance(volumes, dict) or not volumes or not all("counts" in item for item in volumes.values()):
-        raise InputError(
-            f"{path} has no scores per volume under 'volumes'; expected what nuclei3d evaluate writes"
-        )
-    return dict(result)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(
+        f"{path} has no scores per volume under 'volumes'; expected the metrics.json of nuclei3d evaluate"
+    )
 
 
 def judge(

@@ -5,7 +5,6 @@ What a trial is known by beyond Optuna's own fields stands in its user attribute
 
 from __future__ import annotations
 
-import gc
 import math
 import multiprocessing
 import os
@@ -156,19 +155,19 @@ class _Left(BaseException):
     """
 
 
+@dataclass
 class Worker:
     """Runs trials of a study until there are enough."""
 
-    def __init__(
-        self, name: str, task: SearchTask, store: StudyStorage, study: Study, runs: TrialRuns
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.search = task.params.search
-        self.store = store
-        self.study = study
-        self.runs = runs
-        self._failures_before = len(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+    name: str
+    task: SearchTask
+    store: StudyStorage
+    study: Study
+    runs: TrialRuns
+
+    def __post_init__(self) -> None:
+        self.search = self.task.params.search
+        self._failures_before = self._failures()
         # of the trial at work
         self._run = StageRun(None, None)
 
@@ -211,7 +210,11 @@ class Worker:
         self.study.sampler = self.task.new_sampler(len(self.study.get_trials(deepcopy=False)))
         try:
             self.study.optimize(
-                partial(self._attempt, claim), n_trials=1, catch=(TrialError,), callbacks=[self._close]
+                partial(self._attempt, claim),
+                n_trials=1,
+                catch=(TrialError,),
+                callbacks=[self._close],
+                gc_after_trial=True,
             )
         except _Left as left:
             if left.__cause__ is not None:
@@ -288,13 +291,18 @@ class Worker:
         for ended in study.get_trials(deepcopy=False):
             if ended.state.is_finished() and self.task.folder_of(ended) not in keep:
                 shutil.rmtree(self.task.folder_of(ended), ignore_errors=True)
-        _free_memory()
-        failures = len(study.get_trials(deepcopy=False, states=(TrialState.FAIL,))) - self._failures_before
+        if "torch" in sys.modules:
+            # the next trial's batches may be of another size
+            sys.modules["torch"].cuda.empty_cache()
+        failures = self._failures() - self._failures_before
         if trial.state == TrialState.FAIL and failures >= self.search.max_failures:
             raise InputError(
                 f"{failures} trials failed, the last one with: {record.reason}; mend that, or raise "
                 "search.max_failures, and start the search again: it goes on from here"
             )
+
+    def _failures(self) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[trial.number]
@@ -312,14 +320,6 @@ def _why_only_worse(error: Exception) -> str | None:
     training = sys.modules.get("nuclei3d.training.loop")
     diverged = training is not None and isinstance(error, training.DivergedError)
     return text if diverged or isinstance(error, TrialPruned) else None
-
-
-def _free_memory() -> None:
-    """Give the GPU's memory back: the next trial's batches may be of another size."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _outcome(record: TrialRecord, finished: list[FrozenTrial]) -> str:
