@@ -298,7 +298,7 @@ def _begin(client: MlflowClient, params: Params, name: str, job: str | None, ear
 def _go_on(client: MlflowClient, run_id: str) -> ActiveRun:
     import mlflow
 
-    run = mlflow.start_run(run_id=run_id)
+    run = mlflow.start_run(run_id=run_id, nested=True)
     if _FAILURE_TAG in run.data.tags:
         # of an earlier start, which this one makes good
         client.delete_tag(run_id, _FAILURE_TAG)

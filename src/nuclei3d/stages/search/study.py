@@ -27,7 +27,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import StageRun, stage_run
 from nuclei3d.experiment.store import store_uri
-from nuclei3d.experiment.trials import TrialRecord, TrialRuns
+from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
 from nuclei3d.outputs import whole_file
 from nuclei3d.stages.search.objective import Objective, judged_on, train_and_validate
 from nuclei3d.stages.search.space import Value, differences, fingerprint, search_space
@@ -55,7 +55,7 @@ _STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
 )
-_SHOWN = ("finished", "pruned", "failed")
+_SHOWN: tuple[RecordedState, ...] = ("finished", "pruned", "failed")
 
 
 @dataclass(frozen=True)
