@@ -23,7 +23,7 @@ ENTRIES = {
     "assess": ("stages.assess", "stages.predict", "stages.evaluate"),
 }
 # What cannot change a result: messages, records of it, a service elsewhere, and the wrappers of every stage.
-OUTSIDE = {"console", "errors", "experiment", "client", "stages.tracked", "stages.register"}
+OUTSIDE = {"console", "errors", "experiment", "client", "stages.tracked"}
 
 
 def module_file(name: str) -> Path | None:

@@ -95,8 +95,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fakes = Stages()
-    for stage in ("prepare", "train", "predict", "evaluate", "register"):
+    for stage in ("prepare", "train", "predict", "evaluate"):
         monkeypatch.setattr(f"nuclei3d.stages.{stage}.{stage}", getattr(fakes, stage))
+    monkeypatch.setattr("nuclei3d.experiment.registry.register", fakes.register)
     return fakes
 
 

@@ -45,6 +45,16 @@ def params_as_dict(params: BaseModel) -> dict[str, Any]:
     return params.model_dump(mode="json")
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested parameters under dotted names, such as ``train.augment.flips``."""
+    flattened: dict[str, Any] = {}
+    for name, value in tree.items():
+        flattened |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        )
+    return flattened
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
