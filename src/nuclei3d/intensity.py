@@ -282,7 +282,7 @@ def _find_background(
     slack = (highest - lowest) / 2
     decile = _lower_decile(values, inside).astype(np.float32)
     smooth = np.clip(median_filter(decile, _SMOOTHING_PX), lowest - slack, highest + slack)
-    excess = smooth - smooth.min()
+    excess: NDArray[Any] = smooth - smooth.min()
     return np.rint(excess).astype(values.dtype) if np.issubdtype(values.dtype, np.integer) else excess
 
 

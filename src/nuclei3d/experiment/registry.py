@@ -23,8 +23,8 @@ from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_sec
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import ModelInfo, read_info
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.metrics import Tally
