@@ -132,7 +132,8 @@ def draw_bins(
         ]
         style = style_of(place) | {"linestyle": ""}
         # The bounds of a percentile interval need not hold the estimate itself.
-        axes.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", ecolor=style["color"], capsize=3)
+        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": style["color"], "capsize": 3, "clip_on": False}
+        axes.errorbar(x, (low + high) / 2, (high - low) / 2, **whiskers)
         draw_series(axes, name, x, [entry[quantity] for entry in entries], hints, **style)
     axes.set(xlabel=caption, ylabel=quantity, ylim=(0, 1), xlim=(-0.5, len(first) - 0.5))
     axes.set_xticks(range(len(first)), [_bounds_text(entry["from"], entry["to"]) for entry in first])
