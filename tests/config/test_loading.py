@@ -46,6 +46,16 @@ def test_a_wrong_parameter_is_named(override: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_each_error_names_where_the_value_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("train:\n  epochs: 0\n")
+    with pytest.raises(InputError) as error:
+        load_params(file, ["data.voxel_size_um=2,1,1", "train.augment.flip_z=false"])
+    assert "--set: parameter 'data.voxel_size_um'" in str(error.value)
+    assert "write it in brackets: [2,1,1]" in str(error.value)
+    assert f"{file}: parameter 'train.epochs'" in str(error.value)
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "train: [", "train: 3\n"])
 def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "odd.yaml"
