@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from oracle_network import ball_labels
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
@@ -18,6 +17,7 @@ from nuclei3d.segmentation.blocks import (
     plan_blocks,
 )
 from nuclei3d.segmentation.masks import measure_nuclei
+from oracle_network import ball_labels
 
 VOXELS = VoxelSize(2.0, 1.0, 1.0)
 

@@ -15,7 +15,7 @@ from nuclei3d.experiment.registry import load_served_model
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image
 from nuclei3d.stages.predict import predict
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 
 Serving = Callable[..., AbstractContextManager[Any]]
 PARAMS = load_params(None, ["predict.device=cpu"])
