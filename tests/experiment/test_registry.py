@@ -164,20 +164,19 @@ def test_better_on_every_frame_is_better() -> None:
     assert "better than the champion" in verdict.reason
 
 
-def test_the_same_result_is_not_better() -> None:
-    same = metrics_of([3, 2, 4, 3, 2, 3])
-    assert not judge(same, same, "champion", seed=0).better
-
-
-def test_worse_is_not_better() -> None:
-    assert not judge(metrics_of([1] * 6), metrics_of([5] * 6), "champion", seed=0).better
-
-
-def test_better_here_and_worse_there_is_not_better() -> None:
-    verdict = judge(metrics_of([8, 0, 8, 0, 8, 0]), metrics_of([0, 0, 0, 7, 8, 8]), "champion", seed=0)
-    assert verdict.difference is not None
-    assert verdict.difference > 0
+@pytest.mark.parametrize(
+    ("before", "now", "difference"),
+    [
+        ([3, 2, 4, 3, 2, 3], [3, 2, 4, 3, 2, 3], 0),
+        ([1] * 6, [5] * 6, -1),
+        # better here and worse there
+        ([8, 0, 8, 0, 8, 0], [0, 0, 0, 7, 8, 8], 1),
+    ],
+)
+def test_what_is_not_surely_better_is_not_better(before: list[int], now: list[int], difference: int) -> None:
+    verdict = judge(metrics_of(before), metrics_of(now), "champion", seed=0)
     assert not verdict.better
+    assert np.sign(verdict.difference) == difference
 
 
 def test_other_embryos_settle_nothing() -> None:

@@ -155,29 +155,6 @@ def test_tanh_of_the_distance_leads_to_the_centre():
     assert not flow[:, 3, 10, 10].any()
 
 
-@pytest.mark.parametrize(
-    ("network", "mode", "message"),
-    [
-        (lambda: new_network(12.0, 0), "full3d", "3D network.*use ortho or stitch"),
-        (lambda: exact_network(2.0), "ortho", "2D network.*use full3d"),
-        (lambda: exact_network(2.0), "stitch", "2D network.*use full3d"),
-    ],
-)
-def test_a_mode_for_another_kind_of_network_is_refused_in_one_line(network, mode, message):
-    with pytest.raises(InputError, match=message) as raised:
-        Segmenter(network(), replace(SETTINGS, mode=mode), CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
-    assert "\n" not in str(raised.value)
-
-
-def test_the_engine_for_planes_is_refused():
-    with pytest.raises(InputError, match="openvino"):
-        Segmenter(exact_network(2.0), replace(SETTINGS, engine="openvino"), CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
-
-
 @pytest.mark.parametrize("fusion", ["mean", "consensus"])
 @pytest.mark.parametrize("anisotropy", [1.0, 2.2, 5.75])
 def test_exact_flows_of_both_give_every_touching_nucleus_back(anisotropy, fusion):
@@ -259,15 +236,18 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
 @pytest.mark.parametrize(
     ("network", "volume", "settings", "message"),
     [
+        (new_network(12.0, 0), None, SETTINGS, "3D network.*use ortho or stitch"),
+        (VolumeOracle(), None, replace(SETTINGS, mode="ortho"), "2D network.*use full3d"),
+        (VolumeOracle(), None, replace(SETTINGS, mode="stitch"), "2D network.*use full3d"),
+        (VolumeOracle(), None, replace(SETTINGS, engine="openvino"), "openvino"),
         (OracleNetwork(separate=True), None, MIXED, "needs a 3D network beside"),
         (OracleNetwork(separate=True), OracleNetwork(separate=True), MIXED, "needs a 3D network beside"),
         (OracleNetwork(separate=True), VolumeOracle(), replace(MIXED, volume=None), "needs a 3D network"),
         (VolumeOracle(), VolumeOracle(), MIXED, "needs a 2D network"),
     ],
 )
-def test_what_does_not_mix_is_refused_in_one_line(network, volume, settings, message):
+def test_networks_and_modes_that_do_not_go_together_are_refused(network, volume, settings, message):
+    segmenter = Segmenter(Networks(network, volume=volume), settings, CPU)
     with pytest.raises(InputError, match=message) as raised:
-        Segmenter(Networks(network, volume=volume), settings, CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
+        segmenter.segment(np.zeros((8, 32, 32)), VoxelSize(2, 1, 1))
     assert "\n" not in str(raised.value)

@@ -211,11 +211,7 @@ def test_nuclei_have_their_size_in_micrometres_at_any_anisotropy(voxel_um: tuple
 def test_nuclei_of_the_sample_are_of_the_wanted_number_and_many_touch(test_embryo: Film) -> None:
     for _, labels in test_embryo:
         assert 12 <= labels.max() <= 45
-        touching = {
-            int(label)
-            for axis in range(3)
-            for label in neighbours(labels, axis)
-        }  # fmt: skip
+        touching = np.unique(np.concatenate([neighbours(labels, axis) for axis in range(3)]))
         assert len(touching) >= 0.4 * labels.max()
 
 

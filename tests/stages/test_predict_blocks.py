@@ -119,12 +119,13 @@ def test_two_networks_need_the_field_of_one_beside_the_other(frame):
     assert predict_blocks.required_gb(found, fine) == predict_blocks.required_gb(found, fine.volume)
 
 
-def test_each_network_gets_the_range_of_the_whole_that_it_was_trained_on(image, frame):
+def test_blocks_are_normalised_exactly_as_the_whole_and_for_each_network(image, frame):
     (found,) = find_frames(frame)
     volume = SegmentationSettings(mode="full3d", upper_percentile=90.0)
     settings = predict_blocks._with_ranges(found, SegmentationSettings(mode="mixed", volume=volume))
     assert settings.intensity_range == measure_range(image)
     assert settings.volume.intensity_range == measure_range(image, upper_percentile=90.0)
+    assert len(sampled_planes((100, 2000, 2000))) < 10
 
 
 def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):
@@ -134,13 +135,6 @@ def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tm
     b = predict(in_blocks(), [tmp_path / "embryo.ome.zarr"], str(model), tmp_path / "b").frames[0]
     np.testing.assert_array_equal(read_labels(a.masks), read_labels(b.masks))
     assert a.table.read_text() == b.table.read_text()
-
-
-def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
-    (found,) = find_frames(frame)
-    with_range = predict_blocks._with_ranges(found, SegmentationSettings())
-    assert with_range.intensity_range == measure_range(image)
-    assert len(sampled_planes((100, 2000, 2000))) < 10
 
 
 def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
