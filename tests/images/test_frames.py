@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.embryos import find_embryos
 from nuclei3d.images.frames import check_image, find_frames, read_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
@@ -212,27 +213,25 @@ def test_a_real_embryo_stripped_of_its_scale_says_how_to_give_it(bbbc050: Path, 
         frame.require_voxel_size()
 
 
-def test_half_a_scale_is_none_and_the_message_says_which_half(tmp_path: Path) -> None:
-    tifffile.imwrite(
-        tmp_path / "a.tif", ramp(), imagej=True, resolution=(4, 4), metadata={"axes": "ZYX", "unit": "um"}
-    )
+HALF = {"resolution": (4, 4), "metadata": {"axes": "ZYX", "unit": "um"}}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda path: tifffile.imwrite(path, ramp(), imagej=True, **HALF),
+            r"y = 0\.25 um, x = 0\.25 um, but not the spacing of z",
+        ),
+        (lambda path: write_imagej(path, ramp(), unit="pixel"), "its unit is 'pixel'"),
+        (lambda path: write_imagej(path, ramp(), unit="pixels"), "its unit is 'pixels'"),
+        (lambda path: write_ome(path, ramp(), PhysicalSizeZ=2.0, PhysicalSizeZUnit="m"), "cannot be"),
+    ],
+)
+def test_half_a_scale_pixels_and_impossible_scales_are_none(tmp_path: Path, write: Any, message: str) -> None:
+    write(tmp_path / "a.tif")
     (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"y = 0\.25 um, x = 0\.25 um, but not the spacing of z"):
-        frame.require_voxel_size()
-
-
-@pytest.mark.parametrize("unit", ["pixel", "pixels"])
-def test_pixels_are_no_scale(tmp_path: Path, unit: str) -> None:
-    write_imagej(tmp_path / "a.tif", ramp(), unit=unit)
-    (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=f"its unit is '{unit}'"):
-        frame.require_voxel_size()
-
-
-def test_an_impossible_scale_is_refused(tmp_path: Path) -> None:
-    write_ome(tmp_path / "a.tif", ramp(), PhysicalSizeZ=2.0, PhysicalSizeZUnit="m")
-    (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="cannot be"):
+    with pytest.raises(InputError, match=message):
         frame.require_voxel_size()
 
 
@@ -454,3 +453,25 @@ def test_images_must_be_volumes_of_numbers() -> None:
         check_image(image[0], "a.tif")
     with pytest.raises(InputError, match="complex"):
         check_image(image.astype(complex), "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("read", "path"),
+    [
+        (find_embryos, "data"),
+        (find_frames, "data/embryo_c/images"),
+        (find_frames, "data/embryo_c/images/t000.tif"),
+    ],
+)
+def test_what_is_still_in_dvc_says_how_to_get_it(tmp_path, monkeypatch, read, path):
+    (tmp_path / "data.dvc").write_text("outs: []")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as raised:
+        read(path)
+    assert str(raised.value) == f"{path} is tracked by DVC but not here yet; get it with: dvc pull data.dvc"
+
+
+def test_a_wrong_name_in_a_folder_that_was_fetched_is_just_missing(tmp_path):
+    (tmp_path / "data.dvc").write_text("outs: []")
+    (tmp_path / "data").mkdir()
+    assert str(missing(tmp_path / "data" / "embryo_z", "no embryo_z")) == "no embryo_z"

@@ -56,20 +56,7 @@ def test_consensus_trusts_the_view_that_is_smooth() -> None:
     views = [view_of("xy", truth, 0), view_of("xz", noisy, 0)]
     mean, _ = fuse_views(views)
     consensus, _ = fuse_views(views, "consensus")
-    error_mean = np.abs(mean[2] - 1).mean()
-    error_consensus = np.abs(consensus[2] - 1).mean()
-    assert error_consensus < 0.3 * error_mean
-
-
-def test_consensus_is_the_formula_on_the_whole_volume_not_slab_by_slab() -> None:
-    from scipy.ndimage import generic_filter
-
-    rng = np.random.default_rng(2)
-    field_a, field_b = rng.normal(size=(2, 3, 19, 5, 4)).astype(np.float32)
-    fused, _ = fuse_views([view_of("xy", field_a, 0), view_of("yz", field_b, 0)], "consensus")
-    weights = [1 / (generic_filter(f[1], np.var, size=5, mode="nearest") + 0.1) for f in (field_a, field_b)]
-    expected = (weights[0] * field_a[1] + weights[1] * field_b[1]) / (weights[0] + weights[1])
-    assert np.allclose(fused[1], expected, atol=1e-4)
+    assert np.abs(consensus[2] - 1).mean() < 0.3 * np.abs(mean[2] - 1).mean()
 
 
 def test_half_precision_views_are_summed_in_single_precision(field) -> None:
@@ -121,20 +108,21 @@ def test_consensus_is_nearer_the_truth_where_one_view_is_noise(wrong) -> None:
     assert consensus < (0.5 if wrong == "volume" else 0.75) * mean
 
 
-def test_consensus_of_three_views_is_the_formula() -> None:
+@pytest.mark.parametrize("trust", [(1.0, 1.0), (1.0, 1.0, 1.5)])
+def test_consensus_is_the_formula_on_the_whole_volume_not_slab_by_slab(trust) -> None:
     from scipy.ndimage import generic_filter
 
     rng = np.random.default_rng(4)
-    shown = rng.uniform(-0.8, 0.8, size=(3, 3, 19, 5, 4)).astype(np.float32)
+    shown = rng.uniform(-0.8, 0.8, size=(len(trust), 3, 19, 5, 4)).astype(np.float32)
     shown[1] *= 0.2
-    volume = volume_of(shown[2], 0, 1.5)
-    fused, _ = fuse_views(
-        [view_of("xy", shown[0], 0), view_of("yz", shown[1], 0)], "consensus", volume=volume
-    )
+    volume = volume_of(shown[2], 0, trust[2]) if len(trust) > 2 else None
+    views = [view_of("xy", shown[0], 0), view_of("yz", shown[1], 0)]
+    fused, _ = fuse_views(views, "consensus", volume=volume)
     variances = [generic_filter(each[1], np.var, size=5, mode="nearest") for each in shown]
-    weights = [trust / (variance + 0.1) for trust, variance in zip((1.0, 1.0, 1.5), variances, strict=True)]
+    weights = [each / (variance + 0.1) for each, variance in zip(trust, variances, strict=True)]
     expected = sum(w * each[1] for w, each in zip(weights, shown, strict=True)) / sum(weights)
-    assert np.allclose(fused[1], expected, atol=5e-4)
+    # the field of a 3D network is packed
+    assert np.allclose(fused[1], expected, atol=5e-4 if volume else 1e-4)
 
 
 BOX_UM = (24.0, 20.0, 30.0)

@@ -9,22 +9,19 @@ from cellpose.resnet_torch import CPnet
 from nuclei3d.config.sections import AugmentParams, Full3dParams, SamplingParams, TrainParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.planning import plan_architecture
-from nuclei3d.networks.unet3d import Architecture, VolumeSpec, new_volume_network
+from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.examples import NO_AUGMENTATION, Examples
-from nuclei3d.training.learner import learning_rate
-from nuclei3d.training.loop import (
-    Callbacks,
-    DivergedError,
-    StopTraining,
-    train_network,
-)
+from nuclei3d.training.examples import NO_AUGMENTATION, Batch, Examples
+from nuclei3d.training.learner import RecordedGradients, learning_rate
+from nuclei3d.training.loop import Callbacks, DivergedError, StopTraining, train_network
+from nuclei3d.training.losses import network_loss
 from nuclei3d.training.samples import SampleSet
 from nuclei3d.training.state import TrainingState, WeightAverage
+from oracle_network import TINY
 from slices_fixture import make_planes
 from volumes_fixture import make_volumes
 
@@ -49,7 +46,7 @@ SOLID = {
     "crops_per_epoch": 4,
     "learning_rate": 0.01,
 }
-SPEC = VolumeSpec(Architecture((4, 8), ((1, 2, 2),), ((1, 3, 3), (3, 3, 3)), 2), 2.0, (8, 16, 16))
+SPEC = VolumeSpec(TINY, 2.0, (8, 16, 16))
 BOTH = pytest.mark.parametrize("kind", [{}, SOLID], ids=["planes", "volumes"])
 
 
@@ -72,14 +69,8 @@ def run(start=None, callbacks=None, validation=3, module=None, network_seed=0, *
     fresh = (
         new_volume_network(SPEC, network_seed) if params.network == "full3d" else small_network(network_seed)
     )
-    return train_network(
-        module or fresh,
-        examples_of(params, validation=validation),
-        params,
-        device=CPU,
-        start=start,
-        callbacks=callbacks,
-    )
+    examples = examples_of(params, validation=validation)
+    return train_network(module or fresh, examples, params, device=CPU, start=start, callbacks=callbacks)
 
 
 def equal(a, b):
@@ -95,13 +86,7 @@ def stored(state):
 
 
 def test_a_network_learns_a_crop_by_heart():
-    outcome = run(
-        epochs=10,
-        crops_per_epoch=40,
-        learning_rate=0.02,
-        augment=NO_AUGMENTATION,
-        crop_px=64,
-    )
+    outcome = run(epochs=10, crops_per_epoch=40, learning_rate=0.02, augment=NO_AUGMENTATION, crop_px=64)
     losses = [report.train_loss for report in outcome.state.history]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -144,9 +129,8 @@ def test_the_best_epoch_is_kept_and_the_last_on_request():
 
 def test_the_average_precision_decides_where_it_is_measured():
     values = iter([0.2, 0.9, 0.4])
-    outcome = run(
-        validate_volumes_every=1, callbacks=Callbacks(validate_volumes=lambda network: next(values))
-    )
+    callbacks = Callbacks(validate_volumes=lambda network: next(values))
+    outcome = run(validate_volumes_every=1, callbacks=callbacks)
     assert outcome.epoch == 2
     assert [report.volume_ap for report in outcome.state.history] == [0.2, 0.9, 0.4]
 
@@ -199,11 +183,9 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_state_saved():
         with torch.no_grad():
             next(network.output.parameters()).fill_(math.nan)
 
+    callbacks = Callbacks(save=lambda state, best: saved.append(state), on_epoch=poison)
     with pytest.raises(DivergedError, match=r"epoch 2.*learning_rate"):
-        run(
-            module=network,
-            callbacks=Callbacks(save=lambda state, best: saved.append(state), on_epoch=poison),
-        )
+        run(module=network, callbacks=callbacks)
     assert len(saved) == 1
     assert all(bool(torch.isfinite(value).all()) for value in saved[0].network.values())
 
@@ -215,25 +197,16 @@ def test_an_exploding_loss_stops_the_training():
 
 def test_a_gradient_clip_bounds_the_step():
     before = small_network().state_dict()
-    after = run(
-        optimizer="sgd",
-        momentum=0.0,
-        weight_decay=0.0,
-        learning_rate=1.0,
-        warmup_steps=0,
-        schedule="constant",
-        gradient_clip=0.01,
-        epochs=1,
-        crops_per_epoch=4,
-    ).state.network
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    once = {"learning_rate": 1.0, "warmup_steps": 0, "epochs": 1, "crops_per_epoch": 4}
+    after = run(gradient_clip=0.01, **plain, **once).state.network
     trained = [name for name, _ in small_network().named_parameters()]
     length = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in trained))
     assert length == pytest.approx(0.01, rel=1e-3)
 
 
 def test_diameters_stay_what_they_are():
-    outcome = run(weight_decay=0.5)
-    assert float(outcome.weights["diam_mean"]) == 14.0
+    assert float(run(weight_decay=0.5).weights["diam_mean"]) == 14.0
 
 
 def test_sparse_planes_can_be_left_out():
@@ -368,17 +341,48 @@ def test_an_epoch_has_a_patch_for_every_nucleus():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_on_a_gpu_reaches_about_the_same_loss(graph):
     params = TrainParams(**(SMALL | {"workers": 4, "cuda_graph": graph}))
     network = small_network()
-    outcome = train_network(
-        network,
-        examples_of(params),
-        params,
-        device=torch.device("cuda"),
-    )
+    outcome = train_network(network, examples_of(params), params, device=torch.device("cuda"))
     expected = run().state.history[-1]
     assert outcome.state.history[-1].train_loss == pytest.approx(expected.train_loss, rel=0.02)
     assert all(value.device.type == "cpu" for value in outcome.weights.values())
+
+
+def random_batch(count: int, seed: int, *, weighted: bool) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    foreground = torch.rand(count, 32, 32, generator=generator) > 0.5
+    batch = Batch(
+        torch.randn(count, 2, 32, 32, generator=generator),
+        foreground,
+        torch.randn(count, 2, 32, 32, generator=generator),
+        torch.rand(count, 32, 32, generator=generator) if weighted else None,
+        foreground.int().numpy(),
+        np.zeros(count, np.int64),
+    )
+    return batch.copied(torch.Tensor.pin_memory).to(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_replayed_step_has_the_gradients_of_an_eager_one_also_after_a_smaller_batch(weighted):
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.Conv2d(8, 3, 1)).cuda()
+
+    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        for parameter in network.parameters():
+            parameter.grad = None
+        output = network(batch.images)
+        loss = network_loss(output, batch.flows, batch.foreground, batch.weights)
+        loss.total.backward()
+        return output.detach(), torch.stack([loss.flow.detach(), loss.probability.detach()])
+
+    recorded = RecordedGradients(compute, network)
+    for step, count in enumerate([4, 4, 4, 4, 4, 3, 4, 4]):
+        batch = random_batch(count, step, weighted=weighted)
+        found = [value.clone() for value in recorded(batch)]
+        found += [parameter.grad.clone() for parameter in network.parameters()]
+        expected = list(compute(batch)) + [parameter.grad for parameter in network.parameters()]
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
