@@ -66,9 +66,7 @@ def version_of(params: Params, alias: str) -> str:
     return str(open_store(params.tracking).get_model_version_by_alias(NAME, alias).version)
 
 
-def test_the_champion_moves_only_to_a_better_model_and_back(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_the_champion_moves_only_to_a_better_model_and_back(params, model, tmp_path):
     def register_with(missed: int, **options: bool) -> tuple[str, str, str]:
         metrics = write_metrics(tmp_path / f"evaluation{missed}" / "metrics.json", missed)
         made = register(params, model, metrics, **options)
@@ -105,9 +103,7 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
     assert version_of(params, "champion") == "2"
 
 
-def test_the_same_model_with_the_same_scores_is_registered_once(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_the_same_model_with_the_same_scores_is_registered_once(params, model, tmp_path):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
     first = register(params, model, metrics)
     # what stands beside the model in the report is no part of its scores
@@ -125,9 +121,7 @@ def test_the_same_model_with_the_same_scores_is_registered_once(
 
 
 @pytest.mark.parametrize("step", ["_describe", "_promote", "set_model_version_tag"])
-def test_a_registration_that_was_killed_goes_on_with_its_version(
-    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_a_registration_that_was_killed_goes_on_with_its_version(params, model, tmp_path, monkeypatch, step):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
 
     def die(*_: object, **__: object) -> None:
@@ -186,9 +180,7 @@ def test_other_embryos_settle_nothing() -> None:
     assert not judge(metrics_of([6] * 6), metrics_of([0] * 5), "champion", seed=0).better
 
 
-def test_what_cannot_be_registered_is_told_and_leaves_nothing(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp_path):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"ap": 1}')
@@ -229,9 +221,7 @@ print(json.dumps({"code": nuclei3d.__file__, "answer": answer, "again": again["p
 
 
 @pytest.mark.slow  # another process compiles the package's kernels anew
-def test_it_loads_and_predicts_where_the_package_is_not_installed(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_it_loads_and_predicts_where_the_package_is_not_installed(params, model, tmp_path):
     register(params, model, write_metrics(tmp_path / "metrics.json", 4))
     uri = params.tracking.uri
     assert uri is not None

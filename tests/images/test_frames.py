@@ -41,9 +41,7 @@ def write_ome(
     "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"]
 )
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"bigtiff": True}, {"byteorder": ">"}])
-def test_every_type_and_storage_gives_its_voxels_back(
-    tmp_path: Path, dtype: str, options: dict[str, Any]
-) -> None:
+def test_every_type_and_storage_gives_its_voxels_back(tmp_path, dtype, options):
     path = tmp_path / "a.ome.tif"
     tifffile.imwrite(path, ramp(dtype=dtype), ome=True, metadata={"axes": "ZYX"}, **options)
     (frame,) = find_frames(path)
@@ -63,9 +61,7 @@ def test_a_block_is_that_part_of_the_volume(tmp_path: Path, options: dict[str, A
     assert frame.read_block((slice(2, 2), slice(None), slice(None))).shape == (0, 40, 33)
 
 
-def test_a_block_of_a_compressed_file_decodes_its_own_planes_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_of_a_compressed_file_decodes_its_own_planes_only(tmp_path, monkeypatch):
     write_ome(tmp_path / "a.tif", ramp((9, 8, 8)), compression="zlib")
     (frame,) = find_frames(tmp_path / "a.tif")
     decoded = []
@@ -172,9 +168,7 @@ def test_imagej_scales_become_micrometres(tmp_path: Path, unit: str, micrometres
 
 
 @pytest.mark.parametrize(("unit", "micrometres"), [("CENTIMETER", 1e4), ("INCH", 25400.0)])
-def test_resolution_tags_count_where_imagej_names_no_unit(
-    tmp_path: Path, unit: str, micrometres: float
-) -> None:
+def test_resolution_tags_count_where_imagej_names_no_unit(tmp_path, unit, micrometres):
     path = tmp_path / "a.tif"
     metadata = {"axes": "ZYX", "spacing": 2.0 / micrometres}
     resolution = (4 * micrometres, 2 * micrometres)
@@ -235,9 +229,7 @@ def test_half_a_scale_pixels_and_impossible_scales_are_none(tmp_path: Path, writ
         frame.require_voxel_size()
 
 
-def test_a_given_voxel_size_wins_and_the_user_is_told_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_given_voxel_size_wins_and_the_user_is_told_once(tmp_path, capsys):
     for name in ("a", "b"):
         write_ome(tmp_path / f"{name}.tif", ramp())
     given = VoxelSize(1.0, 0.3, 0.3)
@@ -320,9 +312,7 @@ def test_damage_within_the_data_is_one_clear_line(tmp_path: Path) -> None:
     value=st.integers(0, 255),
     cut=st.one_of(st.none(), st.integers(1, 4000)),
 )
-def test_any_damage_gives_a_volume_or_one_clear_line(
-    tmp_path: Path, compression: str | None, place: int, value: int, cut: int | None
-) -> None:
+def test_any_damage_gives_a_volume_or_one_clear_line(tmp_path, compression, place, value, cut):
     path = tmp_path / "a.tif"
     write_ome(path, ramp((4, 16, 16)), compression=compression)
     content = bytearray(path.read_bytes())

@@ -104,9 +104,7 @@ def test_every_true_and_every_false_nucleus_is_listed_in_um(folders: Path, metri
     assert first["partner"] == "1"
 
 
-def test_all_files_are_written_and_the_report_holds_no_link_to_the_network(
-    folders: Path, metrics: dict[str, Any]
-) -> None:
+def test_all_files_are_written_and_the_report_holds_no_link_to_the_network(folders, metrics):
     out = folders / "out"
     for name in ("report.html", "figures/scores.png", "figures/overlay.png", "figures/worst_nuclei.png"):
         assert (out / name).stat().st_size > 5000
@@ -150,9 +148,7 @@ def test_label_volumes_without_images_are_scored_without_contrast(folders: Path,
     assert (tmp_path / "out/report.html").is_file()
 
 
-def test_contrast_bins_and_diameter_come_from_the_training_set_if_it_is_named(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_contrast_bins_and_diameter_come_from_the_training_set_if_it_is_named(folders, tmp_path):
     facts = {"contrast_quintiles": [5.0, 10.0, 20.0, 30.0], "nucleus_diameter_um": 8.0}
     (tmp_path / "summary.json").write_text(json.dumps(facts))
     metrics = evaluate(QUICK, folders / "data", folders / "pred", tmp_path / "out", summary=tmp_path).metrics

@@ -161,9 +161,7 @@ def test_exported_files_are_those_that_prepare_writes(slices: Path, with_files: 
     }
 
 
-def test_images_of_floats_are_exported_to_the_step_of_their_storage(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_floats_are_exported_to_the_step_of_their_storage(data, tmp_path, capsys):
     for path in data.rglob("*.tif"):
         volume = tifffile.imread(path)
         target = tmp_path / "data" / path.relative_to(data)

@@ -288,9 +288,7 @@ def test_a_folder_that_holds_something_is_left_alone(embryo: Path) -> None:
     assert [path.name for path in (embryo / "exports").iterdir()] == ["mine.txt"]
 
 
-def test_without_bioimageio_the_way_to_it_is_told(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_bioimageio_the_way_to_it_is_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr("nuclei3d.stages.export.bioimageio.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[export\]'"):
         run(tmp_path, model=str(model), formats=["bioimageio"])

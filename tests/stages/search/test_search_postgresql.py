@@ -178,9 +178,7 @@ def test_a_trial_whose_worker_died_while_taking_it_does_not_wait(tmp_path: Path,
     assert states(database) == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
 
 
-def test_mlflow_keeps_its_runs_in_postgresql(
-    tmp_path: Path, server: str, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_keeps_its_runs_in_postgresql(tmp_path, server, database, monkeypatch):
     import mlflow
 
     project = tmp_path / "project"
