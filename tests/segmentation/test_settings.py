@@ -57,10 +57,14 @@ def test_mode_auto_is_that_of_the_model(info, mode):
     assert segmentation_settings(info, PredictParams(mode=mode)).as_parameters()["mode"] == mode
 
 
-@pytest.mark.parametrize(("info", "mode"), [(INFO, "full3d"), (SOLID, "ortho"), (SOLID, "stitch")])
-def test_modes_must_fit_the_kind_of_model(info, mode):
-    with pytest.raises(InputError, match="is not for the model"):
+@pytest.mark.parametrize(
+    ("info", "mode", "hint"),
+    [(INFO, "full3d", "ortho"), (SOLID, "ortho", "full3d"), (SOLID, "stitch", "full3d")],
+)
+def test_modes_must_fit_the_kind_of_model(info, mode, hint):
+    with pytest.raises(InputError, match=rf"is not for the model.*use {hint}") as raised:
         segmentation_settings(info, PredictParams(mode=mode))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("mode", ["auto", "mixed"])
