@@ -135,12 +135,6 @@ def test_flips_average_to_a_network_that_does_not_care_about_sides():
     assert not np.allclose(alone.flow, plain.flow, atol=2e-3)
 
 
-def test_training_mode_is_left_as_it_was():
-    network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 16, 16)), 0).train()
-    flows_of(np.ones((8, 16, 16)), VoxelSize(2.0, 1.0, 1.0), network, SETTINGS)
-    assert network.training
-
-
 def test_tanh_of_the_distance_leads_to_the_centre():
     size = VoxelSize(3.0, 1.0, 1.0)
     at = np.stack(np.indices((7, 21, 21))).astype(np.float32)
