@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,6 @@ def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_p
     assert recalls[0] < recalls[-1]
 
 
-def damaged(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:200])
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -219,7 +216,7 @@ def damaged(path: Path) -> None:
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.zeros((7, 9, 9), np.uint8)), "same grid"),
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.zeros((6, 9, 9), np.float32)), "float32"),
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.full((6, 9, 9), -1, np.int16)), "negative"),
-        (lambda root: damaged(root / "truth/v0.tif"), "v0.tif"),
+        (lambda root: os.truncate(root / "truth/v0.tif", 200), "v0.tif"),
         (lambda root: (root / "out/notes.txt").write_text("mine"), "is no evaluation"),
         (lambda root: (root / "pred/v0_nuclei.csv").write_text("label,score\n1,high\n"), "score"),
         (lambda root: tifffile.imwrite(root / "images/v0.tif", np.zeros((6, 9, 8), np.uint8)), "same grid"),

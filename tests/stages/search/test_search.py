@@ -19,26 +19,16 @@ import requests
 import search_toys
 import yaml
 
-from nuclei3d.config import Params, load_params
+from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.space import search_space
 from nuclei3d.stages.search.study import SearchResult, search
 
-HERE = Path(__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def parameters(*overrides: str) -> Params:
-    return load_params(
-        None, ["tracking.enabled=false", "train.epochs=4", "search.epochs={low: 2, high: 8}", *overrides]
-    )
-
-
-def run(folder: Path, *overrides: str, objective: Any = search_toys.bowl, **options: Any) -> SearchResult:
-    slices = folder / "slices"
-    slices.mkdir(exist_ok=True)
-    out = folder / "search"
-    return search(parameters(*overrides), slices, out, objective=objective, **({"trials": 6} | options))
+def run(folder: Path, *overrides: str, **options: Any) -> SearchResult:
+    return search_toys.run_search(folder, ["tracking.enabled=false", *overrides], **({"trials": 6} | options))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -165,7 +155,9 @@ def test_a_second_command_on_a_journal_is_refused(tmp_path: Path) -> None:
 
 def test_missing_slices_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no slice data set"):
-        search(parameters(), tmp_path / "nowhere", tmp_path / "search", trials=2)
+        search(
+            load_params(None, ["tracking.enabled=false"]), tmp_path / "nowhere", tmp_path / "search", trials=2
+        )
     assert not (tmp_path / "search").exists()
 
 
@@ -201,7 +193,8 @@ def test_unusable_ranges_are_refused(tmp_path: Path, override: str, message: str
 
 
 def test_ranges_are_widened_to_hold_the_start() -> None:
-    space = search_space(parameters("train.epochs=200", "train.batch_size=5"))
+    chosen = [*search_toys.EPOCHS, "train.epochs=200", "train.batch_size=5"]
+    space = search_space(load_params(None, chosen))
     assert space.distributions["train.epochs"].high == 200  # type: ignore[attr-defined]
     assert 5 in space.distributions["train.batch_size"].choices  # type: ignore[attr-defined]
 
@@ -288,21 +281,12 @@ def test_a_half_written_journal_is_mended(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 3
 
 
-KILLED = """
-import sys, pathlib, search_toys
-from test_search import run
-run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))
-"""
+def elsewhere(folder: str, workers: str) -> None:
+    run(Path(folder), workers=int(workers))
 
 
 def start_elsewhere(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "TOY_EPOCH_S": "0.05"}
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), str(workers)],
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    return search_toys.start_elsewhere("test_search", folder, workers)
 
 
 def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:

@@ -8,26 +8,23 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import search_toys
 from optuna.trial import TrialState
 
-from nuclei3d.config import load_params
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.storage import open_storage
-from nuclei3d.stages.search.study import SearchResult, search
+from nuclei3d.stages.search.study import SearchResult
 from nuclei3d.stages.search.worker import WORKER, requeue
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -88,43 +85,19 @@ def database(server: str) -> str:
     return new_database(server)
 
 
-OVERRIDES = [
-    "tracking.enabled=false",
-    "train.epochs=4",
-    "search.epochs={low: 2, high: 8}",
-    "search.heartbeat_s=1",
-    "search.grace_s=3",
-    "search.study=shared",
-]
-
-
-def run(folder: Path, storage: str, *overrides: str, **options: int) -> SearchResult:
+def run(folder: Path, storage: str, *overrides: str, **options: Any) -> SearchResult:
     """Search in a folder of its own, as if on another machine, in a study of all."""
-    (folder / "slices").mkdir(parents=True, exist_ok=True)
-    return search(
-        load_params(None, [*OVERRIDES, *overrides]),
-        folder / "slices",
-        folder / "search",
-        storage=storage,
-        objective=search_toys.bowl,
-        **({"trials": 6} | options),  # type: ignore[arg-type]
-    )
+    shared = ["tracking.enabled=false", "search.heartbeat_s=1", "search.grace_s=3", "search.study=shared"]
+    options = {"trials": 6, "storage": storage} | options
+    return search_toys.run_search(folder, [*shared, *overrides], **options)
 
 
-ELSEWHERE = """
-import sys, pathlib
-from test_search_postgresql import run
-run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))
-"""
+def elsewhere(folder: str, storage: str, trials: str) -> None:
+    run(Path(folder), storage, trials=int(trials))
 
 
 def start_elsewhere(folder: Path, storage: str, trials: int, epoch_s: float) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        "TOY_EPOCH_S": str(epoch_s),
-    }
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), storage, str(trials)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    return search_toys.start_elsewhere("test_search_postgresql", folder, storage, trials, epoch_s=epoch_s)
 
 
 def states(storage: str) -> list[TrialState]:

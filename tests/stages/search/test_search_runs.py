@@ -10,9 +10,9 @@ import pytest
 import search_toys
 from mlflow.entities import Run
 
-from nuclei3d.config import Params, load_params
+from nuclei3d.config import load_params
 from nuclei3d.experiment.trials import TrialRecord, search_runs
-from nuclei3d.stages.search.study import SearchResult, search
+from nuclei3d.stages.search.study import SearchResult
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
-def parameters(store: str, experiment: str, *overrides: str) -> Params:
-    chosen = [f"tracking.uri={store}", f"tracking.experiment={experiment}", "train.epochs=4"]
-    return load_params(None, [*chosen, "search.epochs={low: 2, high: 8}", *overrides])
+def place(store: str, folder: Path) -> list[str]:
+    return [f"tracking.uri={store}", f"tracking.experiment={folder.name}"]
 
 
-def run(
-    folder: Path, store: str, *overrides: str, objective: Any = search_toys.bowl, trials: int
-) -> SearchResult:
-    (folder / "slices").mkdir(exist_ok=True)
-    chosen = parameters(store, folder.name, *overrides)
-    return search(chosen, folder / "slices", folder / "search", trials=trials, objective=objective)
+def run(folder: Path, store: str, *overrides: str, **options: Any) -> SearchResult:
+    return search_toys.run_search(folder, [*place(store, folder), *overrides], **options)
 
 
 def children(store: str, parent: str | None) -> dict[str, Run]:
@@ -89,7 +84,7 @@ def test_a_restart_goes_on_below_the_same_parent(tmp_path: Path, store: str) -> 
 
 
 def test_runs_left_open_are_closed_and_missing_ones_made(tmp_path: Path, store: str) -> None:
-    chosen = parameters(store, tmp_path.name)
+    chosen = load_params(None, place(store, tmp_path))
     values = {"train.epochs": 3}
     with search_runs(chosen, {}, None) as runs:
         runs.begin(TrialRecord("0000", "running", "", values))
