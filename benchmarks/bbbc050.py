@@ -34,6 +34,7 @@ from nuclei3d.images.embryos import EmbryoFrame, read_labelled
 from nuclei3d.images.writing import write_labels
 from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.networks.folder import load_model
+from nuclei3d.outputs import whole_folder
 from nuclei3d.stages.export.cellpose import write_training_set
 from shared import new_parser, params_of, train_with_stock
 
@@ -46,8 +47,9 @@ def train_stock(params: Params, slices: Path, out: Path) -> Path:
     weights = out / "models" / "stock"
     if not weights.is_file():
         logging.basicConfig(level=logging.INFO)
-        (out / "planes").mkdir(parents=True)
-        write_training_set(slices, out / "planes")
+        if not (out / "planes").is_dir():
+            with whole_folder(out / "planes") as folder:
+                write_training_set(slices, folder)
         torch.manual_seed(params.seed)
         network = new_network(params.train.diameter_px, params.seed).to(choose_device(params.train.device))
         train_with_stock(network, slices, out / "planes", params.train, out)

@@ -84,6 +84,7 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate predictions of some frames into ``out/evaluation``; give what metrics.json holds."""
     truth, images = out / "truth" / "labels", out / "truth" / "images"
+    only = []
     for frame in frames:
         # the shape that `evaluate` pairs with predictions
         for target, source in ((truth, frame.label_path), (images, frame.image_path)):
@@ -92,7 +93,9 @@ def score(
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(source.resolve())
-    return evaluate(params, truth, pred, out / "evaluation", images=images, **options).metrics
+        only.append(truth / frame.embryo / frame.label_path.name)
+    options = {"images": images, "only": only} | options
+    return evaluate(params, truth, pred, out / "evaluation", **options).metrics
 
 
 def figures_of(metrics: Mapping[str, Any], method: str) -> dict[str, Any]:
