@@ -31,7 +31,7 @@ from embryos import (
 )
 from nuclei3d.config import Params
 from nuclei3d.images.embryos import EmbryoFrame, read_labelled
-from nuclei3d.images.writing import write_labels
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.networks.folder import load_model
 from nuclei3d.outputs import whole_folder

@@ -32,7 +32,7 @@ from nuclei3d.console import say
 from nuclei3d.flows import flows_3d
 from nuclei3d.grid import resize_nearest
 from nuclei3d.images.embryos import read_labelled
-from nuclei3d.images.writing import write_labels
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds

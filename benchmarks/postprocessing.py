@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,9 @@ from nuclei3d.grid import available_threads, isotropic_shape, resize_linear, res
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import fuse_views
 from nuclei3d.segmentation.settings import MaskSettings
-from nuclei3d.views import VIEW_AXIS, VIEWS
+from nuclei3d.views import VIEW_AXES, VIEW_AXIS, VIEWS, View
 from shared import CUBIC, Labels, ap_of, measure_in_turns, new_parser, ratio_of, touching_nuclei
 
 ANISOTROPIES = (1.0, 2.2, 5.75, 11.5)
@@ -66,27 +66,27 @@ def stock_masks(flow: Floats, logit: Floats) -> Labels:
     return np.asarray(masks, np.uint32)
 
 
-def exact_views(labels: Labels) -> list[ViewPrediction]:
+def exact_views(labels: Labels) -> dict[View, Floats]:
     """What a perfect network says about all planes of three directions of an isotropic volume."""
-    views = []
+    views = {}
     for name in VIEWS:
         axis = VIEW_AXIS[name]
-        flow = np.empty((2, *labels.shape), np.float32)
-        for plane, out in zip(np.moveaxis(labels, axis, 0), np.moveaxis(flow, axis + 1, 0), strict=True):
-            out[:] = flows_2d(plane)
-        views.append(ViewPrediction(name, flow, logit_of(labels)))
+        shown = views[name] = np.empty((3, *labels.shape), np.float32)
+        for plane, out in zip(np.moveaxis(labels, axis, 0), np.moveaxis(shown, axis + 1, 0), strict=True):
+            out[:2] = flows_2d(plane)
+        shown[2] = logit_of(labels)
     return views
 
 
-def stock_fusion(views: list[ViewPrediction], shape: tuple[int, ...]) -> Labels:
+def stock_fusion(views: Mapping[View, Floats], shape: tuple[int, ...]) -> Labels:
     """Do what stock `eval(do_3D=True)` does after its network, with its own functions."""
     from cellpose import transforms
 
-    summed = np.zeros((*views[0].logit.shape, 4), np.float32)
-    for view in views:
-        for part, axis in zip(view.flow, [a for a in range(3) if a != VIEW_AXIS[view.view]], strict=True):
+    summed = np.zeros((*views["xy"].shape[1:], 4), np.float32)
+    for view, (*flow, logit) in views.items():
+        for part, axis in zip(flow, VIEW_AXES[view], strict=True):
             summed[..., axis] += 5 * part
-        summed[..., 3] += view.logit
+        summed[..., 3] += logit
     if summed.shape[0] != shape[0]:
         resized = transforms.resize_image(summed.transpose(1, 0, 2, 3), Ly=shape[0], Lx=shape[2])
         summed = resized.transpose(1, 0, 2, 3)

@@ -26,11 +26,9 @@ from torch import nn
 from nuclei3d.console import emit_json, say
 from nuclei3d.networks.cpnet import choose_device, choose_precision
 from nuclei3d.networks.folder import load_model
-from nuclei3d.segmentation.network_runner import NetworkRunner
-from nuclei3d.segmentation.openvino_network import has_openvino
-from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.segmentation.network_runner import NetworkRunner, has_openvino
+from nuclei3d.segmentation.segmenter import Segmenter, segment_with_cellpose
 from nuclei3d.segmentation.settings import SegmentationSettings
-from nuclei3d.segmentation.stock import segment_with_cellpose
 from shared import (
     CUBIC,
     Filters,

@@ -19,7 +19,7 @@ import torch
 
 from nuclei3d.console import emit_json, say
 from nuclei3d.images.frames import find_frames, read_labels
-from nuclei3d.images.writing import write_image
+from nuclei3d.images.tiff import write_image
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings

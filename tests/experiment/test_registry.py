@@ -19,7 +19,14 @@ import tifffile
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.registry import champions, fetch_model, judge, request_example
+from nuclei3d.experiment.registry import (
+    champions,
+    fetch_model,
+    judge,
+    register,
+    request_example,
+    roll_back,
+)
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
@@ -27,7 +34,6 @@ from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.scoring.metrics import score, tally_of
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.register import register, roll_back
 
 NAME = "nuclei_3d"
 

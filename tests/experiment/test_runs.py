@@ -110,7 +110,7 @@ def test_a_server_that_does_not_answer_is_one_clear_line(uri: str) -> None:
 
 def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
     with stage_run("train", params, inputs={}) as run:
-        client = run._client
+        client = run.client
         assert client is not None
         real = client.log_batch
 
@@ -165,4 +165,5 @@ def test_a_job_that_was_killed_is_closed_and_its_parent_goes_on(params: Params, 
     assert again.run_id == job
     assert len({job, other.run_id, anew.run_id}) == 3
     assert run_of(params, job).info.status == "FINISHED"
+    assert "nuclei3d.failure" not in run_of(params, job).data.tags, "the second start made it good"
     assert run_of(params, child).info.status == "KILLED"

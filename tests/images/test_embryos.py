@@ -18,8 +18,8 @@ from nuclei3d.images.embryos import (
     read_labelled,
     split_embryos,
 )
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 
 VOXEL = VoxelSize(2.0, 0.5, 0.5)
 

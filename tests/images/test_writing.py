@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from nuclei3d.errors import InputError
-from nuclei3d.images import writing
+from nuclei3d.images import tiff
 from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 
 VOXEL = VoxelSize(2.0, 0.348, 0.174)
 
@@ -115,8 +115,8 @@ def test_any_image_comes_back_with_voxels_and_scale(tmp_path, image, edges):
 
 
 def test_volumes_too_large_for_a_classic_tiff_become_bigtiff(tmp_path, monkeypatch):
-    assert writing.CLASSIC_TIFF_BYTES < 2**32
-    monkeypatch.setattr(writing, "CLASSIC_TIFF_BYTES", 1000)
+    assert tiff.CLASSIC_TIFF_BYTES < 2**32
+    monkeypatch.setattr(tiff, "CLASSIC_TIFF_BYTES", 1000)
     write_image(tmp_path / "a.tif", np.zeros((5, 10, 10), np.uint16), VOXEL)
     write_image(tmp_path / "b.tif", np.zeros((5, 10, 11), np.uint16), VOXEL)
     for name, big in (("a.tif", False), ("b.tif", True)):

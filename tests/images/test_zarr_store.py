@@ -138,7 +138,7 @@ def test_only_the_chunks_of_a_block_are_read(tmp_path: Path) -> None:
 
 
 def test_folders_may_mix_tiff_and_zarr(tmp_path: Path) -> None:
-    from nuclei3d.images.writing import write_image as write_tiff
+    from nuclei3d.images.tiff import write_image as write_tiff
 
     write_image(tmp_path / "t2.ome.zarr", ramp(3, 8, 6), "zyx")
     write_tiff(tmp_path / "t1.tif", ramp(3, 8, 6), VOXEL)

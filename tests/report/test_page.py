@@ -1,4 +1,4 @@
-"""The report says in words what the numbers say; in a real browser it draws, moves and goes to nuclei."""
+"""The report in a real browser: it draws, moves, switches outlines and goes to a listed nucleus."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from nuclei3d.config import Params
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
-from nuclei3d.report.page import build_page, notes, summary_sentences
-from nuclei3d.scoring.assessment import assess_volume, summarise
 from nuclei3d.stages.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -205,71 +203,3 @@ def test_a_double_click_enlarges_a_view_and_gives_it_back(page: Page) -> None:
 def test_a_volume_of_the_table_opens_in_the_viewer(page: Page) -> None:
     page.locator("button[data-volume]").first.click()
     assert drawn(page).split()[0].endswith("/t0")
-
-
-def metrics_of(found: int, missed: int, false: int, **more: Any) -> dict[str, Any]:
-    """Score boxes in a row: some found, some missed, some invented."""
-    truth = np.zeros((3, 3, 3 * (found + missed + false + 1)), dtype=np.uint16)
-    pred = truth.copy()
-    for label in range(1, found + missed + false + 1):
-        box = (slice(0, 2), slice(0, 2), slice(3 * label, 3 * label + 2))
-        if label <= found + missed:
-            truth[box] = label
-        if label <= found or label > found + missed:
-            pred[box] = label
-    volume = assess_volume(truth, pred, VoxelSize(1, 1, 1))
-    summary = summarise([volume], ["E"], rng=np.random.default_rng(0)).as_json()
-    return {
-        **summary,
-        "volumes": {"E/t": {"embryo": "E"}},
-        "baselines": {},
-        "unpaired": {"truth": [], "prediction": []},
-        "contrast_edges": None,
-        **more,
-    }
-
-
-def test_found_and_false_nuclei_are_told_as_shares() -> None:
-    sentences = summary_sentences(metrics_of(6, 2, 2), "the model")
-    assert sentences[0].startswith("In 1 volume of 1 embryo with 8 nuclei, the model finds 75 % of them;")
-    assert "of its 8 predictions, 25 % are false" in sentences[0]
-    assert any("no interval" in sentence for sentence in sentences)
-
-
-def test_nothing_predicted_and_nothing_true_are_told() -> None:
-    assert "predicts nothing at all" in summary_sentences(metrics_of(0, 3, 0), "m")[0]
-    (only,) = summary_sentences(metrics_of(0, 0, 2), "m")
-    assert "no true nuclei" in only
-    assert "2 nuclei, all of them false" in only
-
-
-def test_a_baseline_is_called_better_only_if_the_paired_interval_says_so() -> None:
-    def told(low: float, high: float) -> str:
-        rival = {"ap": {"0.50": 0.5}, "behind_model": {"ap_0.50": 0.1, "interval": [low, high]}}
-        metrics = metrics_of(6, 2, 2, baselines={"Otsu": rival})
-        return next(s for s in summary_sentences(metrics, "m") if "Otsu" in s)
-
-    assert "Otsu 0.500 (really below)" in told(0.05, 0.2)
-    assert "Otsu 0.500 (not really different)" in told(-0.05, 0.2)
-    assert "Otsu 0.500 (really above)" in told(-0.3, -0.1)
-
-
-def test_notes_name_what_was_left_out_and_where_the_bins_come_from() -> None:
-    metrics = metrics_of(1, 1, 1, unpaired={"truth": ["a", "b"], "prediction": ["c"]})
-    text = " ".join(notes(metrics))
-    assert "2 true volumes without prediction" in text
-    assert "1 prediction without truth" in text
-    assert "Contrast was not measured" in text
-    metrics = metrics_of(1, 1, 1, contrast_edges=[1.0], contrast_edges_from="training labels")
-    assert "quintiles of the training labels" in " ".join(notes(metrics))
-
-
-def test_recall_at_a_precision_is_given_with_its_interval() -> None:
-    at = {"recall_faint": 0.5, "recall_faint_interval": [0.25, 0.75], "recall": 0.8, "score": 0.4}
-    metrics = metrics_of(6, 2, 2, recall_at_precision={"0.90": at, "0.95": None}, volume_mean={})
-    metrics |= {"nuclei3d": "1", "by_embryo": {}, "by_stage": {}}
-    metrics["volumes"] = {
-        "E/t": metrics_of(6, 2, 2) | {"embryo": "E", "frame": "t", "counts": {"tp_half": 6}}
-    }
-    page = build_page(metrics, [], [], method="m")
-    assert '<td>0.500 <span class="range">0.250 to 0.750</span></td>' in page

@@ -12,8 +12,10 @@ from nuclei3d.segmentation.blocks import (
     choose_owners,
     locate_nuclei,
     match_shared,
+    meet,
     merge_nuclei,
     plan_blocks,
+    within,
 )
 from nuclei3d.segmentation.masks import measure_nuclei
 from oracle_network import ball_labels
@@ -26,9 +28,9 @@ def join(blocks: list[Block], labels: list[np.ndarray]) -> np.ndarray:
     nuclei = [locate_nuclei(block, part, VOXELS) for block, part in zip(blocks, labels, strict=True)]
     matches = {}
     for a, b in itertools.combinations(range(len(blocks)), 2):
-        shared = blocks[a].shared(blocks[b])
+        shared = meet(blocks[a].outer, blocks[b].outer)
         if shared is not None:
-            parts = [labels[i][blocks[i].within(shared)] for i in (a, b)]
+            parts = [labels[i][within(shared, blocks[i].outer)] for i in (a, b)]
             matches[a, b] = match_shared(nuclei[a], nuclei[b], *parts, shared)
     final = choose_owners(nuclei, matches)
     result = np.zeros(blocks[0].shape, np.uint32)

@@ -14,7 +14,7 @@ from nuclei3d.grid import find_boxes, isotropic_shape, resize_linear, resize_nea
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.dynamics import masks_2d_from_flows, masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import fuse_views
 from nuclei3d.segmentation.masks import score_labels
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS, View
@@ -62,13 +62,13 @@ def masks_from_flows(
     return masks_from_field(field, diameter_um, settings, threads=threads)
 
 
-def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> list[ViewPrediction]:
+def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> dict[View, NDArray[np.float32]]:
     """What a perfect 2D network would say about all planes of an isotropic volume."""
-    views = []
+    views = {}
     for name in names:
         axis = VIEW_AXIS[name]
         planes = [flows_2d(plane) for plane in np.moveaxis(labels, axis, 0)]
-        views.append(ViewPrediction(name, np.stack(planes, axis + 1), logit_of(labels)))
+        views[name] = np.stack([*np.stack(planes, axis + 1), logit_of(labels)])
     return views
 
 

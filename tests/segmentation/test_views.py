@@ -9,15 +9,13 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.foreground import OccupiedSpace, everywhere, find_occupied, occupied_space
-from nuclei3d.segmentation.fusion import ViewPrediction, VolumeView, add_views, fuse_views
+from nuclei3d.segmentation.foreground import everywhere, find_occupied, occupied_space
+from nuclei3d.segmentation.fusion import VolumeView, add_views, fuse_views
 from nuclei3d.segmentation.network_pass import (
     Networks,
     compute_view,
     computed_indices,
-    fits_on,
     predict_flows,
-    sum_on_device,
     whole_planes,
 )
 from nuclei3d.segmentation.network_runner import NetworkRunner
@@ -27,10 +25,6 @@ from nuclei3d.views import VIEW_AXIS, VIEWS
 from oracle_network import LocalNetwork, OracleNetwork, PositionNetwork, ball_labels
 
 CPU = torch.device("cpu")
-CUBIC = VoxelSize(1, 1, 1)
-SEEN_WHOLE = SegmentationSettings(
-    diameter_px=8.0, nucleus_diameter_um=8.0, skip_empty=False, precision="float32"
-)
 
 
 def planes_of(image, view, runner, *, depth, step=1, occupied=None):
@@ -93,7 +87,7 @@ def test_planes_between_computed_ones_are_interpolated_linearly():
 def test_the_sum_plane_by_plane_is_the_mean_fusion_of_whole_views(trust, weight):
     rng = np.random.default_rng(0)
     image = rng.random((5, 18, 20)).astype(np.float32)
-    field = FlowField.zeros(image.shape, CUBIC)
+    field = FlowField.zeros(image.shape, VoxelSize(1, 1, 1))
     volume = None
     if weight:
         solid = FlowField.of(rng.random((3, 10, 9, 10)), rng.random((10, 9, 10)), VoxelSize(0.5, 2, 2))
@@ -102,10 +96,9 @@ def test_the_sum_plane_by_plane_is_the_mean_fusion_of_whole_views(trust, weight)
     planes = {view: planes_of(image, view, runner, depth=11) for view in VIEWS}
     weights = dict(zip(VIEWS, trust or (1.0, 1.0, 1.0), strict=True))
     add_views(field, planes.__getitem__, weights, volume)
-    whole = []
+    whole = {}
     for view in VIEWS:
-        output = np.stack([output for _, output in planes[view]], axis=1 + VIEW_AXIS[view])
-        whole.append(ViewPrediction(view, output[:2], output[2]))
+        whole[view] = np.stack([output for _, output in planes[view]], axis=1 + VIEW_AXIS[view])
     flow, logit = fuse_views(whole, "mean", weights if trust else None, volume)
     np.testing.assert_allclose(field.flow, flow, atol=2e-4)
     np.testing.assert_allclose(field.logit, logit, atol=2e-3)
@@ -181,12 +174,13 @@ def test_a_block_from_the_midst_of_an_embryo_is_occupied_throughout():
     image[:, :, 60:] += 100
     image[10:20, 10:20, 140:150] += 300
     intensity = IntensityRange(95.3, 500, 2)
+    voxels = VoxelSize(1, 1, 1)
     normalised = intensity.apply(image)
     block = normalised[:, :, 80:]
     # By the block alone the tissue would be its background.
     assert share_of(find_occupied(block, 2 / 405, (10, 10, 10))) < 0.6
-    assert share_of(occupied_space(block, intensity, CUBIC, CUBIC, 10.0)) == 1
-    assert share_of(occupied_space(normalised, intensity, CUBIC, CUBIC, 10.0)) < 0.75
+    assert share_of(occupied_space(block, intensity, voxels, voxels, 10.0)) == 1
+    assert share_of(occupied_space(normalised, intensity, voxels, voxels, 10.0)) < 0.75
 
 
 def test_nothing_is_lost_by_leaving_empty_space_out():
@@ -199,7 +193,7 @@ def test_nothing_is_lost_by_leaving_empty_space_out():
     for skip in (True, False):
         oracle = OracleNetwork(separate=False)
         result = Segmenter(oracle, replace(settings, skip_empty=skip), CPU).segment(
-            truth.astype(np.float32), CUBIC
+            truth.astype(np.float32), VoxelSize(1, 1, 1)
         )
         results.append(result.labels)
         pixels.append(sum(shape[0] * shape[2] * shape[3] for shape in oracle.shapes))
@@ -250,11 +244,15 @@ def noisy_spots() -> np.ndarray:
 @pytest.mark.parametrize("fill", [0.0, np.nan])
 def test_fill_changes_nothing_of_the_image_and_holds_no_nucleus(fill):
     """PositionNetwork gives the normalised image as logit."""
+    settings = SegmentationSettings(
+        diameter_px=8.0, nucleus_diameter_um=8.0, skip_empty=False, precision="float32"
+    )
     image = noisy_spots()
     padded = np.pad(image, ((0, 0), (8, 8), (8, 8)), constant_values=fill)
-    alone, _ = predict_flows(image, CUBIC, Networks(PositionNetwork()), SEEN_WHOLE, CPU)
+    size = VoxelSize(1, 1, 1)
+    alone, _ = predict_flows(image, size, Networks(PositionNetwork()), settings, CPU)
     inside = (slice(None), slice(8, -8), slice(8, -8))
-    found, _ = predict_flows(padded, CUBIC, Networks(PositionNetwork()), SEEN_WHOLE, CPU)
+    found, _ = predict_flows(padded, size, Networks(PositionNetwork()), settings, CPU)
     np.testing.assert_allclose(found.logit[inside], alone.logit, atol=0.02)
     outside = np.ones(padded.shape, bool)
     outside[inside] = False
@@ -262,49 +260,11 @@ def test_fill_changes_nothing_of_the_image_and_holds_no_nucleus(fill):
 
 
 def test_a_black_plane_is_seen_through():
+    settings = SegmentationSettings(
+        diameter_px=8.0, nucleus_diameter_um=8.0, skip_empty=False, precision="float32"
+    )
     image = noisy_spots()
     image[5] = 0
-    found, _ = predict_flows(image, CUBIC, Networks(PositionNetwork()), SEEN_WHOLE, CPU)
+    found, _ = predict_flows(image, VoxelSize(1, 1, 1), Networks(PositionNetwork()), settings, CPU)
     assert (found.logit[5, 14:18, 12:16] > 0.5).all()
     assert (found.logit > -30).all()
-
-
-def two_corners(shape: tuple[int, int, int]) -> OccupiedSpace:
-    """Something in two opposite corners, nothing in the planes between them."""
-    blocks = np.zeros((3, 3, 3), bool)
-    blocks[0, 0, 0] = blocks[2, 2, 2] = True
-    z, y, x = (np.linspace(0, size, 4).round().astype(np.intp) for size in shape)
-    return OccupiedSpace(blocks, (z, y, x))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("trust", [None, (3.0, 1.0, 0.5)])
-@pytest.mark.parametrize("occupied", [everywhere, two_corners])
-def test_the_sum_on_a_device_is_that_of_the_host(device, step, trust, occupied):
-    image = np.random.default_rng(0).random((9, 40, 37)).astype(np.float32)
-    image[3, 5, 6] = np.nan
-    space, on = occupied(image.shape), torch.device(device)
-    runner = NetworkRunner(LocalNetwork(), on, engine="torch")
-    weights = dict(zip(VIEWS, trust or (1.0, 1.0, 1.0), strict=True))
-    steps = {"xy": 1, "xz": step, "yz": step}
-    done = {view: [] for view in VIEWS}
-
-    def computed(view, where=on):
-        shown = torch.from_numpy(image).to(where)
-        return compute_view(shown, view, runner, space, 18, steps[view], done[view].append)
-
-    expected = FlowField.zeros(image.shape, CUBIC)
-    add_views(expected, lambda view: whole_planes(computed(view, CPU), view, image.shape), weights)
-    for shares in done.values():
-        assert shares == sorted(shares)
-        assert shares[-1] == 1
-    found = sum_on_device(computed, weights, steps, image.shape, CUBIC, on)
-    assert found.voxel_size == CUBIC
-    # each view is rounded to a unit on the host, and a GPU multiplies in ten bits
-    tolerance = 3 if device == "cpu" else 200
-    assert np.abs(found.packed.astype(int) - expected.packed.astype(int)).max() <= tolerance
-
-
-def test_nothing_fits_on_a_device_that_is_no_gpu():
-    assert not fits_on(CPU, (1, 1, 1))

@@ -14,8 +14,8 @@ import pytest
 import requests
 import tifffile
 
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]

@@ -12,8 +12,8 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.experiment import serving_model
 from nuclei3d.experiment.registry import load_served_model
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.stages.predict import predict
 from oracle_network import load_oracle, save_oracle
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_labels
 from nuclei3d.stages.compare import compare
 from nuclei3d.stages.evaluate import evaluate
 

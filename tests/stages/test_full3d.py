@@ -14,8 +14,8 @@ from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
 from nuclei3d.images.frames import read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.networks.unet3d import VolumeNetwork
 from nuclei3d.stages.augment import write_augmentation_sheet

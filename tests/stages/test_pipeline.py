@@ -13,8 +13,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.registry import Registered
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.assess import headline
 from nuclei3d.stages.run import PipelineResult, run_pipeline
 from nuclei3d.stages.simulate import simulate
@@ -95,8 +95,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fakes = Stages()
-    for stage in ("prepare", "train", "predict", "evaluate", "register"):
+    for stage in ("prepare", "train", "predict", "evaluate"):
         monkeypatch.setattr(f"nuclei3d.stages.{stage}.{stage}", getattr(fakes, stage))
+    monkeypatch.setattr("nuclei3d.experiment.registry.register", fakes.register)
     return fakes
 
 

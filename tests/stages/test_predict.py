@@ -8,11 +8,11 @@ import tifffile
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.images import writing
+from nuclei3d.images import tiff
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.stages.predict import COLUMNS, predict
@@ -129,8 +129,8 @@ class Stops:
 
 def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_model, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    original = writing.write_labels
-    monkeypatch.setattr(writing, "write_labels", Stops(original))
+    original = tiff.write_labels
+    monkeypatch.setattr(tiff, "write_labels", Stops(original))
     with pytest.raises(KeyboardInterrupt):
         predict(Params(), [movie], str(oracle_model), out)
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_m
         "t2_masks.ome.tif",
         "t2_nuclei.csv",
     ]
-    monkeypatch.setattr(writing, "write_labels", original)
+    monkeypatch.setattr(tiff, "write_labels", original)
     result = predict(Params(), [movie], str(oracle_model), out)
     assert [frame.done_before for frame in result.frames] == [True, True, False]
     assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
@@ -334,14 +334,14 @@ def test_a_given_voxel_size_wins(oracle_model, tmp_path):
 def test_jobs_that_fill_one_folder_keep_each_others_records(movie, oracle_model, tmp_path, monkeypatch):
     """As the tasks of an array on a cluster do: each sees only its own files."""
     out = tmp_path / "out"
-    original = writing.write_labels
+    original = tiff.write_labels
 
     def another_job_meanwhile(*arguments: object) -> None:
-        monkeypatch.setattr(writing, "write_labels", original)
+        monkeypatch.setattr(tiff, "write_labels", original)
         predict(Params(), [movie / "t2.ome.tif"], str(oracle_model), out)
         original(*arguments)
 
-    monkeypatch.setattr(writing, "write_labels", another_job_meanwhile)
+    monkeypatch.setattr(tiff, "write_labels", another_job_meanwhile)
     predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
     result = predict(Params(), [movie], str(oracle_model), out)
     assert [frame.done_before for frame in result.frames] == [True, True, False]

@@ -13,8 +13,8 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.intensity import measure_range, sampled_planes
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
@@ -229,7 +229,7 @@ def test_workers_elsewhere_get_whole_paths(frame, model, tmp_path, monkeypatch):
         predict(in_blocks(), [Path("embryo.tif")], "model", Path("out"))
     (task,) = tasks
     assert task.frame.path == frame.resolve()
-    assert all(path.is_absolute() for path in (task.weights, task.labels_file))
+    assert all(path.is_absolute() for path in (*task.weights.values(), task.labels_file))
 
 
 def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):

@@ -13,8 +13,8 @@ from scipy.ndimage import gaussian_filter
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.export import export
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.training_data import load_samples, read_slices

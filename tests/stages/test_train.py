@@ -14,8 +14,8 @@ import torch
 
 from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.train import train

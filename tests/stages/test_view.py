@@ -8,8 +8,8 @@ import pytest
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.view import choose_layers, view
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)

@@ -21,14 +21,9 @@ from nuclei3d.outputs import whole_file
 
 
 def load_params(path: Path | None, overrides: Iterable[str] = ()) -> Params:
-    """Load parameters from a YAML file, apply overrides, validate.
+    """Load parameters from a YAML file (None: the defaults, the recipe's), apply overrides, validate.
 
-    Parameters
-    ----------
-    path
-        The file; None means all defaults (the recipe's).
-    overrides
-        Texts such as ``train.epochs=5``; the value is read as YAML.
+    Overrides are texts such as ``train.epochs=5``; the value is read as YAML.
     """
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:
@@ -48,6 +43,16 @@ def validate_params(tree: Mapping[str, Any], source: str) -> Params:
 def params_as_dict(params: BaseModel) -> dict[str, Any]:
     """Give the parameters as plain nested data, ready for YAML or JSON."""
     return params.model_dump(mode="json")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested parameters under dotted names, such as ``train.augment.flips``."""
+    flattened: dict[str, Any] = {}
+    for name, value in tree.items():
+        flattened |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        )
+    return flattened
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

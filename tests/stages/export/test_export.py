@@ -19,8 +19,8 @@ import yaml
 
 from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch

@@ -6,16 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log10, nan
 from pathlib import Path
 from typing import Any
 
-from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.objective import TrialJob
-from nuclei3d.stages.search.study import SearchResult, search
+
+HERE = Path(__file__).parent
 
 Report = Callable[[Any], None]
 
@@ -28,6 +28,16 @@ class ToyEpoch:
 
     def metrics(self) -> dict[str, float]:
         return {"validation_loss": self.validation_loss}
+
+
+def start_elsewhere(code: str, *arguments: object, epoch_s: float = 0.05) -> subprocess.Popen[bytes]:
+    """Run code that may import the tests in a process of its own, with trainings that take time."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "TOY_EPOCH_S": str(epoch_s),
+    }
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 def distance(job: TrialJob) -> float:
@@ -91,22 +101,3 @@ def dies_once(job: TrialJob, report: Report) -> float:
 def stopped_by_user(job: TrialJob, report: Report) -> float:
     report(ToyEpoch(1, 1.0))
     raise KeyboardInterrupt
-
-
-EPOCHS = ("train.epochs=4", "search.epochs={low: 2, high: 8}")
-
-
-def run_search(folder: Path, overrides: Sequence[str], **options: Any) -> SearchResult:
-    """Search with few epochs in a folder of its own."""
-    (folder / "slices").mkdir(parents=True, exist_ok=True)
-    params = load_params(None, [*EPOCHS, *overrides])
-    return search(params, folder / "slices", folder / "search", **({"objective": bowl} | options))
-
-
-def start_elsewhere(module: str, *arguments: object, epoch_s: float = 0.05) -> subprocess.Popen[bytes]:
-    """Call `elsewhere` of a test module in a process with a session of its own."""
-    code = f"import sys, {module}; {module}.elsewhere(*sys.argv[1:])"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths, "TOY_EPOCH_S": str(epoch_s)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
