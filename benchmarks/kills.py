@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py [--kills 20] [--commands prepare train predict run search] [--seed 0] [--json]
 
-Each command works on a tiny simulated data set. It is run once without a kill; then, in a folder of its own, it
-is killed with all its children and started again with the same words, until it was killed so often and has
-ended. Both must have made the same: samples, weights, thresholds, masks, tables and scores, trials and their
-values. No process may be left over, and no temporary file beside the results.
+Each command works on a tiny simulated data set. It is run once without a kill; then, in a folder of its
+own, it is killed, alone or with all its children, and started again with the same words, until it was killed
+so often and has ended. Both must have made the same: samples, weights, thresholds, masks, tables and scores,
+trials and their values. No process may be left over, and no temporary file beside the results.
 """
 
 from __future__ import annotations
