@@ -424,13 +424,16 @@ def serve(
     ] = "models:/nuclei_3d@champion",
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", metavar="N")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Serve other machines without a token.")
+    ] = None,
     params: ParamsFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model over HTTP."""
     from nuclei3d.stages.serve import serve
 
-    serve(_load(params, overrides, serve={"host": host, "port": port}), model)
+    serve(_load(params, overrides, serve={"host": host, "port": port, "insecure": insecure}), model)
 
 
 @_with_params

@@ -495,20 +495,22 @@ class SegmentationParams(Section):
     """
 
     mode: Mode = "auto"
-    diameter_um: PositiveFloat | None = None
-    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
-    view_weights: tuple[PositiveFloat, ...] | None = None
+    diameter_um: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
+    views: Annotated[tuple[View, ...], Field(min_length=1, max_length=3)] = ("xy", "xz", "yz")
+    view_weights: (
+        Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(max_length=3)] | None
+    ) = None
     fusion: Fusion = "mean"
-    orthogonal_step: PositiveInt = 1
-    cellprob_threshold: float | None = None
+    orthogonal_step: Annotated[int, Field(ge=1, le=1000)] = 1
+    cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_volume_um3: Annotated[float, Field(ge=0)] | None = None
-    max_volume_um3: PositiveFloat | None = None
+    min_volume_um3: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    max_volume_um3: Annotated[float, Field(gt=0, le=1e12)] | None = None
     flip_average: bool = False
     precision: Precision = "auto"
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
-    stitch_max_gap: Annotated[int, Field(ge=0)] = 1
-    flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
+    stitch_max_gap: Annotated[int, Field(ge=0, le=100)] = 1
+    flow3d_smooth: Annotated[float, Field(ge=0, le=100)] = 0.0
 
 
 class PredictParams(SegmentationParams):
@@ -750,6 +752,8 @@ class ServeParams(Section):
 
     Attributes
     ----------
+    insecure
+        Take requests from other machines without a token.
     root
         Folder below which requests may name files by path; None refuses paths.
     queue
@@ -757,8 +761,14 @@ class ServeParams(Section):
     max_body_mb
         Largest body of a request.
     max_voxels
-        Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
-        of one such volume fits the memory.
+        Largest volume, by what its header declares, before anything is read.
+    max_network_voxels
+        Most voxels that the network may look at for a request, at its own scale, over all views and volumes.
+    memory_gb
+        Most resident memory of the process that works; None: 0.8 of what is free at the start. A request that
+        needs more is answered 413.
+    body_s
+        Longest time until the body of a request is there.
     timeout_s
         Longest time from a request's arrival to its answer.
     shutdown_s
@@ -770,10 +780,14 @@ class ServeParams(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 5050
+    insecure: bool = False
     root: str | None = None
     queue: Annotated[int, Field(ge=0)] = 16
     max_body_mb: PositiveInt = 512
     max_voxels: PositiveInt = 100_000_000
+    max_network_voxels: PositiveInt = 2_000_000_000
+    memory_gb: PositiveFloat | None = None
+    body_s: PositiveFloat = 300.0
     timeout_s: PositiveFloat = 1800.0
     shutdown_s: PositiveFloat = 60.0
     token_variable: str = "NUCLEI3D_TOKEN"

@@ -15,7 +15,7 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames
 from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
-from nuclei3d.images.tiff import TiffArray
+from nuclei3d.images.tiff import TiffArray, check_planes
 from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
@@ -82,6 +82,8 @@ class Frame:
         Given by the user or read from the file; None where neither says it.
     time
         Index on the time axis of the file; None where the file holds one time point.
+    stranger
+        Whether it came with a request, so that other files that it names are not read.
     """
 
     path: Path
@@ -92,6 +94,7 @@ class Frame:
     time: int | None
     axes: FrameAxes
     scale_note: str = ""
+    stranger: bool = False
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -103,7 +106,7 @@ class Frame:
 
     def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
         """Read a box (z, y, x) of the volume, touching only the planes or chunks that hold it."""
-        with _open(self.path) as array:
+        with _open(self.path, self.stranger) as array:
             block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
 
@@ -120,7 +123,11 @@ class Frame:
 
 
 def find_frames(
-    source: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
+    source: Path,
+    *,
+    channel: str | int | None = None,
+    voxel_size: VoxelSize | None = None,
+    stranger: bool = False,
 ) -> list[Frame]:
     """List the frames of a file or folder: one per file and time point; never none.
 
@@ -133,6 +140,8 @@ def find_frames(
         Name or number (from 0) of the channel to read where there are several.
     voxel_size
         Wins over what the files say; where they say something else, the user is told once.
+    stranger
+        The file came with a request: other files that it names are not read.
 
     Raises
     ------
@@ -145,11 +154,11 @@ def find_frames(
     for path in listing:
         if path in shared:
             continue
-        with _open(path) as array:
+        with _open(path, stranger) as array:
             layout = array.layout
         # Each file of a multi-file OME-TIFF gives the whole set.
         shared.update(path.with_name(name) for name in layout.companions)
-        frames.extend(_frames_of(path, layout, channel))
+        frames.extend(_frames_of(path, layout, channel, stranger))
     seen: dict[str, Path] = {}
     for frame in frames:
         other = seen.setdefault(frame.name, frame.path)
@@ -257,11 +266,13 @@ def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
-def _open(path: Path) -> TiffArray | ZarrArray:
-    return ZarrArray(path) if is_zarr(path) else TiffArray(path)
+def _open(path: Path, stranger: bool) -> TiffArray | ZarrArray:
+    return ZarrArray(path) if is_zarr(path) else TiffArray(path, stranger=stranger)
 
 
-def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterable[Frame]:
+def _frames_of(path: Path, layout: Layout, channel: str | int | None, stranger: bool) -> Iterable[Frame]:
+    if stranger:
+        check_planes(layout.planes)
     stem = frame_stem(path)
     found = lay_out_frames(layout, str(path), channel)
     digits = max(3, len(str(len(found) - 1)))
@@ -276,6 +287,7 @@ def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterabl
             time=axes.time,
             axes=axes,
             scale_note=layout.scale_note,
+            stranger=stranger,
         )
 
 
