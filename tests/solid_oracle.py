@@ -1,11 +1,13 @@
 """A 3D network that knows the truth where nuclei do not touch: exact flows computed from what it sees."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from nuclei3d.config import Params
 from nuclei3d.flows import flows_3d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
@@ -32,6 +34,14 @@ def save_oracle(folder: Path) -> Path:
     """Write a model folder with the oracle's model.json; its weights are any."""
     save_model(folder, new_volume_network(SPEC, 0), INFO, "oracle")
     return folder
+
+
+def serve_oracle(model: str, params: Params) -> Any:
+    """Open such a folder in a worker of a service."""
+    from nuclei3d.experiment import registry, serving_model
+
+    serving_model.load_model = load_oracle
+    return registry.load_served_model(model, params)
 
 
 def load_oracle(path: Path) -> Model:

@@ -49,7 +49,7 @@ _HEAD_S = 20.0
 _READ_S = 60.0
 _DRAIN_S = 20.0
 # Imported once, before the workers are born.
-_IMPORTED_BY_WORKERS = (
+IMPORTED_BY_WORKERS = (
     "nuclei3d.experiment.registry",
     "nuclei3d.experiment.serving_model",
     "nuclei3d.segmentation.dynamics",
@@ -343,6 +343,9 @@ def make_app(service: Service) -> FastAPI:
         except ClientDisconnect:
             say("POST /invocations: abandoned by its sender")
             return Response(status_code=499)
+        except asyncio.CancelledError:
+            # told to stop, the server waits for so long and no longer
+            return _busy("the service is stopping", 10).response()
         except Exception as error:
             say(f"POST /invocations 500: {type(error).__name__}: {printable(str(error), 1000)}")
             return Refusal(500, "INTERNAL_ERROR", "the service failed; its log says more").response()
@@ -403,7 +406,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
 
-class _Server(uvicorn.Server):
+class ServiceServer(uvicorn.Server):
     """A server that, told to stop, sends waiting requests away and finishes the one being computed."""
 
     def __init__(self, service: Service) -> None:
@@ -454,7 +457,7 @@ def listen(params: ServeParams) -> socket.socket:
 def open_service(model: str, params: Params, token: str | None = None) -> Iterator[Service]:
     """Start the workers of a model (a URI of MLflow, which is looked up once, or a model folder)."""
     memory_gb = params.serve.memory_gb or _SHARE_OF_MEMORY * psutil.virtual_memory().available / 1e9
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED_BY_WORKERS))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED_BY_WORKERS))
     segmenter = Worker(
         "model", "nuclei3d.experiment.registry:load_served_model", model, params, memory_gb=memory_gb
     )
@@ -494,7 +497,7 @@ def run_service(service: Service, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     say(f"serving {describe(service)} at {address}; stop with Ctrl-C")
-    _Server(service).run(sockets=[listening])
+    ServiceServer(service).run(sockets=[listening])
     say("stopped")
 
 

@@ -1,6 +1,6 @@
 """A 3D model over HTTP: the masks of this process, and one line for what it cannot do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,30 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment import serving_model
-from nuclei3d.experiment.registry import load_served_model
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.images.writing import write_image
+from nuclei3d.serve import Service
 from nuclei3d.stages.predict import predict
+from nuclei3d.worker import Worker
 from solid_oracle import load_oracle, save_oracle
 
-Serving = Callable[..., AbstractContextManager[Any]]
-PARAMS = load_params(None, ["predict.device=cpu"])
+Running = Callable[[Service], AbstractContextManager[Any]]
+PARAMS = load_params(None, ["predict.device=cpu", "serve.port=0"])
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("nuclei3d.networks.folder.load_model", load_oracle)
-    monkeypatch.setattr(serving_model, "load_model", load_oracle)
     return save_oracle(tmp_path / "solid")
+
+
+@pytest.fixture
+def service(model: Path, tmp_path: Path) -> Iterator[Service]:
+    segmenter = Worker("model", "solid_oracle:serve_oracle", str(model), PARAMS, memory_gb=4)
+    reader = Worker("reader", "nuclei3d.experiment.invocation:open_admission", model, PARAMS, memory_gb=4)
+    segmenter.start()
+    reader.start()
+    yield Service(PARAMS.serve, reader, segmenter, {"name": "oracle"}, tmp_path)
 
 
 @pytest.fixture
@@ -41,10 +49,10 @@ def frame(tmp_path: Path) -> Path:
 
 
 def test_a_service_gives_the_files_of_prediction_here(
-    serving: Serving, model: Path, frame: Path, tmp_path: Path
+    run_service: Running, service: Service, model: Path, frame: Path, tmp_path: Path
 ) -> None:
     local = predict(PARAMS, [frame], str(model), tmp_path / "local").frames[0]
-    with serving(model=load_served_model(str(model), PARAMS)) as running:
+    with run_service(service) as running:
         remote = predict(Params(), [frame], running.url, tmp_path / "remote").frames[0]
     assert remote.nuclei == local.nuclei == 9
     assert remote.masks.read_bytes() == local.masks.read_bytes()
@@ -53,11 +61,11 @@ def test_a_service_gives_the_files_of_prediction_here(
 
 @pytest.mark.parametrize("mode", ["ortho", "stitch", "cellpose"])
 def test_a_mode_of_planes_is_refused_in_one_line(
-    serving: Serving, model: Path, frame: Path, tmp_path: Path, mode: str
+    run_service: Running, service: Service, frame: Path, tmp_path: Path, mode: str
 ) -> None:
     wishes = load_params(None, [f"predict.mode={mode}"])
     with (
-        serving(model=load_served_model(str(model), PARAMS)) as running,
+        run_service(service) as running,
         pytest.raises(InputError, match=rf"\(400\): mode '{mode}' is not for .* use full3d$") as raised,
     ):
         predict(wishes, [frame], running.url, tmp_path / "remote")

@@ -33,8 +33,9 @@ VOLUME = "volume"
 PATH = "path"
 MAX_ROWS = 64
 _FORMATS = ("dataframe_records", "dataframe_split")
-# Brackets and commas of a body: a request has some dozens, and each costs a hundred bytes once it is parsed.
-_MOST_VALUES = 10_000
+# Brackets and commas of a body: a request has some dozens, and each may cost a kilobyte once it is parsed.
+_MOST_VALUES = 200_000
+_LONGEST_LIST = 16
 _MOST_FILES = 100_000
 _Edge = Annotated[float, Field(ge=SMALLEST_EDGE_UM, le=LARGEST_EDGE_UM)]
 
@@ -210,6 +211,8 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
             close = difflib.get_close_matches(name[:50], known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
             raise InputError(f"unknown parameter '{printable(name)}'; {hint}")
+        if isinstance(given[name], list | tuple) and len(given[name]) > _LONGEST_LIST:
+            raise InputError(f"parameter '{name}' has {len(given[name])} values, more than any takes")
     try:
         return RequestParams.model_validate(given)
     except ValidationError as error:
