@@ -423,6 +423,7 @@ class ServiceServer(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal."""
         # uvicorn would raise the signal once more at the end; being told to stop is no failure here.
         self._service.close()
         if self.should_exit and sig == signal.SIGINT:

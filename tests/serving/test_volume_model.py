@@ -1,6 +1,6 @@
 """A 3D model over HTTP: the masks of this process, and one line for what it cannot do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def service(model: Path, tmp_path: Path) -> Iterator[Service]:
+def service(model: Path, tmp_path: Path) -> Service:
     segmenter = Worker("model", "solid_oracle:serve_oracle", str(model), PARAMS, memory_gb=4)
     reader = Worker("reader", "nuclei3d.experiment.invocation:open_admission", model, PARAMS, memory_gb=4)
     segmenter.start()
     reader.start()
-    yield Service(PARAMS.serve, reader, segmenter, {"name": "oracle"}, tmp_path)
+    return Service(PARAMS.serve, reader, segmenter, {"name": "oracle"}, tmp_path)
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ _REQUIRED = (
     "scikit-image",
     "tifffile",
     "imagecodecs",
+    "defusedxml",
     "zarr",
     "pandas",
     "pydantic",

@@ -31,8 +31,6 @@ _RESOLUTION_UNITS = {2: "inch", 3: "cm"}
 # Of the file of a request: more than any embryo has, few enough to be listed in a moment.
 _MOST_PLANES = 20_000
 _MOST_ELEMENTS = 500_000
-# Formats that lie in several files, and one whose pages are counted by a damaged header.
-_STRANGE_KINDS = {"is_mmstack": False, "is_ndtiff": False, "is_scanimage": False}
 _SIGNS_OF_A_CUT = ("invalid value offset", "invalid page offset")
 
 
@@ -167,7 +165,12 @@ def _open_tiff(path: Path, stranger: bool) -> tifffile.TiffFile:
         try:
             if path.stat().st_size == 0:
                 raise InputError(f"{path} is empty (0 bytes); copy or export it again")
-            return tifffile.TiffFile(path, **({"_multifile": False} | _STRANGE_KINDS if stranger else {}))
+            if stranger:
+                # formats of several files, and one whose damaged header makes pages without end
+                return tifffile.TiffFile(
+                    path, _multifile=False, is_mmstack=False, is_ndtiff=False, is_scanimage=False
+                )
+            return tifffile.TiffFile(path)
         except tifffile.TiffFileError:
             raise InputError(f"{path} is not a TIFF file; give .tif, .tiff or .zarr") from None
         except OSError as error:

@@ -145,7 +145,7 @@ class SegmentationSettings:
 
 
 _LEAST_PIXELS = 8
-_LEAST_PADDED = 16
+_LEAST_PADDED = 8
 _MOST_VOXELS = 2**33
 """At the network's scale; no microscope's frame comes near in one piece."""
 _LEAST_DIAMETER_VOXELS = 3.0
