@@ -13,7 +13,7 @@ import numpy as np
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.experiment.invocation import Admission, RequestParams, VolumeLimits, open_frame
-from nuclei3d.images.writing import write_labels
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import ModelInfo
 
 INFO = ModelInfo(diameter_px=40, nucleus_diameter_um=4)

@@ -27,8 +27,8 @@ from nuclei3d.experiment.invocation import (
     take_apart,
 )
 from nuclei3d.images.frames import find_frames
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import ModelInfo
 
 INFO = ModelInfo(diameter_px=17, nucleus_diameter_um=8.5)

@@ -19,8 +19,8 @@ import uvicorn
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import ServeParams
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.serve import IMPORTED_BY_WORKERS, Service, ServiceServer, listen
 from nuclei3d.worker import Worker
 from threshold_model import VERSION, Gate

@@ -10,12 +10,12 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.serve import Service
 from nuclei3d.stages.predict import predict
 from nuclei3d.worker import Worker
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 
 Running = Callable[[Service], AbstractContextManager[Any]]
 PARAMS = load_params(None, ["predict.device=cpu", "serve.port=0"])
@@ -29,7 +29,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def service(model: Path, tmp_path: Path) -> Service:
-    segmenter = Worker("model", "solid_oracle:serve_oracle", str(model), PARAMS, memory_gb=4)
+    segmenter = Worker("model", "oracle_network:serve_oracle", str(model), PARAMS, memory_gb=4)
     reader = Worker("reader", "nuclei3d.experiment.invocation:open_admission", model, PARAMS, memory_gb=4)
     segmenter.start()
     reader.start()

@@ -11,11 +11,10 @@ import numpy as np
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import Bar, progress_bar, say
-from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
-from nuclei3d.outputs import whole_folder
-from nuclei3d.simulation.embryo import simulate_embryo
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.simulation import simulate_embryo
 
 # Lies in the folder beside the embryos: says how they were made, and that the folder may be replaced.
 RECORD = "simulation.json"
@@ -42,11 +41,7 @@ def simulate(params: Params, out: Path) -> SimulateResult:
 
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise InputError(
-            f"{out} holds files and is no earlier simulation (no {RECORD} in it); "
-            "choose a new or an empty folder"
-        )
+    refuse_foreign_folder(out, RECORD, "earlier simulation")
     settings = params.simulate
     total = sum(settings.frames_of(index) for index in range(len(settings.embryos)))
     with whole_folder(out) as folder:
