@@ -675,10 +675,10 @@ class ServeParams(Section):
     max_voxels: PositiveInt = 100_000_000
     """Largest volume, by what its header declares, before anything is read."""
     max_network_voxels: PositiveInt = 2_000_000_000
-    """Most voxels that the network may look at for a request, at its own scale, over all views and volumes."""
+    """Most voxels that the network may look at for a request, at its own scale, over all views and rows."""
     memory_gb: PositiveFloat | None = None
-    """Most resident memory of a process that works; what needs more is answered 413. None: 0.8 of what is free
-    at the start."""
+    """Most resident memory of a process that works; what needs more is answered 413. None: 0.8 of what is
+    free at the start."""
     body_s: PositiveFloat = 300.0
     """Longest time until the body of a request is there."""
     timeout_s: PositiveFloat = 1800.0

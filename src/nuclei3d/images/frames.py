@@ -124,8 +124,8 @@ def find_frames(
     of such, taken in natural order (t2 before t10); hidden files are passed over. `channel` is a name or
     number (from 0) where there are several. `voxel_size` wins over what the files say; where they say
     something else, the user is told once. InputError is raised if there is nothing to read, or a file is
-    damaged, not 3D, or leaves the channel open. Of a `stranger`'s file, that of a request, others that it names
-    are not read.
+    damaged, not 3D, or leaves the channel open. Of a `stranger`'s file, that of a request, others that it
+    names are not read.
     """
     listing = volume_paths(Path(source))
     frames: list[Frame] = []

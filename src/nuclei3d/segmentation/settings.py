@@ -163,7 +163,7 @@ def network_voxels(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segm
         step = each.orthogonal_step
         of_view = {"xy": z * y * x, "xz": -(-y // step) * depth * x, "yz": -(-x // step) * depth * y}
         # of a 3D network this is the most: it may look at fewer planes
-        seen = depth * y * x if each.is_3d else sum(of_view[view] for view in each.seen_views)
+        seen = depth * y * x if each.mode == "full3d" else sum(of_view[view] for view in each.seen_views)
         total += (4 if each.flip_average else 1) * seen
     return total
 
