@@ -73,7 +73,7 @@ class Worker:
         try:
             self._process = psutil.Process(pool.submit(_open, self._opening, self.arguments).result())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
             raise
         self._pool, self._was_too_large = pool, False
 
@@ -143,7 +143,7 @@ class Worker:
                 self._process.kill()
             self._process = None
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=False)
 
     def _resident_bytes(self) -> int:
         """Give the resident memory of the process; 0 if it is dead."""
