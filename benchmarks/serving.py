@@ -52,21 +52,14 @@ def volume_of(shape: Shape, seed: int) -> np.ndarray[Any, Any]:
 
 
 @contextmanager
-def running_service(model: Path) -> Iterator[tuple[RemoteModel, psutil.Process]]:
-    """Start `nuclei3d serve` in a process of its own."""
+def running_service(model: Path, **settings: object) -> Iterator[tuple[RemoteModel, psutil.Process]]:
+    """Start `nuclei3d serve` in a process of its own, with settings of the section serve."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "nuclei3d",
-        "serve",
-        "--model",
-        str(model),
-        "--set",
-        f"serve.port={port}",
-    ]
+    command = [sys.executable, "-m", "nuclei3d", "serve", "--model", str(model), "--port", str(port)]
+    for name, value in settings.items():
+        command += ["--set", f"serve.{name}={value}"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
@@ -104,8 +97,8 @@ def measure_overhead(model: Path, shape: Shape, repeats: int) -> dict[str, Any]:
     with running_service(model) as (remote, process):
 
         def cpu_s() -> float:
-            times = process.cpu_times()
-            return time.process_time() + float(times.user + times.system)
+            every = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+            return time.process_time() + float(sum(times.user + times.system for times in every))
 
         segment(remote, small)
         for _ in range(repeats):

@@ -1,12 +1,14 @@
 """Networks of which one can say by hand what they answer, and oracles: exact flows of what an image shows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import nn
 
+from nuclei3d.config import Params
 from nuclei3d.flows import flows_2d, flows_3d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
@@ -87,6 +89,14 @@ def save_oracle(folder: Path) -> Path:
     """Write a model folder with the 3D oracle's model.json; its weights are any."""
     save_model(folder, new_volume_network(SPEC, 0), SOLID, "oracle")
     return folder
+
+
+def serve_oracle(model: str, params: Params) -> Any:
+    """Open such a folder in a worker of a service."""
+    from nuclei3d.experiment import registry, serving_model
+
+    serving_model.load_model = load_oracle
+    return registry.load_served_model(model, params)
 
 
 def load_oracle(path: Path) -> Model:

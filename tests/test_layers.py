@@ -13,6 +13,7 @@ LAYERS = {
     "console": 0,
     "outputs": 0,
     "views": 0,
+    "worker": 1,
     "config": 1,
     "images": 2,
     "grid": 2,

@@ -47,6 +47,7 @@ _SET_BY = {
     "scheduler": "predict.scheduler",
     "host": "serve.host",
     "port": "serve.port",
+    "insecure": "serve.insecure",
 }
 # How several values stand in one text, for options that may be repeated.
 _SEVERAL = {"--set": re.compile(r"\s+(?=(?:seed|\w+\.[\w.]+)=)"), "--format": re.compile(r"\s+")}
@@ -160,6 +161,7 @@ _OPTIONS: dict[str, Any] = {
     "rollback.version": typer.Option(help="Version to go back to; the one before otherwise."),
     "serve.model": typer.Option(help="models:/name@alias or a model folder."),
     "serve.host": typer.Option(help="Address to listen on."),
+    "serve.insecure": typer.Option("--insecure", help="Serve other machines without a token."),
     "serve.port": typer.Option(help="Port to listen on.", metavar="N"),
     "export.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "export.masks": typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
@@ -361,6 +363,7 @@ def serve(
     model: str = "models:/nuclei_3d@champion",
     host: str | None = None,
     port: int | None = None,
+    insecure: bool | None = None,
 ) -> None:
     """Serve a model over HTTP."""
     from nuclei3d.stages.serve import serve

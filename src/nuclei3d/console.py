@@ -24,9 +24,16 @@ from rich.progress import (
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def printable(text: str, longest: int = 200) -> str:
+    """Make a text safe to repeat: in one line, cut short, with control characters escaped."""
+    shown = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in shown)
+
+
 def say(text: str) -> None:
-    """Print one line for the reader on stderr."""
-    _console.print(text, markup=False)
+    """Print one line for the reader on stderr; control characters but line breaks and tabs are escaped."""
+    shown = "".join(sign if sign in "\n\t" else printable(sign) for sign in text)
+    _console.print(shown, markup=False)
 
 
 def emit_json(result: dict[str, Any]) -> None:

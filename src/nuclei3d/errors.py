@@ -24,6 +24,10 @@ class MachineError(InputError):
     exit_code = 1
 
 
+class TooLargeError(InputError):
+    """What a request asks for costs more than a service gives; its status is 413, not 400."""
+
+
 def missing(path: Path, message: str) -> InputError:
     """Make the error for a path at which there is nothing.
 

@@ -2,7 +2,7 @@
 
 import base64
 import json
-import socket
+import multiprocessing
 import tempfile
 import threading
 import time
@@ -17,46 +17,15 @@ import pytest
 import requests
 import uvicorn
 
+from nuclei3d.config import Params
 from nuclei3d.config.sections import ServeParams
-from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, open_frame
-from nuclei3d.images.tiff import write_image, write_labels
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.serve import Service, make_app
+from nuclei3d.serve import IMPORTED_BY_WORKERS, Service, ServiceServer, listen
+from nuclei3d.worker import Worker
+from threshold_model import VERSION, Gate
 
-
-class ThresholdModel:
-    """Labels what is brighter than 100, after waiting in steps until it is told to go on."""
-
-    def __init__(self, limits: VolumeLimits) -> None:
-        self.limits = limits
-        self.version = {"name": "threshold", "registered_name": "threshold", "version": "3"}
-        self.go = threading.Event()
-        self.go.set()
-        self.begun = 0
-        self.score: float | None = 0.5
-
-    def segment_file(
-        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
-    ) -> dict[str, Any]:
-        self.begun += 1
-        while not self.go.wait(0.005):
-            if progress is not None:
-                progress(0.5)
-        frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "labels.tif"
-            write_labels(out, (frame.read() > 100).astype(np.uint32), voxel_size)
-            labels = base64.b64encode(out.read_bytes()).decode()
-        return {
-            "labels": labels,
-            "nuclei": [
-                {"label": 1, "z_um": 1.0, "y_um": 2.0, "x_um": 3.0, "volume_um3": 4.0, "mean_intensity": 5.0}
-                | {"score": self.score}
-            ],
-            "parameters": asked.model_dump(mode="json", exclude_unset=True),
-            "model": self.version,
-            "seconds": {"network": 0.0},
-        }
+multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED_BY_WORKERS))
 
 
 @dataclass
@@ -64,7 +33,7 @@ class Running:
     """A running service and what a test does with it."""
 
     url: str
-    model: Any
+    model: Gate
     service: Service
     server: uvicorn.Server
     threads: list[threading.Thread] = field(default_factory=list)
@@ -72,7 +41,7 @@ class Running:
     def post(self, body: object, **options: Any) -> requests.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-        return requests.post(f"{self.url}/invocations", data=data, headers=headers, timeout=30, **options)
+        return requests.post(f"{self.url}/invocations", data=data, headers=headers, timeout=60, **options)
 
     def post_later(self, body: object) -> list[requests.Response]:
         """Send a request from another thread; the answer appears in the list."""
@@ -82,42 +51,60 @@ class Running:
         thread.start()
         return answers
 
+    def get(self, endpoint: str) -> requests.Response:
+        return requests.get(f"{self.url}/{endpoint}", timeout=5)
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 30
         while not condition():
             assert time.monotonic() < end, "the service never got there"
             time.sleep(0.01)
 
 
 @contextmanager
-def _serving(
-    root: Path | None = None, token: str | None = None, model: Any = None, **settings: Any
-) -> Iterator[Running]:
-    params = ServeParams(port=0, **settings)
-    model = model or ThresholdModel(VolumeLimits(root, params.max_voxels))
-    service = Service(model, params, token)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service), log_level="error", lifespan="off", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
-    thread.start()
-    running = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", model, service, server)
-    running.wait_for(lambda: server.started)
-    try:
-        yield running
-    finally:
-        if isinstance(model, ThresholdModel):
-            model.go.set()
-        service.queue.close()
-        server.should_exit = True
-        thread.join(10)
+def _run(service: Service, gate: Gate) -> Iterator[Running]:
+    server = ServiceServer(service)
+    with listen(service.params) as listening:
+        thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+        thread.start()
+        running = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", gate, service, server)
+        try:
+            running.wait_for(lambda: server.started and service.ready)
+            yield running
+        finally:
+            gate.release()
+            service.close()
+            server.should_exit = True
+            thread.join(20)
+
+
+@pytest.fixture
+def run_service(tmp_path: Path) -> Callable[[Service], AbstractContextManager[Running]]:
+    """A function that runs a service made by the test."""
+    return lambda service: _run(service, Gate(tmp_path / "gate"))
 
 
 @pytest.fixture
 def serving() -> Callable[..., AbstractContextManager[Running]]:
     """A function that starts a service with the given settings."""
-    return _serving
+
+    @contextmanager
+    def start(
+        token: str | None = None, score: float | None = 0.5, memory_gb: float = 4.0, **settings: Any
+    ) -> Iterator[Running]:
+        params = Params(serve=ServeParams(**{"port": 0, "shutdown_s": 5, **settings}))
+        with tempfile.TemporaryDirectory() as folder:
+            gate = Gate(Path(folder) / "gate")
+            opening = "threshold_model:open_threshold"
+            segmenter = Worker("model", opening, gate.folder, params, score, memory_gb=memory_gb)
+            reader = Worker("reader", "threshold_model:open_admission", params, memory_gb=memory_gb)
+            segmenter.start()
+            reader.start()
+            service = Service(params.serve, reader, segmenter, VERSION, Path(folder), token)
+            with _run(service, gate) as running:
+                yield running
+
+    return start
 
 
 @pytest.fixture

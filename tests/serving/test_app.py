@@ -44,7 +44,7 @@ def test_the_answer_echoes_parameters_and_version(serving: Serving, volume: str)
         answer = running.post(records(volume, mode="stitch", anisotropy=4)).json()["predictions"][0]
         assert answer["parameters"] == {"mode": "stitch", "anisotropy": 4.0}
         assert answer["model"]["version"] == "3"
-        assert requests.get(f"{running.url}/version", timeout=5).json()["model"] == running.model.version
+        assert running.get("version").json()["model"] == running.service.version
 
 
 def test_a_path_below_the_root_is_read_and_no_other(serving: Serving, image: Image, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_path_below_the_root_is_read_and_no_other(serving: Serving, image: Ima
     write_image(root / "a.tif", image, VoxelSize(2, 1, 1))
     write_image(tmp_path / "b.tif", image, VoxelSize(2, 1, 1))
     (root / "link.tif").symlink_to(tmp_path / "b.tif")
-    with serving(root=root) as running:
+    with serving(root=str(root)) as running:
         inside = running.post({"dataframe_records": [{"path": "a.tif"}]})
         np.testing.assert_array_equal(labels_of(inside), image > 100)
         for path in ("../b.tif", str(tmp_path / "b.tif"), "link.tif", "file://b.tif"):
@@ -117,7 +117,7 @@ def test_a_body_above_the_limit_is_refused_and_the_status_is_seen(serving: Servi
 def test_a_volume_above_the_limit_is_refused_by_its_header(serving: Serving, volume: str) -> None:
     with serving(max_voxels=209) as running:
         response = running.post(records(volume))
-        assert response.status_code == 400
+        assert response.status_code == 413
         assert "5 x 6 x 7 = 210 voxels" in response.json()["message"]
         assert running.model.begun == 0
 
@@ -128,46 +128,45 @@ def test_a_token_is_asked_for_where_one_is_set(serving: Serving, volume: str) ->
         assert running.post(records(volume), headers={"Authorization": "Bearer no"}).status_code == 401
         allowed = running.post(records(volume), headers={"Authorization": "Bearer open sesame"})
         assert allowed.status_code == 200
-        assert requests.get(f"{running.url}/ping", timeout=5).status_code == 200
+        assert running.get("ping").status_code == 200
 
 
 def test_a_full_line_answers_503_with_retry_after_and_health_stays_quick(serving, volume):
     with serving(queue=1) as running:
-        running.model.go.clear()
+        running.model.hold()
         first, second = running.post_later(records(volume)), running.post_later(records(volume))
-        running.wait_for(lambda: running.model.begun == 1 and not running.service.queue.accepting)
+        running.wait_for(lambda: running.model.begun == 1 and not running.service.ready)
         refused = running.post(records(volume))
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
-        assert requests.get(f"{running.url}/ready", timeout=5).status_code == 503
+        assert running.get("ready").status_code == 503
         for endpoint in ("ping", "health", "version"):
-            assert requests.get(f"{running.url}/{endpoint}", timeout=5).status_code == 200
-        running.model.go.set()
+            assert running.get(endpoint).status_code == 200
+        running.model.release()
         running.wait_for(lambda: bool(first and second))
         assert [answer.status_code for answer in (*first, *second)] == [200, 200]
-        assert requests.get(f"{running.url}/ready", timeout=5).status_code == 200
+        assert running.get("ready").status_code == 200
 
 
 def send_and_hang_up(url: str, body: dict[str, object]) -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
     content = json.dumps(body).encode()
     line = socket.create_connection((host, int(port)))
-    head = "POST /invocations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head = "POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     line.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return line
 
 
 def test_an_abandoned_request_is_not_computed(serving: Serving, volume: str) -> None:
     with serving(queue=2) as running:
-        running.model.go.clear()
+        running.model.hold()
         first = running.post_later(records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         line = send_and_hang_up(running.url, records(volume))
-        queue = running.service.queue
-        running.wait_for(lambda: len(queue._waiting) == 1)
+        running.wait_for(lambda: running.service.places == 2)
         line.close()
-        running.wait_for(lambda: len(queue._waiting) == 0)
-        running.model.go.set()
+        running.wait_for(lambda: running.service.places == 1)
+        running.model.release()
         running.wait_for(lambda: bool(first))
         assert running.post(records(volume)).status_code == 200
         assert running.model.begun == 2
@@ -175,50 +174,46 @@ def test_an_abandoned_request_is_not_computed(serving: Serving, volume: str) -> 
 
 def test_a_request_abandoned_while_it_is_computed_is_stopped(serving: Serving, volume: str) -> None:
     with serving(queue=0) as running:
-        running.model.go.clear()
+        running.model.hold()
         line = send_and_hang_up(running.url, records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         line.close()
-        running.wait_for(lambda: running.service.queue.accepting)
+        running.wait_for(lambda: running.service.ready)
 
 
 def test_a_request_that_takes_too_long_is_stopped(serving: Serving, volume: str) -> None:
-    with serving(timeout_s=0.3) as running:
-        running.model.go.clear()
+    with serving(timeout_s=1.5) as running:
+        running.model.hold()
         response = running.post(records(volume))
         assert response.status_code == 504
-        running.model.go.set()
+        running.model.release()
+        running.wait_for(lambda: running.service.ready)
         assert running.post(records(volume)).status_code == 200
 
 
 def test_a_stopping_service_finishes_what_it_computes_and_sends_the_others_away(serving, volume):
     with serving(queue=2) as running:
-        running.model.go.clear()
+        running.model.hold()
         first = running.post_later(records(volume))
         running.wait_for(lambda: running.model.begun == 1)
         second = running.post_later(records(volume))
-        running.wait_for(lambda: len(running.service.queue._waiting) == 1)
-        running.service.queue.close()
+        running.wait_for(lambda: running.service.places == 2)
+        running.service.close()
         running.server.should_exit = True
         running.wait_for(lambda: bool(second))
         assert second[0].status_code == 503
-        running.model.go.set()
+        running.model.release()
         running.wait_for(lambda: bool(first))
         assert first[0].status_code == 200
 
 
-def test_a_fault_of_ours_is_500_and_the_service_goes_on(serving, volume, monkeypatch):
+def test_a_fault_of_ours_is_500_and_the_service_goes_on(serving: Serving, volume: str) -> None:
     with serving() as running:
-        real = running.model.segment_file
-
-        def broken(*_: object) -> None:
-            raise RuntimeError("secret path /home/me")
-
-        monkeypatch.setattr(running.model, "segment_file", broken)
+        running.model.bid("raise")
         response = running.post(records(volume))
         assert response.status_code == 500
         assert "secret" not in response.text
-        monkeypatch.setattr(running.model, "segment_file", real)
+        running.model.bid("")
         assert running.post(records(volume)).status_code == 200
 
 

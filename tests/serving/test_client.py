@@ -51,7 +51,7 @@ def test_the_token_comes_from_the_environment(serving, image, monkeypatch):
 
 
 def test_a_refusal_is_told_in_the_words_of_the_service(serving: Serving, image: Image) -> None:
-    with serving(max_voxels=10) as running, pytest.raises(InputError, match=r"400.*this service takes 10"):
+    with serving(max_voxels=10) as running, pytest.raises(InputError, match=r"413.*this service takes 10"):
         RemoteModel(running.url).segment(image, VOXEL_SIZE)
 
 
@@ -63,10 +63,12 @@ def test_a_service_that_is_not_there_is_one_line() -> None:
 
 def test_a_busy_service_is_tried_again(serving: Serving, image: Image, capsys: Any) -> None:
     with serving(queue=0) as running:
-        running.model.go.clear()
-        place = running.service.queue.take_place()
-        threading.Timer(0.7, lambda: running.service.queue.leave(place)).start()
-        running.model.go.set()
+        running.service.places += 1
+
+        def leave() -> None:
+            running.service.places -= 1
+
+        threading.Timer(0.7, leave).start()
         found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     np.testing.assert_array_equal(found.labels, image > 100)
     assert "is busy (503)" in capsys.readouterr().err
@@ -99,8 +101,7 @@ def test_another_kind_of_server_is_recognised(answer: bytes) -> None:
 
 
 def test_an_unknown_score_survives_the_way(serving: Serving, image: Image) -> None:
-    with serving() as running:
-        running.model.score = None
+    with serving(score=None) as running:
         found = RemoteModel(running.url).segment(image, VOXEL_SIZE)
     assert math.isnan(found.nuclei[0].score)
 

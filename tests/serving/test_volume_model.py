@@ -10,22 +10,30 @@ import pytest
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment import serving_model
-from nuclei3d.experiment.registry import load_served_model
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.serve import Service
 from nuclei3d.stages.predict import predict
+from nuclei3d.worker import Worker
 from oracle_network import load_oracle, save_oracle
 
-Serving = Callable[..., AbstractContextManager[Any]]
-PARAMS = load_params(None, ["predict.device=cpu"])
+Running = Callable[[Service], AbstractContextManager[Any]]
+PARAMS = load_params(None, ["predict.device=cpu", "serve.port=0"])
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("nuclei3d.networks.folder.load_model", load_oracle)
-    monkeypatch.setattr(serving_model, "load_model", load_oracle)
     return save_oracle(tmp_path / "solid")
+
+
+@pytest.fixture
+def service(model: Path, tmp_path: Path) -> Service:
+    segmenter = Worker("model", "oracle_network:serve_oracle", str(model), PARAMS, memory_gb=4)
+    reader = Worker("reader", "nuclei3d.experiment.invocation:open_admission", model, PARAMS, memory_gb=4)
+    segmenter.start()
+    reader.start()
+    return Service(PARAMS.serve, reader, segmenter, {"name": "oracle"}, tmp_path)
 
 
 @pytest.fixture
@@ -40,9 +48,11 @@ def frame(tmp_path: Path) -> Path:
     return tmp_path / "embryo.tif"
 
 
-def test_a_service_gives_the_files_of_prediction_here(serving, model, frame, tmp_path):
+def test_a_service_gives_the_files_of_prediction_here(
+    run_service: Running, service: Service, model: Path, frame: Path, tmp_path: Path
+) -> None:
     local = predict(PARAMS, [frame], str(model), tmp_path / "local").frames[0]
-    with serving(model=load_served_model(str(model), PARAMS)) as running:
+    with run_service(service) as running:
         remote = predict(Params(), [frame], running.url, tmp_path / "remote").frames[0]
     assert remote.nuclei == local.nuclei == 9
     assert remote.masks.read_bytes() == local.masks.read_bytes()
@@ -50,10 +60,12 @@ def test_a_service_gives_the_files_of_prediction_here(serving, model, frame, tmp
 
 
 @pytest.mark.parametrize("mode", ["ortho", "stitch", "cellpose"])
-def test_a_mode_of_planes_is_refused_in_one_line(serving, model, frame, tmp_path, mode):
+def test_a_mode_of_planes_is_refused_in_one_line(
+    run_service: Running, service: Service, frame: Path, tmp_path: Path, mode: str
+) -> None:
     wishes = load_params(None, [f"predict.mode={mode}"])
     with (
-        serving(model=load_served_model(str(model), PARAMS)) as running,
+        run_service(service) as running,
         pytest.raises(InputError, match=rf"\(400\): mode '{mode}' is not for .* use full3d$") as raised,
     ):
         predict(wishes, [frame], running.url, tmp_path / "remote")

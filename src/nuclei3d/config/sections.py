@@ -408,6 +408,7 @@ Mode = Literal["auto", "ortho", "stitch", "cellpose", "full3d", "mixed"]
 View = Literal["xy", "xz", "yz"]
 Fusion = Literal["mean", "consensus"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Engine = Literal["auto", "torch", "openvino"]
 
 
@@ -416,28 +417,28 @@ class SegmentationParams(Section):
 
     mode: Mode = "auto"
     """auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`."""
-    diameter_um: PositiveFloat | None = None
-    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
+    diameter_um: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
+    views: Annotated[tuple[View, ...], Field(min_length=1, max_length=3)] = ("xy", "xz", "yz")
     """The planes that modes ortho and mixed look at."""
-    view_weights: tuple[PositiveFloat, ...] | None = None
+    view_weights: Annotated[tuple[Weight, ...], Field(max_length=3)] | None = None
     """The trust in each view (None: equal)."""
     fusion: Fusion = "mean"
     """consensus trusts, place by place, the view whose flow varies least; mean trusts all alike."""
-    orthogonal_step: PositiveInt = 1
+    orthogonal_step: Annotated[int, Field(ge=1, le=1000)] = 1
     """Compute every n-th xz and yz plane only and interpolate between."""
-    cellprob_threshold: float | None = None
+    cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_volume_um3: Annotated[float, Field(ge=0)] | None = None
-    max_volume_um3: PositiveFloat | None = None
+    min_volume_um3: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    max_volume_um3: Annotated[float, Field(gt=0, le=1e12)] | None = None
     flip_average: bool = False
     """Average over the four flips of each plane (four times the work)."""
     precision: Precision = "auto"
     """auto takes bfloat16 where the hardware computes it."""
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The least overlap at which mode stitch links masks of neighbouring planes."""
-    stitch_max_gap: Annotated[int, Field(ge=0)] = 1
+    stitch_max_gap: Annotated[int, Field(ge=0, le=100)] = 1
     """Number of planes in which mode stitch lets a nucleus be missing."""
-    flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
+    flow3d_smooth: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Stock Cellpose's option, for mode cellpose only."""
 
 
@@ -663,6 +664,8 @@ class ServeParams(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 5050
+    insecure: bool = False
+    """Take requests from other machines without a token."""
     root: str | None = None
     """Folder below which requests may name files by path; None refuses paths."""
     queue: Annotated[int, Field(ge=0)] = 16
@@ -670,8 +673,14 @@ class ServeParams(Section):
     max_body_mb: PositiveInt = 512
     """Largest body of a request."""
     max_voxels: PositiveInt = 100_000_000
-    """Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
-    of one such volume fits the memory."""
+    """Largest volume, by what its header declares, before anything is read."""
+    max_network_voxels: PositiveInt = 2_000_000_000
+    """Most voxels that the network may look at for a request, at its own scale, over all views and rows."""
+    memory_gb: PositiveFloat | None = None
+    """Most resident memory of a process that works; what needs more is answered 413. None: 0.8 of what is
+    free at the start."""
+    body_s: PositiveFloat = 300.0
+    """Longest time until the body of a request is there."""
     timeout_s: PositiveFloat = 1800.0
     """Longest time from a request's arrival to its answer."""
     shutdown_s: PositiveFloat = 60.0

@@ -1,31 +1,43 @@
-"""One request to a served model: what may be asked, where the volume comes from, what is answered."""
+"""One request to a served model: what may be asked, where the volume comes from, what it may cost.
+
+What is read here comes from strangers: what a message repeats of it is cut short and printable.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import difflib
+import json
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from nuclei3d.config.sections import PositiveFloat, PredictParams, SegmentationParams, Triple
-from nuclei3d.errors import InputError
-from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.config.sections import PredictParams, SegmentationParams, ServeParams
+from nuclei3d.console import printable
+from nuclei3d.errors import InputError, TooLargeError
+from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM, VoxelSize
 
 if TYPE_CHECKING:
+    from nuclei3d.config import Params
     from nuclei3d.images.frames import Frame
+    from nuclei3d.networks.folder import ModelInfo
 
 VOLUME = "volume"
 PATH = "path"
-MAX_VOXELS = 100_000_000
+MAX_ROWS = 64
+_FORMATS = ("dataframe_records", "dataframe_split")
+# Brackets and commas of a body: a request has some dozens, and each may cost a kilobyte once it is parsed.
+_MOST_VALUES = 200_000
+_LONGEST_LIST = 16
+_MOST_FILES = 100_000
+_Edge = Annotated[float, Field(ge=SMALLEST_EDGE_UM, le=LARGEST_EDGE_UM)]
 
 
 class RequestParams(SegmentationParams):
@@ -38,9 +50,9 @@ class RequestParams(SegmentationParams):
     model_config = ConfigDict(allow_inf_nan=False)
 
     mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] = "auto"
-    voxel_size_um: Triple | None = None
-    anisotropy: PositiveFloat | None = None
-    channel: str | None = None
+    voxel_size_um: tuple[_Edge, _Edge, _Edge] | None = None
+    anisotropy: Annotated[float, Field(ge=0.01, le=1000)] | None = None
+    channel: Annotated[str, Field(max_length=200)] | None = None
 
     def over(self, defaults: PredictParams) -> PredictParams:
         """Give the prediction parameters: the request's where it says something, else the defaults."""
@@ -66,10 +78,125 @@ def refuse_second_model(predict: PredictParams) -> None:
 
 @dataclass(frozen=True)
 class VolumeLimits:
-    """What a service accepts: files below `root` by name (None: no paths), and volumes up to `max_voxels`."""
+    """What a service accepts: files below `root` by name (None: no paths), volumes up to `max_voxels`.
+
+    `max_network_voxels` is what the network may look at for one request.
+    """
 
     root: Path | None = None
-    max_voxels: int = MAX_VOXELS
+    max_voxels: int = ServeParams().max_voxels
+    max_network_voxels: int = ServeParams().max_network_voxels
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> VolumeLimits:
+        """Take the limits out of the configuration of a served model; what it leaves out has its default."""
+        given = {name: int(config[name]) for name in ("max_voxels", "max_network_voxels") if config.get(name)}
+        return cls(Path(config["root"]) if config.get("root") else None, **given)
+
+
+class Admission(NamedTuple):
+    """What decides on a request: limits, and what is known of the model, which foretells its cost."""
+
+    limits: VolumeLimits
+    info: ModelInfo
+    defaults: PredictParams
+
+
+def open_admission(folder: Path, params: Params) -> Admission:
+    """Make the admission to the service of a model folder."""
+    from nuclei3d.networks.folder import read_info
+    from nuclei3d.segmentation import settings  # noqa: F401 - slow to import: now, not with the first request
+
+    limits = VolumeLimits.of(params.serve.model_dump())
+    return Admission(limits, read_info(folder / "model.json"), params.predict)
+
+
+def take_apart(admission: Admission, body: Path, folder: Path) -> tuple[list[Path], RequestParams]:
+    """Split the body of a request into files and parameters, and check all of it before anything is computed.
+
+    Parameters
+    ----------
+    body
+        File with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and ``params``;
+        it is emptied.
+    folder
+        Takes the volumes that were sent, one file each.
+
+    Raises
+    ------
+    InputError
+        If the request is bad.
+    TooLargeError
+        If it costs more than the limits allow.
+    """
+    content = body.read_bytes()
+    if sum(map(content.count, (b"[", b"{", b","))) > _MOST_VALUES:
+        raise TooLargeError(f"the body has more than {_MOST_VALUES} values; send volumes as base64 of a TIFF")
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        raise InputError("the body is not valid JSON") from None
+    del content
+    body.write_bytes(b"")
+    if not isinstance(tree, dict):
+        raise InputError("the body must be a JSON object with 'dataframe_records' or 'dataframe_split'")
+    unknown = sorted(set(tree) - {*_FORMATS, "params"})
+    if unknown:
+        raise InputError(f"unknown field '{printable(unknown[0])}'; known: {', '.join(_FORMATS)}, params")
+    given = [name for name in _FORMATS if name in tree]
+    if len(given) != 1:
+        raise InputError("the body must have exactly one of 'dataframe_records' and 'dataframe_split'")
+    params = tree.get("params") or {}
+    if not isinstance(params, dict):
+        raise InputError("'params' must be an object with names and values")
+    asked = read_request_params(params)
+    records = _records(tree) if given[0] == _FORMATS[0] else _split(tree.pop(_FORMATS[1]))
+    tree.clear()
+    check_rows(len(records))
+    files = []
+    seen = 0
+    for number, record in enumerate(records):
+        volume, path = check_row(record)
+        if path is not None:
+            file = path_below(admission.limits.root, path)
+        else:
+            file = folder / f"{number}.tif"
+            file.write_bytes(decode_volume(volume))
+        record.clear()
+        seen += check_cost(file, asked, admission, seen)
+        files.append(file)
+    return files, asked
+
+
+def check_rows(rows: int) -> None:
+    """Refuse a request without rows, or with too many."""
+    if not rows:
+        raise InputError("the request has no rows")
+    if rows > MAX_ROWS:
+        raise TooLargeError(f"the request has {rows} rows; send at most {MAX_ROWS}")
+
+
+def _records(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    records = tree.pop("dataframe_records")
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError("'dataframe_records' must be a list of objects with 'volume' or 'path'")
+    return records
+
+
+def _split(frame: Any) -> list[dict[str, Any]]:
+    if not isinstance(frame, dict) or not {"columns", "data"} <= set(frame):
+        raise InputError("'dataframe_split' must be an object with 'columns' and 'data'")
+    unknown = sorted(set(frame) - {"columns", "data", "index"})
+    if unknown:
+        raise InputError(
+            f"unknown field '{printable(unknown[0])}' in 'dataframe_split'; known: columns, data, index"
+        )
+    columns, data = frame["columns"], frame["data"]
+    if not isinstance(columns, list) or not isinstance(data, list):
+        raise InputError("'columns' and 'data' of 'dataframe_split' must be lists")
+    if not all(isinstance(row, list) and len(row) == len(columns) for row in data):
+        raise InputError("each row of 'data' must have as many values as there are 'columns'")
+    return [dict(zip(map(str, columns), row, strict=True)) for row in data]
 
 
 def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
@@ -81,15 +208,18 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
     known = sorted(RequestParams.model_fields)
     for name in given:
         if name not in RequestParams.model_fields:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name[:50], known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-            raise InputError(f"unknown parameter '{name}'; {hint}")
+            raise InputError(f"unknown parameter '{printable(name)}'; {hint}")
+        if isinstance(given[name], list | tuple) and len(given[name]) > _LONGEST_LIST:
+            raise InputError(f"parameter '{name}' has {len(given[name])} values, more than any takes")
     try:
         return RequestParams.model_validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"parameter '{name}' is {problem['input']!r}: {problem['msg']}") from None
+        value = printable(repr(problem["input"]))
+        raise InputError(f"parameter '{name}' is {value}: {printable(problem['msg'])}") from None
 
 
 def decode_volume(value: object) -> bytes:
@@ -116,7 +246,9 @@ def check_row(row: Mapping[Any, object]) -> tuple[object | None, object | None]:
     """Give ``volume`` and ``path`` of a row, one of them None."""
     unknown = sorted(str(name) for name in set(row) - {VOLUME, PATH})
     if unknown:
-        raise InputError(f"unknown column '{unknown[0]}'; a row has 'volume' (base64 TIFF) or 'path'")
+        raise InputError(
+            f"unknown column '{printable(unknown[0])}'; a row has 'volume' (base64 TIFF) or 'path'"
+        )
     volume, path = (None if _is_missing(row.get(name)) else row[name] for name in (VOLUME, PATH))
     if (volume is None) == (path is None):
         raise InputError("a row must have either 'volume' (a TIFF in base64) or 'path'")
@@ -158,10 +290,25 @@ def path_below(root: Path | None, path: object) -> Path:
     except (OSError, RuntimeError):
         inside = False
     if not inside:
-        raise InputError(f"no file '{path}' below the root of the service")
-    if resolved.is_dir() and any(item.is_symlink() for item in resolved.rglob("*")):
-        raise InputError(f"'{path}' holds links; the service does not follow them")
+        raise InputError(f"no file '{printable(path)}' below the root of the service")
+    if resolved.is_dir():
+        for number, item in enumerate(resolved.rglob("*")):
+            if number >= _MOST_FILES:
+                raise TooLargeError(f"'{printable(path)}' holds more than {_MOST_FILES} files")
+            if item.is_symlink() or not (item.is_file() or item.is_dir()):
+                raise InputError(f"'{printable(path)}' holds links; the service does not follow them")
+    elif not resolved.is_file():
+        raise InputError(f"'{printable(path)}' is no regular file")
     return resolved
+
+
+@contextmanager
+def about_the_volume(file: Path) -> Iterator[None]:
+    """Take the name of the file out of error messages: that of ours says nothing to the sender."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(str(error).replace(str(file), "the volume")) from None
 
 
 def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Frame, VoxelSize]:
@@ -170,22 +317,27 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
     Raises
     ------
     InputError
-        If it is no single volume, too large, or has no voxel size and the request gives none.
+        If it is no single volume of one file, or has no voxel size and the request gives none.
+    TooLargeError
+        If it declares more than `max_voxels`.
     """
     from nuclei3d.images.frames import find_frames
+    from nuclei3d.images.ome_zarr import is_zarr
 
     given = VoxelSize.of(params.voxel_size_um) if params.voxel_size_um is not None else None
-    if file.is_file():
-        check_header(file, max_voxels)
-    try:
-        frames = find_frames(file, channel=params.channel, voxel_size=given)
-    except InputError as error:
-        # The name of our temporary file says nothing to the sender.
-        raise InputError(str(error).replace(str(file), "the volume")) from None
+    with about_the_volume(file):
+        if file.is_dir() and not is_zarr(file):
+            raise InputError(f"{file} is a folder; name one file in it")
+        frames = find_frames(file, channel=params.channel, stranger=True)
     if len(frames) != 1:
         raise InputError(f"the volume has {len(frames)} time points; send one time point per row")
     frame = frames[0]
-    _check_size(frame.shape, max_voxels)
+    voxels = math.prod(frame.shape)
+    if voxels > max_voxels:
+        edges = " x ".join(map(str, frame.shape))
+        raise TooLargeError(
+            f"the volume declares {edges} = {voxels:.3g} voxels; this service takes {max_voxels:.3g}"
+        )
     voxel_size = given or frame.voxel_size
     if voxel_size is None:
         raise InputError("the volume has no voxel size; give the parameter voxel_size_um as [z, y, x] in um")
@@ -199,49 +351,46 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
     return frame, voxel_size
 
 
-def check_header(file: Path, max_voxels: int) -> None:
-    """Look at what a TIFF declares before a reader believes it.
+def check_cost(file: Path, asked: RequestParams, admission: Admission, before: int = 0) -> int:
+    """Foretell how many voxels the network will look at; `before` were those of other rows.
 
     Raises
     ------
     InputError
-        If it is no TIFF, declares more than `max_voxels`, or is a part of a multi-file OME-TIFF: its header
-        names other files, which a sender must not be able to have read.
+        If volume, parameters and model do not go together.
+    TooLargeError
+        If the voxels are too many; it names the parameter without which they would be the fewest.
     """
-    import tifffile
+    from nuclei3d.segmentation.settings import check_scale, network_voxels, segmentation_settings
 
-    try:
-        with tifffile.TiffFile(file, _multifile=False) as tiff:
-            description = tiff.pages.first.description if tiff.is_ome else ""
-            if not _names_only_itself(description):
-                raise InputError("the volume is part of a multi-file OME-TIFF; save it as one file")
-            shapes = [tuple(series.shape) for series in tiff.series]
-    except InputError:
-        raise
-    except Exception as error:
-        # A damaged header can make tifffile raise nearly anything.
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"the volume is no TIFF that can be read ({reason})") from None
-    for shape in shapes:
-        _check_size(shape, max_voxels)
+    limits, info, defaults = admission
 
+    def cost(asked: RequestParams, *, check: bool = False) -> int:
+        frame, voxel_size = open_frame(file, asked, limits.max_voxels)
+        settings = segmentation_settings(info, asked.over(defaults), voxel_size)
+        seen = network_voxels(frame.shape, voxel_size, settings)
+        if check and before + seen <= limits.max_network_voxels:
+            check_scale(frame.shape, voxel_size, settings)
+        return seen
 
-def _names_only_itself(ome: str) -> bool:
-    """Tell whether OME metadata refer to no other file."""
-    if "<!DOCTYPE" in ome or "<!ENTITY" in ome or "BinaryOnly" in ome:
-        return False
-    named = {text.strip() for text in re.findall(r"<(?:\w+:)?UUID\b[^>]*>([^<]*)<", ome)}
-    own = {text.strip() for text in re.findall(r"<(?:\w+:)?OME\b[^>]*?\bUUID\s*=\s*[\"']([^\"']*)", ome)}
-    return named <= own
-
-
-def _check_size(shape: tuple[int, ...], max_voxels: int) -> None:
-    voxels = math.prod(int(edge) for edge in shape)
-    if voxels > max_voxels:
-        edges = " x ".join(str(edge) for edge in shape)
-        raise InputError(
-            f"the volume declares {edges} = {voxels:.3g} voxels; this service takes {max_voxels:.3g}"
+    seen = cost(asked, check=True)
+    if before + seen <= limits.max_network_voxels:
+        return seen
+    without: dict[str, int] = {}
+    for name in asked.model_fields_set:
+        rest = asked.model_dump(exclude_unset=True, exclude={name})
+        with suppress(InputError):
+            without[name] = cost(RequestParams.model_validate(rest))
+    name = min(without, key=lambda name: without[name], default="")
+    cause = "; send fewer or smaller volumes"
+    if name and without[name] < seen / 2:
+        cause = (
+            f"; it is the parameter '{name}' ({printable(repr(getattr(asked, name)))}) that makes it large"
         )
+    raise TooLargeError(
+        f"the network would look at {before + seen:.3g} voxels, this service takes "
+        f"{limits.max_network_voxels:.3g}{cause}"
+    )
 
 
 def _is_empty(value: object) -> bool:

@@ -19,7 +19,7 @@ from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_second_model
+from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
@@ -63,6 +63,7 @@ _REQUIRED = (
     "scikit-image",
     "tifffile",
     "imagecodecs",
+    "defusedxml",
     "zarr",
     "pandas",
     "pydantic",
@@ -195,7 +196,8 @@ def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: Pred
         pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED],
         model_config={
             "root": "",
-            "max_voxels": MAX_VOXELS,
+            "max_voxels": VolumeLimits().max_voxels,
+            "max_network_voxels": VolumeLimits().max_network_voxels,
             "device": "auto",
             "predict": {**params_as_dict(predict), "device": "auto"},
         },
@@ -332,6 +334,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
         {
             "root": params.serve.root,
             "max_voxels": params.serve.max_voxels,
+            "max_network_voxels": params.serve.max_network_voxels,
             "device": params.predict.device,
             "predict": params_as_dict(params.predict),
         },

@@ -6,10 +6,11 @@ MLflow finds the package beside it (``code_paths``), so neither the project nor 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.invocation import (
-    MAX_VOXELS,
+    Admission,
     RequestParams,
     VolumeLimits,
+    about_the_volume,
+    check_cost,
+    check_rows,
     open_frame,
     read_request_params,
     volume_on_disk,
@@ -43,7 +47,8 @@ class NucleiModel(PythonModel):
     """Segments the volumes of a data frame, one row each.
 
     Its ``model_config`` (MLflow's, also by the environment variable SERVING_MODEL_CONFIG) has ``root``, the
-    folder below which rows may name files, ``max_voxels``, ``device`` and ``predict``, the defaults.
+    folder below which rows may name files, ``max_voxels``, ``max_network_voxels``, ``device`` and
+    ``predict``, the defaults.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -52,8 +57,7 @@ class NucleiModel(PythonModel):
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Load the network of a model folder and find out which version of which registered model it is."""
-        root = config.get("root")
-        self.limits = VolumeLimits(Path(root) if root else None, int(config.get("max_voxels") or MAX_VOXELS))
+        self.limits = VolumeLimits.of(config)
         self.defaults = PredictParams.model_validate(config.get("predict") or {})
         self.model = load_model(folder)
         self.device = choose_device(str(config.get("device") or self.defaults.device))
@@ -72,6 +76,7 @@ class NucleiModel(PythonModel):
         if not isinstance(model_input, pd.DataFrame):
             model_input = pd.DataFrame(model_input)
         try:
+            check_rows(len(model_input))
             return [self.answer(row, params) for row in model_input.to_dict(orient="records")]
         except InputError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
@@ -80,14 +85,11 @@ class NucleiModel(PythonModel):
         """Segment the volume of one row: ``volume`` (bytes of a TIFF, or their base64) or ``path``."""
         asked = read_request_params(params)
         with volume_on_disk(row, self.limits) as file:
+            check_cost(file, asked, Admission(self.limits, self.model.info, self.defaults))
             return self.segment_file(file, asked)
 
-    def segment_file(
-        self, file: Path, asked: RequestParams, progress: Callable[[float], None] | None = None
-    ) -> dict[str, Any]:
-        """Segment the one volume in a TIFF or OME-Zarr.
-
-        `progress` is called with the share done; what it raises stops the computation.
+    def segment_file(self, file: Path, asked: RequestParams, folder: Path | None = None) -> dict[str, Any]:
+        """Segment the one volume in a TIFF or OME-Zarr; `folder` is the place for temporary files.
 
         Returns
         -------
@@ -97,14 +99,15 @@ class NucleiModel(PythonModel):
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
-        image = frame.read()
+        with about_the_volume(file):
+            image = frame.read()
         check_image(image, "the volume")
         # not by the Segmenter: an unknown diameter is explained by this volume's voxels
         settings = segmentation_settings(self.model.info, chosen, voxel_size)
         with self._device_lock:
-            result = Segmenter(self.model, settings, self.device).segment(image, voxel_size, progress)
-        with tempfile.TemporaryDirectory(prefix="nuclei3d-") as folder:
-            masks = Path(folder) / "masks.ome.tif"
+            result = Segmenter(self.model, settings, self.device).segment(image, voxel_size)
+        with tempfile.TemporaryDirectory(prefix="nuclei3d-", dir=folder) as temporary:
+            masks = Path(temporary) / "masks.ome.tif"
             write_labels(masks, result.labels, voxel_size)
             labels = base64.b64encode(masks.read_bytes()).decode("ascii")
         return {
@@ -114,6 +117,17 @@ class NucleiModel(PythonModel):
             "model": self.version,
             "seconds": dict(result.seconds),
         }
+
+
+def describe(model: NucleiModel) -> tuple[str, dict[str, str]]:
+    """Give the folder and the version of a served model."""
+    return str(model.model.path.parent.absolute()), model.version
+
+
+def answer_rows(model: NucleiModel, files: Sequence[Path], asked: RequestParams, answer: Path) -> None:
+    """Write the answer to a request that `nuclei3d.experiment.invocation.take_apart` has let through."""
+    predictions = [model.segment_file(file, asked, answer.parent) for file in files]
+    answer.write_text(json.dumps({"predictions": predictions}), encoding="utf-8")
 
 
 def _record(nucleus: Nucleus) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames
 from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
-from nuclei3d.images.tiff import TiffArray
+from nuclei3d.images.tiff import TiffArray, check_planes
 from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
@@ -72,6 +72,7 @@ class Frame:
     A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
     `name` is a stem for the names of outputs, unique within a listing; `voxel_size` was given by the user or
     read from the file; `time` is the index on the time axis of the file. These are None where there is none.
+    A `stranger`'s file came with a request: other files that it names are not read.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class Frame:
     time: int | None
     axes: FrameAxes
     scale_note: str = ""
+    stranger: bool = False
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -93,7 +95,7 @@ class Frame:
 
     def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
         """Read a box (z, y, x) of the volume, touching only the planes or chunks that hold it."""
-        with _open(self.path) as array:
+        with _open(self.path, self.stranger) as array:
             block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
 
@@ -110,7 +112,11 @@ class Frame:
 
 
 def find_frames(
-    source: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
+    source: Path,
+    *,
+    channel: str | int | None = None,
+    voxel_size: VoxelSize | None = None,
+    stranger: bool = False,
 ) -> list[Frame]:
     """List the frames of a file or folder: one per file and time point; never none.
 
@@ -118,7 +124,8 @@ def find_frames(
     of such, taken in natural order (t2 before t10); hidden files are passed over. `channel` is a name or
     number (from 0) where there are several. `voxel_size` wins over what the files say; where they say
     something else, the user is told once. InputError is raised if there is nothing to read, or a file is
-    damaged, not 3D, or leaves the channel open.
+    damaged, not 3D, or leaves the channel open. Of a `stranger`'s file, that of a request, others that it
+    names are not read.
     """
     listing = volume_paths(Path(source))
     frames: list[Frame] = []
@@ -126,11 +133,11 @@ def find_frames(
     for path in listing:
         if path in shared:
             continue
-        with _open(path) as array:
+        with _open(path, stranger) as array:
             layout = array.layout
         # Each file of a multi-file OME-TIFF gives the whole set.
         shared.update(path.with_name(name) for name in layout.companions)
-        frames.extend(_frames_of(path, layout, channel))
+        frames.extend(_frames_of(path, layout, channel, stranger))
     seen: dict[str, Path] = {}
     for frame in frames:
         other = seen.setdefault(frame.name, frame.path)
@@ -238,11 +245,13 @@ def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
-def _open(path: Path) -> AbstractContextManager[TiffArray | ZarrArray]:
-    return nullcontext(ZarrArray(path)) if is_zarr(path) else TiffArray(path)
+def _open(path: Path, stranger: bool) -> AbstractContextManager[TiffArray | ZarrArray]:
+    return nullcontext(ZarrArray(path)) if is_zarr(path) else TiffArray(path, stranger=stranger)
 
 
-def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterable[Frame]:
+def _frames_of(path: Path, layout: Layout, channel: str | int | None, stranger: bool) -> Iterable[Frame]:
+    if stranger:
+        check_planes(layout.planes)
     stem = frame_stem(path)
     found = lay_out_frames(layout, str(path), channel)
     digits = max(3, len(str(len(found) - 1)))
@@ -257,6 +266,7 @@ def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterabl
             time=axes.time,
             axes=axes,
             scale_note=layout.scale_note,
+            stranger=stranger,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,12 @@ class Layout:
     scale_note: str = ""
     channels: tuple[str, ...] = ()
     companions: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def planes(self) -> int:
+        """Number of planes (y, x)."""
+        lengths = zip(self.axes, self.shape, strict=True)
+        return math.prod(length for axis, length in lengths if axis not in "YX")
 
     def describe(self) -> str:
         """Give axes and lengths as text, such as ``T=5, Z=51, Y=124, X=127``."""

@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import tifffile
+from defusedxml import DefusedXmlException, ElementTree
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, TooLargeError, missing
 from nuclei3d.images.layout import Layout
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
 from nuclei3d.outputs import whole_file
@@ -33,6 +35,9 @@ _LOGGER.addHandler(logging.NullHandler())
 # No compression shrinks even an empty volume further; a header that claims more is damaged.
 _STRONGEST_COMPRESSION = 100_000
 _RESOLUTION_UNITS = {2: "inch", 3: "cm"}
+# Of the file of a request: more than any embryo has, few enough to be listed in a moment.
+_MOST_PLANES = 20_000
+_MOST_ELEMENTS = 500_000
 _SIGNS_OF_A_CUT = ("invalid value offset", "invalid page offset")
 
 # Offsets of a classic TIFF have 32 bits; 32 MiB are left for the metadata of many planes.
@@ -46,16 +51,19 @@ class TiffArray:
     """An open TIFF file whose first image is read in parts.
 
     Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
-    one plane is held besides what is asked for. InputError is raised if the file is missing, empty, no TIFF,
-    damaged, or holds several images.
+    one plane is held besides what is asked for. A `stranger`'s file, that of a request, is never followed to
+    other files, and may not make large what is read of its header. InputError is raised if the file is
+    missing, empty, no TIFF, damaged, or holds several images, TooLargeError of strange ones with many planes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stranger: bool = False) -> None:
         self.path = path
         with _complaints() as complaints:
-            self._file = _open_tiff(path)
+            self._file = _open_tiff(path, stranger)
         try:
             with _damage_explained(path), _complaints() as more:
+                if stranger:
+                    _check_strange_header(self._file)
                 self._series = _main_series(self._file, path)
                 self.layout = self._read_layout()
                 self._check_complete()
@@ -155,18 +163,65 @@ class TiffArray:
         return np.asarray(np.stack(planes).reshape(*kept, *planes[0].shape))
 
 
-def _open_tiff(path: Path) -> tifffile.TiffFile:
+def _open_tiff(path: Path, stranger: bool) -> tifffile.TiffFile:
     if not path.exists():
         raise missing(path, f"{path} does not exist")
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file; give .tif, .tiff or .zarr")
     with _damage_explained(path):
         try:
             if path.stat().st_size == 0:
                 raise InputError(f"{path} is empty (0 bytes); copy or export it again")
+            if stranger:
+                # formats of several files, and one whose damaged header makes pages without end
+                return tifffile.TiffFile(
+                    path, _multifile=False, is_mmstack=False, is_ndtiff=False, is_scanimage=False
+                )
             return tifffile.TiffFile(path)
         except tifffile.TiffFileError:
             raise InputError(f"{path} is not a TIFF file; give .tif, .tiff or .zarr") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _check_strange_header(file: tifffile.TiffFile) -> None:
+    """Refuse a header that names other files, or makes tifffile build more than the file holds."""
+    try:
+        # the chain of pages may be a ring: it is not followed to its end
+        file.pages[_MOST_PLANES]
+    except IndexError:
+        pass
+    else:
+        check_planes(_MOST_PLANES + 1)
+    xml = file.ome_metadata if file.is_ome else None
+    if xml is None:
+        return
+    if xml.count("<") > _MOST_ELEMENTS:
+        raise TooLargeError(f"the OME metadata have more than {_MOST_ELEMENTS} elements")
+    root = ElementTree.fromstring(xml, forbid_dtd=True)
+    planes = 0
+    # tags are compared as tifffile compares them: by their end
+    for element in root.iter():
+        tag, value = element.tag, element.attrib
+        if tag.endswith("BinaryOnly") or (
+            tag.endswith("UUID") and (element.text or "").strip() != root.get("UUID", "").strip()
+        ):
+            raise InputError("the volume is part of a multi-file OME-TIFF; save it as one file")
+        if tag.endswith("Pixels"):
+            check_planes(math.prod(max(1, int(value.get(f"Size{axis}", 1))) for axis in "ZCT"))
+        elif tag.endswith("TiffData"):
+            count = int(value.get("PlaneCount", value.get("NumPlanes", "IFD" in value)))
+            planes += count if count > 0 else len(file.pages)
+            check_planes(max(planes, int(value.get("IFD", 0))))
+        elif tag[:-1].endswith("Along") and "Start" in value:
+            span = float(value["End"]) - float(value["Start"])
+            check_planes(abs(span / float(value.get("Step", 1))))
+
+
+def check_planes(planes: float) -> None:
+    """Raise TooLargeError if a stranger's file claims more planes than are read."""
+    if not planes <= _MOST_PLANES:
+        raise TooLargeError(f"the volume claims more than {_MOST_PLANES} planes")
 
 
 def _main_series(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
@@ -258,12 +313,12 @@ def _read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
     return names if any(names) else ()
 
 
-def _ome_pixels(xml: str) -> ElementTree.Element | None:
+def _ome_pixels(xml: str) -> Element | None:
     try:
-        # tifffile has parsed the same text already; this is the microscope's own file, no web input.
-        return ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
-    except ElementTree.ParseError:
+        found: Element | None = ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
+    except (ParseError, DefusedXmlException):
         return None
+    return found
 
 
 def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config.sections import Engine, Fusion, Mode, Precision, PredictParams, SegmentationParams, View
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, TooLargeError
 from nuclei3d.grid import isotropic_shape
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import LOWER_PERCENTILE, NOISE_FLOOR, UPPER_PERCENTILE, IntensityRange, measure_range
@@ -133,6 +133,9 @@ class SegmentationSettings:
 
 
 _LEAST_PIXELS = 8
+_LEAST_PADDED = 8
+_MOST_VOXELS = 2**33
+"""At the network's scale; no microscope's frame comes near in one piece."""
 _LEAST_DIAMETER_VOXELS = 3.0
 _MOST_UNEQUAL = 3.0
 """Ratio of the edges in y and x beyond which the order of the three was mistaken."""
@@ -151,6 +154,20 @@ def view_grid(
     return grid, VoxelSize.of(edges), max(depth, grid[0])
 
 
+def network_voxels(shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings) -> int:
+    """Count the voxels that the networks look at: of each view, of each flip, thin planes as padded."""
+    total = 0
+    for each in settings.passes:
+        (z, y, x), _, depth = view_grid(shape, voxel_size, each)
+        z, y, x, depth = (max(edge, _LEAST_PADDED) for edge in (z, y, x, depth))
+        step = each.orthogonal_step
+        of_view = {"xy": z * y * x, "xz": -(-y // step) * depth * x, "yz": -(-x // step) * depth * y}
+        # of a 3D network this is the most: it may look at fewer planes
+        seen = depth * y * x if each.mode == "full3d" else sum(of_view[view] for view in each.seen_views)
+        total += (4 if each.flip_average else 1) * seen
+    return total
+
+
 def with_ranges(
     settings: SegmentationSettings, image: NDArray[np.generic], *, sampled: bool = False
 ) -> SegmentationSettings:
@@ -166,7 +183,7 @@ def with_ranges(
 
 
 def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings) -> None:
-    """Raise InputError if a volume has no planes to look at once it is at the network's scale.
+    """Raise InputError if a volume has no planes to look at once it is at the network's scale, or too many.
 
     It may not be 3D or one plane thin, its voxels far from square in the plane, or the diameter too small.
     """
@@ -182,7 +199,7 @@ def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segment
             f"voxels of {voxel_size} are not square in the plane; the order is z, y, x: check the voxel size "
             "(data.voxel_size_um)"
         )
-    _, height, width = isotropic_shape(shape, voxel_size, settings.network_voxel_um)
+    depth, height, width = isotropic_shape(shape, voxel_size, settings.network_voxel_um)
     across = settings.nucleus_diameter_um / voxel_size.x
     where = (
         f"a nucleus diameter of {settings.nucleus_diameter_um:g} um is {across:.3g} voxels at voxels of "
@@ -195,6 +212,11 @@ def check_scale(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segment
         )
     if across < _LEAST_DIAMETER_VOXELS:
         raise InputError(f"{where}, too few to see a nucleus; {mend}")
+    if depth * height * width > _MOST_VOXELS:
+        raise TooLargeError(
+            f"{where}: the volume would grow to {depth} x {height} x {width} voxels for the network; {mend}, "
+            "or have it cut into blocks (predict.memory_gb)"
+        )
 
 
 def segmentation_settings(
