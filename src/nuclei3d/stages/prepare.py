@@ -148,7 +148,7 @@ def prepare_frame(
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
     volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
-    contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
+    contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size, volume.unknown)
     samples = []
     for sample in _cut(volume, params):
         name = f"{frame.embryo}_{frame.frame}"
@@ -169,12 +169,15 @@ def prepare_frame(
             min_contrast=round(float(known.min()), 4) if len(known) else float("nan"),
             norm_low=intensity.low,
             norm_high=intensity.high,
+            unknown=0.0 if sample.unknown is None else float(sample.unknown.mean()),
         )
         nuclei = None
         if sample.view == "volume":
             nuclei = _measure_nuclei(sample.labels, sample.voxel_size, of_sample)
         flows = _flows_of(sample, params.prepare)
-        samples.append(store_sample(folder, part, info, sample.image, sample.labels, flows, nuclei))
+        samples.append(
+            store_sample(folder, part, info, sample.image, sample.labels, flows, nuclei, sample.unknown)
+        )
         if params.prepare.cellpose_files:
             from nuclei3d.stages.export.cellpose import write_training_files
 
