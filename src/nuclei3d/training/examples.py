@@ -48,8 +48,8 @@ class Batch:
 
     `images` are float32, normalised: in 2D two channels, of which the second is empty, as Cellpose's networks
     want it, stored channels last; in 3D one channel. `foreground` (bool), `labels` (int32, 0 is background)
-    and `weights` (float32, of the loss, 0 where nobody looked; None: all 1) have no channels, `flows` (float32) are (dy, dx) or (dz,
-    dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
+    and `weights` (float32, of the loss, 0 where nobody looked; None: all 1) have no channels, `flows`
+    (float32) are (dy, dx) or (dz, dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
     """
 
     images: Tensor
