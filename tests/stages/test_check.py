@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from typer.testing import CliRunner
 
 from nuclei3d.cli import app
@@ -14,6 +15,9 @@ from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.check import check
 from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.training_data import load_samples, read_slices
+from nuclei3d.training.crops import CropGrid
+from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker
 from volumes_fixture import draw_volume
 
 VOXEL = VoxelSize(2.0, 1.0, 1.0)
@@ -82,6 +86,30 @@ def test_everything_is_told_at_once_and_refused_with_code_2(tmp_path: Path) -> N
     assert any("a/t000: these are intensities" in warning for warning in told["warnings"])
     assert any("lie off the image" in warning and "c z +4" in warning for warning in told["warnings"])
     assert told["offsets_um"]["c"] == pytest.approx([4, 0, 0], abs=0.3)
+
+
+@pytest.mark.parametrize("how", ["number", "mask"])
+def test_what_nobody_looked_at_is_in_no_loss(tmp_path: Path, params: Params, how: str) -> None:
+    data = make_data(tmp_path / "data")
+    unknown = np.zeros((16, 48, 48), bool)
+    unknown[:, :, :20] = True
+    for path in sorted((data / "a" / "labels").glob("*.tif")):
+        labels = tifffile.imread(path).astype(np.int32)
+        if how == "number":
+            labels[unknown] = -1
+            tifffile.imwrite(path, labels)
+        else:
+            tifffile.imwrite(path.with_name(f"{path.stem}_known.tif"), (~unknown).astype(np.uint8))
+    assert [frame.unknown_share for frame in check(params, data).frames[:3]] == [0.4167, 0.4167, 0]
+    prepare(params, data, tmp_path / "slices")
+    samples = load_samples(read_slices(tmp_path / "slices"), "train")
+    plane = next(i for i, info in enumerate(samples.infos) if info.view == "xy")
+    grid = CropGrid((1, 48, 48), diameter_px=12.0)
+    batch = CropMaker(samples, NO_AUGMENTATION, grid, seed=0).make_batch(np.array([plane]), 0, 0)
+    assert batch.weights is not None
+    np.testing.assert_array_equal(batch.weights[0].numpy() == 0, unknown[0])
+    assert batch.labels[0][unknown[0]].max() == 0 < batch.labels.max()
+    assert not load_samples(read_slices(tmp_path / "slices"), "validation").infos[0].unknown
 
 
 def test_voxel_sizes_in_the_order_x_y_z_are_said(tmp_path: Path) -> None:
