@@ -123,6 +123,8 @@ _OPTIONS: dict[str, Any] = {
     "model": typer.Option(help="Model folder.", metavar="DIR"),
     "out": typer.Option(help="Folder to write.", metavar="DIR"),
     "augment.out": typer.Option(help="PNG to write.", metavar="FILE"),
+    "check.data": typer.Argument(help="Folder of labelled embryos.", metavar="DATA"),
+    "prepare.strict": typer.Option("--strict", help="Refuse implausible labels instead of saying them."),
     "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
     "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
     "predict.inputs": typer.Argument(
@@ -201,6 +203,8 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         result = work(load_params(params, [*(overrides or ()), *given]), **own)
         if as_json:
             emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+        if code := getattr(result, "exit_code", 0):
+            raise typer.Exit(code)
 
     name = work.__name__
     options = [
@@ -227,11 +231,19 @@ def simulate(params: Params, out: Path) -> Result:
 
 
 @_command
-def prepare(params: Params, data: Path, out: Path) -> Result:
+def check(params: Params, data: Path) -> Result:
+    """Tell all that is odd about labelled embryos, before any work."""
+    from nuclei3d.stages.check import check
+
+    return check(params, data)
+
+
+@_command
+def prepare(params: Params, data: Path, out: Path, strict: bool = False) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
     from nuclei3d.stages.tracked import prepare_tracked
 
-    return prepare_tracked(params, data, out)
+    return prepare_tracked(params, data, out, strict=strict)
 
 
 @_command

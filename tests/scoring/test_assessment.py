@@ -175,6 +175,22 @@ def test_empty_volumes_can_be_summarised() -> None:
     assert summary["recall_by_depth_um"] == [] or summary["recall_by_depth_um"][0]["n"] == 0
 
 
+def test_where_nobody_looked_nothing_counts() -> None:
+    truth = np.zeros((4, 10, 40), np.uint16)
+    truth[:, 2:8, 2:8] = 1
+    truth[:, 2:8, 12:18] = 2  # cut where the known part ends
+    prediction = np.zeros_like(truth)
+    prediction[:, 2:8, 2:8] = 5
+    prediction[:, 2:8, 12:26] = 6  # the same nucleus, whole
+    prediction[:, 2:8, 30:36] = 7  # nobody looked there
+    prediction[:, 8:10, 17:24] = 8  # for the most part beyond
+    unknown = np.zeros(truth.shape, bool)
+    unknown[:, :, 18:] = True
+    tally = assess_volume(truth, prediction, VoxelSize(1, 1, 1), unknown=unknown).tally
+    assert (tally.n_true, tally.n_pred, tally.tp_half) == (2, 2, 2)
+    assert assess_volume(truth, prediction, VoxelSize(1, 1, 1)).tally.n_pred == 4
+
+
 def test_centroids_are_those_of_scipy() -> None:
     from scipy.ndimage import center_of_mass
 

@@ -6,7 +6,7 @@ import torch
 from cellpose.train import _loss_fn_seg
 
 from nuclei3d.config.sections import Full3dParams
-from nuclei3d.training.losses import FlowFigures, LossTerms, losses_of_crops, network_loss
+from nuclei3d.training.losses import CELLPOSE_TERMS, FlowFigures, LossTerms, losses_of_crops, network_loss
 
 THIRD = (1 / 3,) * 3
 
@@ -113,6 +113,22 @@ def test_flows_outside_nuclei_cost_nothing_and_weights_multiply(volumes):
     double = network_loss(output, flows, foreground, torch.full(foreground.shape, 2.0), terms)
     assert float(double.flow) == pytest.approx(2 * float(base.flow))
     assert float(double.entropy) == pytest.approx(2 * float(base.entropy))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_where_nobody_looked_there_is_no_loss(axes):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *(8,) * axes)
+    output = torch.randn(2, axes + 1, *shape[1:], generator=generator, requires_grad=True)
+    foreground = torch.rand(shape, generator=generator) > 0.5
+    weights = torch.ones(shape)
+    weights[:, :4] = 0
+    foreground[:, :4] = False
+    flows = torch.randn(2, axes, *shape[1:], generator=generator) * foreground[:, None]
+    terms = CELLPOSE_TERMS if axes == 2 else LossTerms(dice=1.0, flow_axes=(1.0, 1.0, 1.0))
+    network_loss(output, flows, foreground, weights, terms).total.backward()
+    assert not output.grad[:, :, :4].any()
+    assert output.grad[:, :, 4:].any()
 
 
 def test_a_patch_without_nuclei_has_a_finite_loss(volumes):

@@ -54,7 +54,17 @@ class DataParams(Section):
     """(z, y, x), wins over what the files say; None reads it from them."""
     channel: str | int | None = None
     """Name or number, from 0, of the nuclear channel; None where the files hold one."""
+    unknown_label: int | None = -1
+    """Number that marks, among the labels, what nobody looked at: no loss, no count there. None: no number; a
+    mask ``labels/<frame>_known.tif``, 0 where nobody looked, says the same."""
     split: SplitParams = SplitParams()
+
+    @field_validator("unknown_label")
+    @classmethod
+    def _not_background(cls, label: int | None) -> int | None:
+        if label == 0:
+            raise ValueError("0 is the background; give what nobody looked at another number, such as -1")
+        return label
 
 
 FrameCount = Annotated[int, Field(ge=1, le=10_000)]

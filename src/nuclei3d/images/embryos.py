@@ -23,8 +23,8 @@ from nuclei3d.images.frames import (
     natural_key,
     single_frame,
     single_label_frame,
-    to_labels,
 )
+from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
 PARTS = ("train", "validation", "test")
@@ -76,11 +76,15 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledVolume:
-    """One frame read into memory: (Z, Y, X), the image in the type of its file; label 0 is background."""
+    """One frame read into memory: (Z, Y, X), the image in the type of its file; label 0 is background.
+
+    `unknown` is where nobody looked and labels are 0; None: the frame is labelled all over.
+    """
 
     image: NDArray[Any]
     labels: NDArray[np.uint32]
     voxel_size: VoxelSize
+    unknown: NDArray[np.bool_] | None = None
 
 
 def find_embryos(data: Path) -> list[Embryo]:
@@ -122,10 +126,10 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
-    labels = to_labels(label_frame.read(), str(frame.label_path))
+    labels, unknown = read_partial_labels(label_frame, params.unknown_label)
     if not labels.any():
         say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
-    return LabelledVolume(image, labels, voxel_size)
+    return LabelledVolume(image, labels, voxel_size, unknown)
 
 
 def _find_embryo(folder: Path) -> Embryo:
@@ -133,8 +137,10 @@ def _find_embryo(folder: Path) -> Embryo:
     if not images:
         raise InputError(f"{folder / 'images'} holds no .tif, .tiff or .zarr; expected one file per frame")
     labels = _by_stem(folder / "labels") if (folder / "labels").is_dir() else {}
-    for stem, path in labels.items():
-        if stem not in images:
+    for stem, path in labels.copy().items():
+        if is_known_mask(path) and stem not in images:
+            del labels[stem]
+        elif stem not in images:
             raise InputError(f"{path} has no image of that name in {folder / 'images'}; rename or remove it")
     frames = (
         EmbryoFrame(folder.name, stem, path, labels.get(stem), index)

@@ -96,6 +96,11 @@ class VoxelSize:
         """Volume of one voxel in cubic micrometres."""
         return self.z * self.y * self.x
 
+    @property
+    def looks_reversed(self) -> bool:
+        """Whether voxels are much flatter than wide, as where the edges were given in the order x, y, z."""
+        return 2 * self.z < self.x
+
     def differs_from(self, other: VoxelSize, tolerance: float = 0.01) -> bool:
         """Tell whether any edge differs by more than the relative tolerance."""
         return any(abs(a - b) > tolerance * max(a, b) for a, b in zip(self.zyx, other.zyx, strict=True))

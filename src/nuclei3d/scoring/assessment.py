@@ -19,7 +19,15 @@ from nuclei3d.scoring.bootstrap import (
     wilson_interval,
 )
 from nuclei3d.scoring.contrast import contrast_bin, nucleus_contrast
-from nuclei3d.scoring.matching import Floats, Integers, Labels, match, overlap_table, relabel_sequential
+from nuclei3d.scoring.matching import (
+    Floats,
+    Integers,
+    Labels,
+    leave_out_unknown,
+    match,
+    overlap_table,
+    relabel_sequential,
+)
 from nuclei3d.scoring.metrics import (
     COUNTS,
     MATCH_IOU,
@@ -92,6 +100,7 @@ def assess_volume(
     thresholds: Sequence[float] = THRESHOLDS,
     surfaces: bool = True,
     true_contrast: Floats | None = None,
+    unknown: NDArray[np.bool_] | None = None,
 ) -> Assessment:
     """Compare one predicted with one true volume of labels (Z, Y, X).
 
@@ -105,7 +114,10 @@ def assess_volume(
         Whether to measure surface distances, the slowest part.
     true_contrast
         `NucleusTable.contrast` of the same truth from an earlier assessment, to save measuring it again.
+    unknown
+        Where nobody looked, and nothing counts; None: nowhere.
     """
+    prediction = leave_out_unknown(prediction, truth, unknown)
     true_labels, true_names = relabel_sequential(truth)
     pred_labels, pred_names = relabel_sequential(prediction)
     table = overlap_table(true_labels, pred_labels)
@@ -133,7 +145,7 @@ def assess_volume(
     ) -> dict[str, Any]:
         n = len(sizes)
         if contrast is None and image is not None:
-            contrast = nucleus_contrast(image, labels, voxel_size)[1:]
+            contrast = nucleus_contrast(image, labels, voxel_size, unknown)[1:]
         return {
             "label": names[1:],
             "place_um": centroids_um(labels, np.arange(1, n + 1), voxel_size),

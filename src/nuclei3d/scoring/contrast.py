@@ -31,8 +31,13 @@ _WIDENING = 1.5
 _WIDENINGS = 5
 
 
-def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size: VoxelSize) -> Floats:
-    """Measure the contrast of every labelled nucleus of a volume.
+def nucleus_contrast(
+    image: NDArray[np.number[Any]],
+    labels: Labels,
+    voxel_size: VoxelSize,
+    unknown: NDArray[np.bool_] | None = None,
+) -> Floats:
+    """Measure the contrast of every labelled nucleus of a volume; what is `unknown` is no surroundings.
 
     Returns
     -------
@@ -51,6 +56,8 @@ def nucleus_contrast(image: NDArray[np.number[Any]], labels: Labels, voxel_size:
     contrast = np.full(largest + 1, np.nan)
     quantum = _quantisation_noise(image)
     fill = measure_range(image).fill_mask(image)
+    if unknown is not None:
+        fill = unknown if fill is None else fill | unknown
     reach_um = SHELL_UM[1] * _WIDENING**_WIDENINGS
     for label, box in enumerate(find_objects(labels), start=1):
         if box is None:

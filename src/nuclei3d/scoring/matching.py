@@ -180,6 +180,22 @@ def relabel_sequential(labels: Labels) -> tuple[NDArray[np.uint32], Integers]:
     return np.searchsorted(originals, labels).astype(np.uint32), originals
 
 
+def leave_out_unknown(prediction: Labels, truth: Labels, unknown: NDArray[np.bool_] | None) -> Labels:
+    """Make predicted labels background where nobody looked, so that truth and prediction end there alike.
+
+    A nucleus that lies for the most part there goes altogether, unless the rest of it is on true nuclei.
+    """
+    if unknown is None:
+        return prediction
+    sequential, names = relabel_sequential(prediction)
+    count = len(names)
+    whole = np.bincount(sequential.ravel(), minlength=count)
+    left = np.bincount(sequential[~unknown], minlength=count)
+    on_true = np.bincount(sequential[~unknown & (truth > 0)], minlength=count)
+    gone = (2 * left < whole) & (2 * on_true <= left)
+    return np.where(unknown | gone[sequential], prediction.dtype.type(0), prediction)
+
+
 def _check_labels(labels: Labels, name: str) -> None:
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{name} labels must be integers, got {labels.dtype}")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.matching import overlap_table
+from nuclei3d.scoring.matching import leave_out_unknown, overlap_table
 from nuclei3d.segmentation.dynamics import label_flows
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import SegmentationSettings
@@ -25,11 +25,15 @@ _MOST_SCORES = 40
 
 @dataclass(frozen=True)
 class LabelledFlow:
-    """What the network says of a volume (`Segmenter.flows`), and true labels on the image's grid."""
+    """What the network says of a volume (`Segmenter.flows`), and true labels on the image's grid.
+
+    Nothing counts where it is `unknown` what there is; None: all is known.
+    """
 
     flows: FlowField
     truth: NDArray[np.integer[Any]]
     voxel_size: VoxelSize
+    unknown: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def _segment_all(
     n_true = 0
     for volume in volumes:
         labels, score = label_flows(volume.flows, volume.truth.shape, trial)
-        table = overlap_table(volume.truth, labels)
+        table = overlap_table(volume.truth, leave_out_unknown(labels, volume.truth, volume.unknown))
         n_true += table.n_true
         ious.append(table.best_pred_iou)
         scores.append(score[table.pred_labels].astype(np.float64))

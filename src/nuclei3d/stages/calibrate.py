@@ -14,7 +14,7 @@ from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled, split_embryos
 from nuclei3d.networks.folder import INFO_FILE, ModelInfo
 from nuclei3d.outputs import whole_file
-from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.scoring.matching import leave_out_unknown, match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
 from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds, choose_thresholds
@@ -76,7 +76,7 @@ def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float
     true = predicted = hits = 0
     for volume in volumes:
         labels = segmenter.segment(volume.image, volume.voxel_size).labels
-        table = overlap_table(volume.labels, labels)
+        table = overlap_table(volume.labels, leave_out_unknown(labels, volume.labels, volume.unknown))
         true += table.n_true
         predicted += table.n_pred
         hits += match(table, 0.5).tp
@@ -137,7 +137,7 @@ def predict_labelled(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) ->
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
             flows = segmenter.flows(volume.image, volume.voxel_size)
-            seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size))
+            seen.append(LabelledFlow(flows, volume.labels, volume.voxel_size, volume.unknown))
             bar.advance()
     return seen
 

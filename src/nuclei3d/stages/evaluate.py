@@ -241,7 +241,7 @@ def _assess(
 
 
 def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
-    true = pair.read_truth()
+    true, unknown = pair.read_truth()
     image = pair.read_image() if pair.physical else None
     found: dict[str, Assessment] = {}
     for name, entry in {method: pair.pred, **pair.baselines}.items():
@@ -254,13 +254,14 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
             thresholds=params.evaluate.thresholds,
             surfaces=params.evaluate.surface_distances,
             true_contrast=found[method].true.contrast if found else None,
+            unknown=unknown,
         )
-    return _digest_of(true), found
+    return _digest_of(true, unknown), found
 
 
 def _read_shown(pair: VolumePair) -> Arrays:
     """Read a pair for a picture: background in the place of fill."""
-    image, truth = pair.read_image(), pair.read_truth()
+    image, (truth, _) = pair.read_image(), pair.read_truth()
     if image is not None:
         image, _ = measure_range(image).clean(image)
     return image, truth, pair.read_prediction(pair.pred, truth.shape)
@@ -271,21 +272,25 @@ def _assess_otsu(
 ) -> Assessment:
     image = pair.read_image()
     assert image is not None
+    true, unknown = pair.read_truth()
     return assess_volume(
-        pair.read_truth(),
+        true,
         otsu_watershed(image, pair.voxel_size, diameter_um),
         pair.voxel_size,
         image=image,
         thresholds=params.evaluate.thresholds,
         surfaces=params.evaluate.surface_distances,
         true_contrast=true_contrast,
+        unknown=unknown,
     )
 
 
-def _digest_of(labels: NDArray[np.uint32]) -> str:
+def _digest_of(labels: NDArray[np.uint32], unknown: NDArray[np.bool_] | None) -> str:
     """Give a short fingerprint, by which two evaluations know that they used the same truth."""
     digest = hashlib.blake2b(repr(labels.shape).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(labels, dtype="<u4").data)
+    if unknown is not None:
+        digest.update(np.packbits(unknown).data)
     return digest.hexdigest()
 
 

@@ -26,6 +26,7 @@ from nuclei3d.images.frames import (
     to_labels,
 )
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
+from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import drop_small_labels
 
@@ -177,6 +178,7 @@ def _find_entries(
         held = [path for path in paths if container in path.relative_to(source).parts[:-1]]
         paths = held or paths
         if container == "labels":
+            paths = [path for path in paths if not is_known_mask(path)]
             paths = [path for path in paths if _MARKED.search(frame_stem(path))] or paths
     if not paths:
         raise InputError(f"{source} holds no .tif, .tiff or .zarr volume; give a folder that does")
@@ -233,6 +235,8 @@ class VolumePair:
         Predictions of other methods by their names.
     min_true_volume_um3
         True labels below are background.
+    unknown_label
+        Number of what nobody looked at.
     """
 
     name: str
@@ -245,12 +249,13 @@ class VolumePair:
     physical: bool
     baselines: dict[str, Entry] = field(default_factory=dict)
     min_true_volume_um3: float = 0.0
+    unknown_label: int | None = None
 
-    def read_truth(self) -> NDArray[np.uint32]:
-        """Read the true labels that count."""
-        labels = self.truth.read_labels()
+    def read_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
+        """Read the true labels that count, and say where nobody looked (None: nowhere)."""
+        labels, unknown = read_partial_labels(self.truth.frame, self.unknown_label)
         kept, _ = drop_small_labels(labels, self.voxel_size, self.min_true_volume_um3)
-        return np.asarray(kept, np.uint32)
+        return np.asarray(kept, np.uint32), unknown
 
     def read_prediction(self, method: Entry, shape: tuple[int, ...]) -> NDArray[np.uint32]:
         """Read predicted labels and check that they lie on the grid of the truth."""
@@ -341,6 +346,7 @@ def pair_volumes(
                 physical=size is not None,
                 baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
+                unknown_label=params.data.unknown_label,
             )
         )
     _say_voxel_sizes(pairs, given)

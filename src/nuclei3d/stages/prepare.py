@@ -33,7 +33,9 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
+from nuclei3d.scoring.plausibility import LabelFault
 from nuclei3d.stages import map_in_processes
+from nuclei3d.stages.check import describe_faults, find_volume_faults
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,
@@ -67,7 +69,7 @@ class PrepareResult:
         return {"out": str(self.out), **self.summary}
 
 
-def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
+def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> PrepareResult:
     """Cut every labelled frame of a data set into planes and write them with their flows.
 
     For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead. Frames
@@ -76,7 +78,8 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 
     `data` has ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``. `out` gets ``train``,
     ``validation`` and ``test`` with the samples, manifest.csv, summary.json and slices.png (volumes:
-    nuclei.csv); it appears when all is done, and one that is there is replaced.
+    nuclei.csv); it appears when all is done, and one that is there is replaced. Implausible labels
+    (`nuclei3d.scoring.plausibility`) are said, with `strict` refused; intensities in their place always are.
     """
     refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     solid = params.train.network == "full3d"
@@ -91,11 +94,13 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
         for part in PARTS:
             (folder / part).mkdir()
         workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-        work = partial(prepare_frame, params=params, folder=folder)
+        work = partial(prepare_frame, params=params, folder=folder, strict=strict)
         frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
         summary = _summarise(params, data, tasks, frames)
+        for warning in summary.get("warnings", ()):
+            say(f"warning: {warning}")
         describe_samples(folder, summary, samples)
         if not solid:
             from nuclei3d.report.figures import draw_slices_sheet
@@ -113,7 +118,8 @@ def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
 class PreparedFrame:
     """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
-    A contrast may be nan; `labels_left_out` counts those that were too small.
+    A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
+    implausible in the labels.
     """
 
     samples: tuple[StoredSample, ...]
@@ -121,12 +127,19 @@ class PreparedFrame:
     volumes_um3: tuple[float, ...]
     contrasts: tuple[float, ...]
     labels_left_out: int
+    faults: tuple[LabelFault, ...]
 
 
-def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> PreparedFrame:
+def prepare_frame(
+    task: tuple[str, EmbryoFrame], params: Params, folder: Path, strict: bool = False
+) -> PreparedFrame:
     """Cut one frame and write its samples into ``folder/<part>``."""
     part, frame = task
     volume = read_labelled(frame, params.data)
+    faults = find_volume_faults(volume, params.prepare.min_volume_um3, params.data)
+    for fault in faults:
+        if strict or fault.kind == "intensities":
+            raise InputError(f"{frame.label_path}: {fault.words}")
     norm = params.normalization
     intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
     image, outside = intensity.clean(volume.image)
@@ -135,7 +148,7 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
     volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
-    contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
+    contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size, volume.unknown)
     samples = []
     for sample in _cut(volume, params):
         name = f"{frame.embryo}_{frame.frame}"
@@ -156,12 +169,15 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
             min_contrast=round(float(known.min()), 4) if len(known) else float("nan"),
             norm_low=intensity.low,
             norm_high=intensity.high,
+            unknown=0.0 if sample.unknown is None else float(sample.unknown.mean()),
         )
         nuclei = None
         if sample.view == "volume":
             nuclei = _measure_nuclei(sample.labels, sample.voxel_size, of_sample)
         flows = _flows_of(sample, params.prepare)
-        samples.append(store_sample(folder, part, info, sample.image, sample.labels, flows, nuclei))
+        samples.append(
+            store_sample(folder, part, info, sample.image, sample.labels, flows, nuclei, sample.unknown)
+        )
         if params.prepare.cellpose_files:
             from nuclei3d.stages.export.cellpose import write_training_files
 
@@ -172,6 +188,7 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
         tuple(volumes_um3.values()),
         tuple(float(contrasts[label]) for label in volumes_um3),
         left_out,
+        tuple(faults),
     )
 
 
@@ -260,6 +277,10 @@ def _summarise(
         "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
         "md5": digest.hexdigest(),
     }
+    places = [f"{frame.embryo}/{frame.frame}" for _, frame in tasks]
+    found = [(place, fault) for place, each in zip(places, frames, strict=True) for fault in each.faults]
+    if found:
+        summary["warnings"] = describe_faults(found)
     if solid:
         depths = [sample.info.voxel_size.z for sample in samples if sample.part == "train"]
         summary |= {"voxel_z_um": round(float(np.median(depths)), 6), "targets": params.prepare.targets}

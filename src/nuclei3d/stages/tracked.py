@@ -27,12 +27,12 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
     return result
 
 
-def prepare_tracked(params: Params, data: Path, out: Path) -> PrepareResult:
+def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = False) -> PrepareResult:
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
     from nuclei3d.stages.prepare import prepare
 
     with stage_run("prepare", params, inputs={"data": data}) as run:
-        result = prepare(params, data, out)
+        result = prepare(params, data, out, strict=strict)
         summary = result.summary
         numbers = ("nucleus_diameter_um", "diameter_px", "voxel_um", "training_nuclei")
         run.metrics({name: summary[name] for name in numbers})

@@ -27,6 +27,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.samples import (
+    UNKNOWN_FLOW,
     SampleArrays,
     SampleInfo,
     SampleNuclei,
@@ -108,21 +109,25 @@ def store_sample(
     labels: NDArray[np.unsignedinteger[Any]],
     flows: NDArray[np.floating[Any]],
     nuclei: NDArray[np.float64] | None = None,
+    unknown: NDArray[np.bool_] | None = None,
 ) -> StoredSample:
     """Write a sample into the data set that is being made; the same arrays give the same bytes.
 
     Image and labels are (Z, Y, X), labels 1..n with 0 for background; flows are (components, Z, Y, X), from
-    -1 to 1. The folder of the part is there.
+    -1 to 1; `unknown` (Z, Y, X) is where nobody looked and labels are 0. The folder of the part is there.
     """
     pixels, step, offset = quantise_image(image)
     power = measure_flow_power(flows, labels)
+    stored_flows = quantise_flows(flows)
+    if unknown is not None:
+        stored_flows[unknown] = UNKNOWN_FLOW
     digest = hashlib.md5(usedforsecurity=False)
     with _path(folder, info).open("wb") as file:
         for values, kind in (
             (np.array([step, offset, *power]), "<f8"),
             (labels, _label_type(info)),
             (pixels, "<u2"),
-            (quantise_flows(flows), "i1"),
+            (stored_flows, "i1"),
         ):
             array = np.ascontiguousarray(values, dtype=kind)
             file.write(array.data)
@@ -134,7 +139,9 @@ def store_sample(
 def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[StoredSample]) -> None:
     """Write summary.json, manifest.csv and, of volumes, nuclei.csv."""
     solid = not samples[0].info.is_plane
-    columns = _VOLUME_COLUMNS if solid else _PLANE_COLUMNS
+    columns: tuple[str, ...] = _VOLUME_COLUMNS if solid else _PLANE_COLUMNS
+    if any(sample.info.unknown for sample in samples):
+        columns = (*columns, "unknown")
     _write_csv(folder / MANIFEST_FILE, columns, ([_row(s)[name] for name in columns] for s in samples))
     if solid:
         rows = (
@@ -211,6 +218,7 @@ def _info(row: dict[str, str], voxel_um: float) -> SampleInfo:
         min_contrast=float(row["min_contrast"] or "nan"),
         norm_low=float(row["norm_low"]),
         norm_high=float(row["norm_high"]),
+        unknown=float(row.get("unknown", 0)),
     )
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nuclei3d.config.sections import AugmentParams, Rotation, TrainParams
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.unet3d import VolumeSpec
-from nuclei3d.training.samples import FLOW_STEPS, SampleInfo, SampleSet
+from nuclei3d.training.samples import FLOW_STEPS, UNKNOWN_FLOW, SampleInfo, SampleSet
 
 _DRAWS = 12
 _DRAWS_OF_A_PLANE = [0, 1, 8, 2, 3, 6, 7, 9, 4, 5]
@@ -251,7 +251,7 @@ def cut_crop(
     The image is interpolated linearly (averaged over 2 x 2 points in y and x where it shrinks), labels are
     the nearest, flows are interpolated among the voxels of the same nucleus, turned with the crop, and (with
     `unit`) made unit vectors again except where they are short because they turn around at a centre. Outside
-    the sample all is 0, as in the padding of a prediction.
+    the sample all is 0, as in the padding of a prediction; labels are -1 where nobody looked.
     """
     depth, height, width = pixels.shape
     size_z, size_y, size_x = image.shape
@@ -313,6 +313,8 @@ def cut_crop(
                 label = labels[nearest_z, np.uintp(row), np.uintp(column)]
                 crop_labels[k, i, j] = label
                 if label == 0:
+                    if flows[nearest_z, np.uintp(row), np.uintp(column), component_y] == UNKNOWN_FLOW:
+                        crop_labels[k, i, j] = -1
                     continue
                 y0 = math.floor(y)
                 x0 = math.floor(x)

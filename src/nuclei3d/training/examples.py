@@ -48,8 +48,8 @@ class Batch:
 
     `images` are float32, normalised: in 2D two channels, of which the second is empty, as Cellpose's networks
     want it, stored channels last; in 3D one channel. `foreground` (bool), `labels` (int32, 0 is background)
-    and `weights` (float32, of the loss; None: all 1) have no channels, `flows` (float32) are (dy, dx) or (dz,
-    dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
+    and `weights` (float32, of the loss, 0 where nobody looked; None: all 1) have no channels, `flows`
+    (float32) are (dy, dx) or (dz, dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
     """
 
     images: Tensor
@@ -92,17 +92,24 @@ class CropMaker:
     seed: int
     nucleus_weights: Sequence[NDArray[np.float32]] | None = None
 
+    @cached_property
+    def _partial(self) -> bool:
+        """Whether some sample is labelled in part: then all batches have weights, as CUDA graphs need."""
+        return any(info.unknown for info in self.samples.infos)
+
     def make_batch(self, samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
         """Make a batch from these samples; its crops have the numbers `first`, `first` + 1, ..."""
         crops = (len(samples), *self.grid.shape)
         images = np.empty(crops, np.float32)
         labels = np.empty(crops, np.int32)
         flows = np.empty((len(samples), self.grid.axes, *self.grid.shape), np.float32)
-        weights = None if self.nucleus_weights is None else np.empty(crops, np.float32)
+        weights = np.ones(crops, np.float32) if self.nucleus_weights or self._partial else None
         for i, sample in enumerate(samples):
-            self._make_crop(int(sample), epoch, first + i, images[i], labels[i], flows[i])
+            unknown = self._make_crop(int(sample), epoch, first + i, images[i], labels[i], flows[i])
             if weights is not None and self.nucleus_weights is not None:
                 np.take(self.nucleus_weights[sample], labels[i], out=weights[i])
+            if weights is not None and unknown is not None:
+                weights[i][unknown] = 0.0
         if self.grid.axes == 2:
             channels = np.zeros((*images[:, 0].shape, 2), np.float32)
             channels[..., 0] = images[:, 0]
@@ -128,12 +135,17 @@ class CropMaker:
         image: NDArray[np.float32],
         labels: NDArray[np.int32],
         flows: NDArray[np.float32],
-    ) -> None:
+    ) -> NDArray[np.bool_] | None:
+        """Fill in a crop; say where it shows what nobody looked at (None: nowhere)."""
         generator_of = partial(crop_generator, self.seed, epoch, index)
         plan = draw_crop(self.samples, sample, generator_of(Stream.GEOMETRY), self.augment, self.grid)
         gain, bias = self.samples.gains[sample]
         arrays = self.samples.read(sample)
         cut_crop(*arrays, float(gain), float(bias), plan, self.grid.unit_flows, image, labels, flows)
+        unknown = None
+        if self.samples.infos[sample].unknown:
+            unknown = labels < 0
+            labels[unknown] = 0
         change_crop(
             image,
             labels,
@@ -145,6 +157,7 @@ class CropMaker:
             # of a plane, whose nuclei are not listed, those in the crop
             largest_label=len(self.samples.nuclei[sample].centres) or int(labels.max()),
         )
+        return unknown
 
 
 def validation_batches(samples: SampleSet, count: int, grid: CropGrid, batch_size: int) -> list[Batch]:
@@ -244,7 +257,7 @@ class Examples:
     def observe(self, output: Tensor, batch: Batch) -> None:
         """Take note of the network's output on a batch, for `validate`; of planes the loss tells all."""
         if self.grid.axes == 3:
-            self._seen.add(output, batch.flows, batch.foreground)
+            self._seen.add(output, batch.flows, batch.foreground, batch.weights)
 
     @torch.no_grad()
     def validate(self, network: nn.Module, arithmetic: Arithmetic) -> dict[str, float]:
@@ -270,7 +283,7 @@ class Examples:
             for each in zip(inside, batch.labels, contrasts, strict=True):
                 found += found_shares(*each)
             if self.grid.axes == 3:
-                seen.add(output, batch.flows, batch.foreground)
+                seen.add(output, batch.flows, batch.foreground, batch.weights)
         network.train(was_training)
         crops = sum(loss.crops for loss in losses)
         flow = sum(loss.flow * loss.crops for loss in losses) / crops
@@ -290,9 +303,9 @@ class Examples:
     def _losses(self, output: Tensor, batch: Batch) -> list[_CropLoss]:
         """Compute the losses of the crops, without weights of nuclei; of volumes, of all crops as one."""
         if self.grid.axes == 3:
-            loss = network_loss(output, batch.flows, batch.foreground, terms=self._terms)
+            loss = network_loss(output, batch.flows, batch.foreground, batch.weights, self._terms)
             return [_CropLoss("volume", float(loss.flow), float(loss.probability), len(batch.samples))]
-        parts = losses_of_crops(output, batch.flows, batch.foreground).cpu().tolist()
+        parts = losses_of_crops(output, batch.flows, batch.foreground, batch.weights).cpu().tolist()
         views = (self._validation.infos[sample].view for sample in batch.samples)
         return [_CropLoss(view, *part) for view, part in zip(views, parts, strict=True)]
 

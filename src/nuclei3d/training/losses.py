@@ -97,16 +97,22 @@ def network_loss(
     dice = torch.zeros_like(entropy)
     if terms.dice:
         likely = torch.sigmoid(logit)
+        if weights is not None:
+            likely = likely * (weights > 0)
         dice = 1 - (2 * (likely * target).sum() + 1) / (likely.sum() + target.sum() + 1)
     return Loss(terms.flow * flow, terms.probability * entropy, terms.dice * dice)
 
 
-def losses_of_crops(output: Tensor, flows: Tensor, foreground: Tensor) -> Tensor:
+def losses_of_crops(
+    output: Tensor, flows: Tensor, foreground: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Compute Cellpose's loss of each crop of planes by itself: float32 (B, 2), flow and probability."""
     output = output.float()
-    squared = (output[:, :2] - FLOW_SCALE * flows).square().mean(dim=(1, 2, 3)) / 2
+    squared = (output[:, :2] - FLOW_SCALE * flows).square()
     entropy = F.binary_cross_entropy_with_logits(output[:, 2], foreground.float(), reduction="none")
-    return torch.stack([squared, entropy.mean(dim=(1, 2))], dim=1)
+    if weights is not None:
+        squared, entropy = squared * weights[:, None], entropy * weights
+    return torch.stack([squared.mean(dim=(1, 2, 3)) / 2, entropy.mean(dim=(1, 2))], dim=1)
 
 
 class FlowFigures:
@@ -116,13 +122,15 @@ class FlowFigures:
         self._sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, output: Tensor, flows: Tensor, foreground: Tensor) -> None:
+    def add(self, output: Tensor, flows: Tensor, foreground: Tensor, weights: Tensor | None = None) -> None:
         """Take in a batch; arguments as in `network_loss`."""
         inside = foreground[:, None]
         predicted = torch.where(inside, output[:, :3].float() / FLOW_SCALE, 0.0)
         true = torch.where(inside, flows, 0.0)
         across = (0, 2, 3, 4)
         called = output[:, 3] > 0
+        if weights is not None:
+            called = called & (weights > 0)
         sums = torch.stack(
             [
                 *(predicted * true).sum(across),

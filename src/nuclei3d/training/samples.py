@@ -25,6 +25,9 @@ SampleView = Literal["xy", "xz", "yz", "volume"]
 FLOW_STEPS = 127
 """A flow component of 1 is stored as this int8; the rounding error of a direction is below half a degree."""
 
+UNKNOWN_FLOW = -128
+"""Stored as every component of the flow where nobody looked and labels are 0."""
+
 _FAINT_QUANTILE = 0.2
 _ORDER_STREAM = np.uint64(2**63)
 
@@ -35,7 +38,7 @@ class SampleInfo:
 
     `index` is that of a plane within its view (0 for a volume), `shape` is (Z, Y, X) and (1, rows, columns)
     for a plane, `min_contrast` that of its faintest nucleus or nan; `norm_low` and `norm_high` normalise to 0
-    and 1.
+    and 1; `unknown` is the share of the voxels at which nobody looked.
     """
 
     file: str
@@ -49,6 +52,7 @@ class SampleInfo:
     min_contrast: float
     norm_low: float
     norm_high: float
+    unknown: float = 0.0
 
     @property
     def is_plane(self) -> bool:
@@ -64,7 +68,8 @@ class SampleInfo:
 class SampleArrays(NamedTuple):
     """The voxels of one sample: intensities as stored, and labels 1..n with 0 for background, (Z, Y, X).
 
-    `flows` are (Z, Y, X, components) times `FLOW_STEPS`: (dy, dx) for planes, (dz, dy, dx) for volumes.
+    `flows` are (Z, Y, X, components) times `FLOW_STEPS`: (dy, dx) for planes, (dz, dy, dx) for volumes;
+    `UNKNOWN_FLOW` where nobody looked.
     """
 
     pixels: NDArray[np.uint16]

@@ -25,7 +25,8 @@ from nuclei3d.views import VIEW_AXIS, VIEWS, View
 class Cut:
     """A sample as it is cut from a frame; a plane has depth 1, whose rows are z in the views xz and yz.
 
-    `image` and `labels` are (Z, Y, X), labels 1..n; `label_of` has the frame's label behind each of 0..n.
+    `image` and `labels` are (Z, Y, X), labels 1..n; `label_of` has the frame's label behind each of 0..n,
+    `unknown` (Z, Y, X) is where nobody looked.
     """
 
     view: SampleView
@@ -34,6 +35,7 @@ class Cut:
     labels: NDArray[np.unsignedinteger[Any]]
     label_of: NDArray[np.integer[Any]]
     voxel_size: VoxelSize
+    unknown: NDArray[np.bool_] | None = None
 
     @property
     def nuclei(self) -> int:
@@ -63,7 +65,8 @@ def downsample(volume: LabelledVolume, factor: float, *, isotropic: bool) -> Lab
     labels = resize_nearest(volume.labels, shape).astype(np.uint32, copy=False)
     sizes = zip(volume.voxel_size.zyx, old, shape, strict=True)
     edges = [edge] * 3 if isotropic else [size * before / after for size, before, after in sizes]
-    return LabelledVolume(image, labels, VoxelSize.of(edges))
+    unknown = None if volume.unknown is None else resize_nearest(volume.unknown, shape)
+    return LabelledVolume(image, labels, VoxelSize.of(edges), unknown)
 
 
 def cut_volume(volume: LabelledVolume) -> Cut:
@@ -71,7 +74,9 @@ def cut_volume(volume: LabelledVolume) -> Cut:
     label_of = np.union1d([0], volume.labels)
     number_of = np.zeros(int(label_of[-1]) + 1, np.uint32)
     number_of[label_of] = np.arange(len(label_of))
-    return Cut("volume", 0, volume.image, number_of[volume.labels], label_of, volume.voxel_size)
+    return Cut(
+        "volume", 0, volume.image, number_of[volume.labels], label_of, volume.voxel_size, volume.unknown
+    )
 
 
 def drop_slivers(
@@ -109,6 +114,9 @@ def cut_planes(
         step = steps.get(view, 0)
         # from half a step on
         for index in range(step // 2, volume.labels.shape[axis], step) if step > 0 else ():
+            unknown = None if volume.unknown is None else np.take(volume.unknown, index, axis=axis)
+            if unknown is not None and unknown.all():
+                continue
             labels, label_of = drop_slivers(np.take(volume.labels, index, axis=axis), min_area_px)
             if len(label_of) - 1 < min_nuclei:
                 # even spacing without a generator: take one each time the share passes an integer
@@ -116,7 +124,8 @@ def cut_planes(
                 if int(passed_over * sparse_share) == int((passed_over - 1) * sparse_share):
                     continue
             image = np.take(volume.image, index, axis=axis)
-            yield Cut(view, index, image[None], labels[None], label_of, volume.voxel_size)
+            unknown = None if unknown is None else unknown[None]
+            yield Cut(view, index, image[None], labels[None], label_of, volume.voxel_size, unknown)
 
 
 def drop_small_labels(

@@ -118,6 +118,7 @@ def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> 
                 image=volume.image if params.search.objective == "faint_recall" else None,
                 scores={nucleus.label: nucleus.score for nucleus in found.nuclei},
                 surfaces=False,
+                unknown=volume.unknown,
             )
         )
     return assessments
