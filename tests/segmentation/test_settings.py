@@ -30,6 +30,14 @@ def test_the_model_decides_what_the_user_leaves_open(wishes, diameter_um, thresh
     assert tuple(getattr(settings.masks, name) for name in THRESHOLDS) == thresholds
 
 
+@pytest.mark.parametrize(("diameter_um", "least_um3"), [(12, 50), (6, 50 / 8), (24, 400)])
+def test_the_volume_of_the_model_goes_with_the_cube_of_the_diameter(diameter_um, least_um3):
+    masks = segmentation_settings(INFO, PredictParams(diameter_um=diameter_um)).masks
+    assert masks.min_volume_um3 == least_um3
+    masks = segmentation_settings(INFO, PredictParams(diameter_um=diameter_um, min_volume_um3=7)).masks
+    assert masks.min_volume_um3 == 7
+
+
 def test_an_unknown_diameter_is_asked_for():
     with pytest.raises(
         InputError, match=r"predict\.diameter_um=NUMBER \(17 voxels of this volume are 8\.5 um"

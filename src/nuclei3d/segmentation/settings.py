@@ -231,7 +231,9 @@ def segmentation_settings(
     Parameters
     ----------
     predict
-        What the user asks; None leaves a value to the model.
+        What the user asks; None leaves a value to the model. Where the user's nuclei are smaller or larger
+        than the model's, the model's volumes are scaled with the cube of the diameter, as is all else that
+        is counted in diameters.
     voxel_size
         Of the volume; only for the message if the diameter is unknown.
     volume
@@ -256,12 +258,11 @@ def segmentation_settings(
         # OpenVINO is for the 2D network, the 3D one runs in torch
         asked = predict.model_copy(update={"mode": "full3d", "engine": "auto", "diameter_um": diameter_um})
         solid = segmentation_settings(volume, asked)
-    resolved = {
-        "mode": mode,
-        "nucleus_diameter_um": diameter_um,
-        "volume": solid,
-        "masks": MaskSettings(**_given(MaskSettings, predict, info)),
-    }
+    masks = MaskSettings(**_given(MaskSettings, predict, info))
+    if predict.min_volume_um3 is None and info.nucleus_diameter_um is not None:
+        cubed = (diameter_um / info.nucleus_diameter_um) ** 3
+        masks = replace(masks, min_volume_um3=masks.min_volume_um3 * cubed)
+    resolved = {"mode": mode, "nucleus_diameter_um": diameter_um, "volume": solid, "masks": masks}
     return SegmentationSettings(**_given(SegmentationSettings, predict, info) | resolved)
 
 
