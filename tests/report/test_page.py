@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from browser import opened, pixels
 from nuclei3d.config import Params
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
@@ -49,33 +48,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page(report: Path) -> Iterator[Page]:
-    """Open the report in headless Chromium on the screen of a laptop, without a network."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    named = os.environ.get("NUCLEI3D_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if not named:
-        pytest.skip("no Chromium found; install it or set NUCLEI3D_CHROMIUM to its path")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=named, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        context = browser.new_context(viewport={"width": 1366, "height": 768}, offline=True)
-        opened = context.new_page()
-        problems: list[str] = []
-        opened.on("pageerror", lambda error: problems.append(str(error)))
-        opened.on(
-            "console", lambda message: problems.append(message.text) if message.type == "error" else None
-        )
-        opened.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:", "blob:")) else problems.append(request.url)
-            ),
-        )
-        opened.goto(report.as_uri())
-        opened.wait_for_selector("#views[data-drawn]")
-        yield opened
-        browser.close()
-    assert problems == []
+    """Open the report on the screen of a laptop."""
+    with opened(report) as page:
+        yield page
 
 
 def drawn(page: Page) -> str:
@@ -94,24 +69,6 @@ def resting_box(page: Page, selector: str) -> Mapping[str, float]:
             return box
         before = box
         page.wait_for_timeout(200)
-
-
-def pixels(page: Page, view: str, color: str) -> int:
-    """Count the pixels of a view that have about a colour."""
-    wanted = [int(color[k : k + 2], 16) for k in (1, 3, 5)]
-    return int(
-        page.evaluate(
-            """([view, wanted]) => {
-              const canvas = document.getElementById(view);
-              const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-              let count = 0;
-              for (let k = 0; k < data.length; k += 4)
-                count += wanted.every((value, c) => Math.abs(data[k + c] - value) < 12);
-              return count;
-            }""",
-            [view, wanted],
-        )
-    )
 
 
 def colors(page: Page) -> dict[str, Any]:

@@ -474,6 +474,8 @@ class PredictParams(SegmentationParams):
     scheduler: str | None = None
     """The cluster that runs them instead (tcp://host:port)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    report: bool = True
+    """After the frames prediction.html is written: all of them with outlines, and what changes over time."""
 
     @model_validator(mode="after")
     def _check_views(self) -> Self:

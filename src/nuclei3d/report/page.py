@@ -13,6 +13,7 @@ from nuclei3d.scoring.bootstrap import FEW_UNITS, side_of_zero
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jinja2 import Environment
 
 _NOT_LISTED = ["embryo", "frame", "contrast_bin", "partner", "surface_um"]
 # Found nuclei are listed too, as long as they do not make the page heavy.
@@ -20,6 +21,30 @@ _MOST_FOUND = 5000
 
 _LOW_IS_GOOD = frozenset({"surface_distance_um", "centre_distance_um", "splits", "merges"})
 _NEUTRAL = frozenset({"n_true", "n_pred"})
+
+
+def page_environment() -> Environment:
+    """Give the templates of this room."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("nuclei3d", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def page_part(name: str) -> str:
+    """Read a style sheet or script of this room, to lie inside a page."""
+    return resources.files("nuclei3d.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def json_in_page(tree: Any) -> str:
+    """Write JSON that may stand inside a script element."""
+    # There only "</" and "<!--" have a meaning; JSON may write < as an escape.
+    return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def build_page(
@@ -46,16 +71,7 @@ def build_page(
     history
         history.csv of the training.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    files = resources.files("nuclei3d.report")
-    pages = Environment(
-        loader=PackageLoader("nuclei3d", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    pages = page_environment()
     pages.filters |= {"number": _number, "score": _look_up, "interval": _interval, "best": _best}
     methods = {method: metrics, **metrics["baselines"]}
     symbol = "µm" if unit == "um" else unit
@@ -69,8 +85,8 @@ def build_page(
         charts=charts_of(methods, symbol, history),
         few_units=FEW_UNITS,
         side_of_zero=side_of_zero,
-        css=files.joinpath("report.css").read_text(encoding="utf-8"),
-        js=files.joinpath("report.js").read_text(encoding="utf-8"),
+        css=page_part("report.css"),
+        js=page_part("report.js"),
         data=_embedded(nuclei, volumes, symbol),
     )
 
@@ -90,8 +106,7 @@ def _embedded(nuclei: pd.DataFrame, volumes: Sequence[Mapping[str, Any]], symbol
         "colors": OUTLINES,
         "unit": symbol,
     }
-    # Inside a script element only "</" and "<!--" have a meaning; JSON may write < as an escape.
-    return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json_in_page(tree)
 
 
 def _best(values: Iterable[float | None], key: str) -> float | None:

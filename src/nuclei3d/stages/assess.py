@@ -162,7 +162,9 @@ def predict_baselines(
     for baseline in _wanted(params, model):
         say(f"baseline: {baseline.name}")
         # a 3D model beside the 2D one is part of what is evaluated, not of what stands beside it
-        predicting = params.predict.model_copy(update={"mode": baseline.mode, "volume_model": None})
+        predicting = params.predict.model_copy(
+            update={"mode": baseline.mode, "volume_model": None, "report": False}
+        )
         for embryo, images in frames.items():
             predict(
                 params.model_copy(update={"predict": predicting}),

@@ -47,11 +47,12 @@ class PredictedFrame:
 
 @dataclass(frozen=True)
 class PredictResult:
-    """All frames of a prediction."""
+    """All frames of a prediction, and the page that shows them, if one was wanted."""
 
     out: Path
     model: str
     frames: tuple[PredictedFrame, ...]
+    page: Path | None = None
 
 
 def predict(
@@ -71,7 +72,7 @@ def predict(
     model
         Model folder, weights file, ``models:/name@alias`` or the URL of a service.
     out
-        Folder for ``<stem>_masks.ome.tif`` and ``<stem>_nuclei.csv``.
+        Folder for ``<stem>_masks.ome.tif``, ``<stem>_nuclei.csv`` and, at last, ``prediction.html``.
     overwrite
         Segment again what was done before.
     """
@@ -97,7 +98,13 @@ def predict(
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
-    return PredictResult(out, model, tuple(done))
+    page = None
+    if params.predict.report:
+        from nuclei3d.stages.predict_page import write_page
+
+        page = write_page(out, frames, done)
+        say(f"look at them: {page}")
+    return PredictResult(out, model, tuple(done), page)
 
 
 def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
@@ -188,7 +195,8 @@ def _write_masks(
 def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
-        identity = {"service": model, "predict": params.predict.model_dump(mode="json")}
+        asked = params.predict.model_dump(mode="json", exclude={"report"})
+        identity = {"service": model, "predict": asked}
         return Predictor(RemoteModel(model, params.predict), params.predict, identity)
     from nuclei3d.experiment.registry import fetch_model, is_registered
 

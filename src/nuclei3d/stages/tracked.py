@@ -48,13 +48,16 @@ def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = Fal
 def predict_tracked(
     params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
 ) -> PredictResult:
-    """Segment volumes; see `nuclei3d.stages.predict.predict`. The masks stay where they are."""
+    """Segment volumes; see `nuclei3d.stages.predict.predict`. The page becomes an artifact."""
     from nuclei3d.stages.predict import predict
 
     known = {"model": Path(model)} if Path(model).exists() else {}
     with stage_run("predict", params, inputs=known) as run:
         run.tags({"nuclei3d.model": model, "nuclei3d.out": str(out)})
-        return predict(params, inputs, model, out, overwrite=overwrite)
+        result = predict(params, inputs, model, out, overwrite=overwrite)
+        if result.page is not None:
+            run.artifact(result.page, out.name)
+        return result
 
 
 def evaluate_tracked(

@@ -1,0 +1,251 @@
+"""The page beside a prediction: its numbers are those of the tables, and it works in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from imagecodecs import jpeg_decode
+
+from browser import opened, pixels
+from nuclei3d.images.frames import find_frames
+from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.tiff import write_image, write_labels
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.report.prediction import QUANTITIES, ShownFrame, odd_numbers
+from nuclei3d.stages import predict_page
+from nuclei3d.stages.predict import COLUMNS, PredictedFrame
+from nuclei3d.stages.predict_page import write_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+SIZE = VoxelSize(2.0, 0.5, 0.5)
+SHAPE = (16, 60, 72)
+CENTRES = {1: (8, 8, 8), 2: (8, 20, 22), 3: (22, 8, 26)}
+
+
+def labels_of(centres: dict[int, tuple[float, float, float]]) -> np.ndarray:
+    grid = np.meshgrid(*(np.arange(n) * e for n, e in zip(SHAPE, SIZE.zyx, strict=True)), indexing="ij")
+    labels = np.zeros(SHAPE, np.uint16)
+    for label, centre in centres.items():
+        labels[sum((axis - c) ** 2 for axis, c in zip(grid, centre, strict=True)) <= 25] = label
+    return labels
+
+
+def predicted(root: Path, zarr: bool = False) -> list[PredictedFrame]:
+    """Write three frames as predict does; the third nucleus is missing in the second."""
+    done = []
+    for frame in range(3):
+        centres = {label: centre for label, centre in CENTRES.items() if frame != 1 or label != 3}
+        labels = labels_of(centres)
+        write_image(
+            root / f"images/t{frame}.tif",
+            np.where(labels > 0, 100 + 50 * labels, 20 + frame).astype(np.uint16),
+            SIZE,
+        )
+        masks = root / f"out/t{frame}_masks.ome.{'zarr' if zarr else 'tif'}"
+        if zarr:
+            create_zarr(masks, SHAPE, np.uint32, SIZE, (8, 32, 32), labels=True)[:] = labels
+        else:
+            write_labels(masks, labels, SIZE)
+        table = root / f"out/t{frame}_nuclei.csv"
+        rows = [
+            [label, *centre, 500 + label, 100 + label, "" if label == 2 else 0.9]
+            for label, centre in centres.items()
+        ]
+        with table.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        done.append(PredictedFrame(f"t{frame}", masks, table, len(rows), 0.0, False))
+    return done
+
+
+def made(root: Path, done: list[PredictedFrame]) -> Path:
+    return write_page(root / "out", find_frames(root / "images"), done, ["The <b>light</b> flickers."])
+
+
+@pytest.fixture(scope="module")
+def made_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("page")
+    return made(root, predicted(root))
+
+
+def frames_in(page: Path) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    packed = re.findall(r'<script type="text/plain" id="frame-\d+">(.*?)</script>', page.read_text())
+    parts = [[base64.b64decode(part) for part in frame.split(".")] for frame in packed]
+    return [(jpeg_decode(picture), json.loads(zlib.decompress(rest))) for picture, rest in parts]
+
+
+def test_the_page_holds_the_nuclei_of_the_tables(made_page: Path) -> None:
+    text, frames = made_page.read_text(), frames_in(made_page)
+    assert made_page.name == "prediction.html"
+    assert "<h1>8 nuclei in 3 frames</h1>" in text
+    assert "The &lt;b&gt;light&lt;/b&gt; flickers." in text
+    tables = [pd.read_csv(path) for path in sorted(made_page.parent.glob("*.csv"))]
+    assert [len(frame["nuclei"]) for _, frame in frames] == [len(table) for table in tables] == [3, 2, 3]
+    label, z, y, x, volume, intensity, score, track = frames[1][1]["nuclei"][1]
+    assert (label, z, y, x, volume, intensity) == (2, *CENTRES[2], 502, 102)
+    assert score is None
+    assert track is None
+    for name in ("nuclei", "volume", "mean intensity", "score"):
+        assert f"{name} by frame" in text.replace(" (µm³)", "")
+
+
+def test_the_picture_shows_each_nucleus_inside_its_outline(made_page: Path) -> None:
+    for picture, frame in frames_in(made_page):
+        for outlines in frame["outlines"]:
+            for outline in outlines:
+                left, top, right, bottom = (
+                    getattr(np, which)(outline[axis::2]) // 2 for which in ("min", "max") for axis in (0, 1)
+                )
+                assert picture[(top + bottom) // 2, (left + right) // 2] > 150
+        z, y, x = frame["size"]
+        assert picture.shape == (y + 4 + z, x + 4 + z)
+        assert picture[2, 2] < 30
+
+
+def test_masks_of_blocks_give_the_same_page(
+    made_page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_page, "_PART_VOXELS", 10_000)
+    monkeypatch.setattr(predict_page, "_PART_SIDES", (8, 32, 32))
+    reads: list[tuple[int, ...]] = []
+    read_parts = predict_page._read_parts
+
+    def watched(frame: Any) -> Any:
+        for box, part in read_parts(frame):
+            reads.append(part.shape)
+            yield box, part
+
+    monkeypatch.setattr(predict_page, "_read_parts", watched)
+    page = made(tmp_path, predicted(tmp_path, zarr=True))
+    for (picture, frame), (expected, told) in zip(frames_in(page), frames_in(made_page), strict=True):
+        np.testing.assert_array_equal(picture, expected)
+        assert frame == told
+    assert max(np.prod(shape) for shape in reads) <= 10_000
+
+
+def test_a_page_that_shows_just_this_is_kept(tmp_path: Path) -> None:
+    done = predicted(tmp_path)
+    page = made(tmp_path, done)
+    before = page.stat().st_mtime_ns
+    assert made(tmp_path, done).stat().st_mtime_ns == before
+    done[0].table.write_text(done[0].table.read_text().replace("501", "777"))
+    made(tmp_path, done)
+    assert frames_in(page)[0][1]["nuclei"][0][4] == 777
+
+
+def frames_with(
+    counts: list[int], volumes: Any = 500.0, intensity: Any = 100.0, score: Any = 0.9
+) -> list[ShownFrame]:
+    def table(at: int, count: int) -> pd.DataFrame:
+        values = [each(at) if callable(each) else each for each in (volumes, intensity, score)]
+        columns = dict(zip(QUANTITIES[4:], values, strict=True))
+        nuclei = pd.DataFrame(columns, index=range(count))
+        return nuclei.assign(label=range(1, count + 1), z_um=0, y_um=0, x_um=0)
+
+    return [
+        ShownFrame(f"t{at}", SHAPE, SIZE, table(at, count), lambda: (), lambda: ())
+        for at, count in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (frames_with([20, 20, 21, 22, 30, 30, 31]), []),
+        (frames_with([3]), []),
+        (frames_with([20, 0, 20]), ["No nucleus in t1."]),
+        (
+            frames_with([20, 20, 12, 20, 20]),
+            [
+                "The number of nuclei jumps in t2 (12; before 20, after 20): missed, split or false ones?"
+            ],
+        ),
+        (
+            frames_with([5] * 6, intensity=lambda at: 100 - 15 * at),
+            [
+                "Nuclei become dimmer: from 100 in the first frames to 25 in the last (medians); there more "
+                "of the faint nuclei may be missed."
+            ],
+        ),
+        (frames_with([5] * 6, score=np.nan), []),
+        (
+            frames_with([10], volumes=[500.0] * 8 + [2000, 50]),
+            [
+                "1 of 10 nuclei have more than three times the median volume of their frame.",
+                "1 of 10 nuclei have less than a fifth of the median volume of their frame.",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_odd_numbers_are_said(frames: list[ShownFrame], expected: list[str]) -> None:
+    assert odd_numbers(frames) == expected
+
+
+@pytest.fixture
+def page(made_page: Path) -> Iterator[Page]:
+    with opened(made_page) as page:
+        yield page
+
+
+def drawn(page: Page) -> list[str]:
+    """Give frame, number of nuclei and marked nucleus once all drawing is done."""
+    page.wait_for_selector("#views[aria-busy=false]")
+    return str(page.eval_on_selector("#views", "node => node.dataset.drawn")).split()
+
+
+def test_the_slider_goes_through_time(page: Page) -> None:
+    assert drawn(page) == ["t0", "3", "-"]
+    page.locator("#t").fill("1")
+    assert drawn(page) == ["t1", "2", "-"]
+    assert page.locator("#rows tr").count() == 2
+    assert "t1: 2 nuclei" in (page.text_content("#name") or "")
+    page.focus("#views")
+    page.keyboard.press("ArrowRight")
+    assert drawn(page) == ["t2", "3", "-"]
+    page.locator("button[data-frame]").first.click()
+    assert drawn(page) == ["t0", "3", "-"]
+
+
+def test_a_click_on_a_nucleus_marks_it_and_its_line(page: Page) -> None:
+    box = page.locator("#picture").bounding_box()
+    assert box is not None
+    z, y, x = (n * e / 0.5 for n, e in zip(SHAPE, SIZE.zyx, strict=True))
+    _, down, across = CENTRES[2]
+    page.mouse.click(
+        box["x"] + box["width"] * (across / 0.5) / (x + 4 + z),
+        box["y"] + box["height"] * (down / 0.5) / (y + 4 + z),
+    )
+    assert drawn(page) == ["t0", "3", "2"]
+    assert (page.locator("#rows tr.chosen").text_content() or "").startswith("2")
+    assert pixels(page, "picture", "#ffffff") > 100
+    page.locator("#rows tr").first.click()
+    assert drawn(page) == ["t0", "3", "1"]
+
+
+def test_outlines_are_coloured_and_switched_off(page: Page) -> None:
+    page.select_option("#color", "one")
+    drawn(page)
+    yellow = "#F0E442"
+    assert pixels(page, "picture", yellow) > 100
+    page.uncheck("#outlines")
+    drawn(page)
+    assert pixels(page, "picture", yellow) == 0
+
+
+def test_it_fits_on_a_laptop_screen(page: Page) -> None:
+    page.eval_on_selector("#view", "node => node.scrollIntoView({behavior: 'instant'})")
+    box = page.locator("#viewer").bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] <= 768
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1366
