@@ -64,11 +64,12 @@ class Scene:
     """What the microscope is to see.
 
     Light per volume, 1 for the typical nucleus, float32 on the fine grid, and uint16 labels (Z, Y, X) on the
-    camera's planes.
+    camera's planes; `shown` is the place of each label's body among the bodies drawn.
     """
 
     density: NDArray[np.float32]
     labels: NDArray[np.uint16]
+    shown: NDArray[np.int64]
 
 
 def chromatin(cell: Cell, texture: float) -> Body:
@@ -143,12 +144,13 @@ def draw_scene(
         own = owner[box] == number
         density[box][own] = _chromatin_density(everything[number - 1], inner[:, own], pattern)
     owner[owner > len(bodies)] = 0
-    return Scene(density, _majority_labels(owner, [piece[:2] for piece in pieces], grid))
+    return Scene(density, *_majority_labels(owner, [piece[:2] for piece in pieces], grid))
 
 
 def _majority_labels(
     owner: NDArray[np.int32], boxes: Sequence[tuple[int, Box]], grid: FineGrid
-) -> NDArray[np.uint16]:
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Give the labels and the place of each label's body."""
     parts = grid.parts
     planes = (grid.shape[0] // parts, parts, *grid.shape[1:])
     chromatin_share = (owner.reshape(planes) > 0).sum(axis=1)
@@ -165,7 +167,7 @@ def _majority_labels(
     present = np.unique(labels[labels > 0])
     renumbered = np.zeros(int(labels.max()) + 1, dtype=np.uint16)
     renumbered[present] = np.arange(1, len(present) + 1)
-    return np.asarray(renumbered[labels])
+    return np.asarray(renumbered[labels]), present.astype(np.int64) - 1
 
 
 def _nucleoli(cell: Cell, grown: float) -> tuple[tuple[NDArray[np.float64], float], ...]:

@@ -39,6 +39,8 @@ class Cell:
         Minutes since its birth; minutes from birth to division.
     texture_seed
         Where in the chromatin pattern it lies, (3,) in um; fixed for life.
+    lineage
+        Number of its founder, then 0 or 1 for each division since: its mother's is this without the last.
     """
 
     position: NDArray[np.float64]
@@ -52,6 +54,7 @@ class Cell:
     age: float
     cycle: float
     texture_seed: NDArray[np.float64]
+    lineage: tuple[int, ...] = ()
 
 
 def found_embryo(params: SimulateParams, rng: np.random.Generator) -> list[Cell]:
@@ -60,11 +63,11 @@ def found_embryo(params: SimulateParams, rng: np.random.Generator) -> list[Cell]
     field = np.multiply(params.shape, params.voxel_size_um)
     ball = min(0.3 * field.min(), 0.62 * params.nucleus_diameter_um * count ** (1 / 3))
     cells = []
-    for _ in range(count):
+    for number in range(count):
         direction = rng.normal(size=3)
         offset = direction / np.linalg.norm(direction) * ball * rng.random() ** (1 / 3)
         cell = _new_cell(field / 2 + offset, params, rng)
-        cells.append(replace(cell, age=cell.cycle * rng.random()))
+        cells.append(replace(cell, age=cell.cycle * rng.random(), lineage=(number,)))
     for _ in range(60):
         cells = _moved(cells, params, field, rng, wander=0.0)
     return cells
@@ -106,7 +109,7 @@ def _new_cell(position: NDArray[np.float64], params: SimulateParams, rng: np.ran
 def _divided(mother: Cell, params: SimulateParams, rng: np.random.Generator) -> list[Cell]:
     """Two daughters on the mother's axis; they take after her in size and brightness."""
     daughters = []
-    for side in (-1.0, 1.0):
+    for which, side in enumerate((-1.0, 1.0)):
         faint = bool(rng.random() < params.faint_share)
         fresh = _random_brightness(faint, params, rng)
         inherited = fresh if faint or mother.faint else 0.6 * mother.log_brightness + 0.8 * fresh
@@ -121,6 +124,7 @@ def _divided(mother: Cell, params: SimulateParams, rng: np.random.Generator) -> 
                 faint=faint,
                 # What was beyond a whole cycle stays on the daughters' clock.
                 age=mother.age - mother.cycle,
+                lineage=(*mother.lineage, which),
             )
         )
     return daughters

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +24,28 @@ _GLOW_SHARE = 0.12
 _GLOW_UM = 4.0
 
 
+class FilmFrame(NamedTuple):
+    """One frame: uint16 counts and uint16 labels 1..n, both (Z, Y, X), and the lineage of each label's cell.
+
+    See `nuclei3d.simulation.cells.Cell` for the latter.
+    """
+
+    image: NDArray[np.uint16]
+    labels: NDArray[np.uint16]
+    lineages: tuple[tuple[int, ...], ...]
+
+
 def simulate_embryo(
     params: SimulateParams, rng: np.random.Generator, *, frames: int | None = None
-) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
+) -> Iterator[FilmFrame]:
     """Film one embryo: the same state of `rng` gives the same film; `frames` None takes the first embryo's
     number.
 
     Yields
     ------
-    image, labels
-        uint16 counts and uint16 labels 1..n, both (Z, Y, X); 0 is background. A voxel is labelled where
-        more than half of it lies in nuclei, with the nucleus that holds most of it.
+    FilmFrame
+        In its labels 0 is background. A voxel is labelled where more than half of it lies in nuclei, with the
+        nucleus that holds most of it.
     """
     grid = FineGrid.under(params.shape, params.voxel_size_um)
     pattern = chromatin_pattern(rng)
@@ -46,7 +58,8 @@ def simulate_embryo(
         bodies = [_visible(chromatin(cell, params.texture), params) for cell in cells]
         scene = draw_scene(bodies, _at_rim(fragments, cells), grid, pattern)
         photons = expose(scene.density, _cytoplasm(cells, params), grid, illumination, params)
-        yield photograph(photons, params, rng), scene.labels
+        seen = tuple(cells[place].lineage for place in scene.shown)
+        yield FilmFrame(photograph(photons, params, rng), scene.labels, seen)
 
 
 def _visible(body: Body, params: SimulateParams) -> Body:
