@@ -78,10 +78,8 @@ def _link_frames(
     looks: _Looks, before: slice, after: slice, params: TracksParams
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Pairs of nuclei of two frames whose costs sum to the least; dearer than the limit is not linked."""
-    apart = looks.place[before, None] - looks.place[None, after]
-    cost = (apart**2).sum(axis=2)
-    cost += params.volume_weight * (looks.size[before, None] - looks.size[None, after]) ** 2
-    cost += params.intensity_weight * (looks.light[before, None] - looks.light[None, after]) ** 2
+    rows = np.arange(before.start, before.stop)[:, None], np.arange(after.start, after.stop)[None]
+    cost = _link_cost(looks, *rows, params)
     limit = params.max_step**2
     first, second = linear_sum_assignment(np.minimum(cost, limit))
     linked = cost[first, second] < limit
@@ -91,41 +89,50 @@ def _link_frames(
 def _join_pieces(nuclei: Nuclei, looks: _Looks, predecessor: Integers, params: TracksParams) -> None:
     """Give the starts of pieces an origin, in place: the end of another piece, a mother, or none."""
     frame = nuclei.frame
-    successor = np.full(len(nuclei), -1, np.int64)
-    linked = np.flatnonzero(predecessor >= 0)
-    successor[predecessor[linked]] = linked
+    successor, lasting = _follow(predecessor, frame, params.daughter_frames)
     starts = np.flatnonzero((predecessor < 0) & (frame > 0))
     ends = np.flatnonzero(successor < 0)
-    mothers = np.flatnonzero(successor >= 0)
-    length = _lengths(predecessor)
+    linked = np.flatnonzero(successor >= 0)
     found: list[tuple[Integers, Integers, Floats]] = []
     rows = nuclei.rows_by_frame()
     for gap in range(2, params.max_gap + 2):
         origin, start = _near(looks.place, rows, ends, starts, gap, params.max_step)
-        cost = ((looks.place[origin] - looks.place[start]) ** 2).sum(axis=1)
-        cost += params.volume_weight * (looks.size[origin] - looks.size[start]) ** 2
-        cost += params.intensity_weight * (looks.light[origin] - looks.light[start]) ** 2
-        # 1 at the limit of what is linked, as the cost of divisions
-        found.append((origin, start, cost / params.max_step**2))
-    origin, start = _near(looks.place, rows, mothers, starts, 1, params.division_distance)
-    lasting = (length[start] >= params.daughter_frames) | (
-        frame[start] + params.daughter_frames > frame[-1] + 1
-    )
-    origin, start = origin[lasting], start[lasting]
-    cost = _division_cost(looks, predecessor, origin, successor[origin], start, params)
-    found.append((origin, start, cost / params.division_limit))
+        # 1 is the limit, as for divisions
+        found.append((origin, start, _link_cost(looks, origin, start, params) / params.max_step**2))
+    origin, start = _near(looks.place, rows, linked, starts, 1, params.division_distance)
+    origin, start = origin[lasting[start]], start[lasting[start]]
+    first = successor[origin]
+    cost = _division_cost(looks, predecessor, origin, first, start, params) / params.division_limit
+    # the piece that fell off a nucleus was taken for its next, which lasts and has no origin
+    stub = ~lasting[first]
+    cost[stub] = _link_cost(looks, origin[stub], start[stub], params) / params.max_step**2
+    found.append((origin, start, cost))
     origin, start, cost = (np.concatenate(part) for part in zip(*found, strict=True))
     for one, other in _cheapest(origin[cost < 1], start[cost < 1], cost[cost < 1]):
+        if successor[one] >= 0 and not lasting[successor[one]]:
+            predecessor[successor[one]] = -1
         predecessor[other] = one
 
 
-def _lengths(predecessor: Integers) -> Integers:
-    """Number of nuclei in the piece that begins at each row (of rows that begin one)."""
-    first = np.arange(len(predecessor))
-    for row, origin in enumerate(predecessor):
-        if origin >= 0:
-            first[row] = first[origin]
-    return np.bincount(first, minlength=len(first)).astype(np.int64)
+def _follow(predecessor: Integers, frame: Integers, least: int) -> tuple[Integers, NDArray[np.bool_]]:
+    """Give each row's successor (-1: none), and whether its piece goes on for so many frames or to the end."""
+    successor = np.full(len(predecessor), -1, np.int64)
+    linked = np.flatnonzero(predecessor >= 0)
+    successor[predecessor[linked]] = linked
+    at = np.arange(len(predecessor))
+    lasting = np.ones(len(predecessor), np.bool_)
+    for _ in range(least - 1):
+        lasting &= (successor[at] >= 0) | (frame[at] == frame[-1])
+        at = np.where(successor[at] >= 0, successor[at], at)
+    return successor, lasting
+
+
+def _link_cost(looks: _Looks, one: Integers, other: Integers, params: TracksParams) -> Floats:
+    """Cost of taking two nuclei for one, in squared diameters."""
+    cost = ((looks.place[one] - looks.place[other]) ** 2).sum(axis=-1)
+    cost += params.volume_weight * (looks.size[one] - looks.size[other]) ** 2
+    cost += params.intensity_weight * (looks.light[one] - looks.light[other]) ** 2
+    return np.asarray(cost)
 
 
 def _near(
