@@ -36,7 +36,21 @@ app = typer.Typer(
 
 # What a command reads: whether it is there is known before anything large is imported.
 _READ = frozenset(
-    ("data", "slices", "inputs", "image", "masks", "truth", "pred", "images", "history", "metrics", "a", "b")
+    (
+        "data",
+        "slices",
+        "inputs",
+        "image",
+        "masks",
+        "truth",
+        "pred",
+        "images",
+        "history",
+        "metrics",
+        "a",
+        "b",
+        "tracks",
+    )
 )
 # Commands that show images to a model as its training showed them.
 _AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
@@ -283,6 +297,22 @@ def predict(
 
 
 @_with_params
+def track(
+    params: Params,
+    masks: Annotated[Path, typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS")],
+    out: Out,
+    images: Annotated[Path | None, typer.Option(help="Their images, for intensities.", metavar="DIR")] = None,
+    same_numbers: Annotated[
+        bool, typer.Option("--same-numbers", help="Write masks that keep their numbers over time, too.")
+    ] = False,
+) -> Result:
+    """Link nuclei over time: tracks, divisions, lineages."""
+    from nuclei3d.stages.tracked import track_tracked
+
+    return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
+
+
+@_with_params
 def export(
     params: Params,
     out: Out,
@@ -343,6 +373,9 @@ def evaluate(
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="What the report calls the predictions.")] = "this model",
+    tracks: Annotated[
+        Path | None, typer.Option(help="What track wrote; if it lies in --pred it is found.", metavar="DIR")
+    ] = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
@@ -358,6 +391,7 @@ def evaluate(
         summary=slices,
         history=history,
         method=name,
+        tracks=tracks,
     )
 
 
@@ -463,6 +497,7 @@ for _command in (
     train,
     calibrate,
     predict,
+    track,
     evaluate,
     assess,
     compare,

@@ -55,9 +55,7 @@ def match_frame(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[
     return list(zip(true.tolist(), pred.tolist(), table.ious[most].tolist(), strict=True))
 
 
-def score_tracks(
-    true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Match]]
-) -> TrackScores:
+def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Match]]) -> TrackScores:
     """Score tracks.
 
     Parameters

@@ -6,7 +6,7 @@ or where it is lost); a frame in which it was missed does not end it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,6 +44,12 @@ class Nuclei:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    @classmethod
+    def unmeasured(cls, frame: Integers, label: Integers) -> Nuclei:
+        """Make a table of nuclei of which no more is known."""
+        unknown = np.full(len(frame), np.nan)
+        return cls(frame, label, np.full((len(frame), 3), np.nan), unknown, unknown, unknown)
 
     @property
     def n_frames(self) -> int:
@@ -133,6 +139,28 @@ class Tracks:
             parent.append(int(track[origin]) if origin >= 0 else 0)
             track[row] = len(parent) - 1
         return NumberedTracks(track, np.array(parent, np.int64))
+
+
+def trace_lineages(frames: Sequence[Sequence[tuple[int, ...]]]) -> Tracks:
+    """Make tracks of lineages, where labels 1..n of each frame have one each: the mother's is all but the last.
+
+    A cell that is not seen for some frames is linked over them, and one whose mother was never seen to the
+    youngest ancestor that was.
+    """
+    last: dict[tuple[int, ...], int] = {}
+    predecessor: list[int] = []
+    for lineages in frames:
+        first = len(predecessor)
+        for lineage in lineages:
+            known = lineage
+            while known and known not in last:
+                known = known[:-1]
+            predecessor.append(last.get(known, -1))
+        last.update({lineage: first + place for place, lineage in enumerate(lineages)})
+    counts = [len(lineages) for lineages in frames]
+    frame = np.repeat(np.arange(len(frames)), counts)
+    label = np.concatenate([np.arange(1, count + 1) for count in counts]) if frames else frame
+    return Tracks(Nuclei.unmeasured(frame, label), np.array(predecessor, np.int64))
 
 
 @dataclass(frozen=True)
