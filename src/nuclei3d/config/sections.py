@@ -750,7 +750,8 @@ class TracksParams(Section):
     division_distance
         Furthest that a daughter lies from where its mother was.
     division_limit
-        What a division may cost; higher finds more, true and false.
+        What a division may cost; higher finds more, true and false. This and the two weights below come from a
+        logistic regression on simulated embryos with perturbed masks.
     division_volume_weight, division_intensity_weight
         Cost of daughters of unlike volume or together larger than the mother, and of a division in which
         nothing grew brighter, against daughters whose middle lies one diameter off the mother.
@@ -764,9 +765,9 @@ class TracksParams(Section):
     intensity_weight: NonNegativeFloat = 0.02
     max_gap: Annotated[int, Field(ge=0)] = 2
     division_distance: PositiveFloat = 1.2
-    division_limit: PositiveFloat = 0.4
-    division_volume_weight: NonNegativeFloat = 0.2
-    division_intensity_weight: NonNegativeFloat = 0.05
+    division_limit: PositiveFloat = 0.16
+    division_volume_weight: NonNegativeFloat = 0.25
+    division_intensity_weight: NonNegativeFloat = 0.08
     daughter_frames: PositiveInt = 2
 
 

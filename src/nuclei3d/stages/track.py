@@ -76,8 +76,8 @@ def track(
     embryos = list(dict.fromkeys(entry.embryo for entry in entries))
     if len(embryos) > 1:
         raise InputError(
-            f"{masks} holds masks of several embryos ({some_of(embryos)}); track them one by one, each into a "
-            "folder of its own"
+            f"{masks} holds masks of several embryos ({some_of(embryos)}); track them one by one, each "
+            "into a folder of its own"
         )
     given = params.data.voxel_size_um
     seen = _images_of(entries, images, params)
@@ -108,10 +108,8 @@ def track(
         write_nuclei_table(folder / "tracks.csv", nuclei, numbered)
         write_napari(folder / "napari_tracks.csv", nuclei, numbered)
     result = TrackResult(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions))
-    say(
-        f"{result.nuclei} nuclei in {result.frames} frames: {result.tracks} tracks, {result.divisions} divisions: "
-        f"{out}"
-    )
+    found = f"{result.tracks} tracks, {result.divisions} divisions"
+    say(f"{result.nuclei} nuclei in {result.frames} frames: {found}: {out}")
     return result
 
 

@@ -54,7 +54,7 @@ def read_tracks(path: Path) -> Tracks:
         ) from None
     rows: list[tuple[int, int]] = []
     for number, (first, last, parent) in table.items():
-        if not (0 < number and 0 <= first <= last):
+        if number < 1 or not 0 <= first <= last:
             raise InputError(f"{path}: track {number} from frame {first} to {last} cannot be")
         if parent and (parent not in table or table[parent][1] >= first):
             raise InputError(f"{path}: parent {parent} of track {number} must end before frame {first}")

@@ -19,9 +19,9 @@ _COUNTS = ("n_divisions", "n_divisions_pred", "n_true", "n_pred")
 def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str, Any] | None:
     """Score the tracks below a folder against the true ones, in the form of the Cell Tracking Challenge.
 
-    The truth's lie below `truth`, or beside it where it is a folder called labels. Embryos pair by the names of
-    their folders, a lone one with a lone one. Scores are means over embryos, counts are sums, and ``embryos``
-    has each embryo's own. None where either side has no tracks; with `required` that is an error.
+    The truth's lie below `truth`, or beside it where it is a folder called labels. Embryos pair by the names
+    of their folders, a lone one with a lone one. Scores are means over embryos, counts are sums, and
+    ``embryos`` has each embryo's own. None where either side has no tracks; with `required` that is an error.
     """
     home = truth.parent if truth.name == "labels" else truth
     true, pred = _tables(home, TRUTH), _tables(found, RESULT)
@@ -66,8 +66,8 @@ def _score(truth: Path, found: Path) -> dict[str, Any]:
     paths = track_masks(truth), track_masks(found)
     if len(paths[0]) != len(paths[1]):
         raise InputError(
-            f"{truth.parent} has {len(paths[0])} frames and {found.parent} {len(paths[1])}; both must be of the "
-            "same time-lapse"
+            f"{truth.parent} has {len(paths[0])} frames and {found.parent} {len(paths[1])}; both must be of "
+            "the same time-lapse"
         )
 
     def matches() -> Iterator[list[Match]]:

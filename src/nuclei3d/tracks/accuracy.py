@@ -1,8 +1,8 @@
 """How well tracks agree with the true ones: TRA, DET, LNK and divisions, computed by traccuracy.
 
-Ours is only the matching of nuclei, frame by frame, from the table of overlaps that all scores are read off, so
-that no film has to lie in memory. It is that of the Cell Tracking Challenge: a nucleus that covers more than
-half of a true one stands for it (Matula et al., PLoS ONE 10:e0144959).
+Ours is only the matching of nuclei, frame by frame, from the table of overlaps that all scores are read off,
+so that no film has to lie in memory. It is that of the Cell Tracking Challenge: a nucleus that covers more
+than half of a true one stands for it (Matula et al., PLoS ONE 10:e0144959).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TrackScores:
     """Scores of tracks; nan where they are not defined, as those of divisions are where none is true.
 
     `tra`, `det` and `lnk` are those of the Cell Tracking Challenge. A division counts where mother and both
-    daughters are the true ones; ``division_f1`` wants the very frame, ``division_f1_tolerant`` takes one frame
-    before or after.
+    daughters are the true ones; ``division_f1`` wants the very frame, ``division_f1_tolerant`` takes one
+    frame before or after.
     """
 
     tra: float
@@ -48,7 +48,7 @@ Match = tuple[int, int, float]
 
 
 def match_frame(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]]) -> list[Match]:
-    """Give (true label, predicted label, IoU) of the true nuclei of which a prediction covers more than half."""
+    """Give (true label, predicted label, IoU) of true nuclei of which a prediction covers more than half."""
     table = overlap_table(truth, prediction)
     most = table.true_cover > 0.5
     true, pred = table.true_labels[table.rows[most]], table.pred_labels[table.columns[most]]

@@ -1,14 +1,15 @@
 """Nuclei linked from frame to frame, over gaps, and over divisions, by two assignments of least cost.
 
-As Jaqaman et al. (Nature Methods 5:695, 2008): first every frame to the next; then the starts of the pieces to
-the ends of others (a gap) or to a mother (a division). A division is judged on all three of its nuclei: how far
-the middle of the daughters lies from the mother, how far apart they are, how alike in volume, and how much
-smaller and brighter than the mother was.
+As Jaqaman et al. (Nature Methods 5:695, 2008): first every frame to the next; then the starts of the pieces
+to the ends of others (a gap) or to a mother (a division). A division is judged on all three of its nuclei:
+how far the middle of the daughters lies from the mother, how alike they are in volume, and how much smaller and
+brighter than the mother was.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from nuclei3d.config.sections import TracksParams
 from nuclei3d.tracks.motion import follow_motion
 from nuclei3d.tracks.nuclei import Floats, Integers, Nuclei, Tracks
 
-# Before it divides a nucleus rounds up and condenses for a frame or two: it is judged by more frames than that.
+# Before it divides a nucleus condenses for a frame or two: what it was is judged by more frames than that.
 _HISTORY_FRAMES = 5
 
 
@@ -66,7 +67,7 @@ def link_nuclei(nuclei: Nuclei, params: TracksParams) -> Tracks:
         return Tracks(nuclei, predecessor)
     looks = _Looks.of(nuclei, params.remove_motion)
     rows = nuclei.rows_by_frame()
-    for before, after in zip(rows[:-1], rows[1:], strict=True):
+    for before, after in pairwise(rows):
         if before.start < before.stop and after.start < after.stop:
             first, second = _link_frames(looks, before, after, params)
             predecessor[after.start + second] = before.start + first
@@ -115,7 +116,7 @@ def _join_pieces(nuclei: Nuclei, looks: _Looks, predecessor: Integers, params: T
 
 
 def _follow(predecessor: Integers, frame: Integers, least: int) -> tuple[Integers, NDArray[np.bool_]]:
-    """Give each row's successor (-1: none), and whether its piece goes on for so many frames or to the end."""
+    """Give each row's successor (-1: none), and whether its piece lasts so many frames or to the end."""
     successor = np.full(len(predecessor), -1, np.int64)
     linked = np.flatnonzero(predecessor >= 0)
     successor[predecessor[linked]] = linked
@@ -161,8 +162,7 @@ def _division_cost(
 ) -> Floats:
     """Cost of divisions: 0 is what a division looks like."""
     middle = (looks.place[one] + looks.place[other]) / 2 - looks.place[mother]
-    apart = np.linalg.norm(looks.place[one] - looks.place[other], axis=1)
-    cost = (middle**2).sum(axis=1) + np.maximum(apart - 1, 0) ** 2
+    cost = (middle**2).sum(axis=1)
     size, light = _history(looks, predecessor, mother)
     unlike = looks.size[one] - looks.size[other]
     together = np.logaddexp(looks.size[one], looks.size[other]) - size

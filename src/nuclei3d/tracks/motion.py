@@ -30,6 +30,7 @@ class RigidMotion:
         return cls(np.eye(3), np.zeros(3))
 
     def __call__(self, places: Floats) -> Floats:
+        """Move places (n, 3)."""
         return np.asarray(places @ self.rotation.T + self.shift)
 
     def after(self, first: RigidMotion) -> RigidMotion:
@@ -46,8 +47,8 @@ def find_motion(before: Floats, after: Floats, diameter_um: float) -> RigidMotio
     """Find the rigid motion from the nuclei of one frame, (n, 3) in um, to those of the next, (m, 3).
 
     Iterative closest points (Besl and McKay 1992) on pairs that are each other's nearest, the closer half of
-    them counting. Nuclei move by themselves, divide and are missed, so the rest is left out. It starts from no
-    motion and, where that does not end well, from the drift that most pairs of nuclei agree on.
+    them counting. Nuclei move by themselves, divide and are missed, so the rest is left out. It starts from
+    no motion and, where that does not end well, from the drift that most pairs of nuclei agree on.
     """
     if min(len(before), len(after)) < _LEAST_FOR_DRIFT:
         return RigidMotion.none()

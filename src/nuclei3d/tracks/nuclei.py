@@ -1,13 +1,14 @@
 """The nuclei of a time-lapse as one table, and the tracks that link them.
 
-A *track* is one nucleus from its first frame (the film's, or its birth) to its last (the film's, its division,
-or where it is lost); a frame in which it was missed does not end it.
+A *track* is one nucleus from its first frame (the film's, or its birth) to its last (the film's, its
+division, or where it is lost); a frame in which it was missed does not end it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Nuclei:
     def rows_by_frame(self) -> list[slice]:
         """Give where the rows of each frame are."""
         bounds = np.searchsorted(self.frame, np.arange(self.n_frames + 1))
-        return [slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [slice(int(a), int(b)) for a, b in pairwise(bounds)]
 
     @classmethod
     def joined(cls, parts: Iterable[Nuclei]) -> Nuclei:
@@ -142,7 +143,7 @@ class Tracks:
 
 
 def trace_lineages(frames: Sequence[Sequence[tuple[int, ...]]]) -> Tracks:
-    """Make tracks of lineages, where labels 1..n of each frame have one each: the mother's is all but the last.
+    """Make tracks of the lineages of labels 1..n of each frame; the mother's is all but the last number.
 
     A cell that is not seen for some frames is linked over them, and one whose mother was never seen to the
     youngest ancestor that was.
@@ -165,7 +166,7 @@ def trace_lineages(frames: Sequence[Sequence[tuple[int, ...]]]) -> Tracks:
 
 @dataclass(frozen=True)
 class NumberedTracks:
-    """Number of each row's track, int64 (n,), and by the number its parent's, int64 (tracks + 1,); 0: none."""
+    """Number of each row's track, int64 (n,), and by it that of its parent, int64 (tracks + 1,); 0: none."""
 
     track: Integers
     parent: Integers
