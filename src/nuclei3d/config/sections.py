@@ -750,8 +750,8 @@ class TracksParams(Section):
     division_distance
         Furthest that a daughter lies from where its mother was.
     division_limit
-        What a division may cost; higher finds more, true and false. This and the two weights below come from a
-        logistic regression on simulated embryos with perturbed masks.
+        What a division may cost; higher finds more, true and false. This and the two weights below were
+        fitted by logistic regression to simulated embryos with perturbed masks.
     division_volume_weight, division_intensity_weight
         Cost of daughters of unlike volume or together larger than the mother, and of a division in which
         nothing grew brighter, against daughters whose middle lies one diameter off the mother.

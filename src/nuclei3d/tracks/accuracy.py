@@ -94,6 +94,10 @@ def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Mat
     finally:
         quiet.setLevel(level)
     exact, tolerant = (divisions[f"Frame Buffer {buffer}"] for buffer in (0, 1))
+    for found_divisions in (exact, tolerant):
+        # traccuracy says nan where there are divisions and none is right
+        if np.isnan(found_divisions["Division F1"]) and len(true.divisions) + len(predicted.divisions):
+            found_divisions["Division F1"] = 0.0
     return TrackScores(
         tra=float(ctc["TRA"]),
         det=float(ctc["DET"]),

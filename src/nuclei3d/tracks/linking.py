@@ -2,8 +2,8 @@
 
 As Jaqaman et al. (Nature Methods 5:695, 2008): first every frame to the next; then the starts of the pieces
 to the ends of others (a gap) or to a mother (a division). A division is judged on all three of its nuclei:
-how far the middle of the daughters lies from the mother, how alike they are in volume, and how much smaller and
-brighter than the mother was.
+how far the middle of the daughters lies from the mother, how alike they are in volume, and how much smaller
+and brighter than the mother was.
 """
 
 from __future__ import annotations
