@@ -24,6 +24,7 @@ LAYERS = {
     "scoring": 3,
     "segmentation": 4,
     "training": 5,
+    "tracks": 5,
     "experiment": 6,
     "report": 6,
     "client": 7,
@@ -32,7 +33,7 @@ LAYERS = {
     "cli": 9,
     "__main__": 10,
 }
-ON_ARRAYS = {"grid", "intensity", "flows", "segmentation", "training", "scoring", "simulation"}
+ON_ARRAYS = {"grid", "intensity", "flows", "segmentation", "training", "scoring", "simulation", "tracks"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -32,7 +32,8 @@ Film = list[tuple[NDArray[np.uint16], NDArray[np.uint16]]]
 
 
 def film(params: SimulateParams, *seed: int, frames: int = 1) -> Film:
-    return list(simulate_embryo(params, np.random.default_rng(seed), frames=frames))
+    made = simulate_embryo(params, np.random.default_rng(seed), frames=frames)
+    return [(frame.image, frame.labels) for frame in made]
 
 
 @pytest.fixture(scope="module")

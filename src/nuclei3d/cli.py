@@ -36,7 +36,21 @@ app = typer.Typer(
 
 # What a command reads: whether it is there is known before anything large is imported.
 _READ = frozenset(
-    ("data", "slices", "inputs", "image", "masks", "truth", "pred", "images", "history", "metrics", "a", "b")
+    (
+        "data",
+        "slices",
+        "inputs",
+        "image",
+        "masks",
+        "truth",
+        "pred",
+        "images",
+        "history",
+        "metrics",
+        "a",
+        "b",
+        "tracks",
+    )
 )
 # Commands that show images to a model as its training showed them.
 _AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
@@ -135,6 +149,14 @@ _OPTIONS: dict[str, Any] = {
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "track.masks": typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS"),
+    "track.images": typer.Option(help="Their images, for intensities.", metavar="DIR"),
+    "track.same_numbers": typer.Option(
+        "--same-numbers", help="Write masks that keep their numbers over time, too."
+    ),
+    "evaluate.tracks": typer.Option(
+        help="What track wrote; if it lies in --pred it is found.", metavar="DIR"
+    ),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -288,6 +310,16 @@ def predict(
 
 
 @_command
+def track(
+    params: Params, masks: Path, out: Path, images: Path | None = None, same_numbers: bool = False
+) -> Result:
+    """Link nuclei over time: tracks, divisions, lineages."""
+    from nuclei3d.stages.tracked import track_tracked
+
+    return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
+
+
+@_command
 def evaluate(
     params: Params,
     truth: Path,
@@ -298,12 +330,19 @@ def evaluate(
     history: Path | None = None,
     baseline: list[str] | None = None,
     name: str = "this model",
+    tracks: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
-    options: dict[str, Any] = {"images": images, "summary": slices, "history": history, "method": name}
+    options: dict[str, Any] = {
+        "images": images,
+        "summary": slices,
+        "history": history,
+        "method": name,
+        "tracks": tracks,
+    }
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +34,25 @@ _GLOW_SHARE = 0.12
 _GLOW_UM = 4.0
 
 
+class FilmFrame(NamedTuple):
+    """One frame: uint16 counts and uint16 labels 1..n, both (Z, Y, X), and each label's `Cell.lineage`."""
+
+    image: NDArray[np.uint16]
+    labels: NDArray[np.uint16]
+    lineages: tuple[tuple[int, ...], ...]
+
+
 def simulate_embryo(
     params: SimulateParams, rng: np.random.Generator, *, frames: int | None = None
-) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
+) -> Iterator[FilmFrame]:
     """Film one embryo: the same state of `rng` gives the same film; `frames` None takes the first embryo's
     number.
 
     Yields
     ------
-    image, labels
-        uint16 counts and uint16 labels 1..n, both (Z, Y, X); 0 is background. A voxel is labelled where
-        more than half of it lies in nuclei, with the nucleus that holds most of it.
+    FilmFrame
+        In its labels 0 is background. A voxel is labelled where more than half of it lies in nuclei, with the
+        nucleus that holds most of it.
     """
     grid = FineGrid.under(params.shape, params.voxel_size_um)
     pattern = chromatin_pattern(rng)
@@ -56,7 +65,8 @@ def simulate_embryo(
         bodies = [_visible(chromatin(cell, params.texture), params) for cell in cells]
         scene = draw_scene(bodies, _at_rim(fragments, cells), grid, pattern)
         photons = expose(scene.density, _cytoplasm(cells, params), grid, illumination, params)
-        yield photograph(photons, params, rng), scene.labels
+        seen = tuple(cells[place].lineage for place in scene.shown)
+        yield FilmFrame(photograph(photons, params, rng), scene.labels, seen)
 
 
 def _visible(body: Body, params: SimulateParams) -> Body:
@@ -200,7 +210,8 @@ class Cell:
     `spacing` the radius that it claims against neighbours as a multiple of its own. `log_brightness` is the
     logarithm of its light against the typical nucleus; `faint` ones belong to the faint tail. `age` and
     `cycle` are minutes since birth, and from birth to division; `texture_seed` is its place (3,) in the
-    chromatin pattern in um, fixed for life.
+    chromatin pattern in um, fixed for life. `lineage` is the number of its founder, then 0 or 1 for each
+    division since: its mother's is this without the last.
     """
 
     position: NDArray[np.float64]
@@ -214,6 +225,7 @@ class Cell:
     age: float
     cycle: float
     texture_seed: NDArray[np.float64]
+    lineage: tuple[int, ...] = ()
 
 
 def found_embryo(params: SimulateParams, rng: np.random.Generator) -> list[Cell]:
@@ -222,11 +234,11 @@ def found_embryo(params: SimulateParams, rng: np.random.Generator) -> list[Cell]
     field = np.multiply(params.shape, params.voxel_size_um)
     ball = min(0.3 * field.min(), 0.62 * params.nucleus_diameter_um * count ** (1 / 3))
     cells = []
-    for _ in range(count):
+    for number in range(count):
         direction = rng.normal(size=3)
         offset = direction / np.linalg.norm(direction) * ball * rng.random() ** (1 / 3)
         cell = _new_cell(field / 2 + offset, params, rng)
-        cells.append(replace(cell, age=cell.cycle * rng.random()))
+        cells.append(replace(cell, age=cell.cycle * rng.random(), lineage=(number,)))
     for _ in range(60):
         cells = _moved(cells, params, field, rng, wander=0.0)
     return cells
@@ -268,7 +280,7 @@ def _new_cell(position: NDArray[np.float64], params: SimulateParams, rng: np.ran
 def _divided(mother: Cell, params: SimulateParams, rng: np.random.Generator) -> list[Cell]:
     """Two daughters on the mother's axis; they take after her in size and brightness."""
     daughters = []
-    for side in (-1.0, 1.0):
+    for which, side in enumerate((-1.0, 1.0)):
         faint = bool(rng.random() < params.faint_share)
         fresh = _random_brightness(faint, params, rng)
         inherited = fresh if faint or mother.faint else 0.6 * mother.log_brightness + 0.8 * fresh
@@ -283,6 +295,7 @@ def _divided(mother: Cell, params: SimulateParams, rng: np.random.Generator) -> 
                 faint=faint,
                 # What was beyond a whole cycle stays on the daughters' clock.
                 age=mother.age - mother.cycle,
+                lineage=(*mother.lineage, which),
             )
         )
     return daughters
@@ -401,11 +414,12 @@ class Scene:
     """What the microscope is to see.
 
     Light per volume, 1 for the typical nucleus, float32 on the fine grid, and uint16 labels (Z, Y, X) on the
-    camera's planes.
+    camera's planes; `shown` is the place of each label's body among the bodies drawn.
     """
 
     density: NDArray[np.float32]
     labels: NDArray[np.uint16]
+    shown: NDArray[np.int64]
 
 
 def chromatin(cell: Cell, texture: float) -> Body:
@@ -480,12 +494,13 @@ def draw_scene(
         own = owner[box] == number
         density[box][own] = _chromatin_density(everything[number - 1], inner[:, own], pattern)
     owner[owner > len(bodies)] = 0
-    return Scene(density, _majority_labels(owner, [piece[:2] for piece in pieces], grid))
+    return Scene(density, *_majority_labels(owner, [piece[:2] for piece in pieces], grid))
 
 
 def _majority_labels(
     owner: NDArray[np.int32], boxes: Sequence[tuple[int, Box]], grid: FineGrid
-) -> NDArray[np.uint16]:
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Give the labels and the place of each label's body."""
     parts = grid.parts
     planes = (grid.shape[0] // parts, parts, *grid.shape[1:])
     chromatin_share = (owner.reshape(planes) > 0).sum(axis=1)
@@ -502,7 +517,7 @@ def _majority_labels(
     present = np.unique(labels[labels > 0])
     renumbered = np.zeros(int(labels.max()) + 1, dtype=np.uint16)
     renumbered[present] = np.arange(1, len(present) + 1)
-    return np.asarray(renumbered[labels])
+    return np.asarray(renumbered[labels]), present.astype(np.int64) - 1
 
 
 def _nucleoli(cell: Cell, grown: float) -> tuple[tuple[NDArray[np.float64], float], ...]:

@@ -41,6 +41,7 @@ from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.watershed import otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
+from nuclei3d.stages.track_scores import score_track_folders
 
 #: Name of the baseline that the evaluation makes itself.
 OTSU = "Otsu + watershed"
@@ -79,6 +80,8 @@ def flat_scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         if name in ("ap", "f1"):
             flat.update({f"{name}_{key}": number for key, number in value.items() if number is not None})
+        elif name == "tracks":
+            flat.update({f"tracks_{key}": n for key, n in value.items() if isinstance(n, int | float)})
         elif isinstance(value, int | float):
             flat[name] = value
     return flat
@@ -96,6 +99,7 @@ def evaluate(
     history: Path | None = None,
     method: str = "this model",
     only: Collection[Path] | None = None,
+    tracks: Path | None = None,
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
 
@@ -120,6 +124,8 @@ def evaluate(
         What the report calls the predictions.
     only
         The files of true labels that count, of all that lie below `truth`; None: all.
+    tracks
+        What `nuclei3d track` wrote, scored where the truth has tracks; None: if such lies below `pred`.
     """
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -157,6 +163,8 @@ def evaluate(
         "contrast_edges_from": edges_from,
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
+    if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
+        metrics["tracks"] = found
     with whole_folder(out) as folder:
         _write(params, folder, metrics, pairing.pairs, assessed[method], method, history)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -198,21 +206,22 @@ def _training_facts(summary: Path | None) -> tuple[list[float] | None, float | N
     return edges, diameter_um
 
 
-def read_scores(prediction: Entry) -> dict[int, float] | None:
-    """Read the scores that `nuclei3d predict` writes beside its masks; None where there are none."""
+def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | None:
+    """Read the scores (or another column) that `nuclei3d predict` writes beside its masks; None if none."""
     stem = frame_stem(prediction.frame.path)
     path = prediction.frame.path.with_name(stem.removesuffix("_masks") + "_nuclei.csv")
     if prediction.frame.time is not None or not path.is_file():
         return None
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"label", "score"} <= rows[0].keys():
+    if not rows or not {"label", column} <= rows[0].keys():
         return None
     try:
-        scores = {int(row["label"]): float(row["score"]) for row in rows if row["score"]}
+        scores = {int(row["label"]): float(row[column]) for row in rows if row[column]}
     except (TypeError, ValueError):
         raise InputError(
-            f"{path}: cannot read the columns label and score; remove the file or have predict write it again"
+            f"{path}: cannot read the columns label and {column}; remove the file or have predict write it "
+            "again"
         ) from None
     return scores if all(math.isfinite(value) for value in scores.values()) else None
 

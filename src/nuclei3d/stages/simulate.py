@@ -11,10 +11,13 @@ import numpy as np
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import Bar, progress_bar, say
+from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.simulation import simulate_embryo
+from nuclei3d.stages.track_files import TRUTH, mask_name, renumber, write_track_table
+from nuclei3d.tracks.nuclei import Tracks, trace_lineages
 
 # Lies in the folder beside the embryos: says how they were made, and that the folder may be replaced.
 RECORD = "simulation.json"
@@ -39,6 +42,7 @@ class SimulateResult:
 def simulate(params: Params, out: Path) -> SimulateResult:
     """Write the embryos of the section `simulate` into ``<out>/<embryo>/{images,labels}/<frame>.tif``.
 
+    The true tracks lie beside, in ``<out>/<embryo>/tracks``, in the form of the Cell Tracking Challenge.
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
     """
     refuse_foreign_folder(out, RECORD, "earlier simulation")
@@ -65,14 +69,28 @@ def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[Simulated
         bar.note(name)
         frames = settings.frames_of(index)
         digits = max(3, len(str(frames - 1)))
-        for kind in ("images", "labels"):
+        for kind in ("images", "labels", "tracks"):
             (folder / name / kind).mkdir(parents=True)
         counts = []
         rng = np.random.default_rng([params.seed, index])
-        for time, (image, labels) in enumerate(simulate_embryo(settings, rng, frames=frames)):
+        seen = []
+        for time, (image, labels, lineages) in enumerate(simulate_embryo(settings, rng, frames=frames)):
             file = f"t{time:0{digits}d}.tif"
             write_image(folder / name / "images" / file, image, voxel_size)
             write_labels(folder / name / "labels" / file, labels, voxel_size)
             counts.append(int(labels.max()))
+            seen.append(lineages)
             bar.advance()
+        _write_tracks(folder / name, trace_lineages(seen), frames, digits, voxel_size)
         yield SimulatedEmbryo(name, tuple(counts))
+
+
+def _write_tracks(embryo: Path, tracks: Tracks, frames: int, digits: int, voxel_size: VoxelSize) -> None:
+    """Write the true tracks: each frame's labels, numbered by track, and the table of tracks."""
+    nuclei, numbered = tracks.nuclei, tracks.numbered(split_gaps=True)
+    for time in range(frames):
+        own = nuclei.frame == time
+        labels = read_labels(embryo / "labels" / f"t{time:0{digits}d}.tif")
+        masks = renumber(labels, nuclei.label[own], numbered.track[own])
+        write_labels(embryo / "tracks" / mask_name(TRUTH, time, frames), masks, voxel_size)
+    write_track_table(embryo / "tracks" / TRUTH, nuclei, numbered)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nuclei3d.stages.predict import PredictResult
     from nuclei3d.stages.prepare import PrepareResult
     from nuclei3d.stages.simulate import SimulateResult
+    from nuclei3d.stages.track import TrackResult
 
 
 def simulate_tracked(params: Params, out: Path) -> SimulateResult:
@@ -58,6 +59,18 @@ def predict_tracked(
         if result.page is not None:
             run.artifact(result.page, out.name)
         return result
+
+
+def track_tracked(params: Params, masks: Path, out: Path, **options: Any) -> TrackResult:
+    """Link nuclei over time; see `nuclei3d.stages.track.track`. The masks stay where they are."""
+    from nuclei3d.stages.track import track
+
+    with stage_run("track", params, inputs={"masks": masks}) as run:
+        result = track(params, masks, out, **options)
+        run.metrics({name: getattr(result, name) for name in ("frames", "nuclei", "tracks", "divisions")})
+        for name in ("res_track.txt", "tracks.csv"):
+            run.artifact(out / name)
+    return result
 
 
 def evaluate_tracked(

@@ -1,0 +1,157 @@
+"""track: the masks of a time-lapse in, nuclei linked over time out. Two passes, each frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nuclei3d.config import Params
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
+from nuclei3d.grid import available_threads
+from nuclei3d.images.frames import check_image
+from nuclei3d.images.tiff import write_labels
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.stages import Result
+from nuclei3d.stages.evaluate import read_scores
+from nuclei3d.stages.pairing import (
+    Entry,
+    find_image_entries,
+    find_label_entries,
+    first_voxel_size,
+    pair_entries,
+    some_of,
+)
+from nuclei3d.stages.track_files import (
+    RESULT,
+    mask_name,
+    renumber,
+    write_geff,
+    write_napari,
+    write_nuclei_table,
+    write_track_table,
+)
+from nuclei3d.tracks.linking import link_nuclei
+from nuclei3d.tracks.nuclei import Nuclei, measure_frame
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """What was found, and where it is."""
+
+    out: Path
+    frames: int
+    nuclei: int
+    tracks: int
+    divisions: int
+
+
+def track(
+    params: Params, masks: Path, out: Path, *, images: Path | None = None, same_numbers: bool = False
+) -> TrackResult:
+    """Link the nuclei of one embryo's time-lapse.
+
+    Parameters
+    ----------
+    params
+        Sections ``tracks`` and ``data`` (voxel size, channel).
+    masks
+        Folder of label volumes, one a frame, in the natural order of their names; or one with a time axis.
+    out
+        Folder to write; an older tracking there is replaced. It holds the Cell Tracking Challenge's masks and
+        res_track.txt, tracks.geff, tracks.csv (one row a nucleus), napari_tracks.csv with napari_tracks.json.
+    images
+        Their images, for the intensity. If None it comes, as the score does, from the table that predict
+        writes beside the masks, where there is one.
+    same_numbers
+        Write ``<stem>_masks.ome.tif`` too, in which a nucleus has one number over time, gaps included.
+    """
+    refuse_foreign_folder(out, RESULT, "tracking")
+    entries = find_label_entries(masks)
+    embryos = list(dict.fromkeys(entry.embryo for entry in entries))
+    if len(embryos) > 1:
+        raise InputError(
+            f"{masks} holds masks of several embryos ({some_of(embryos)}); track them one by one, each "
+            "into a folder of its own"
+        )
+    given = params.data.voxel_size_um
+    seen = _images_of(entries, images, params)
+    size = VoxelSize.of(given) if given is not None else first_voxel_size(*entries, *seen)
+    size = size or entries[0].frame.require_voxel_size()
+
+    def measure(frame: int) -> Nuclei:
+        return _measure(entries[frame], seen[frame], size, frame)
+
+    nuclei = Nuclei.joined(_work("measure", measure, len(entries)))
+    tracks = link_nuclei(nuclei, params.tracks)
+    numbered, pieces = tracks.numbered(), tracks.numbered(split_gaps=True)
+    rows = np.searchsorted(nuclei.frame, np.arange(len(entries) + 1))
+    with whole_folder(out) as folder:
+
+        def write(frame: int) -> None:
+            own = slice(rows[frame], rows[frame + 1])
+            labels, old = entries[frame].read_labels(), nuclei.label[own]
+            name = mask_name(RESULT, frame, len(entries))
+            write_labels(folder / name, renumber(labels, old, pieces.track[own]), size)
+            if same_numbers:
+                name = f"{entries[frame].stem}_masks.ome.tif"
+                write_labels(folder / name, renumber(labels, old, numbered.track[own]), size)
+
+        _work("write masks", write, len(entries))
+        write_track_table(folder / RESULT, nuclei, pieces)
+        write_geff(folder / "tracks.geff", tracks, numbered)
+        write_nuclei_table(folder / "tracks.csv", nuclei, numbered)
+        write_napari(folder / "napari_tracks.csv", nuclei, numbered)
+    result = TrackResult(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions))
+    found = f"{result.tracks} tracks, {result.divisions} divisions"
+    say(f"{result.nuclei} nuclei in {result.frames} frames: {found}: {out}")
+    return result
+
+
+def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) -> list[Entry | None]:
+    if images is None:
+        return [None] * len(entries)
+    pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
+    if not pairs:
+        raise InputError(f"no image of {images} has the name of a volume of masks such as {entries[0].key}")
+    partner = {id(entry): image for entry, image in pairs}
+    return [partner.get(id(entry)) for entry in entries]
+
+
+def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> Nuclei:
+    volume = None
+    if image is not None:
+        volume = image.frame.read()
+        check_image(volume, str(image.frame.path))
+        if volume.shape != entry.frame.shape:
+            raise InputError(
+                f"{image.frame.path} and {entry.frame.path} differ in shape; give the masks' images"
+            )
+    nuclei = measure_frame(entry.read_labels(), size, frame, volume)
+
+    def column(name: str) -> np.ndarray | None:
+        known = read_scores(entry, name)
+        return None if known is None else np.array([known.get(int(n), np.nan) for n in nuclei.label])
+
+    score = column("score")
+    intensity = column("mean_intensity") if image is None else None
+    return replace(
+        nuclei,
+        score=nuclei.score if score is None else score,
+        intensity=nuclei.intensity if intensity is None else intensity,
+    )
+
+
+def _work(words: str, work: Callable[[int], Result], count: int) -> list[Result]:
+    """Do frame after frame, a few at a time: reading, packing and counting leave Python's lock."""
+    with progress_bar(words, total=count) as bar, ThreadPoolExecutor(available_threads()) as pool:
+        results: list[Result] = []
+        for result in pool.map(work, range(count)):
+            results.append(result)
+            bar.advance()
+        return results

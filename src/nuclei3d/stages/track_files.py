@@ -1,0 +1,183 @@
+"""Tracks in files: the Cell Tracking Challenge's form, GEFF, a table for people and one for napari."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuclei3d import __version__
+from nuclei3d.errors import InputError
+from nuclei3d.images.frames import list_volumes, read_labels
+from nuclei3d.tracks.nuclei import Integers, Nuclei, NumberedTracks, Tracks
+
+#: The table of tracks in the Challenge's form: of results, and of the truth.
+RESULT, TRUTH = "res_track.txt", "man_track.txt"
+COLUMNS = (
+    "track", "parent", "frame", "label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score",
+)  # fmt: skip
+_MASKS = {RESULT: "mask", TRUTH: "man_track"}
+
+
+def mask_name(table: str, frame: int, frames: int) -> str:
+    """Name the masks of a frame that belong to `RESULT` or `TRUTH`, of so many frames."""
+    return f"{_MASKS[table]}{frame:0{max(3, len(str(frames - 1)))}d}.tif"
+
+
+def write_track_table(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:
+    """Write the Challenge's table: number, first frame, last frame and parent of each track."""
+    count = len(numbered.parent)
+    first, last = np.full(count, nuclei.n_frames), np.zeros(count, np.int64)
+    np.minimum.at(first, numbered.track, nuclei.frame)
+    np.maximum.at(last, numbered.track, nuclei.frame)
+    rows = zip(range(1, count), first[1:], last[1:], numbered.parent[1:], strict=True)
+    path.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_tracks(path: Path) -> Tracks:
+    """Read the Challenge's table; of the nuclei only frame and label are known.
+
+    Raises InputError where it is no such table or contradicts itself.
+    """
+    try:
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        table = {int(line[0]): (int(line[1]), int(line[2]), int(line[3])) for line in lines}
+    except (OSError, ValueError, IndexError):
+        raise InputError(
+            f"{path} is no table of tracks; expected lines of number, first frame, last frame and parent"
+        ) from None
+    rows: list[tuple[int, int]] = []
+    for number, (first, last, parent) in table.items():
+        if number < 1 or not 0 <= first <= last:
+            raise InputError(f"{path}: track {number} from frame {first} to {last} cannot be")
+        if parent and (parent not in table or table[parent][1] >= first):
+            raise InputError(f"{path}: parent {parent} of track {number} must end before frame {first}")
+        rows += [(frame, number) for frame in range(first, last + 1)]
+    rows.sort()
+    place = {row: at for at, row in enumerate(rows)}
+    predecessor = np.full(len(rows), -1, np.int64)
+    for at, (frame, number) in enumerate(rows):
+        first, _, parent = table[number]
+        if frame > first:
+            predecessor[at] = place[frame - 1, number]
+        elif parent:
+            predecessor[at] = place[table[parent][1], parent]
+    frames, labels = (np.array(rows, np.int64).reshape(-1, 2).T).copy()
+    return Tracks(Nuclei.unmeasured(frames, labels), predecessor)
+
+
+def track_masks(table: Path) -> list[Path]:
+    """List the masks beside a table of tracks, in the order of the frames."""
+    pattern = re.compile(rf"{_MASKS[table.name]}\d+\.tiff?", re.IGNORECASE)
+    found = [path for path in list_volumes(table.parent) if pattern.fullmatch(path.name)]
+    if not found:
+        raise InputError(
+            f"{table.parent} holds {table.name} but no {mask_name(table.name, 0, 1)}; they belong together"
+        )
+    return found
+
+
+def read_track_masks(paths: Sequence[Path], tracks: Tracks) -> Iterator[NDArray[np.uint32]]:
+    """Read masks frame by frame and check that they hold the very tracks of the table."""
+    nuclei = tracks.nuclei
+    if nuclei.n_frames > len(paths):
+        raise InputError(
+            f"{paths[0].parent} has masks of {len(paths)} frames and tracks up to frame {nuclei.n_frames - 1}"
+        )
+    for frame, path in enumerate(paths):
+        labels = read_labels(path)
+        present = np.unique(labels)
+        expected = nuclei.label[nuclei.frame == frame]
+        wrong = np.setxor1d(present[present > 0], expected)
+        if len(wrong):
+            raise InputError(f"{path}: track {wrong[0]} is in the masks or in the table, not in both")
+        yield labels
+
+
+def renumber(labels: NDArray[np.uint32], old: Integers, new: Integers) -> NDArray[np.uint32]:
+    """Give labels other numbers; those that are not among the `old` become background."""
+    table = np.zeros(max(int(labels.max(initial=0)), int(old.max(initial=0))) + 1, np.uint32)
+    table[old] = new
+    return np.asarray(table[labels])
+
+
+def write_nuclei_table(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:
+    """Write one row a nucleus: track by track, each by its frames; what is not known is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in np.lexsort((nuclei.frame, numbered.track)):
+            track = numbered.track[row]
+            values = (
+                *nuclei.position_um[row],
+                nuclei.volume_um3[row],
+                nuclei.intensity[row],
+                nuclei.score[row],
+            )
+            numbers = (track, numbered.parent[track], nuclei.frame[row], nuclei.label[row])
+            writer.writerow([*numbers, *("" if math.isnan(value) else f"{value:.6g}" for value in values)])
+
+
+def write_napari(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:
+    """Write what napari's layer of tracks takes: rows of track, t, z, y, x (um), and the graph in JSON."""
+    order = np.lexsort((nuclei.frame, numbered.track))
+    table = np.column_stack([numbered.track, nuclei.frame, nuclei.position_um])[order]
+    header = "track_id,t,z,y,x"
+    np.savetxt(path, table, fmt=["%d", "%d", *["%.4f"] * 3], delimiter=",", header=header, comments="")
+    graph = {number: [int(p)] for number, p in enumerate(numbered.parent) if p}
+    path.with_suffix(".json").write_text(json.dumps(graph) + "\n", encoding="utf-8")
+
+
+def write_geff(path: Path, tracks: Tracks, numbered: NumberedTracks) -> None:
+    """Write the graph of nuclei as GEFF (Graph Exchange File Format), which Mastodon and TrackMate read."""
+    from geff import GeffMetadata
+    from geff.core_io import write_arrays
+    from geff_spec import Axis
+
+    nuclei = tracks.nuclei
+    lineage = np.zeros(len(nuclei), np.int64)
+    for row, origin in enumerate(tracks.predecessor):
+        lineage[row] = lineage[origin] if origin >= 0 else numbered.track[row]
+    columns = {
+        "t": nuclei.frame,
+        **dict(zip("zyx", nuclei.position_um.T.copy(), strict=True)),
+        "track": numbered.track,
+        "lineage": lineage,
+        "label": nuclei.label,
+        "volume_um3": nuclei.volume_um3,
+        "mean_intensity": nuclei.intensity,
+        "score": nuclei.score,
+        "radius_um": (3 / (4 * np.pi) * nuclei.volume_um3) ** (1 / 3),
+    }
+    known = {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    write_arrays(
+        path,
+        np.arange(len(nuclei), dtype=np.uint64),
+        {
+            name: {
+                "values": np.nan_to_num(values) if values.dtype.kind == "f" else values,
+                "missing": np.isnan(values) if np.isnan(values).any() else None,
+            }
+            for name, values in known.items()
+        },
+        tracks.edges.astype(np.uint64),
+        {},
+        GeffMetadata(
+            directed=True,
+            axes=[
+                Axis(name="t", type="time", unit="frame"),
+                *(Axis(name=name, type="space", unit="micrometer") for name in "zyx"),
+            ],
+            node_props_metadata={},
+            edge_props_metadata={},
+            track_node_props={"tracklet": "track", "lineage": "lineage"},
+            sphere="radius_um",
+            extra={"nuclei3d": __version__},
+        ),
+    )

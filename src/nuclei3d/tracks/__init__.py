@@ -1,0 +1,1 @@
+"""Nuclei linked over time."""

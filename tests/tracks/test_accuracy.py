@@ -1,0 +1,113 @@
+"""Scores of tracks agree with those of an independent program, and say what went wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+from nuclei3d.stages.track_files import read_track_masks, read_tracks, track_masks
+from nuclei3d.tracks.accuracy import TrackScores, match_frame, score_tracks
+from nuclei3d.tracks.nuclei import Tracks, trace_lineages
+
+Film = list[NDArray[np.uint16]]
+
+
+def write(folder: Path, prefix: str, film: Film, table: list[tuple[int, int, int, int]]) -> Path:
+    folder.mkdir()
+    for time, labels in enumerate(film):
+        name = f"{'man_track' if prefix == 'man' else 'mask'}{time:03d}.tif"
+        tifffile.imwrite(folder / name, labels, photometric="minisblack")
+    path = folder / f"{prefix}_track.txt"
+    path.write_text("".join(f"{a} {b} {c} {d}\n" for a, b, c, d in table))
+    return path
+
+
+def blocks(*places: tuple[int, int]) -> NDArray[np.uint16]:
+    """Cubes: (label, place along x)."""
+    labels = np.zeros((4, 6, 60), np.uint16)
+    for label, x in places:
+        labels[1:3, 1:5, x : x + 5] = label
+    return labels
+
+
+TRUE_FILM = [
+    blocks((1, 0), (2, 20), (3, 40)),
+    blocks((1, 1), (2, 21), (3, 41)),
+    blocks((1, 2), (4, 17), (5, 25), (3, 42)),
+    blocks((1, 3), (4, 15), (5, 27), (3, 43)),
+]
+TRUE_TABLE = [(1, 0, 3, 0), (2, 0, 1, 0), (3, 0, 3, 0), (4, 2, 3, 2), (5, 2, 3, 2)]
+#: Nucleus 1 is missed once, the division one frame late, 3 changes its number, one nucleus is made up.
+FOUND_FILM = [
+    blocks((1, 0), (2, 20), (3, 40)),
+    blocks((2, 21), (3, 41), (9, 50)),
+    blocks((6, 2), (2, 17), (8, 25), (3, 42)),
+    blocks((6, 3), (4, 15), (5, 27), (7, 43)),
+]
+FOUND_TABLE = [
+    *[(1, 0, 0, 0), (2, 0, 2, 0), (3, 0, 2, 0), (4, 3, 3, 2), (5, 3, 3, 2)],
+    *[(6, 2, 3, 1), (7, 3, 3, 0), (8, 2, 2, 0), (9, 1, 1, 0)],
+]
+
+
+def scores(true: Path, found: Path) -> TrackScores:
+    tracks = [read_tracks(path) for path in (true, found)]
+    films = [
+        read_track_masks(track_masks(path), own) for path, own in zip((true, found), tracks, strict=True)
+    ]
+    return score_tracks(tracks[0], tracks[1], (match_frame(a, b) for a, b in zip(*films, strict=True)))
+
+
+def test_the_scores_of_the_challenge_are_those_of_py_ctcmetrics(tmp_path: Path) -> None:
+    from ctc_metrics import evaluate_sequence
+
+    true = write(tmp_path / "01_GT", "man", TRUE_FILM, TRUE_TABLE)
+    found = write(tmp_path / "01_RES", "res", FOUND_FILM, FOUND_TABLE)
+    ours = scores(true, found)
+    (tmp_path / "gt" / "TRA").mkdir(parents=True)
+    for path in true.parent.iterdir():
+        (tmp_path / "gt" / "TRA" / path.name).write_bytes(path.read_bytes())
+    theirs = evaluate_sequence(str(found.parent), str(tmp_path / "gt"), ["TRA", "DET", "LNK"])
+    for name in ("TRA", "DET", "LNK"):
+        assert getattr(ours, name.lower()) == pytest.approx(theirs[name], abs=1e-9), name
+        assert 0 < theirs[name] < 1
+    assert (ours.n_true, ours.n_pred, ours.n_divisions, ours.n_divisions_pred) == (14, 14, 1, 1)
+
+
+def test_a_late_division_counts_only_with_tolerance(tmp_path: Path) -> None:
+    table = [(1, 0, 3, 0), (2, 0, 2, 0), (3, 0, 3, 0), (4, 3, 3, 2), (5, 3, 3, 2), (8, 2, 2, 0)]
+    film = [
+        np.where(labels == 4, 2, np.where(labels == 5, 8, labels)).astype(np.uint16)
+        for labels in TRUE_FILM[:3]
+    ]
+    true = write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE)
+    late = scores(true, write(tmp_path / "late", "res", [*film, TRUE_FILM[3]], table))
+    assert (late.division_f1, late.det) == (0, 1)
+    exact = scores(true, write(tmp_path / "exact", "res", TRUE_FILM, TRUE_TABLE))
+    assert (exact.tra, exact.lnk, exact.division_f1, exact.division_f1_tolerant) == (1, 1, 1, 1)
+
+
+def test_no_tracks_at_all_score_zero(tmp_path: Path) -> None:
+    true = write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE)
+    nothing = scores(true, write(tmp_path / "none", "res", [blocks()] * 4, []))
+    assert (nothing.tra, nothing.det, nothing.lnk) == (0, 0, 0)
+
+
+def test_one_mask_over_two_nuclei_stands_for_both_and_divides_for_one() -> None:
+    labels = blocks((1, 10), (2, 15))
+    matches = match_frame(labels, np.where(labels > 0, 7, 0))
+    assert [(true, pred) for true, pred, _ in matches] == [(1, 7), (2, 7)]
+
+
+def test_lineages_become_tracks() -> None:
+    tracks: Tracks = trace_lineages(
+        [
+            [(0,), (1,)],
+            [(1,), (0, 0), (0, 1)],
+            [(0, 0)],  # two are not seen
+            [(0, 0), (1, 0, 0), (0, 1)],  # one divided twice meanwhile, and a daughter is seen
+        ]
+    )
+    assert tracks.predecessor.tolist() == [-1, -1, 1, 0, 0, 3, 5, 2, 4]
