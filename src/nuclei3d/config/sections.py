@@ -54,6 +54,8 @@ class DataParams(Section):
     """(z, y, x), wins over what the files say; None reads it from them."""
     channel: str | int | None = None
     """Name or number, from 0, of the nuclear channel; None where the files hold one."""
+    image: str | int | None = None
+    """Name or number, from 0, of the image to read where a file holds several (series, scenes, positions)."""
     split: SplitParams = SplitParams()
 
 

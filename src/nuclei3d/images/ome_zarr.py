@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.layout import Layout
-from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
+from nuclei3d.images.layout import ImageInFile, Layout, choose_image
+from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 
 if TYPE_CHECKING:
     import zarr
@@ -23,13 +24,15 @@ _OLD_AXES = ("t", "c", "z", "y", "x")
 class ZarrArray:
     """The full-resolution array of an OME-Zarr image, or a bare zarr array (z, y, x).
 
-    InputError is raised if the folder is missing or no zarr, or its metadata are not those of one image.
+    InputError is raised if the folder is missing or no zarr, its metadata are damaged, or leave open which of
+    several images is meant (`image`: number from 0, or name).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, image: str | int | None = None) -> None:
         self.path = path
-        self.array, attributes = _open_array(path)
-        self.layout = _read_layout(self.array, attributes, path)
+        self.array, attributes, number, passed_over = _open_array(path, image)
+        layout = _read_layout(self.array, attributes, path)
+        self.layout = replace(layout, image=number, passed_over=passed_over)
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""
@@ -115,7 +118,10 @@ def find_label_array(path: Path) -> Path:
     return group / names[0]
 
 
-def _open_array(path: Path) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
+def _open_array(
+    path: Path, image: str | int | None = None
+) -> tuple[zarr.Array[Any], Mapping[str, Any], int, tuple[str, ...]]:
+    """Give the array, its attributes, its number among the images and what the others are."""
     import zarr
 
     if not path.exists():
@@ -128,29 +134,36 @@ def _open_array(path: Path) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
             f"{path} cannot be read as zarr ({reason}); give a TIFF or OME-Zarr image"
         ) from error
     if isinstance(node, zarr.Array):
-        return node, node.attrs.asdict()
+        return node, node.attrs.asdict(), 0, ()
     attributes = _ome_attributes(node.attrs.asdict())
     if "multiscales" not in attributes:
-        return _open_single_series(node, attributes, path)
+        return _open_series(node, attributes, path, image)
     try:
         dataset = node[str(attributes["multiscales"][0]["datasets"][0]["path"])]
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: the OME-Zarr metadata name no array that is there ({error})") from error
     if not isinstance(dataset, zarr.Array):
         raise InputError(f"{path}: level 0 of the OME-Zarr image is no array; export it again")
-    return dataset, attributes
+    return dataset, attributes, 0, ()
 
 
-def _open_single_series(
-    node: zarr.Group, attributes: Mapping[str, Any], path: Path
-) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
-    """Step into the first series where bioformats2raw wrote one image only."""
-    if "bioformats2raw.layout" in attributes and "0" in node:
-        if "1" in node:
-            raise InputError(f"{path} holds several images; name one, as {path / '0'}")
-        return _open_array(path / "0")
-    what = "a plate" if "plate" in attributes else "no OME-Zarr image (no 'multiscales' in its metadata)"
-    raise InputError(f"{path} is {what}; give the folder of one image")
+def _open_series(
+    node: zarr.Group, attributes: Mapping[str, Any], path: Path, image: str | int | None
+) -> tuple[zarr.Array[Any], Mapping[str, Any], int, tuple[str, ...]]:
+    """Step into one of the images that bioformats2raw wrote."""
+    count = 0
+    while "bioformats2raw.layout" in attributes and str(count) in node:
+        count += 1
+    if not count:
+        what = "a plate" if "plate" in attributes else "no OME-Zarr image (no 'multiscales' in its metadata)"
+        raise InputError(f"{path} is {what}; give the folder of one image")
+    opened = [_open_array(path / str(number))[:2] for number in range(count)]
+    images = []
+    for number, (array, inner) in enumerate(opened):
+        layout = _read_layout(array, inner, path / str(number))
+        images.append(ImageInFile(str(inner["multiscales"][0].get("name", "")), layout.axes, layout.shape))
+    chosen, passed_over = choose_image(images, str(path), image)
+    return *opened[chosen], chosen, passed_over
 
 
 def _ome_attributes(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -187,7 +200,17 @@ def _read_layout(array: zarr.Array[Any], attributes: Mapping[str, Any], path: Pa
     voxel_size, note = voxel_size_or_reason(*edges)
     if scale is not None and voxel_size is None and not note:
         note = "its axes have no unit of length"
-    return Layout(names, shape, dtype.newbyteorder("="), voxel_size, note, channels if any(channels) else ())
+    place = names.find("T")
+    seconds = seconds_per(units[place]) if place >= 0 else None
+    return Layout(
+        axes=names,
+        shape=shape,
+        dtype=dtype.newbyteorder("="),
+        voxel_size=voxel_size,
+        scale_note=note,
+        channels=channels if any(channels) else (),
+        time_step_s=None if scale is None or seconds is None else scale[place] * seconds,
+    )
 
 
 def _bare_axes(array: zarr.Array[Any], attributes: Mapping[str, Any], path: Path) -> str:

@@ -22,8 +22,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.layout import Layout
-from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
+from nuclei3d.images.layout import ImageInFile, Layout, choose_image
+from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 from nuclei3d.outputs import whole_file
 
 # tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
@@ -47,17 +47,18 @@ class TiffArray:
 
     Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
     one plane is held besides what is asked for. InputError is raised if the file is missing, empty, no TIFF,
-    damaged, or holds several images.
+    damaged, or leaves open which of several images is meant (`image`: number from 0, or name).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, image: str | int | None = None) -> None:
         self.path = path
         with _complaints() as complaints:
             self._file = _open_tiff(path)
         try:
             with _damage_explained(path), _complaints() as more:
-                self._series = _main_series(self._file, path)
-                self.layout = self._read_layout()
+                number, passed_over = _choose_series(self._file, path, image)
+                self._series = self._file.series[number]
+                self.layout = self._read_layout(number, passed_over)
                 self._check_complete()
             if complaints or more:
                 raise InputError(_say_truncated(path, "its metadata point behind the end of the file"))
@@ -78,9 +79,10 @@ class TiffArray:
             block = self._read_planes(index) if offset is None else self._read_mapped(offset, index)
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
-    def _read_layout(self) -> Layout:
+    def _read_layout(self, number: int, passed_over: tuple[str, ...]) -> Layout:
         series = self._series
-        voxel_size, note = _read_scale(self._file)
+        pixels = _ome_pixels(self._file, number)
+        voxel_size, note = _read_scale(self._file, pixels)
         companions: frozenset[str] = frozenset()
         if series.is_multifile:
             pages = (page for page in series.pages if page is not None)
@@ -91,8 +93,11 @@ class TiffArray:
             dtype=np.dtype(series.dtype).newbyteorder("="),
             voxel_size=voxel_size,
             scale_note=note,
-            channels=_read_channel_names(self._file),
+            channels=_read_channel_names(self._file, pixels),
             companions=companions,
+            time_step_s=_read_time_step(self._file, pixels),
+            image=number,
+            passed_over=passed_over,
         )
 
     def _check_complete(self) -> None:
@@ -169,16 +174,21 @@ def _open_tiff(path: Path) -> tifffile.TiffFile:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _main_series(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
+def _choose_series(
+    file: tifffile.TiffFile, path: Path, wanted: str | int | None
+) -> tuple[int, tuple[str, ...]]:
     if not file.series:
         raise InputError(_say_truncated(path, "it holds no image"))
-    volumes = [series for series in file.series if len(series.shape) > 2]
-    if len(volumes) > 1:
-        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in volumes[:5])
-        raise InputError(f"{path} holds {len(volumes)} images ({shapes}); save each in a file of its own")
-    if file.series[0].ndim <= 2 and volumes:
-        return volumes[0]
-    return file.series[0]
+    images = [
+        ImageInFile(
+            # a reduced page is a picture for browsers, whatever it is called
+            "thumbnail" if series.keyframe.is_reduced and series is not file.series[0] else series.name,
+            str(series.axes),
+            tuple(series.shape),
+        )
+        for series in file.series
+    ]
+    return choose_image(images, str(path), wanted)
 
 
 @contextmanager
@@ -232,44 +242,79 @@ def _say_truncated(path: Path, reason: str) -> str:
     return f"{path} is damaged or truncated ({reason}); copy or export it again"
 
 
-def _read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
+def _read_scale(
+    file: tifffile.TiffFile, pixels: ElementTree.Element | None
+) -> tuple[VoxelSize | None, str]:
     """Give the voxel size, or None and what is wrong or missing ("" where the file says nothing).
 
     OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
     without a unit of length (pixels) counts as none: anisotropy is derived, never guessed.
     """
     if file.is_ome and file.ome_metadata:
-        return _ome_scale(file.ome_metadata)
-    description: Mapping[str, Any] = {}
+        return (None, "its OME metadata cannot be read") if pixels is None else _ome_scale(pixels)
+    if file.is_lsm and file.lsm_metadata:
+        edges = (_number(file.lsm_metadata.get(f"VoxelSize{axis}", 0), 1e6) or None for axis in "ZYX")
+        return voxel_size_or_reason(*edges)
+    return _described_scale(file, _description(file))
+
+
+def _description(file: tifffile.TiffFile) -> Mapping[str, Any]:
     if file.is_imagej and file.imagej_metadata:
-        description = file.imagej_metadata
-    elif file.is_shaped and file.shaped_metadata:
-        description = file.shaped_metadata[0]
-    return _described_scale(file, description)
+        return file.imagej_metadata
+    if file.is_shaped and file.shaped_metadata:
+        return file.shaped_metadata[0]
+    return {}
 
 
-def _read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
-    if not (file.is_ome and file.ome_metadata):
-        return ()
-    pixels = _ome_pixels(file.ome_metadata)
-    if pixels is None:
-        return ()
-    names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+def _read_channel_names(file: tifffile.TiffFile, pixels: ElementTree.Element | None) -> tuple[str, ...]:
+    names: tuple[str, ...] = ()
+    if pixels is not None:
+        names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+    elif file.is_lsm and file.lsm_metadata:
+        names = tuple(file.lsm_metadata.get("ChannelColors", {}).get("ColorNames", ()))
     return names if any(names) else ()
 
 
-def _ome_pixels(xml: str) -> ElementTree.Element | None:
+def _read_time_step(file: tifffile.TiffFile, pixels: ElementTree.Element | None) -> float | None:
+    if pixels is not None:
+        scale = seconds_per(pixels.get("TimeIncrementUnit", "s"))
+        step = None if scale is None else _number(pixels.get("TimeIncrement", 0), scale)
+    elif file.is_lsm and file.lsm_metadata:
+        step = _number(file.lsm_metadata.get("TimeIntervall", 0), 1.0)
+    else:
+        step = _number(_description(file).get("finterval", 0), 1.0)
+    return step if step is not None and 0 < step < float("inf") else None
+
+
+def _ome_pixels(file: tifffile.TiffFile, number: int) -> ElementTree.Element | None:
+    """Find what the OME metadata say of an image; tifffile leaves out those that have no data."""
+    if not (file.is_ome and file.ome_metadata):
+        return None
     try:
         # tifffile has parsed the same text already; this is the microscope's own file, no web input.
-        return ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
+        images = ElementTree.fromstring(file.ome_metadata).findall("{*}Image")
     except ElementTree.ParseError:
         return None
+    if len(images) <= 1:
+        return images[0].find("{*}Pixels") if images else None
+    following = iter(images)
+    found: ElementTree.Element | None = None
+    for series in file.series[: number + 1]:
+        matching = (pixels for image in following if (pixels := _pixels_of(image, series)) is not None)
+        found = next(matching, None)
+    return found
 
 
-def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:
-    pixels = _ome_pixels(xml)
-    if pixels is None:
-        return None, "its OME metadata cannot be read"
+def _pixels_of(image: ElementTree.Element, series: tifffile.TiffPageSeries) -> ElementTree.Element | None:
+    pixels = image.find("{*}Pixels")
+    if pixels is None or (image.get("Name") or "") != (series.name or ""):
+        return None
+    lengths = dict(zip(series.axes, series.shape, strict=True))
+    same = all(int(pixels.get(f"Size{axis}", 0)) == lengths.get(axis, 1) for axis in "TZYX")
+    return pixels if same else None
+
+
+def _ome_scale(pixels: ElementTree.Element) -> tuple[VoxelSize | None, str]:
     edges: list[float | None] = []
     for axis in "ZYX":
         text = pixels.get(f"PhysicalSize{axis}")
