@@ -22,8 +22,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
 _reported: set[tuple[Path, VoxelSize, VoxelSize]] = set()
-# Files passed over that the user knows of, by folder.
-_passed_over: set[tuple[Path, tuple[str, ...]]] = set()
+_said: set[str] = set()
 _READ_FORMATS = ".tif, .tiff or .zarr"
 
 _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
@@ -69,7 +68,7 @@ def list_volumes(folder: Path) -> list[Path]:
 
     Dangling links and images in formats that are not read are passed over, and said once.
     """
-    paths, left_out = [], []
+    paths, unread, dangling = [], [], []
     for path in folder.iterdir():
         suffix = path.suffix.lower()
         if path.name.startswith("."):
@@ -77,21 +76,26 @@ def list_volumes(folder: Path) -> list[Path]:
         if is_zarr(path) or (suffix in (*_TIFF_SUFFIXES, *FOREIGN_SUFFIXES) and path.is_file()):
             paths.append(path)
         elif path.is_symlink() and not path.exists():
-            left_out.append(f"{path.name} (a link to {path.readlink()}, which is not there)")
+            dangling.append(path.name)
         elif suffix in _UNREAD_SUFFIXES and path.is_file():
-            left_out.append(path.name)
-    say_passed_over(folder, sorted(left_out, key=natural_key), "only " + _READ_FORMATS + " are read")
+            unread.append(path.name)
+    for names, reason in ((dangling, "links to what is not there"), (unread, f"no {_READ_FORMATS}")):
+        say_passed_over(folder, sorted(names, key=natural_key), reason)
     return sorted(paths, key=lambda path: natural_key(path.name))
 
 
 def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
     """Say once which files of a folder are not used."""
-    key = (folder.absolute(), tuple(names))
-    if names and key not in _passed_over:
-        _passed_over.add(key)
+    if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
-        say(f"{folder}: {count} passed over: {shown}; {reason}")
+        say_once(f"{folder}: {len(names)} passed over: {shown} ({reason})")
+
+
+def say_once(text: str) -> None:
+    """Print a line that stages, which list the same files several times, say only once."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 def volume_paths(source: Path) -> list[Path]:
@@ -206,6 +210,13 @@ def find_frames(
     return frames if voxel_size is None else _rescale(frames, voxel_size)
 
 
+def count_times(path: Path) -> int:
+    """Count the time points of a file, whatever its channels; errors as those of `find_frames`."""
+    with _open(path) as array:
+        lengths = zip(array.layout.axes.upper(), array.layout.shape, strict=True)
+        return next((length for axis, length in lengths if axis == "T"), 1)
+
+
 def single_frame(path: Path, *, time: int | None = None, **options: Any) -> Frame:
     """Find the one frame of a file, or that at a time; options and errors as those of `find_frames`."""
     frames = find_frames(path, **options)
@@ -273,11 +284,10 @@ def read_labels(path: Path) -> NDArray[np.uint32]:
 def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
     """Check labels (Z, Y, X), whole numbers from 0 to 2**32 - 1 of any type, and turn them into uint32."""
     if labels.dtype.kind == "f":
-        odd = labels[labels != np.rint(labels)]
-        if odd.size or not np.isfinite(labels).all():
-            value = odd[0] if odd.size else "inf"
+        odd = labels[~np.isfinite(labels) | (labels != np.rint(labels))]
+        if odd.size:
             raise InputError(
-                f"{where} holds {labels.dtype} values such as {value:.6g} where labels are wanted, expected "
+                f"{where} holds {labels.dtype} values such as {odd[0]:.6g} where labels are wanted, expected "
                 "whole numbers, one per nucleus; give the label image as it was before it was interpolated, "
                 "filtered or scaled"
             )
