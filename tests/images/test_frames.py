@@ -411,7 +411,9 @@ def test_scale_and_channels_are_those_of_the_image_that_is_read(
 
 def test_of_several_images_one_is_chosen(tmp_path: Path) -> None:
     write_series(tmp_path / "two.ome.tif", others=[("embryo 2", 6, 0.5)])
-    with pytest.raises(InputError, match=r"2 images: .*2 \(embryo, 2 x 3 x 5 x 7\), 3 \(embryo 2.*data\.image"):
+    with pytest.raises(
+        InputError, match=r"2 images: .*2 \(embryo, 2 x 3 x 5 x 7\), 3 \(embryo 2.*data\.image"
+    ):
         find_frames(tmp_path / "two.ome.tif", channel=0)
     for image in (3, "3", "Embryo 2"):
         (frame,) = find_frames(tmp_path / "two.ome.tif", channel=0, image=image)
@@ -545,7 +547,9 @@ def test_broken_and_negative_labels_are_refused(tmp_path: Path) -> None:
         labels = ramp(dtype="float32")
         labels[1, 2, 3] = value
         write_imagej(tmp_path / "float.tif", labels)
-        with pytest.raises(InputError, match=rf"float\.tif holds float32 values such as {shown} where labels"):
+        with pytest.raises(
+            InputError, match=rf"float\.tif holds float32 values such as {shown} where labels"
+        ):
             read_labels(tmp_path / "float.tif")
     tifffile.imwrite(tmp_path / "large.tif", np.full(SHAPE, 2.0**32), metadata={"axes": "ZYX"})
     with pytest.raises(InputError, match=r"at most 2\*\*32 - 1"):

@@ -460,6 +460,8 @@ class PredictParams(SegmentationParams):
     """auto takes OpenVINO where it is installed (CPU only)."""
     memory_gb: PositiveFloat | None = None
     """A volume that would need more is cut into blocks, which Dask runs."""
+    into_input: bool = False
+    """Masks also go into the OME-Zarr that was read, as `nuclei3d` in its group of labels."""
     workers: PositiveInt = 1
     """Processes of this machine that run the blocks."""
     scheduler: str | None = None

@@ -154,7 +154,9 @@ def _find_embryo(folder: Path) -> Embryo:
     beside = [name for name in images if LABEL_WORDS.search(name) and label_stem(name) in images]
     for name in beside:
         del images[name]
-    say_passed_over(folder / "images", beside, f"they are named as labels, whose place is {folder / 'labels'}")
+    say_passed_over(
+        folder / "images", beside, f"they are named as labels, whose place is {folder / 'labels'}"
+    )
     if not images:
         raise InputError(f"{folder / 'images'} holds no .tif, .tiff or .zarr; expected one file per frame")
     labels = _find_stored(folder / "labels") if (folder / "labels").is_dir() else {}

@@ -168,6 +168,8 @@ def _imaris_scale(image: Any, shape: tuple[int, ...]) -> tuple[VoxelSize | None,
 def _imaris_time_step(info: Any) -> float | None:
     if info is None or "TimePoint2" not in info.attrs:
         return None
-    first, second = (np.datetime64(_text(info.attrs[f"TimePoint{number}"]).replace(" ", "T")) for number in (1, 2))
+    first, second = (
+        np.datetime64(_text(info.attrs[f"TimePoint{number}"]).replace(" ", "T")) for number in (1, 2)
+    )
     step = float((second - first) / np.timedelta64(1, "s"))
     return step if step > 0 else None

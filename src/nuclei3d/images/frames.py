@@ -38,7 +38,9 @@ _UNREAD_SUFFIXES = frozenset(
 )
 
 # Words at the end of a name that mark labels or an image and say nothing about which frame it is.
-LABEL_WORDS = re.compile(r"[_\-. ](cp_masks|masks|mask|labels|label|lbl|segmentation|seg|gt)(?=_t\d+$|$)", re.I)
+LABEL_WORDS = re.compile(
+    r"[_\-. ](cp_masks|masks|mask|labels|label|lbl|segmentation|seg|gt)(?=_t\d+$|$)", re.I
+)
 # The Cell Tracking Challenge calls the labels of t000: man_seg000, man_track000 or, as a result, mask000.
 _CHALLENGE_NAME = re.compile(r"^(man_seg|man_track|mask|seg)_?(?=\d+$)", re.I)
 
@@ -147,6 +149,14 @@ class Frame:
         with _open(self.path, self.image) as array:
             block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
+
+    @property
+    def data_file(self) -> Path:
+        """The file that changes when the volume is written anew: of OME-Zarr, the array's own metadata."""
+        if not is_zarr(self.path):
+            return self.path
+        array = ZarrArray(self.path, self.image).folder
+        return next(file for name in ("zarr.json", ".zarray") if (file := array / name).is_file())
 
     def require_voxel_size(self) -> VoxelSize:
         """Give the voxel size; an InputError says how to give it if neither the file nor the user does."""

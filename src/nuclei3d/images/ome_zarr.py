@@ -34,6 +34,11 @@ class ZarrArray:
         layout = _read_layout(self.array, attributes, path)
         self.layout = replace(layout, image=number, passed_over=passed_over)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the array."""
+        return Path(str(self.array.store_path).removeprefix("file://"))
+
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""
         try:
@@ -53,54 +58,126 @@ def is_zarr(path: Path) -> bool:
 
 def create_zarr(
     path: Path,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: DTypeLike,
     voxel_size: VoxelSize,
     chunks: tuple[int, int, int],
     *,
     labels: bool = False,
+    time_step_s: float | None = None,
+    version: str = "0.5",
 ) -> zarr.Array[Any]:
-    """Create an OME-Zarr 0.5 image of one level, filled with 0, to be filled chunk by chunk.
+    """Create an OME-Zarr image of one level, filled with 0, to be filled chunk by chunk.
 
     The array is created at `path` at once; write inside `whole_folder` to have it appear whole. `shape` and
-    `chunks` are voxels (z, y, x); chunks are stored one file each. The voxel size goes into the metadata, so
-    that Fiji and napari open it at the right scale; `labels` marks the image as labels (``image-label``).
+    `chunks` are voxels (z, y, x), the shape with time points before them where there are several; chunks are
+    stored one file each. The voxel size goes into the metadata, so that Fiji and napari open it at the right
+    scale; `labels` marks the image as labels (``image-label``). `version` is 0.4 or 0.5.
     """
-    import zarr
-
-    ome: dict[str, Any] = {
-        "version": "0.5",
-        "multiscales": [
-            {
-                # Not the folder's name: inside whole_folder that is a new one each time.
-                "name": "labels" if labels else "image",
-                "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"],
-                "datasets": [
-                    {
-                        "path": "0",
-                        "coordinateTransformations": [{"type": "scale", "scale": list(voxel_size.zyx)}],
-                    }
-                ],
-            }
-        ],
-    }
-    if labels:
-        ome["image-label"] = {"version": "0.5"}
-    fitting = tuple(min(chunk, length) for chunk, length in zip(chunks, shape, strict=True))
+    multiscales = [_one_level("0", "labels" if labels else "image", voxel_size, len(shape), time_step_s)]
+    image_label: dict[str, Any] = {"image-label": {"version": version}} if labels else {}
+    chunks_txyz = (1, *chunks)[-len(shape) :]
+    fitting = tuple(min(chunk, length) for chunk, length in zip(chunks_txyz, shape, strict=True))
     try:
-        group = zarr.open_group(store=str(path), mode="w", zarr_format=3, attributes={"ome": ome})
+        group = _open_new_group(path, version, {"multiscales": multiscales, **image_label})
         return group.create_array(
             "0",
             shape=shape,
             dtype=np.dtype(dtype),
             chunks=fitting,
             fill_value=0,
-            dimension_names=("z", "y", "x"),
+            **({"dimension_names": _axes_names(len(shape))} if version == "0.5" else _nested_chunks()),
         )
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; choose a place that can be written"
         ) from error
+
+
+def create_label_container(
+    path: Path, name: str, voxel_size: VoxelSize, ndim: int, time_step_s: float | None
+) -> Path:
+    """Create an OME-Zarr for labels without their image; give the folder for `create_zarr` to make.
+
+    The labels lie in its ``labels`` group and are, so that every reader finds them, also its image.
+    """
+    level = _one_level(f"labels/{name}/0", "labels", voxel_size, ndim, time_step_s)
+    _open_new_group(path, "0.5", {"multiscales": [level]})
+    _open_new_group(path / "labels", "0.5", {"labels": [name]})
+    return path / "labels" / name
+
+
+def image_group(path: Path, image: int) -> Path:
+    """Give the folder of an image: the given one, or that of its number in what bioformats2raw wrote."""
+    import zarr
+
+    node = zarr.open(store=str(path), mode="r")
+    inner = "bioformats2raw.layout" in _ome_attributes(node.attrs.asdict())
+    return path / str(image) if inner else path
+
+
+def ome_version(path: Path) -> str:
+    """Give the version in which labels are to be written beside an image: 0.4 in the old zarr, else 0.5."""
+    return "0.5" if (path / "zarr.json").is_file() else "0.4"
+
+
+def enlist_labels(image: Path, name: str) -> None:
+    """Name labels, which lie in ``labels/<name>`` of an OME-Zarr image, in the list of its labels."""
+    import zarr
+
+    version = ome_version(image)
+    folder = image / "labels"
+    attributes: Mapping[str, Any] = {}
+    if is_zarr(folder):
+        attributes = _ome_attributes(zarr.open_group(str(folder), mode="r").attrs.asdict())
+    names = list(attributes.get("labels", ()))
+    if name not in names:
+        kept = {key: value for key, value in attributes.items() if key not in ("labels", "version")}
+        _open_new_group(folder, version, {**kept, "labels": [*names, name]}, mode="a")
+    if zarr.open_group(str(image), mode="r").metadata.consolidated_metadata is not None:
+        zarr.consolidate_metadata(str(image))
+
+
+def _open_new_group(path: Path, version: str, ome: dict[str, Any], mode: str = "w") -> zarr.Group:
+    import zarr
+
+    if version == "0.5":
+        attributes: dict[str, Any] = {"ome": {"version": "0.5", **ome}}
+        group = zarr.open_group(store=str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    else:
+        attributes = ome
+        group = zarr.open_group(store=str(path), mode=mode, zarr_format=2)  # type: ignore[arg-type]
+    group.attrs.update(attributes)
+    return group
+
+
+def _axes_names(ndim: int) -> tuple[str, ...]:
+    return ("t", "z", "y", "x")[-ndim:]
+
+
+def _nested_chunks() -> dict[str, Any]:
+    """Say how chunks are named in OME-Zarr 0.4: a folder for each axis."""
+    return {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+
+
+def _one_level(
+    array: str, name: str, voxel_size: VoxelSize, ndim: int, time_step_s: float | None
+) -> dict[str, Any]:
+    axes: list[dict[str, str]] = [
+        {"name": axis, "type": "space", "unit": "micrometer"} for axis in _axes_names(3)
+    ]
+    scale = list(voxel_size.zyx)
+    if ndim == 4:
+        unit = {} if time_step_s is None else {"unit": "second"}
+        axes.insert(0, {"name": "t", "type": "time", **unit})
+        scale.insert(0, time_step_s or 1.0)
+    transformations = [{"type": "scale", "scale": scale}]
+    return {
+        # Not the folder's name: inside whole_folder that is a new one each time.
+        "name": name,
+        "axes": axes,
+        "datasets": [{"path": array, "coordinateTransformations": transformations}],
+    }
 
 
 def find_label_array(path: Path) -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.layout import ImageInFile, Layout, choose_image
@@ -242,9 +243,7 @@ def _say_truncated(path: Path, reason: str) -> str:
     return f"{path} is damaged or truncated ({reason}); copy or export it again"
 
 
-def _read_scale(
-    file: tifffile.TiffFile, pixels: ElementTree.Element | None
-) -> tuple[VoxelSize | None, str]:
+def _read_scale(file: tifffile.TiffFile, pixels: ElementTree.Element | None) -> tuple[VoxelSize | None, str]:
     """Give the voxel size, or None and what is wrong or missing ("" where the file says nothing).
 
     OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
@@ -390,50 +389,95 @@ def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> Non
     _write_ome_tiff(path, labels.astype(dtype, copy=False), voxel_size)
 
 
+def write_label_series(
+    path: Path,
+    read_planes: Callable[[], Iterator[NDArray[Any]]],
+    shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    voxel_size: VoxelSize,
+    time_step_s: float | None,
+) -> None:
+    """Write labels over time (T, Z, Y, X), plane by plane, as `write_labels` does those of one frame.
+
+    `read_planes` is called twice and gives all planes (Y, X) in their order.
+    """
+    digest = _content_uuid(read_planes(), (shape, np.dtype(dtype).str, voxel_size.zyx, time_step_s))
+    planes = (plane.astype(dtype, copy=False) for plane in read_planes())
+    _write_planes(path, planes, shape, np.dtype(dtype), voxel_size, digest, time_step_s)
+
+
 def _write_ome_tiff(path: Path, volume: NDArray[Any], voxel_size: VoxelSize) -> None:
+    digest = _content_uuid(volume, (volume.shape, volume.dtype.str, voxel_size.zyx))
+    _write_planes(path, volume, volume.shape, volume.dtype, voxel_size, digest)
+
+
+def _write_planes(
+    path: Path,
+    planes: NDArray[Any] | Iterator[NDArray[Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    voxel_size: VoxelSize,
+    digest: str,
+    time_step_s: float | None = None,
+) -> None:
     """Write planes compressed by zlib, without a predictor, as ImageJ misreads predicted 16-bit planes.
 
     The first page carries two descriptions, as tifffile's own files do: OME-XML, which Bio-Formats and
     tifffile read, and after it ImageJ's, as ImageJ's own TIFF reader (File > Open in Fiji) knows no OME-XML
     and would show planes 1 um apart. Readers that expect one description take the first.
     """
+    axes = "TZYX"[-len(shape) :]
     options: dict[str, Any] = {
+        "shape": shape,
+        "dtype": dtype,
         "photometric": "minisblack",
         "compression": "zlib",
         # ImageJ counts pixels per unit of its description, whatever the tag ResolutionUnit says.
         "resolution": (1 / voxel_size.x, 1 / voxel_size.y),
         "resolutionunit": "NONE",
         "software": "nuclei3d",
-        "description": _ome_xml(volume, voxel_size).encode("utf-8"),
+        "description": _ome_xml(shape, dtype, voxel_size, digest, time_step_s).encode("utf-8"),
         # Makes room for the second description.
-        "metadata": {"axes": "ZYX"},
+        "metadata": {"axes": axes},
     }
-    big = volume.nbytes > CLASSIC_TIFF_BYTES
+    times = ""
+    if len(shape) == 4:
+        interval = "" if time_step_s is None else f"finterval={time_step_s!r}\n"
+        times = f"frames={shape[0]}\nhyperstack=true\n{interval}"
+    big = math.prod(shape) * dtype.itemsize > CLASSIC_TIFF_BYTES
     with whole_file(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, shaped=True) as writer:
-        writer.write(volume, **options)
+        writer.write(planes, **options)
         # The version is that of the format, as tifffile writes it too.
         writer.overwrite_description(
-            f"ImageJ=1.11a\nimages={len(volume)}\nslices={len(volume)}\nunit=micron\n"
+            f"ImageJ=1.11a\nimages={math.prod(shape[:-2])}\nslices={shape[-3]}\n{times}unit=micron\n"
             f"spacing={voxel_size.z!r}\nloop=false\n"
         )
 
 
-def _ome_xml(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
+def _ome_xml(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    voxel_size: VoxelSize,
+    digest: str,
+    time_step_s: float | None,
+) -> str:
     sizes: dict[str, Any] = {}
     for axis, edge in zip("ZYX", voxel_size.zyx, strict=True):
         sizes[f"PhysicalSize{axis}"] = edge
         sizes[f"PhysicalSize{axis}Unit"] = "µm"
+    if time_step_s is not None:
+        sizes |= {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
     # tifffile would invent a new UUID at each run, and with it new bytes and a new md5.
-    document = tifffile.OmeXml(UUID=_content_uuid(volume, voxel_size), Creator="nuclei3d")
-    depth, height, width = volume.shape
-    document.addimage(volume.dtype, volume.shape, (depth, 1, 1, height, width, 1), axes="ZYX", **sizes)
+    document = tifffile.OmeXml(UUID=digest, Creator="nuclei3d")
+    stored = (math.prod(shape[:-2]), 1, 1, *shape[-2:], 1)
+    document.addimage(dtype, shape, stored, axes="TZYX"[-len(shape) :], **sizes)
     return document.tostring(declaration=True)
 
 
-def _content_uuid(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
+def _content_uuid(planes: Iterable[NDArray[Any]], header: tuple[object, ...]) -> str:
     """Name the content: OME readers tell files apart by this number, so it may not be one for all."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((volume.shape, volume.dtype.str, voxel_size.zyx)).encode())
-    for plane in volume:
+    digest.update(repr(header).encode())
+    for plane in planes:
         digest.update(np.ascontiguousarray(plane).data)
     return str(uuid.UUID(bytes=digest.digest(), version=4))

@@ -21,8 +21,18 @@ _MICROMETRES = {
 }
 _SECONDS = {
     **{f"{prefix}second": factor * 1e-6 for prefix, factor in _PREFIXES.items()},
-    **{"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0},
-    **{"min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0, "d": 86400.0, "day": 86400.0},
+    "ns": 1e-9,
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "sec": 1.0,
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hour": 3600.0,
+    "d": 86400.0,
+    "day": 86400.0,
 }
 
 # No microscope makes smaller or larger voxels; such numbers are a unit that was misread.
