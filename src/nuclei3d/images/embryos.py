@@ -98,11 +98,11 @@ def find_embryos(data: Path) -> list[Embryo]:
     """List the embryos of a data set, ``<embryo>/images/<frame>.tif`` with ``<embryo>/labels/<frame>.tif``.
 
     Embryos and frames come in natural order (t2 before t10); for frames that is the order of time. Labels
-    belong to the image of the same name, with or without ``_masks``, ``_cp_masks`` and the like at its end;
-    ``man_seg000`` belongs to ``t000``. A file of several time points gives a frame each; where their number is
-    that of the images, it belongs to these in their order. A frame without labels is unlabelled, as is an
-    empty time point of a file of labels. InputError is raised if there is no embryo, an embryo has no image,
-    two images have one name, or a label has no image.
+    belong to the image of the same name, with or without ``_masks``, ``_cp_masks`` and the like at its
+    end; ``man_seg000`` belongs to ``t000``. A file of several time points gives a frame each; where their
+    number is that of the images, it belongs to these in their order. A frame without labels is unlabelled,
+    as is an empty time point of a file of labels. InputError is raised if there is no embryo, an embryo has
+    no image, two images have one name, or a label has no image.
     """
     data = Path(data)
     if not data.is_dir():
@@ -215,11 +215,12 @@ def _match_labels(folder: Path, images: Stored, labels: Stored) -> Stored:
     if len(labels) == len(images) and (_in_one_file(labels) or _in_one_file(images)):
         ordered = dict(zip(images, labels.values(), strict=True))
         return {name: stored for name, stored in ordered.items() if not _is_unlabelled(stored)}
+    path, time = stored
+    if time is None:
+        raise InputError(f"{path} has no image of that name in {folder / 'images'}; rename or remove it")
     raise InputError(
-        f"{stored[0]} has no image of that name in {folder / 'images'}; rename or remove it"
-        if stored[1] is None
-        else f"{stored[0]} has {len(labels)} time points, {folder / 'images'} {len(images)} frames: call it like "
-        "the images' file, or give labels of as many time points"
+        f"{path} has {len(labels)} time points, {folder / 'images'} {len(images)} frames: call it like the "
+        "images' file, or give labels of as many time points"
     )
 
 

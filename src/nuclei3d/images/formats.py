@@ -1,4 +1,4 @@
-"""Microscopes' own formats, through bioio and its readers (the extra ``formats``), and Imaris through h5py."""
+"""Microscopes' own formats: through bioio and its readers (the extra ``formats``), Imaris through h5py."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class ForeignArray:
     def _no_reader(self) -> NoReaderError:
         package = _READERS[self.path.suffix.lower()]
         return NoReaderError(
-            f"{self.path}: {self.path.suffix} files need a reader; install it with: pip install '{package}', or "
-            "export OME-TIFF"
+            f"{self.path}: {self.path.suffix} files need a reader; install it with: "
+            f"pip install '{package}', or export OME-TIFF"
         )
 
     def _damaged(self, error: Exception) -> InputError:

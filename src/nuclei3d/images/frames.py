@@ -33,8 +33,34 @@ _SUFFIXES = (
 )
 # What holds images, but none that are read here.
 _UNREAD_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".npy", ".npz", ".h5", ".hdf5", ".nii", ".gz", ".zip", ".mha")
-    + (".mhd", ".nrrd", ".vsi", ".oib", ".oif", ".oir", ".klb", ".avi", ".mp4", ".stk", ".dv", ".sld")
+    f".{name}"
+    for name in [
+        "png",
+        "jpg",
+        "jpeg",
+        "bmp",
+        "gif",
+        "npy",
+        "npz",
+        "h5",
+        "hdf5",
+        "nii",
+        "gz",
+        "zip",
+        "mha",
+        "mhd",
+        "nrrd",
+        "vsi",
+        "oib",
+        "oif",
+        "oir",
+        "klb",
+        "avi",
+        "mp4",
+        "stk",
+        "dv",
+        "sld",
+    ]
 )
 
 # Words at the end of a name that mark labels or an image and say nothing about which frame it is.
@@ -42,7 +68,7 @@ LABEL_WORDS = re.compile(
     r"[_\-. ](cp_masks|masks|mask|labels|label|lbl|segmentation|seg|gt)(?=_t\d+$|$)", re.I
 )
 # The Cell Tracking Challenge calls the labels of t000: man_seg000, man_track000 or, as a result, mask000.
-_CHALLENGE_NAME = re.compile(r"^(man_seg|man_track|mask|seg)_?(?=\d+$)", re.I)
+_CHALLENGE_NAME = re.compile(r"^(man_seg|man_track|mask|seg)_?(?=\d+$)", re.IGNORECASE)
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
@@ -61,7 +87,7 @@ def frame_stem(path: Path) -> str:
 
 
 def label_stem(name: str) -> str:
-    """Give the name of the frame that labels of this stem belong to: `t000_cp_masks`, `man_seg000`: `t000`."""
+    """Give the name of the frame that labels belong to: `t000_cp_masks` and `man_seg000` are of `t000`."""
     return LABEL_WORDS.sub("", _CHALLENGE_NAME.sub("t", name)) or name
 
 

@@ -196,9 +196,9 @@ def _choose_channel(
         if labels:
             what = "a picture in colours" if length.get("S", 1) > 1 else f"an image of {count} channels"
             raise InputError(
-                f"{where} is {what} ({layout.describe()}), not labels, which have one number per nucleus; save "
-                "the labels themselves (napari: File > Save Selected Layers; Fiji: the label image, not its "
-                "overlay or RGB copy)"
+                f"{where} is {what} ({layout.describe()}), not labels, which have one number per nucleus; "
+                "save the labels themselves (napari: File > Save Selected Layers; Fiji: the label image, not "
+                "its overlay or RGB copy)"
             )
         raise InputError(
             f"{where} has {count} channels: {listing}; choose one with --set data.channel=NUMBER"

@@ -50,8 +50,8 @@ def write_series(
     frames, masks, fingerprints
         The frames of one input in the order of time, their masks, and what says of each whether it changed.
     out
-        Gets ``<stem>_masks.ome.tif`` (T, Z, Y, X), or for OME-Zarr ``<stem>_masks.ome.zarr`` with the masks in
-        its ``labels`` group. A single frame gets none: its masks are there.
+        Gets ``<stem>_masks.ome.tif`` (T, Z, Y, X), or for OME-Zarr ``<stem>_masks.ome.zarr`` with the masks
+        in its ``labels`` group. A single frame gets none: its masks are there.
     into_input
         Also write them into the ``labels`` group of the OME-Zarr that was read; other inputs are passed over.
 
