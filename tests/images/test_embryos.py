@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +81,7 @@ def test_the_real_embryos_are_found(bbbc050: Path) -> None:
     volume = read_labelled(found[0].frames[-1], DataParams())
     assert volume.image.shape == volume.labels.shape == (51, 124, 127)
     assert volume.voxel_size.zyx == pytest.approx((1.75, 0.8, 0.8))
-    assert (volume.embryo, volume.frame) == ("Emb01", "t501")
+    assert (found[0].frames[-1].embryo, found[0].frames[-1].frame) == ("Emb01", "t501")
 
 
 def test_folders_that_are_no_data_set_are_one_clear_line(tmp_path: Path) -> None:
@@ -105,7 +106,99 @@ def test_a_label_without_image_and_doubled_names_are_refused(tmp_path: Path) -> 
         find_embryos(tmp_path)
 
 
-def test_without_lists_the_last_embryo_tests_and_the_second_last_validates(capsys):
+def found_labels(data: Path) -> dict[str, str | None]:
+    (embryo,) = find_embryos(data)
+    return {frame.frame: frame.label_path and frame.label_path.name for frame in embryo.frames}
+
+
+@pytest.mark.parametrize("name", ["{}_cp_masks.tif", "{}_masks.ome.tif", "{}-labels.tif", "{}_seg.tif"])
+def test_labels_may_be_named_as_programs_do(tmp_path: Path, name: str) -> None:
+    volume = np.ones((2, 4, 4), np.uint16)
+    for frame in ("t0", "t1"):
+        write_image(tmp_path / "e" / "images" / f"{frame}.tif", volume, VOXEL)
+        write_labels(tmp_path / "e" / "labels" / name.format(frame), volume, VOXEL)
+    assert found_labels(tmp_path) == {frame: name.format(frame) for frame in ("t0", "t1")}
+
+
+def test_labels_of_the_cell_tracking_challenge_belong_to_its_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume = np.ones((2, 4, 4), np.uint16)
+    for time in range(3):
+        write_image(tmp_path / "01" / "images" / f"t{time:03d}.tif", volume, VOXEL)
+    write_labels(tmp_path / "01" / "labels" / "man_seg001.tif", volume, VOXEL)
+    assert found_labels(tmp_path) == {"t000": None, "t001": "man_seg001.tif", "t002": None}
+    assert "01: 1 of 3 frames are labelled" in capsys.readouterr().err
+
+
+def test_masks_beside_images_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    volume = np.ones((2, 4, 4), np.uint16)
+    for name in ("t0", "t0_cp_masks"):
+        write_image(tmp_path / "e" / "images" / f"{name}.tif", volume, VOXEL)
+    assert found_labels(tmp_path) == {"t0": None}
+    assert "1 passed over: t0_cp_masks (named as labels" in capsys.readouterr().err
+
+
+def movie(path: Path, values: list[int]) -> None:
+    """Write a time-lapse with one value per time point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    volumes = np.array(values, np.uint16)[:, None, None, None] * np.ones((3, 8, 6), np.uint16)
+    metadata = {"axes": "TZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2.0}
+    tifffile.imwrite(path, volumes, ome=True, metadata=metadata)
+
+
+@pytest.mark.parametrize("labels", ["film.ome.tif", "film_masks.tif", "hand.tif"])
+def test_stacks_over_time_are_frames_each_and_empty_labels_are_unlabelled(
+    tmp_path: Path, labels: str
+) -> None:
+    movie(tmp_path / "e" / "images" / "film.ome.tif", [10, 20, 30, 40])
+    movie(tmp_path / "e" / "labels" / labels, [1, 0, 3, 4])
+    (embryo,) = find_embryos(tmp_path)
+    assert [frame.frame for frame in embryo.frames] == [f"film_t00{time}" for time in range(4)]
+    assert [frame.frame for frame in embryo.labelled] == ["film_t000", "film_t002", "film_t003"]
+    for frame, image, label in zip(embryo.labelled, (10, 30, 40), (1, 3, 4), strict=True):
+        volume = read_labelled(frame, DataParams())
+        assert (set(volume.image.flat), set(volume.labels.flat)) == ({image}, {label})
+
+
+def test_a_stack_of_labels_belongs_to_as_many_images_in_order(tmp_path: Path) -> None:
+    for time in (0, 2, 10):
+        write_image(
+            tmp_path / "e" / "images" / f"t{time}.tif", np.full((3, 8, 6), 10 + time, np.uint16), VOXEL
+        )
+    movie(tmp_path / "e" / "labels" / "all.tif", [1, 2, 3])
+    frames = find_embryos(tmp_path)[0].labelled
+    assert [(frame.frame, frame.label_time) for frame in frames] == [("t0", 0), ("t2", 1), ("t10", 2)]
+    assert set(read_labelled(frames[2], DataParams()).labels.flat) == {3}
+    movie(tmp_path / "e" / "labels" / "all.tif", [1, 2])
+    with pytest.raises(InputError, match=r"all\.tif has 2 time points, .*images 3 frames"):
+        find_embryos(tmp_path)
+
+
+def test_numbers_of_labels_may_be_as_large_as_they_like(tmp_path: Path) -> None:
+    labels = np.zeros((3, 8, 6), np.uint32)
+    labels[0], labels[1] = 2**32 - 1, 10**9
+    frame = make_frame(tmp_path, labels=labels)
+    read = read_labelled(frame, DataParams()).labels
+    np.testing.assert_array_equal(read[:, 0, 0], [2, 1, 0])
+
+
+def test_links_work_and_dangling_ones_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = make_frame(tmp_path / "real")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emb").symlink_to(tmp_path / "real" / "emb")
+    (tmp_path / "data" / "emb2").symlink_to(tmp_path / "unmounted")
+    assert frame.label_path is not None
+    (frame.label_path.parent / "t2.tif").symlink_to(tmp_path / "unmounted" / "t2.tif")
+    assert found_labels(tmp_path / "data") == {"t1": "t1.tif"}
+    said = capsys.readouterr().err
+    assert "data: 1 passed over: emb2 (links to what is not there)" in said
+    assert "labels: 1 passed over: t2.tif (links to what is not there)" in said
+
+
+def test_without_lists_the_last_embryo_tests_and_the_second_last_validates(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     split = split_embryos([embryo(name) for name in ("a", "b", "c", "d")], SplitParams())
     assert (names(split.train), names(split.validation), names(split.test)) == ({"a", "b"}, {"c"}, {"d"})
     assert split.of("validation") == split.validation
@@ -221,7 +314,7 @@ def test_nothing_but_nan_and_wrong_labels_are_refused_and_empty_labels_told(tmp_
     nan = np.full((3, 8, 6), np.nan, np.float32)
     with pytest.raises(InputError, match="no finite number"):
         read_labelled(make_frame(tmp_path / "nan", nan), DataParams())
-    with pytest.raises(InputError, match="float32 values where labels"):
+    with pytest.raises(InputError, match="float32 values such as nan where labels"):
         read_labelled(make_frame(tmp_path / "float", labels=nan), DataParams())
     with pytest.raises(InputError, match="negative label -1"):
         read_labelled(make_frame(tmp_path / "neg", labels=-np.ones((3, 8, 6), np.int16)), DataParams())

@@ -29,12 +29,16 @@ def write_imagej(path: Path, array: NDArray[Any], axes: str = "ZYX", unit: str =
 
 
 def write_ome(
-    path: Path, array: NDArray[Any], axes: str = "ZYX", compression: str | None = None, **metadata: Any
+    path: Path,
+    array: NDArray[Any],
+    axes: str = "ZYX",
+    compression: str | None = None,
+    bigtiff: bool = False,
+    **metadata: Any,
 ) -> None:
     sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2.0}
-    tifffile.imwrite(
-        path, array, ome=True, compression=compression, metadata={"axes": axes, **sizes, **metadata}
-    )
+    metadata = {"axes": axes, **sizes, **metadata}
+    tifffile.imwrite(path, array, ome=True, compression=compression, bigtiff=bigtiff, metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -364,12 +368,113 @@ def test_axes_without_meaning_are_refused(tmp_path: Path) -> None:
         find_frames(tmp_path / "odd.tif")
 
 
-def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
-    with tifffile.TiffWriter(tmp_path / "two.ome.tif", ome=True) as writer:
-        writer.write(ramp(), metadata={"axes": "ZYX"})
-        writer.write(ramp((4, 5, 7)), metadata={"axes": "ZYX"})
-    with pytest.raises(InputError, match="holds 2 images"):
-        find_frames(tmp_path / "two.ome.tif")
+def write_series(path: Path, **more: Any) -> None:
+    """Write an image of other scale and channels before each of two volumes, and a picture of the slide."""
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        writer.write(ramp((9, 9, 3), "uint8"), photometric="rgb", metadata={"axes": "YXS", "Name": "macro"})
+        for name, z, scale in (("overview", 4, 10.0), ("embryo", 3, 0.25), *more.get("others", ())):
+            metadata = {
+                "axes": "CZYX",
+                "Name": name,
+                "PhysicalSizeX": scale,
+                "PhysicalSizeY": scale,
+                "PhysicalSizeZ": 8 * scale,
+                "Channel": {"Name": [f"{name} A", f"{name} B"]},
+            }
+            writer.write(ramp((2, z, 5, 7)) + z, metadata=metadata)
+
+
+def test_scale_and_channels_are_those_of_the_image_that_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_series(tmp_path / "a.ome.tif")
+    (frame,) = find_frames(tmp_path / "a.ome.tif", channel="embryo B")
+    np.testing.assert_array_equal(frame.read(), (ramp((2, 3, 5, 7)) + 3)[1])
+    assert frame.require_voxel_size().zyx == pytest.approx((2.0, 0.25, 0.25))
+    said = capsys.readouterr().err
+    assert "2 passed over: 0 (macro, 9 x 9 x 3), 1 (overview, 2 x 4 x 5 x 7)" in said
+    (frame,) = find_frames(tmp_path / "a.ome.tif", channel="overview A", image=1)
+    assert frame.require_voxel_size().zyx == pytest.approx((80.0, 10.0, 10.0))
+    assert pickle.loads(pickle.dumps(frame)).read().shape == (4, 5, 7)
+
+
+def test_of_several_images_one_is_chosen(tmp_path: Path) -> None:
+    write_series(tmp_path / "two.ome.tif", others=[("embryo 2", 6, 0.5)])
+    with pytest.raises(
+        InputError, match=r"2 images: .*2 \(embryo, 2 x 3 x 5 x 7\), 3 \(embryo 2.*data\.image"
+    ):
+        find_frames(tmp_path / "two.ome.tif", channel=0)
+    for image in (3, "3", "Embryo 2"):
+        (frame,) = find_frames(tmp_path / "two.ome.tif", channel=0, image=image)
+        assert (frame.shape, frame.require_voxel_size().x) == ((6, 5, 7), 0.5)
+    for wrong in (4, "embryo 3", -1):
+        with pytest.raises(InputError, match=f"image '{wrong}' is none of its images: 0 "):
+            find_frames(tmp_path / "two.ome.tif", channel=0, image=wrong)
+
+
+@pytest.mark.parametrize("planes", [3, 4])
+def test_three_or_four_planes_are_a_stack_not_colours(tmp_path: Path, planes: int) -> None:
+    stack = ramp((planes, 20, 30), "uint8")
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="rgb", planarconfig="separate")
+    (frame,) = find_frames(tmp_path / "a.tif")
+    np.testing.assert_array_equal(frame.read(), stack)
+
+
+def test_flat_pictures_in_a_folder_are_passed_over_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ome(tmp_path / "t0.tif", ramp())
+    tifffile.imwrite(tmp_path / "preview.tif", ramp((5, 7)))
+    tifffile.imwrite(tmp_path / "preview_rgb.tif", ramp((5, 7, 3), "uint8"), photometric="rgb")
+    assert [frame.name for frame in find_frames(tmp_path)] == ["t0"]
+    assert "2 passed over: preview.tif, preview_rgb.tif (flat images)" in capsys.readouterr().err
+    (tmp_path / "t0.tif").unlink()
+    with pytest.raises(InputError, match=r"preview\.tif is no volume"):
+        find_frames(tmp_path)
+
+
+def test_links_work_and_dangling_ones_and_other_formats_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, folder = tmp_path / "cache", tmp_path / "folder"
+    cache.mkdir()
+    folder.mkdir()
+    write_ome(cache / "md5.tif", ramp())
+    (cache / "md5.tif").rename(cache / "4fd1")
+    (folder / "t0.tif").symlink_to(cache / "4fd1")
+    (folder / "t1.tif").symlink_to(cache / "gone")
+    (folder / "t2.png").write_bytes(b"")
+    (folder / "notes.csv").write_bytes(b"")
+    (tmp_path / "linked").symlink_to(folder)
+    (frame,) = find_frames(folder)
+    np.testing.assert_array_equal(frame.read(), ramp())
+    assert find_frames(folder)[0].name == "t0"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2
+    assert "1 passed over: t1.tif (links to what is not there)" in said
+    assert "1 passed over: t2.png (no .tif, .tiff or .zarr)" in said
+    assert [frame.name for frame in find_frames(tmp_path / "linked")] == ["t0"]
+    with pytest.raises(InputError, match=r"t1\.tif is a link to .*gone, which is not there"):
+        find_frames(folder / "t1.tif")
+
+
+def test_big_tiff_and_its_suffix(tmp_path: Path) -> None:
+    write_ome(tmp_path / "a.ome.btf", ramp(), bigtiff=True)
+    (frame,) = find_frames(tmp_path)
+    assert (frame.name, frame.require_voxel_size().z) == ("a", 2.0)
+
+
+@pytest.mark.parametrize("unit", [None, "min"])
+def test_the_time_step_is_read(tmp_path: Path, unit: str | None) -> None:
+    movie = ramp((4, *SHAPE))
+    more = {"TimeIncrementUnit": unit} if unit else {}
+    write_ome(tmp_path / "a.ome.tif", movie, "TZYX", TimeIncrement=2.5, **more)
+    assert find_frames(tmp_path / "a.ome.tif")[3].time_step_s == (150.0 if unit else 2.5)
+    write_imagej(tmp_path / "b.tif", movie, "TZYX")
+    assert find_frames(tmp_path / "b.tif")[0].time_step_s is None
+    metadata = {"axes": "TZYX", "finterval": 600.0}
+    tifffile.imwrite(tmp_path / "c.tif", movie, imagej=True, metadata=metadata)
+    assert find_frames(tmp_path / "c.tif")[0].time_step_s == 600.0
 
 
 def write_ome_set(folder: Path, movie: NDArray[Any]) -> None:
@@ -415,13 +520,36 @@ def test_labels_of_any_integer_type_become_uint32(tmp_path: Path, dtype: str) ->
     np.testing.assert_array_equal(labels, ramp())
 
 
-def test_float_and_negative_labels_are_refused(tmp_path: Path) -> None:
-    write_imagej(tmp_path / "float.tif", ramp(dtype="float32"))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_whole_float_labels_are_read(tmp_path: Path, dtype: str) -> None:
+    labels = ramp(dtype=dtype)
+    labels[2] = 2**24 if dtype == "float32" else 2**32 - 1
+    tifffile.imwrite(tmp_path / "a.tif", labels, metadata={"axes": "ZYX"})
+    found = read_labels(tmp_path / "a.tif")
+    assert found.dtype == np.uint32
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_broken_and_negative_labels_are_refused(tmp_path: Path) -> None:
     write_ome(tmp_path / "negative.tif", ramp(dtype="int16") - 1)
-    with pytest.raises(InputError, match=r"float\.tif holds float32 values where labels"):
-        read_labels(tmp_path / "float.tif")
+    for value, shown in ((1.5, "1.5"), (np.nan, "nan"), (np.inf, "inf")):
+        labels = ramp(dtype="float32")
+        labels[1, 2, 3] = value
+        write_imagej(tmp_path / "float.tif", labels)
+        with pytest.raises(InputError, match=rf"float\.tif holds float32 values such as {shown} "):
+            read_labels(tmp_path / "float.tif")
+    tifffile.imwrite(tmp_path / "large.tif", np.full(SHAPE, 2.0**32), metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=r"at most 2\*\*32 - 1"):
+        read_labels(tmp_path / "large.tif")
     with pytest.raises(InputError, match=r"negative\.tif holds the negative label -1"):
         read_labels(tmp_path / "negative.tif")
+
+
+def test_coloured_labels_get_advice_that_can_be_followed(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "rgb.tif", ramp((3, 5, 7, 3), "uint8"), photometric="rgb")
+    with pytest.raises(InputError, match=r"rgb\.tif is a picture in colours .*napari: File > Save") as caught:
+        read_labels(tmp_path / "rgb.tif")
+    assert "data.channel" not in str(caught.value)
 
 
 def test_a_movie_is_no_label_volume(tmp_path: Path) -> None:

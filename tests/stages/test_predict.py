@@ -165,6 +165,9 @@ def test_a_folder_and_a_time_lapse_in_ome_zarr_give_equal_results(movie, oracle_
     predict(params, [movie], str(oracle_model), tmp_path / "a")
     result = predict(params, [tmp_path / "movie.ome.zarr"], str(oracle_model), tmp_path / "b")
     assert [frame.name for frame in result.frames] == [f"movie_t00{t}" for t in range(3)]
+    assert result.series == (tmp_path / "b" / "movie_masks.ome.zarr",)
+    for t, frame in enumerate(find_frames(tmp_path / "b" / "movie_masks.ome.zarr")):
+        np.testing.assert_array_equal(frame.read(), read_labels(tmp_path / "a" / f"t{t + 1}_masks.ome.tif"))
     for t in range(3):
         np.testing.assert_array_equal(
             read_labels(tmp_path / "a" / f"t{t + 1}_masks.ome.tif"),

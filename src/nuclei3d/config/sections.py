@@ -57,6 +57,8 @@ class DataParams(Section):
     unknown_label: int | None = -1
     """Number that marks, among the labels, what nobody looked at: no loss, no count there. None: no number; a
     mask ``labels/<frame>_known.tif``, 0 where nobody looked, says the same."""
+    image: str | int | None = None
+    """Name or number, from 0, of the image to read where a file holds several (series, scenes, positions)."""
     split: SplitParams = SplitParams()
 
     @field_validator("unknown_label")
@@ -469,6 +471,8 @@ class PredictParams(SegmentationParams):
     """auto takes OpenVINO where it is installed (CPU only)."""
     memory_gb: PositiveFloat | None = None
     """A volume that would need more is cut into blocks, which Dask runs."""
+    into_input: bool = False
+    """Masks also go into the OME-Zarr that was read, as `nuclei3d` in its group of labels."""
     workers: PositiveInt = 1
     """Processes of this machine that run the blocks."""
     scheduler: str | None = None

@@ -15,15 +15,23 @@ from numpy.typing import NDArray
 from nuclei3d.config.sections import DataParams, SplitParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
+from nuclei3d.grid import compact_labels
 from nuclei3d.images.frames import (
+    LABEL_WORDS,
     Frame,
     check_image,
+    count_times,
     frame_stem,
+    label_stem,
     list_volumes,
     natural_key,
+    say_once,
+    say_passed_over,
     single_frame,
     single_label_frame,
+    time_names,
 )
+from nuclei3d.images.ome_zarr import find_label_array, is_zarr
 from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
@@ -34,8 +42,9 @@ PARTS = ("train", "validation", "test")
 class EmbryoFrame:
     """Where one frame of an embryo lies; `label_path` is None where it is not labelled.
 
-    `frame` is the name of the file without its suffix, `index` its position in the embryo's order of time,
-    unlabelled frames counted.
+    `frame` is the name of the file without its suffix, with its time in a file of several, `index` its
+    position in the embryo's order of time, unlabelled frames counted. `image_time` and `label_time` are times
+    within the files, None in those of one.
     """
 
     embryo: str
@@ -43,6 +52,8 @@ class EmbryoFrame:
     image_path: Path
     label_path: Path | None
     index: int
+    image_time: int | None = None
+    label_time: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,11 @@ def find_embryos(data: Path) -> list[Embryo]:
     """List the embryos of a data set, ``<embryo>/images/<frame>.tif`` with ``<embryo>/labels/<frame>.tif``.
 
     Embryos and frames come in natural order (t2 before t10); for frames that is the order of time. Labels
-    belong to the image of the same name; a frame without is unlabelled. Only names are looked at, no file is
-    opened. InputError is raised if there is no embryo, an embryo has no image, two images have one name, or a
-    label has no image.
+    belong to the image of the same name, with or without ``_masks``, ``_cp_masks`` and the like at its
+    end; ``man_seg000`` belongs to ``t000``. A file of several time points gives a frame each; where their
+    number is that of the images, it belongs to these in their order. A frame without labels is unlabelled,
+    as is an empty time point of a file of labels. InputError is raised if there is no embryo, an embryo has
+    no image, two images have one name, or a label has no image.
     """
     data = Path(data)
     if not data.is_dir():
@@ -107,6 +120,8 @@ def find_embryos(data: Path) -> list[Embryo]:
     ]
     if not folders:
         raise InputError(f"{data} holds no embryo; expected {data}/<embryo>/images/<frame>.tif")
+    links = [entry.name for entry in data.iterdir() if entry.is_symlink() and not entry.exists()]
+    say_passed_over(data, sorted(links, key=natural_key), "links to what is not there")
     return [_find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
 
 
@@ -120,42 +135,117 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     if frame.label_path is None:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
     given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
-    image_frame = single_frame(frame.image_path, channel=params.channel, voxel_size=given)
-    label_frame = single_label_frame(frame.label_path)
+    image_frame = single_frame(
+        frame.image_path,
+        time=frame.image_time,
+        channel=params.channel,
+        image=params.image,
+        voxel_size=given,
+    )
+    label_frame = single_label_frame(frame.label_path, frame.label_time)
     _check_fit(image_frame, label_frame, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
     labels, unknown = read_partial_labels(label_frame, params.unknown_label)
+    labels = compact_labels(labels)
     if not labels.any():
         say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
 
 
 def _find_embryo(folder: Path) -> Embryo:
-    images = _by_stem(folder / "images")
+    images = _find_stored(folder / "images")
+    beside = [name for name in images if LABEL_WORDS.search(name) and label_stem(name) in images]
+    for name in beside:
+        del images[name]
+    say_passed_over(
+        folder / "images", beside, f"they are named as labels, whose place is {folder / 'labels'}"
+    )
     if not images:
         raise InputError(f"{folder / 'images'} holds no .tif, .tiff or .zarr; expected one file per frame")
-    labels = _by_stem(folder / "labels") if (folder / "labels").is_dir() else {}
-    for stem, path in labels.copy().items():
-        if is_known_mask(path) and stem not in images:
-            del labels[stem]
-        elif stem not in images:
-            raise InputError(f"{path} has no image of that name in {folder / 'images'}; rename or remove it")
-    frames = (
-        EmbryoFrame(folder.name, stem, path, labels.get(stem), index)
-        for index, (stem, path) in enumerate(images.items())
+    labels = _find_stored(folder / "labels") if (folder / "labels").is_dir() else {}
+    for name, (path, _) in labels.copy().items():
+        if is_known_mask(path):
+            del labels[name]
+    label_of = _match_labels(folder, images, labels)
+    embryo = Embryo(
+        folder.name,
+        tuple(
+            EmbryoFrame(folder.name, name, path, label_path, index, time, label_time)
+            for index, (name, (path, time)) in enumerate(images.items())
+            for label_path, label_time in [label_of.get(name, (None, None))]
+        ),
     )
-    return Embryo(folder.name, tuple(frames))
+    if 0 < len(embryo.labelled) < len(embryo.frames):
+        say_once(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
+    return embryo
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+Stored = dict[str, tuple[Path, int | None]]
+"""Files and times in them (None: there is one only) by the name of the frame."""
+
+
+def _find_stored(folder: Path) -> Stored:
+    found: Stored = {}
     for path in list_volumes(folder):
-        other = found.setdefault(frame_stem(path), path)
-        if other is not path:
-            raise InputError(f"{other} and {path} have the same frame name; rename or remove one of them")
+        count = _count_times(path)
+        for time, name in enumerate(time_names(frame_stem(path), count)):
+            other, _ = found.setdefault(name, (path, None if count == 1 else time))
+            if other is not path:
+                raise InputError(f"{other} and {path} have the same frame name; rename or remove one of them")
     return found
+
+
+def _count_times(path: Path) -> int:
+    try:
+        return count_times(find_label_array(path) if is_zarr(path) and path.parent.name == "labels" else path)
+    except InputError:
+        # said when it is read; nobody may want to
+        return 1
+
+
+def _match_labels(folder: Path, images: Stored, labels: Stored) -> Stored:
+    """Give the labels by the name of the image that they belong to."""
+    matched = {name: stored for name, stored in labels.items() if name in images}
+    left = {name: stored for name, stored in labels.items() if name not in images}
+    for name, stored in left.items():
+        key = label_stem(name)
+        if key in matched:
+            raise InputError(
+                f"{matched[key][0]} and {stored[0]} have the same frame name; rename or remove one of them"
+            )
+        if key not in images:
+            break
+        matched[key] = stored
+    else:
+        return {name: stored for name, stored in matched.items() if not _is_unlabelled(stored)}
+    if len(labels) == len(images) and (_in_one_file(labels) or _in_one_file(images)):
+        ordered = dict(zip(images, labels.values(), strict=True))
+        return {name: stored for name, stored in ordered.items() if not _is_unlabelled(stored)}
+    path, time = stored
+    if time is None:
+        raise InputError(f"{path} has no image of that name in {folder / 'images'}; rename or remove it")
+    raise InputError(
+        f"{path} has {len(labels)} time points, {folder / 'images'} {len(images)} frames: call it like the "
+        "images' file, or give labels of as many time points"
+    )
+
+
+def _in_one_file(stored: Stored) -> bool:
+    return len({path for path, _ in stored.values()}) == 1
+
+
+def _is_unlabelled(stored: tuple[Path, int | None]) -> bool:
+    """Tell whether a time point of several has no label at all: nobody has labelled it yet."""
+    path, time = stored
+    if time is None:
+        return False
+    frame = single_label_frame(path, time)
+    depth, height, width = frame.shape
+    # from the middle, where nuclei are
+    planes = sorted(range(depth), key=lambda z: abs(z - depth // 2))
+    return not any(frame.read_block((slice(z, z + 1), slice(height), slice(width))).any() for z in planes)
 
 
 def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
@@ -304,10 +394,10 @@ def _before(frames: Sequence[EmbryoFrame], limit: EmbryoFrame, gap: int) -> tupl
 
 def _check_leaks(split: Split) -> None:
     """Refuse one file in two parts, as a link or copy of a folder under a second name would have it."""
-    owner: dict[Path, tuple[str, EmbryoFrame]] = {}
+    owner: dict[tuple[Path, int | None], tuple[str, EmbryoFrame]] = {}
     for part in PARTS:
         for frame in split.of(part):
-            file = frame.image_path.resolve()
+            file = frame.image_path.resolve(), frame.image_time
             other_part, other = owner.setdefault(file, (part, frame))
             if other_part != part:
                 raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +14,61 @@ from numpy.typing import NDArray
 
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.layout import FrameAxes, Layout, lay_out_frames
+from nuclei3d.images.formats import FOREIGN_SUFFIXES, ForeignArray, NoReaderError
+from nuclei3d.images.layout import FrameAxes, Layout, NoVolumeError, lay_out_frames
 from nuclei3d.images.ome_zarr import ZarrArray, find_label_array, is_zarr
 from nuclei3d.images.tiff import TiffArray, check_planes
 from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
 _reported: set[tuple[Path, VoxelSize, VoxelSize]] = set()
+_said: set[str] = set()
+_READ_FORMATS = ".tif, .tiff or .zarr"
 
-_SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr")
-_TIFF_SUFFIXES = (".tif", ".tiff")
+_TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
+_SUFFIXES = (
+    *(".ome.tiff", ".ome.tif", ".ome.btf", ".ome.tf8", ".ome.zarr", ".zarr"),
+    *_TIFF_SUFFIXES,
+    *FOREIGN_SUFFIXES,
+)
+# What holds images, but none that are read here.
+_UNREAD_SUFFIXES = frozenset(
+    f".{name}"
+    for name in [
+        "png",
+        "jpg",
+        "jpeg",
+        "bmp",
+        "gif",
+        "npy",
+        "npz",
+        "h5",
+        "hdf5",
+        "nii",
+        "gz",
+        "zip",
+        "mha",
+        "mhd",
+        "nrrd",
+        "vsi",
+        "oib",
+        "oif",
+        "oir",
+        "klb",
+        "avi",
+        "mp4",
+        "stk",
+        "dv",
+        "sld",
+    ]
+)
+
+# Words at the end of a name that mark labels or an image and say nothing about which frame it is.
+LABEL_WORDS = re.compile(
+    r"[_\-. ](cp_masks|masks|mask|labels|label|lbl|segmentation|seg|gt)(?=_t\d+$|$)", re.I
+)
+# The Cell Tracking Challenge calls the labels of t000: man_seg000, man_track000 or, as a result, mask000.
+_CHALLENGE_NAME = re.compile(r"^(man_seg|man_track|mask|seg)_?(?=\d+$)", re.IGNORECASE)
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
@@ -41,19 +86,50 @@ def frame_stem(path: Path) -> str:
     return path.stem
 
 
+def label_stem(name: str) -> str:
+    """Give the name of the frame that labels belong to: `t000_cp_masks` and `man_seg000` are of `t000`."""
+    return LABEL_WORDS.sub("", _CHALLENGE_NAME.sub("t", name)) or name
+
+
 def list_volumes(folder: Path) -> list[Path]:
-    """List the TIFF files and zarr folders directly in a folder, in natural order, without hidden ones."""
-    paths = [
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".")
-        and (is_zarr(path) or (path.suffix.lower() in _TIFF_SUFFIXES and path.is_file()))
-    ]
+    """List the volumes directly in a folder (files, zarr folders), in natural order, without hidden ones.
+
+    Dangling links and images in formats that are not read are passed over, and said once.
+    """
+    paths, unread, dangling = [], [], []
+    for path in folder.iterdir():
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            continue
+        if is_zarr(path) or (suffix in (*_TIFF_SUFFIXES, *FOREIGN_SUFFIXES) and path.is_file()):
+            paths.append(path)
+        elif path.is_symlink() and not path.exists():
+            dangling.append(path.name)
+        elif suffix in _UNREAD_SUFFIXES and path.is_file():
+            unread.append(path.name)
+    for names, reason in ((dangling, "links to what is not there"), (unread, f"no {_READ_FORMATS}")):
+        say_passed_over(folder, sorted(names, key=natural_key), reason)
     return sorted(paths, key=lambda path: natural_key(path.name))
+
+
+def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
+    """Say once which files of a folder are not used."""
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say_once(f"{folder}: {len(names)} passed over: {shown} ({reason})")
+
+
+def say_once(text: str) -> None:
+    """Print a line that stages, which list the same files several times, say only once."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 def volume_paths(source: Path) -> list[Path]:
     """List the volumes that a path stands for: itself, or those in the folder."""
+    if source.is_symlink() and not source.exists():
+        raise missing(source, f"{source} is a link to {source.readlink()}, which is not there")
     if not source.exists():
         raise missing(source, f"{source} does not exist")
     if not source.is_dir() or is_zarr(source):
@@ -61,7 +137,7 @@ def volume_paths(source: Path) -> list[Path]:
     paths = list_volumes(source)
     if not paths:
         hint = f"; did you mean {source / 'images'}?" if (source / "images").is_dir() else ""
-        raise InputError(f"{source} holds no .tif, .tiff or .zarr{hint or '; give a folder that does'}")
+        raise InputError(f"{source} holds no {_READ_FORMATS}{hint or '; give a folder that does'}")
     return paths
 
 
@@ -71,8 +147,9 @@ class Frame:
 
     A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
     `name` is a stem for the names of outputs, unique within a listing; `voxel_size` was given by the user or
-    read from the file; `time` is the index on the time axis of the file. These are None where there is none.
-    A `stranger`'s file came with a request: other files that it names are not read.
+    read from the file; `time` is the index on the time axis of the file, `time_step_s` the time between two.
+    These are None where there is none. `image` is the number of the image in its file. A `stranger`'s file
+    came with a request: other files that it names are not read.
     """
 
     path: Path
@@ -84,6 +161,8 @@ class Frame:
     axes: FrameAxes
     scale_note: str = ""
     stranger: bool = False
+    image: int = 0
+    time_step_s: float | None = None
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -95,9 +174,17 @@ class Frame:
 
     def read_block(self, box: tuple[slice, slice, slice]) -> NDArray[Any]:
         """Read a box (z, y, x) of the volume, touching only the planes or chunks that hold it."""
-        with _open(self.path, self.stranger) as array:
+        with _open(self.path, self.image, stranger=self.stranger) as array:
             block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
+
+    @property
+    def data_file(self) -> Path:
+        """The file that changes when the volume is written anew: of OME-Zarr, the array's own metadata."""
+        if not is_zarr(self.path):
+            return self.path
+        array = ZarrArray(self.path, self.image).folder
+        return next(file for name in ("zarr.json", ".zarray") if (file := array / name).is_file())
 
     def require_voxel_size(self) -> VoxelSize:
         """Give the voxel size; an InputError says how to give it if neither the file nor the user does."""
@@ -115,29 +202,44 @@ def find_frames(
     source: Path,
     *,
     channel: str | int | None = None,
+    image: str | int | None = None,
     voxel_size: VoxelSize | None = None,
+    labels: bool = False,
     stranger: bool = False,
 ) -> list[Frame]:
     """List the frames of a file or folder: one per file and time point; never none.
 
-    `source` is a TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder
-    of such, taken in natural order (t2 before t10); hidden files are passed over. `channel` is a name or
-    number (from 0) where there are several. `voxel_size` wins over what the files say; where they say
-    something else, the user is told once. InputError is raised if there is nothing to read, or a file is
-    damaged, not 3D, or leaves the channel open. Of a `stranger`'s file, that of a request, others that it
-    names are not read.
+    `source` is a TIFF file (plain, ImageJ, OME, LSM), an OME-Zarr folder (0.4, 0.5; level 0 is read), a file
+    of another format (`nuclei3d.images.formats`), or a folder of such, taken in natural order (t2 before
+    t10). In a folder, hidden files are passed over; so are, and this is said, flat images, dangling links
+    and files that are not read. `channel` and `image` are names or numbers (from 0) where there are several.
+    `voxel_size` wins over what the files say; where they say something else, the user is told once. `labels`
+    are wanted, which have no channels. InputError is raised if there is nothing to read, or a file is
+    damaged, not 3D, or leaves the channel or image open. Of a `stranger`'s file, that of a request, others
+    that it names are not read.
     """
     listing = volume_paths(Path(source))
     frames: list[Frame] = []
     shared: set[Path] = set()
+    unusable: dict[Path, InputError] = {}
     for path in listing:
         if path in shared:
             continue
-        with _open(path, stranger) as array:
-            layout = array.layout
-        # Each file of a multi-file OME-TIFF gives the whole set.
-        shared.update(path.with_name(name) for name in layout.companions)
-        frames.extend(_frames_of(path, layout, channel, stranger))
+        try:
+            with _open(path, image, stranger=stranger) as array:
+                layout = array.layout
+            # Each file of a multi-file OME-TIFF gives the whole set.
+            shared.update(path.with_name(name) for name in layout.companions)
+            frames.extend(_frames_of(path, layout, channel, labels=labels, stranger=stranger))
+        except (NoVolumeError, NoReaderError) as error:
+            unusable[path] = error
+            continue
+        say_passed_over(path, layout.passed_over, "another is read with --set data.image=NUMBER")
+    if not frames:
+        raise next(iter(unusable.values()))
+    for kind, reason in ((NoVolumeError, "flat images"), (NoReaderError, "no reader is installed")):
+        names = [path.name for path, error in unusable.items() if isinstance(error, kind)]
+        say_passed_over(Path(source), names, reason)
     seen: dict[str, Path] = {}
     for frame in frames:
         other = seen.setdefault(frame.name, frame.path)
@@ -148,12 +250,19 @@ def find_frames(
     return frames if voxel_size is None else _rescale(frames, voxel_size)
 
 
-def single_frame(
-    path: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
-) -> Frame:
-    """Find the one frame of a file; errors as `find_frames`, and if it holds several time points."""
-    frames = find_frames(path, channel=channel, voxel_size=voxel_size)
-    if len(frames) > 1:
+def count_times(path: Path) -> int:
+    """Count the time points of a file, whatever its channels; errors as those of `find_frames`."""
+    with _open(path) as array:
+        lengths = zip(array.layout.axes.upper(), array.layout.shape, strict=True)
+        return next((length for axis, length in lengths if axis == "T"), 1)
+
+
+def single_frame(path: Path, *, time: int | None = None, **options: Any) -> Frame:
+    """Find the one frame of a file, or that at a time; options and errors as those of `find_frames`."""
+    frames = find_frames(path, **options)
+    if time is not None:
+        frames = [frame for frame in frames if frame.time == time]
+    if len(frames) != 1:
         raise InputError(
             f"{path} holds {len(frames)} frames where one is wanted; save each in a file of its own"
         )
@@ -164,6 +273,7 @@ def read_volume(
     path: str | Path,
     *,
     channel: str | int | None = None,
+    image: str | int | None = None,
     voxel_size_um: tuple[float, float, float] | None = None,
 ) -> tuple[NDArray[Any], VoxelSize]:
     """Read the one volume of a file.
@@ -171,8 +281,8 @@ def read_volume(
     Parameters
     ----------
     path
-        TIFF, OME-TIFF or OME-Zarr.
-    channel
+        TIFF, OME-TIFF, OME-Zarr or, with ``nuclei3d[formats]``, a microscope's own format.
+    channel, image
         Name or number, where there are several.
     voxel_size_um
         Edges (z, y, x); wins over what the file states.
@@ -194,13 +304,13 @@ def read_volume(
     >>> image, voxel_size = read_volume("embryo.tif", voxel_size_um=(2.0, 0.174, 0.174))
     """
     given = VoxelSize.of(voxel_size_um) if voxel_size_um is not None else None
-    frame = single_frame(Path(path), channel=channel, voxel_size=given)
+    frame = single_frame(Path(path), channel=channel, image=image, voxel_size=given)
     return frame.read(), frame.require_voxel_size()
 
 
-def single_label_frame(path: Path) -> Frame:
-    """Find the one label volume of a file or OME-Zarr folder."""
-    return single_frame(find_label_array(path) if is_zarr(path) else path)
+def single_label_frame(path: Path, time: int | None = None) -> Frame:
+    """Find the one label volume of a file or OME-Zarr folder, or that at a time."""
+    return single_frame(find_label_array(path) if is_zarr(path) else path, time=time, labels=True)
 
 
 def read_labels(path: Path) -> NDArray[np.uint32]:
@@ -212,20 +322,25 @@ def read_labels(path: Path) -> NDArray[np.uint32]:
 
 
 def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
-    """Check labels (Z, Y, X), integers from 0 to 2**32 - 1, and turn them into uint32."""
-    if labels.dtype.kind not in "bui":
-        raise InputError(
-            f"{where} holds {labels.dtype} values where labels are wanted, expected integers; save it as "
-            "16-bit (Fiji: Image > Type > 16-bit, without scaling)"
-        )
-    if labels.size:
-        if labels.dtype.kind == "i" and labels.min() < 0:
+    """Check labels (Z, Y, X), whole numbers from 0 to 2**32 - 1 of any type, and turn them into uint32."""
+    if labels.dtype.kind == "f":
+        odd = labels[~np.isfinite(labels) | (labels != np.rint(labels))]
+        if odd.size:
             raise InputError(
-                f"{where} holds the negative label {labels.min()}; labels count from 1, 0 is background"
+                f"{where} holds {labels.dtype} values such as {odd[0]:.6g} where labels are wanted, expected "
+                "whole numbers, one per nucleus; give the label image as it was before it was interpolated, "
+                "filtered or scaled"
             )
-        if labels.dtype.itemsize > 4 and labels.max() > np.iinfo(np.uint32).max:
+    elif labels.dtype.kind not in "bui":
+        raise InputError(f"{where} holds {labels.dtype} values where labels are wanted, expected integers")
+    if labels.size:
+        if labels.dtype.kind in "if" and labels.min() < 0:
             raise InputError(
-                f"{where} holds the label {labels.max()}, expected at most 2**32 - 1; renumber the labels"
+                f"{where} holds the negative label {labels.min():g}; labels count from 1, 0 is background"
+            )
+        if labels.dtype.itemsize >= 4 and labels.max() > np.iinfo(np.uint32).max:
+            raise InputError(
+                f"{where} holds the label {labels.max():g}, expected at most 2**32 - 1; renumber the labels"
             )
     return labels.astype(np.uint32, copy=False)
 
@@ -245,21 +360,27 @@ def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
-def _open(path: Path, stranger: bool) -> AbstractContextManager[TiffArray | ZarrArray]:
-    return nullcontext(ZarrArray(path)) if is_zarr(path) else TiffArray(path, stranger=stranger)
+def _open(
+    path: Path, image: str | int | None = None, *, stranger: bool = False
+) -> AbstractContextManager[TiffArray | ZarrArray | ForeignArray]:
+    if is_zarr(path):
+        return nullcontext(ZarrArray(path, image))
+    if path.suffix.lower() in FOREIGN_SUFFIXES:
+        return ForeignArray(path, image)
+    return TiffArray(path, image, stranger=stranger)
 
 
-def _frames_of(path: Path, layout: Layout, channel: str | int | None, stranger: bool) -> Iterable[Frame]:
+def _frames_of(
+    path: Path, layout: Layout, channel: str | int | None, *, labels: bool, stranger: bool
+) -> Iterable[Frame]:
     if stranger:
         check_planes(layout.planes)
-    stem = frame_stem(path)
-    found = lay_out_frames(layout, str(path), channel)
-    digits = max(3, len(str(len(found) - 1)))
-    for axes in found:
+    found = lay_out_frames(layout, str(path), channel, labels=labels)
+    for axes, name in zip(found, time_names(frame_stem(path), len(found)), strict=True):
         z, y, x = (layout.shape[place] for place in axes.spatial)
         yield Frame(
             path=path,
-            name=stem if axes.time is None else f"{stem}_t{axes.time:0{digits}d}",
+            name=name,
             shape=(z, y, x),
             dtype=layout.dtype,
             voxel_size=layout.voxel_size,
@@ -267,7 +388,15 @@ def _frames_of(path: Path, layout: Layout, channel: str | int | None, stranger: 
             axes=axes,
             scale_note=layout.scale_note,
             stranger=stranger,
+            image=layout.image,
+            time_step_s=layout.time_step_s,
         )
+
+
+def time_names(stem: str, count: int) -> list[str]:
+    """Name the time points of a file, from ``<stem>_t000`` on; one alone is called like the file."""
+    digits = max(3, len(str(count - 1)))
+    return [stem] if count == 1 else [f"{stem}_t{time:0{digits}d}" for time in range(count)]
 
 
 def _rescale(frames: list[Frame], given: VoxelSize) -> list[Frame]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,13 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
+
+# What programs call the pictures that they put beside an image.
+_SIDE_IMAGE = re.compile(r"(?<![a-z])(labels?|masks?|macro|slide|preview|overview|thumb(nail)?)(?![a-z])")
+
+
+class NoVolumeError(InputError):
+    """What was found has no depth: a flat image."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,8 @@ class Layout:
     other is an axis of unknown meaning. `voxel_size` is None where the metadata do not give all three edges,
     and `scale_note` then says why, if known. `channels` is empty where the file does not name them,
     `companions` unless this is a multi-file OME-TIFF: then it names all the files that share the array, this
-    one included.
+    one included. `time_step_s` is None where no time is stated. `image` is the number of the array among the
+    images of the file; `passed_over` describes the others.
     """
 
     axes: str
@@ -31,6 +41,9 @@ class Layout:
     scale_note: str = ""
     channels: tuple[str, ...] = ()
     companions: frozenset[str] = field(default_factory=frozenset)
+    time_step_s: float | None = None
+    image: int = 0
+    passed_over: tuple[str, ...] = ()
 
     @property
     def planes(self) -> int:
@@ -41,6 +54,50 @@ class Layout:
     def describe(self) -> str:
         """Give axes and lengths as text, such as ``T=5, Z=51, Y=124, X=127``."""
         return ", ".join(f"{axis}={length}" for axis, length in zip(self.axes, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class ImageInFile:
+    """One of the images of a file; `axes` and `shape` as in `Layout`."""
+
+    name: str
+    axes: str
+    shape: tuple[int, ...]
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether an axis is z, or may be."""
+        lengths = zip(self.axes.upper(), self.shape, strict=True)
+        return any(length > 1 for axis, length in lengths if axis not in "YXSCT")
+
+    def __str__(self) -> str:
+        return f"{self.name or 'no name'}, {' x '.join(map(str, self.shape))}"
+
+
+def choose_image(
+    images: Sequence[ImageInFile], where: str, wanted: str | int | None
+) -> tuple[int, tuple[str, ...]]:
+    """Choose one of the images of a file, by number (from 0) or name; describe those passed over.
+
+    Where `wanted` is None, flat images and those called label, macro, preview and the like do not count.
+    InputError is raised if several are left, or none is the wanted one.
+    """
+    listing = [f"{number} ({image})" for number, image in enumerate(images)]
+    shown = ", ".join(listing[:8]) + (f" and {len(listing) - 8} more" if len(listing) > 8 else "")
+    mend = "choose one with --set data.image=NUMBER"
+    if wanted is not None:
+        named = [i for i, image in enumerate(images) if image.name.lower() == str(wanted).lower()]
+        if len(named) != 1 and str(wanted).isdecimal() and int(wanted) < len(images):
+            named = [int(wanted)]
+        if len(named) != 1:
+            what = "names several images" if named else "is none of its images"
+            raise InputError(f"{where}: image '{wanted}' {what}: {shown}; {mend}")
+        return named[0], ()
+    deep = [i for i, image in enumerate(images) if image.has_depth] or list(range(len(images)))
+    left = [i for i in deep if not _SIDE_IMAGE.search(images[i].name.lower())] or deep
+    if len(left) > 1 and images[left[0]].has_depth:
+        raise InputError(f"{where} holds {len(left)} images: {shown}; {mend}")
+    return left[0], tuple(text for i, text in enumerate(listing) if i != left[0])
 
 
 @dataclass(frozen=True)
@@ -68,22 +125,28 @@ class FrameAxes:
         return block.transpose(order)
 
 
-def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> list[FrameAxes]:
+def lay_out_frames(
+    layout: Layout, where: str, channel: str | int | None, *, labels: bool = False
+) -> list[FrameAxes]:
     """Find the frames in a stored array: one per time point, of one channel (None: there is one only).
 
-    `where` is the name of the file for messages. InputError is raised if the array is not 3D, an axis has no
-    meaning, or the channel is missing, unknown or ambiguous.
+    `where` is the name of the file for messages; `labels` have no channels. InputError is raised if the array
+    is not 3D (NoVolumeError), an axis has no meaning, or the channel is missing, unknown or ambiguous.
     """
     axes = _name_unknown_axis(layout, where)
     length = dict(zip(axes, layout.shape, strict=True))
+    if length.get("Z", 1) == 1 and axes.startswith("SY"):
+        # programs that take any 3 or 4 planes for colours wrote them so
+        axes = axes.replace("Z", "_").replace("S", "Z")
+        length = dict(zip(axes, layout.shape, strict=True))
     flat = [axis for axis in "ZYX" if length.get(axis, 1) == 1]
     if flat:
-        raise InputError(_say_flat(layout, where, length))
+        raise NoVolumeError(_say_flat(layout, where, length))
     if length.get("S", 1) > 1 and length.get("C", 1) > 1:
         raise InputError(
             f"{where} has colours and channels ({layout.describe()}); save one channel as grey values"
         )
-    chosen = _choose_channel(layout, length, where, channel)
+    chosen = _choose_channel(layout, length, where, channel, labels)
     fixed: list[int | None] = [
         None if axis in "ZYX" else chosen if axis in "CS" and length[axis] > 1 else 0 for axis in axes
     ]
@@ -114,6 +177,8 @@ def _name_unknown_axis(layout: Layout, where: str) -> str:
 
 def _say_flat(layout: Layout, where: str, length: dict[str, int]) -> str:
     mend = "give a 3D stack"
+    if layout.passed_over:
+        mend += f"; the file also holds {', '.join(layout.passed_over)} (--set data.image=NUMBER)"
     if length.get("T", 1) > 1:
         mend = "if its time axis is really z, swap them in Fiji (Image > Properties) and save again"
     elif length.get("C", 1) > 1:
@@ -121,7 +186,9 @@ def _say_flat(layout: Layout, where: str, length: dict[str, int]) -> str:
     return f"{where} is no volume ({layout.describe()}); expected three axes (z, y, x) longer than 1; {mend}"
 
 
-def _choose_channel(layout: Layout, length: dict[str, int], where: str, channel: str | int | None) -> int:
+def _choose_channel(
+    layout: Layout, length: dict[str, int], where: str, channel: str | int | None, labels: bool
+) -> int:
     count = max(length.get("C", 1), length.get("S", 1))
     names = layout.channels
     if not names and length.get("S", 1) > 1:
@@ -133,6 +200,13 @@ def _choose_channel(layout: Layout, length: dict[str, int], where: str, channel:
     if channel is None:
         if count == 1:
             return 0
+        if labels:
+            what = "a picture in colours" if length.get("S", 1) > 1 else f"an image of {count} channels"
+            raise InputError(
+                f"{where} is {what} ({layout.describe()}), not labels, which have one number per nucleus; "
+                "save the labels themselves (napari: File > Save Selected Layers; Fiji: the label image, not "
+                "its overlay or RGB copy)"
+            )
         raise InputError(
             f"{where} has {count} channels: {listing}; choose one with --set data.channel=NUMBER"
         )

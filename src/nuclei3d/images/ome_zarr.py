@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.layout import Layout
-from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
+from nuclei3d.images.layout import ImageInFile, Layout, choose_image
+from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 
 if TYPE_CHECKING:
     import zarr
@@ -23,13 +24,20 @@ _OLD_AXES = ("t", "c", "z", "y", "x")
 class ZarrArray:
     """The full-resolution array of an OME-Zarr image, or a bare zarr array (z, y, x).
 
-    InputError is raised if the folder is missing or no zarr, or its metadata are not those of one image.
+    InputError is raised if the folder is missing or no zarr, its metadata are damaged, or leave open which of
+    several images is meant (`image`: number from 0, or name).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, image: str | int | None = None) -> None:
         self.path = path
-        self.array, attributes = _open_array(path)
-        self.layout = _read_layout(self.array, attributes, path)
+        self.array, attributes, number, passed_over = _open_array(path, image)
+        layout = _read_layout(self.array, attributes, path)
+        self.layout = replace(layout, image=number, passed_over=passed_over)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the array."""
+        return Path(str(self.array.store_path).removeprefix("file://"))
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""
@@ -50,54 +58,126 @@ def is_zarr(path: Path) -> bool:
 
 def create_zarr(
     path: Path,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: DTypeLike,
     voxel_size: VoxelSize,
     chunks: tuple[int, int, int],
     *,
     labels: bool = False,
+    time_step_s: float | None = None,
+    version: str = "0.5",
 ) -> zarr.Array[Any]:
-    """Create an OME-Zarr 0.5 image of one level, filled with 0, to be filled chunk by chunk.
+    """Create an OME-Zarr image of one level, filled with 0, to be filled chunk by chunk.
 
     The array is created at `path` at once; write inside `whole_folder` to have it appear whole. `shape` and
-    `chunks` are voxels (z, y, x); chunks are stored one file each. The voxel size goes into the metadata, so
-    that Fiji and napari open it at the right scale; `labels` marks the image as labels (``image-label``).
+    `chunks` are voxels (z, y, x), the shape with time points before them where there are several; chunks are
+    stored one file each. The voxel size goes into the metadata, so that Fiji and napari open it at the right
+    scale; `labels` marks the image as labels (``image-label``). `version` is 0.4 or 0.5.
     """
-    import zarr
-
-    ome: dict[str, Any] = {
-        "version": "0.5",
-        "multiscales": [
-            {
-                # Not the folder's name: inside whole_folder that is a new one each time.
-                "name": "labels" if labels else "image",
-                "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"],
-                "datasets": [
-                    {
-                        "path": "0",
-                        "coordinateTransformations": [{"type": "scale", "scale": list(voxel_size.zyx)}],
-                    }
-                ],
-            }
-        ],
-    }
-    if labels:
-        ome["image-label"] = {"version": "0.5"}
-    fitting = tuple(min(chunk, length) for chunk, length in zip(chunks, shape, strict=True))
+    multiscales = [_one_level("0", "labels" if labels else "image", voxel_size, len(shape), time_step_s)]
+    image_label: dict[str, Any] = {"image-label": {"version": version}} if labels else {}
+    chunks_txyz = (1, *chunks)[-len(shape) :]
+    fitting = tuple(min(chunk, length) for chunk, length in zip(chunks_txyz, shape, strict=True))
     try:
-        group = zarr.open_group(store=str(path), mode="w", zarr_format=3, attributes={"ome": ome})
+        group = _open_new_group(path, version, {"multiscales": multiscales, **image_label})
         return group.create_array(
             "0",
             shape=shape,
             dtype=np.dtype(dtype),
             chunks=fitting,
             fill_value=0,
-            dimension_names=("z", "y", "x"),
+            **({"dimension_names": _axes_names(len(shape))} if version == "0.5" else _nested_chunks()),
         )
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; choose a place that can be written"
         ) from error
+
+
+def create_label_container(
+    path: Path, name: str, voxel_size: VoxelSize, ndim: int, time_step_s: float | None
+) -> Path:
+    """Create an OME-Zarr for labels without their image; give the folder for `create_zarr` to make.
+
+    The labels lie in its ``labels`` group and are, so that every reader finds them, also its image.
+    """
+    level = _one_level(f"labels/{name}/0", "labels", voxel_size, ndim, time_step_s)
+    _open_new_group(path, "0.5", {"multiscales": [level]})
+    _open_new_group(path / "labels", "0.5", {"labels": [name]})
+    return path / "labels" / name
+
+
+def image_group(path: Path, image: int) -> Path:
+    """Give the folder of an image: the given one, or that of its number in what bioformats2raw wrote."""
+    import zarr
+
+    node = zarr.open(store=str(path), mode="r")
+    inner = "bioformats2raw.layout" in _ome_attributes(node.attrs.asdict())
+    return path / str(image) if inner else path
+
+
+def ome_version(path: Path) -> str:
+    """Give the version in which labels are to be written beside an image: 0.4 in the old zarr, else 0.5."""
+    return "0.5" if (path / "zarr.json").is_file() else "0.4"
+
+
+def enlist_labels(image: Path, name: str) -> None:
+    """Name labels, which lie in ``labels/<name>`` of an OME-Zarr image, in the list of its labels."""
+    import zarr
+
+    version = ome_version(image)
+    folder = image / "labels"
+    attributes: Mapping[str, Any] = {}
+    if is_zarr(folder):
+        attributes = _ome_attributes(zarr.open_group(str(folder), mode="r").attrs.asdict())
+    names = list(attributes.get("labels", ()))
+    if name not in names:
+        kept = {key: value for key, value in attributes.items() if key not in ("labels", "version")}
+        _open_new_group(folder, version, {**kept, "labels": [*names, name]}, mode="a")
+    if zarr.open_group(str(image), mode="r").metadata.consolidated_metadata is not None:
+        zarr.consolidate_metadata(str(image))
+
+
+def _open_new_group(path: Path, version: str, ome: dict[str, Any], mode: str = "w") -> zarr.Group:
+    import zarr
+
+    if version == "0.5":
+        attributes: dict[str, Any] = {"ome": {"version": "0.5", **ome}}
+        group = zarr.open_group(store=str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    else:
+        attributes = ome
+        group = zarr.open_group(store=str(path), mode=mode, zarr_format=2)  # type: ignore[arg-type]
+    group.attrs.update(attributes)
+    return group
+
+
+def _axes_names(ndim: int) -> tuple[str, ...]:
+    return ("t", "z", "y", "x")[-ndim:]
+
+
+def _nested_chunks() -> dict[str, Any]:
+    """Say how chunks are named in OME-Zarr 0.4: a folder for each axis."""
+    return {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+
+
+def _one_level(
+    array: str, name: str, voxel_size: VoxelSize, ndim: int, time_step_s: float | None
+) -> dict[str, Any]:
+    axes: list[dict[str, str]] = [
+        {"name": axis, "type": "space", "unit": "micrometer"} for axis in _axes_names(3)
+    ]
+    scale = list(voxel_size.zyx)
+    if ndim == 4:
+        unit = {} if time_step_s is None else {"unit": "second"}
+        axes.insert(0, {"name": "t", "type": "time", **unit})
+        scale.insert(0, time_step_s or 1.0)
+    transformations = [{"type": "scale", "scale": scale}]
+    return {
+        # Not the folder's name: inside whole_folder that is a new one each time.
+        "name": name,
+        "axes": axes,
+        "datasets": [{"path": array, "coordinateTransformations": transformations}],
+    }
 
 
 def find_label_array(path: Path) -> Path:
@@ -115,7 +195,10 @@ def find_label_array(path: Path) -> Path:
     return group / names[0]
 
 
-def _open_array(path: Path) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
+def _open_array(
+    path: Path, image: str | int | None = None
+) -> tuple[zarr.Array[Any], Mapping[str, Any], int, tuple[str, ...]]:
+    """Give the array, its attributes, its number among the images and what the others are."""
     import zarr
 
     if not path.exists():
@@ -128,29 +211,36 @@ def _open_array(path: Path) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
             f"{path} cannot be read as zarr ({reason}); give a TIFF or OME-Zarr image"
         ) from error
     if isinstance(node, zarr.Array):
-        return node, node.attrs.asdict()
+        return node, node.attrs.asdict(), 0, ()
     attributes = _ome_attributes(node.attrs.asdict())
     if "multiscales" not in attributes:
-        return _open_single_series(node, attributes, path)
+        return _open_series(node, attributes, path, image)
     try:
         dataset = node[str(attributes["multiscales"][0]["datasets"][0]["path"])]
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: the OME-Zarr metadata name no array that is there ({error})") from error
     if not isinstance(dataset, zarr.Array):
         raise InputError(f"{path}: level 0 of the OME-Zarr image is no array; export it again")
-    return dataset, attributes
+    return dataset, attributes, 0, ()
 
 
-def _open_single_series(
-    node: zarr.Group, attributes: Mapping[str, Any], path: Path
-) -> tuple[zarr.Array[Any], Mapping[str, Any]]:
-    """Step into the first series where bioformats2raw wrote one image only."""
-    if "bioformats2raw.layout" in attributes and "0" in node:
-        if "1" in node:
-            raise InputError(f"{path} holds several images; name one, as {path / '0'}")
-        return _open_array(path / "0")
-    what = "a plate" if "plate" in attributes else "no OME-Zarr image (no 'multiscales' in its metadata)"
-    raise InputError(f"{path} is {what}; give the folder of one image")
+def _open_series(
+    node: zarr.Group, attributes: Mapping[str, Any], path: Path, image: str | int | None
+) -> tuple[zarr.Array[Any], Mapping[str, Any], int, tuple[str, ...]]:
+    """Step into one of the images that bioformats2raw wrote."""
+    count = 0
+    while "bioformats2raw.layout" in attributes and str(count) in node:
+        count += 1
+    if not count:
+        what = "a plate" if "plate" in attributes else "no OME-Zarr image (no 'multiscales' in its metadata)"
+        raise InputError(f"{path} is {what}; give the folder of one image")
+    opened = [_open_array(path / str(number))[:2] for number in range(count)]
+    images = []
+    for number, (array, inner) in enumerate(opened):
+        layout = _read_layout(array, inner, path / str(number))
+        images.append(ImageInFile(str(inner["multiscales"][0].get("name", "")), layout.axes, layout.shape))
+    chosen, passed_over = choose_image(images, str(path), image)
+    return *opened[chosen], chosen, passed_over
 
 
 def _ome_attributes(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -187,7 +277,17 @@ def _read_layout(array: zarr.Array[Any], attributes: Mapping[str, Any], path: Pa
     voxel_size, note = voxel_size_or_reason(*edges)
     if scale is not None and voxel_size is None and not note:
         note = "its axes have no unit of length"
-    return Layout(names, shape, dtype.newbyteorder("="), voxel_size, note, channels if any(channels) else ())
+    place = names.find("T")
+    seconds = seconds_per(units[place]) if place >= 0 else None
+    return Layout(
+        axes=names,
+        shape=shape,
+        dtype=dtype.newbyteorder("="),
+        voxel_size=voxel_size,
+        scale_note=note,
+        channels=channels if any(channels) else (),
+        time_step_s=None if scale is None or seconds is None else scale[place] * seconds,
+    )
 
 
 def _bare_axes(array: zarr.Array[Any], attributes: Mapping[str, Any], path: Path) -> str:

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from xml.etree.ElementTree import Element, ParseError
 import numpy as np
 import tifffile
 from defusedxml import DefusedXmlException, ElementTree
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from nuclei3d.errors import InputError, TooLargeError, missing
-from nuclei3d.images.layout import Layout
-from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
+from nuclei3d.images.layout import ImageInFile, Layout, choose_image
+from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 from nuclei3d.outputs import whole_file
 
 # tifffile logs what it finds wrong in a file and goes on with the rest; we raise one clear line instead.
@@ -53,10 +53,11 @@ class TiffArray:
     Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
     one plane is held besides what is asked for. A `stranger`'s file, that of a request, is never followed to
     other files, and may not make large what is read of its header. InputError is raised if the file is
-    missing, empty, no TIFF, damaged, or holds several images, TooLargeError of strange ones with many planes.
+    missing, empty, no TIFF, damaged, or leaves open which of several images is meant (`image`: number from 0,
+    or name), TooLargeError of strange ones with many planes.
     """
 
-    def __init__(self, path: Path, *, stranger: bool = False) -> None:
+    def __init__(self, path: Path, image: str | int | None = None, *, stranger: bool = False) -> None:
         self.path = path
         with _complaints() as complaints:
             self._file = _open_tiff(path, stranger)
@@ -64,8 +65,9 @@ class TiffArray:
             with _damage_explained(path), _complaints() as more:
                 if stranger:
                     _check_strange_header(self._file)
-                self._series = _main_series(self._file, path)
-                self.layout = self._read_layout()
+                number, passed_over = _choose_series(self._file, path, image)
+                self._series = self._file.series[number]
+                self.layout = self._read_layout(number, passed_over)
                 self._check_complete()
             if complaints or more:
                 raise InputError(_say_truncated(path, "its metadata point behind the end of the file"))
@@ -86,9 +88,10 @@ class TiffArray:
             block = self._read_planes(index) if offset is None else self._read_mapped(offset, index)
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
-    def _read_layout(self) -> Layout:
+    def _read_layout(self, number: int, passed_over: tuple[str, ...]) -> Layout:
         series = self._series
-        voxel_size, note = _read_scale(self._file)
+        pixels = _ome_pixels(self._file, number)
+        voxel_size, note = _read_scale(self._file, pixels)
         companions: frozenset[str] = frozenset()
         if series.is_multifile:
             pages = (page for page in series.pages if page is not None)
@@ -99,8 +102,11 @@ class TiffArray:
             dtype=np.dtype(series.dtype).newbyteorder("="),
             voxel_size=voxel_size,
             scale_note=note,
-            channels=_read_channel_names(self._file),
+            channels=_read_channel_names(self._file, pixels),
             companions=companions,
+            time_step_s=_read_time_step(self._file, pixels),
+            image=number,
+            passed_over=passed_over,
         )
 
     def _check_complete(self) -> None:
@@ -224,16 +230,21 @@ def check_planes(planes: float) -> None:
         raise TooLargeError(f"the volume claims more than {_MOST_PLANES} planes")
 
 
-def _main_series(file: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
+def _choose_series(
+    file: tifffile.TiffFile, path: Path, wanted: str | int | None
+) -> tuple[int, tuple[str, ...]]:
     if not file.series:
         raise InputError(_say_truncated(path, "it holds no image"))
-    volumes = [series for series in file.series if len(series.shape) > 2]
-    if len(volumes) > 1:
-        shapes = ", ".join(" x ".join(map(str, series.shape)) for series in volumes[:5])
-        raise InputError(f"{path} holds {len(volumes)} images ({shapes}); save each in a file of its own")
-    if file.series[0].ndim <= 2 and volumes:
-        return volumes[0]
-    return file.series[0]
+    images = [
+        ImageInFile(
+            # a reduced page is a picture for browsers, whatever it is called
+            "thumbnail" if series.keyframe.is_reduced and series is not file.series[0] else series.name,
+            str(series.axes),
+            tuple(series.shape),
+        )
+        for series in file.series
+    ]
+    return choose_image(images, str(path), wanted)
 
 
 @contextmanager
@@ -287,44 +298,76 @@ def _say_truncated(path: Path, reason: str) -> str:
     return f"{path} is damaged or truncated ({reason}); copy or export it again"
 
 
-def _read_scale(file: tifffile.TiffFile) -> tuple[VoxelSize | None, str]:
+def _read_scale(file: tifffile.TiffFile, pixels: Element | None) -> tuple[VoxelSize | None, str]:
     """Give the voxel size, or None and what is wrong or missing ("" where the file says nothing).
 
     OME metadata come first, then ImageJ's (or tifffile's) description with the resolution tags. A scale
     without a unit of length (pixels) counts as none: anisotropy is derived, never guessed.
     """
     if file.is_ome and file.ome_metadata:
-        return _ome_scale(file.ome_metadata)
-    description: Mapping[str, Any] = {}
+        return (None, "its OME metadata cannot be read") if pixels is None else _ome_scale(pixels)
+    if file.is_lsm and file.lsm_metadata:
+        edges = (_number(file.lsm_metadata.get(f"VoxelSize{axis}", 0), 1e6) or None for axis in "ZYX")
+        return voxel_size_or_reason(*edges)
+    return _described_scale(file, _description(file))
+
+
+def _description(file: tifffile.TiffFile) -> Mapping[str, Any]:
     if file.is_imagej and file.imagej_metadata:
-        description = file.imagej_metadata
-    elif file.is_shaped and file.shaped_metadata:
-        description = file.shaped_metadata[0]
-    return _described_scale(file, description)
+        return file.imagej_metadata
+    if file.is_shaped and file.shaped_metadata:
+        return file.shaped_metadata[0]
+    return {}
 
 
-def _read_channel_names(file: tifffile.TiffFile) -> tuple[str, ...]:
-    if not (file.is_ome and file.ome_metadata):
-        return ()
-    pixels = _ome_pixels(file.ome_metadata)
-    if pixels is None:
-        return ()
-    names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+def _read_channel_names(file: tifffile.TiffFile, pixels: Element | None) -> tuple[str, ...]:
+    names: tuple[str, ...] = ()
+    if pixels is not None:
+        names = tuple(channel.get("Name", "") for channel in pixels.iterfind("{*}Channel"))
+    elif file.is_lsm and file.lsm_metadata:
+        names = tuple(file.lsm_metadata.get("ChannelColors", {}).get("ColorNames", ()))
     return names if any(names) else ()
 
 
-def _ome_pixels(xml: str) -> Element | None:
+def _read_time_step(file: tifffile.TiffFile, pixels: Element | None) -> float | None:
+    if pixels is not None:
+        scale = seconds_per(pixels.get("TimeIncrementUnit", "s"))
+        step = None if scale is None else _number(pixels.get("TimeIncrement", 0), scale)
+    elif file.is_lsm and file.lsm_metadata:
+        step = _number(file.lsm_metadata.get("TimeIntervall", 0), 1.0)
+    else:
+        step = _number(_description(file).get("finterval", 0), 1.0)
+    return step if step is not None and 0 < step < float("inf") else None
+
+
+def _ome_pixels(file: tifffile.TiffFile, number: int) -> Element | None:
+    """Find what the OME metadata say of an image; tifffile leaves out those that have no data."""
+    if not (file.is_ome and file.ome_metadata):
+        return None
     try:
-        found: Element | None = ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
+        images = ElementTree.fromstring(file.ome_metadata).findall("{*}Image")
     except (ParseError, DefusedXmlException):
         return None
+    if len(images) <= 1:
+        return images[0].find("{*}Pixels") if images else None
+    following = iter(images)
+    found: Element | None = None
+    for series in file.series[: number + 1]:
+        matching = (pixels for image in following if (pixels := _pixels_of(image, series)) is not None)
+        found = next(matching, None)
     return found
 
 
-def _ome_scale(xml: str) -> tuple[VoxelSize | None, str]:
-    pixels = _ome_pixels(xml)
-    if pixels is None:
-        return None, "its OME metadata cannot be read"
+def _pixels_of(image: Element, series: tifffile.TiffPageSeries) -> Element | None:
+    pixels = image.find("{*}Pixels")
+    if pixels is None or (image.get("Name") or "") != (series.name or ""):
+        return None
+    lengths = dict(zip(series.axes, series.shape, strict=True))
+    same = all(int(pixels.get(f"Size{axis}", 0)) == lengths.get(axis, 1) for axis in "TZYX")
+    return pixels if same else None
+
+
+def _ome_scale(pixels: Element) -> tuple[VoxelSize | None, str]:
     edges: list[float | None] = []
     for axis in "ZYX":
         text = pixels.get(f"PhysicalSize{axis}")
@@ -400,50 +443,95 @@ def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> Non
     _write_ome_tiff(path, labels.astype(dtype, copy=False), voxel_size)
 
 
+def write_label_series(
+    path: Path,
+    read_planes: Callable[[], Iterator[NDArray[Any]]],
+    shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    voxel_size: VoxelSize,
+    time_step_s: float | None,
+) -> None:
+    """Write labels over time (T, Z, Y, X), plane by plane, as `write_labels` does those of one frame.
+
+    `read_planes` is called twice and gives all planes (Y, X) in their order.
+    """
+    digest = _content_uuid(read_planes(), (shape, np.dtype(dtype).str, voxel_size.zyx, time_step_s))
+    planes = (plane.astype(dtype, copy=False) for plane in read_planes())
+    _write_planes(path, planes, shape, np.dtype(dtype), voxel_size, digest, time_step_s)
+
+
 def _write_ome_tiff(path: Path, volume: NDArray[Any], voxel_size: VoxelSize) -> None:
+    digest = _content_uuid(volume, (volume.shape, volume.dtype.str, voxel_size.zyx))
+    _write_planes(path, volume, volume.shape, volume.dtype, voxel_size, digest)
+
+
+def _write_planes(
+    path: Path,
+    planes: NDArray[Any] | Iterator[NDArray[Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    voxel_size: VoxelSize,
+    digest: str,
+    time_step_s: float | None = None,
+) -> None:
     """Write planes compressed by zlib, without a predictor, as ImageJ misreads predicted 16-bit planes.
 
     The first page carries two descriptions, as tifffile's own files do: OME-XML, which Bio-Formats and
     tifffile read, and after it ImageJ's, as ImageJ's own TIFF reader (File > Open in Fiji) knows no OME-XML
     and would show planes 1 um apart. Readers that expect one description take the first.
     """
+    axes = "TZYX"[-len(shape) :]
     options: dict[str, Any] = {
+        "shape": shape,
+        "dtype": dtype,
         "photometric": "minisblack",
         "compression": "zlib",
         # ImageJ counts pixels per unit of its description, whatever the tag ResolutionUnit says.
         "resolution": (1 / voxel_size.x, 1 / voxel_size.y),
         "resolutionunit": "NONE",
         "software": "nuclei3d",
-        "description": _ome_xml(volume, voxel_size).encode("utf-8"),
+        "description": _ome_xml(shape, dtype, voxel_size, digest, time_step_s).encode("utf-8"),
         # Makes room for the second description.
-        "metadata": {"axes": "ZYX"},
+        "metadata": {"axes": axes},
     }
-    big = volume.nbytes > CLASSIC_TIFF_BYTES
+    times = ""
+    if len(shape) == 4:
+        interval = "" if time_step_s is None else f"finterval={time_step_s!r}\n"
+        times = f"frames={shape[0]}\nhyperstack=true\n{interval}"
+    big = math.prod(shape) * dtype.itemsize > CLASSIC_TIFF_BYTES
     with whole_file(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, shaped=True) as writer:
-        writer.write(volume, **options)
+        writer.write(planes, **options)
         # The version is that of the format, as tifffile writes it too.
         writer.overwrite_description(
-            f"ImageJ=1.11a\nimages={len(volume)}\nslices={len(volume)}\nunit=micron\n"
+            f"ImageJ=1.11a\nimages={math.prod(shape[:-2])}\nslices={shape[-3]}\n{times}unit=micron\n"
             f"spacing={voxel_size.z!r}\nloop=false\n"
         )
 
 
-def _ome_xml(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
+def _ome_xml(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    voxel_size: VoxelSize,
+    digest: str,
+    time_step_s: float | None,
+) -> str:
     sizes: dict[str, Any] = {}
     for axis, edge in zip("ZYX", voxel_size.zyx, strict=True):
         sizes[f"PhysicalSize{axis}"] = edge
         sizes[f"PhysicalSize{axis}Unit"] = "µm"
+    if time_step_s is not None:
+        sizes |= {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
     # tifffile would invent a new UUID at each run, and with it new bytes and a new md5.
-    document = tifffile.OmeXml(UUID=_content_uuid(volume, voxel_size), Creator="nuclei3d")
-    depth, height, width = volume.shape
-    document.addimage(volume.dtype, volume.shape, (depth, 1, 1, height, width, 1), axes="ZYX", **sizes)
+    document = tifffile.OmeXml(UUID=digest, Creator="nuclei3d")
+    stored = (math.prod(shape[:-2]), 1, 1, *shape[-2:], 1)
+    document.addimage(dtype, shape, stored, axes="TZYX"[-len(shape) :], **sizes)
     return document.tostring(declaration=True)
 
 
-def _content_uuid(volume: NDArray[Any], voxel_size: VoxelSize) -> str:
+def _content_uuid(planes: Iterable[NDArray[Any]], header: tuple[object, ...]) -> str:
     """Name the content: OME readers tell files apart by this number, so it may not be one for all."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((volume.shape, volume.dtype.str, voxel_size.zyx)).encode())
-    for plane in volume:
+    digest.update(repr(header).encode())
+    for plane in planes:
         digest.update(np.ascontiguousarray(plane).data)
     return str(uuid.UUID(bytes=digest.digest(), version=4))

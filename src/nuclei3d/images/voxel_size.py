@@ -1,4 +1,4 @@
-"""The size of a voxel in micrometres, and the units of length that files give it in."""
+"""The size of a voxel in micrometres, and the units of length and time that files state."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ _MICROMETRES = {
     "in": 25400.0,
     "inch": 25400.0,
 }
+_SECONDS = {
+    **{f"{prefix}second": factor * 1e-6 for prefix, factor in _PREFIXES.items()},
+    "ns": 1e-9,
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "sec": 1.0,
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hour": 3600.0,
+    "d": 86400.0,
+    "day": 86400.0,
+}
 
 # No microscope makes smaller or larger voxels; such numbers are a unit that was misread.
 SMALLEST_EDGE_UM = 1e-3
@@ -38,6 +53,12 @@ def micrometres_per(unit: str) -> float | None:
     if name.endswith("metre"):
         name = name.removesuffix("metre") + "meter"
     return _MICROMETRES.get(name)
+
+
+def seconds_per(unit: str) -> float | None:
+    """Give the length of a unit of time in seconds; None where it is none."""
+    name = unit.strip().lower().replace("μ", "µ")
+    return _SECONDS.get(name, _SECONDS.get(name.removesuffix("s")))
 
 
 def voxel_size_or_reason(z: float | None, y: float | None, x: float | None) -> tuple[VoxelSize | None, str]:

@@ -98,7 +98,11 @@ def evaluate_held_out(
         baselines=baselines,
         summary=slices,
         history=history if history.is_file() else None,
-        only=[frame.label_path for frame in _held_out(params, data) if frame.label_path is not None],
+        only=[
+            (frame.label_path, frame.label_time)
+            for frame in _held_out(params, data)
+            if frame.label_path is not None
+        ],
         origin={name: path for name, path in named.items() if path is not None and path.exists()},
     )
     with whole_file(out / "evaluation" / HEADLINE_FILE) as partial:
@@ -124,17 +128,20 @@ def _held_out(params: Params, data: Path) -> tuple[EmbryoFrame, ...]:
 
 
 def _images_by_embryo(params: Params, data: Path) -> dict[str, list[Path]]:
-    images: dict[str, list[Path]] = {}
+    images: dict[str, dict[Path, None]] = {}
     for frame in _held_out(params, data):
-        images.setdefault(frame.embryo, []).append(frame.image_path)
-    return images
+        # once, though several of its time points may be held out
+        images.setdefault(frame.embryo, {})[frame.image_path] = None
+    return {embryo: list(paths) for embryo, paths in images.items()}
 
 
 def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
     """Remove masks of frames that are not among these: an evaluation of the folder would take them in."""
     for masks in predictions.glob("*/*_masks.ome.tif"):
         stem = masks.name.removesuffix("_masks.ome.tif")
-        if stem not in {frame_stem(path) for path in frames.get(masks.parent.name, [])}:
+        # a file of several time points gives <stem>_t000 and so on
+        names = {frame_stem(path) for path in frames.get(masks.parent.name, [])}
+        if not names & {stem, stem.rpartition("_t")[0]}:
             masks.unlink()
             masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
 

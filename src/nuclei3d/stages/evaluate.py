@@ -98,7 +98,7 @@ def evaluate(
     summary: Path | None = None,
     history: Path | None = None,
     method: str = "this model",
-    only: Collection[Path] | None = None,
+    only: Collection[tuple[Path, int | None]] | None = None,
     tracks: Path | None = None,
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
@@ -123,7 +123,8 @@ def evaluate(
     method
         What the report calls the predictions.
     only
-        The files of true labels that count, of all that lie below `truth`; None: all.
+        Files of true labels that count, and times in them (None: a file of one), of all that lie below
+        `truth`; None: all.
     tracks
         What `nuclei3d track` wrote, scored where the truth has tracks; None: if such lies below `pred`.
     """

@@ -14,24 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
+from nuclei3d.config.sections import DataParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.frames import (
+    LABEL_WORDS,
     Frame,
     check_image,
     find_frames,
     frame_stem,
+    label_stem,
     list_volumes,
     natural_key,
+    say_passed_over,
     to_labels,
 )
+from nuclei3d.images.layout import NoVolumeError
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
 from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import drop_small_labels
 
-# Words that mark a file as labels or as an image and say nothing about which frame it is.
-_LABEL_WORDS = re.compile(r"_(cp_masks|masks|mask|labels|label|lbl|segmentation|seg|gt)(?=_t\d+$|$)")
 _IMAGE_WORDS = re.compile(r"_(images|image|img|raw)(?=_t\d+$|$)")
 _MARKED = re.compile(r"_(cp_masks|masks)$")
 # Folders that say what they hold, not which embryo.
@@ -93,13 +96,15 @@ def find_label_entries(source: Path) -> list[Entry]:
 
     Where some lie in folders called `labels`, only those count; where some end in `_masks`, only those.
     """
-    return _find_entries(source, "labels", _LABEL_WORDS)
+    return _find_entries(source, "labels")
 
 
-def find_image_entries(source: Path, channel: str | int | None = None) -> list[Entry]:
+def find_image_entries(
+    source: Path, channel: str | int | None = None, image: str | int | None = None
+) -> list[Entry]:
     """Find the images at or below a path, passing over what is named as labels."""
-    entries = _find_entries(source, "images", _IMAGE_WORDS, channel)
-    return [entry for entry in entries if not _LABEL_WORDS.search(frame_stem(entry.frame.path))]
+    entries = _find_entries(source, "images", channel=channel, image=image)
+    return [entry for entry in entries if not LABEL_WORDS.search(frame_stem(entry.frame.path))]
 
 
 def pair_entries(
@@ -167,8 +172,8 @@ def _unique(entries: Sequence[Entry], name: str, taken: Collection[Entry]) -> di
 def _find_entries(
     source: Path,
     container: Literal["labels", "images"],
-    words: re.Pattern[str],
     channel: str | int | None = None,
+    image: str | int | None = None,
 ) -> list[Entry]:
     if not source.exists():
         raise missing(source, f"{source} does not exist; give a folder of label volumes, or one volume")
@@ -183,21 +188,33 @@ def _find_entries(
     if not paths:
         raise InputError(f"{source} holds no .tif, .tiff or .zarr volume; give a folder that does")
     root = _without_containers(source.resolve().parent if lone else source.resolve())
-    entries = []
+    labels = container == "labels"
+    entries: list[Entry] = []
+    flat: list[NoVolumeError] = []
     for path in paths:
         folders = () if lone else path.relative_to(source).parts[:-1]
-        array = find_label_array(path) if container == "labels" and is_zarr(path) else path
+        array = find_label_array(path) if labels and is_zarr(path) else path
+        try:
+            frames = find_frames(array, channel=channel, image=image, labels=labels)
+        except NoVolumeError as error:
+            flat.append(error)
+            say_passed_over(path.parent, [path.name] if not lone else [], "a flat image")
+            continue
         entries += [
             Entry(
                 frame=frame,
                 folders=tuple(folder for folder in folders if folder not in _CONTAINERS),
-                stem=_stem(frame, path, words),
+                stem=_stem(frame, path, labels),
                 home=_without_containers(path.parent.absolute()),
                 root=root.name,
             )
-            for frame in find_frames(array, channel=channel)
+            for frame in frames
         ]
-    return entries
+    if not entries:
+        raise flat[0]
+    # a time-lapse may lie as one file beside its frames: these are the same
+    lone_keys = {entry.key for entry in entries if entry.frame.time is None}
+    return [entry for entry in entries if entry.frame.time is None or entry.key not in lone_keys]
 
 
 def _without_containers(folder: Path) -> Path:
@@ -206,16 +223,22 @@ def _without_containers(folder: Path) -> Path:
     return folder
 
 
-def _stem(frame: Frame, path: Path, words: re.Pattern[str]) -> str:
+def _stem(frame: Frame, path: Path, labels: bool) -> str:
     # The frame's own name says its time; inside a zarr it may be named after an inner array.
     time = "" if frame.time is None else f"_t{frame.time:03d}"
     name = frame.name if frame.path == path else frame_stem(path) + time
-    return words.sub("", name) or name
+    return label_stem(name) if labels else _IMAGE_WORDS.sub("", name) or name
 
 
 def _volumes_below(folder: Path) -> list[Path]:
     found = []
+    seen: set[Path] = set()
     for here, folders, _ in os.walk(folder, followlinks=True):
+        real = Path(here).resolve()
+        if real in seen or real in folder.resolve().parents:
+            folders.clear()
+            continue
+        seen.add(real)
         found += list_volumes(Path(here))
         folders[:] = [name for name in folders if not name.startswith(".") and not is_zarr(Path(here, name))]
     return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
@@ -288,9 +311,11 @@ def pair_volumes(
     pred: Path,
     images: Path | None,
     baselines: Mapping[str, Path],
-    only: Collection[Path] | None = None,
+    only: Collection[tuple[Path, int | None]] | None = None,
 ) -> Pairing:
-    """Find which prediction, image and baseline belongs to each true volume, `only` of those files if given.
+    """Find which prediction, image and baseline belongs to each true volume.
+
+    If given, `only` of those files, at those times in them (None: of one).
 
     Raises
     ------
@@ -300,10 +325,14 @@ def pair_volumes(
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     if only is not None:
-        wanted = {path.resolve() for path in only}
+        wanted = {(path.resolve(), time) for path, time in only}
         # an array of labels lies inside the zarr that is named
-        places = [{entry.frame.path.resolve(), *entry.frame.path.resolve().parents} for entry in truths]
-        truths = [entry for entry, above in zip(truths, places, strict=True) if above & wanted]
+        places = [(entry.frame.path.resolve(), entry.frame.time) for entry in truths]
+        truths = [
+            entry
+            for entry, (path, time) in zip(truths, places, strict=True)
+            if wanted & {(place, time) for place in (path, *path.parents)}
+        ]
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -312,7 +341,7 @@ def pair_volumes(
             f"{_examples(truths)}; a prediction is called like its truth, with or without _masks at its "
             "end, and lies in a folder of the embryo's name or has that name before its own"
         )
-    image_of = _find_images(truths, truth, images, params.data.channel)
+    image_of = _find_images(truths, truth, images, params.data)
     others = {name: pair_entries(truths, find_label_entries(path)) for name, path in baselines.items()}
     for name, found in others.items():
         lacking = [entry for entry in matched if entry not in found]
@@ -360,10 +389,10 @@ def pair_volumes(
 
 
 def _find_images(
-    truths: Sequence[Entry], truth: Path, images: Path | None, channel: str | int | None
+    truths: Sequence[Entry], truth: Path, images: Path | None, data: DataParams
 ) -> dict[Entry, Entry]:
     if images is not None:
-        found = pair_entries(truths, find_image_entries(images, channel))
+        found = pair_entries(truths, find_image_entries(images, data.channel, data.image))
         if not found:
             raise InputError(
                 f"no image of {images} has the name of a true volume such as {_examples(truths)}; images are "
@@ -375,9 +404,8 @@ def _find_images(
     folder = truth.parent if truth.name == "labels" else truth
     label_paths = {entry.frame.path for entry in truths}
     try:
-        siblings = [
-            entry for entry in find_image_entries(folder, channel) if entry.frame.path not in label_paths
-        ]
+        found = find_image_entries(folder, data.channel, data.image)
+        siblings = [entry for entry in found if entry.frame.path not in label_paths]
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}

@@ -20,17 +20,25 @@ from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import Frame, check_image, find_frames
+from nuclei3d.images.frames import (
+    Frame,
+    check_image,
+    find_frames,
+    frame_stem,
+    natural_key,
+    say_passed_over,
+)
+from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
 
 Progress = Callable[[float], None]
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
-_RECORD_FOLDER = ".predicted"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class PredictResult:
     model: str
     frames: tuple[PredictedFrame, ...]
     page: Path | None = None
+    series: tuple[Path, ...] = ()
+    """Masks of whole time-lapses."""
 
 
 def predict(
@@ -72,13 +82,15 @@ def predict(
     model
         Model folder, weights file, ``models:/name@alias`` or the URL of a service.
     out
-        Folder for ``<stem>_masks.ome.tif``, ``<stem>_nuclei.csv`` and, at last, ``prediction.html``.
+        Folder for ``<stem>_masks.ome.tif`` and ``<stem>_nuclei.csv`` of each frame, the masks of a time-lapse
+        in one file too (`nuclei3d.stages.time_lapse`) and, at last, ``prediction.html``.
     overwrite
         Segment again what was done before.
     """
     frames = find_all(inputs, params)
     predictor = open_model(params, model)
     done: list[PredictedFrame] = []
+    fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
@@ -94,17 +106,30 @@ def predict(
                 finished = _predict_frame(frame, predictor, out, bar.advance)
                 _note_done(out, finished, fingerprint)
             done.append(finished)
+            fingerprints.append(fingerprint)
+    series: list[Path] = []
+    for source in dict.fromkeys(frame.path for frame in frames):
+        chosen = [i for i, frame in enumerate(frames) if frame.path == source]
+        series += write_series(
+            [frames[i] for i in chosen],
+            [done[i].masks for i in chosen],
+            [fingerprints[i] for i in chosen],
+            out,
+            into_input=params.predict.into_input,
+        )
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
+    if series:
+        say(f"as time-lapses: {', '.join(map(str, series))}")
     page = None
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
 
         page = write_page(out, frames, done)
         say(f"look at them: {page}")
-    return PredictResult(out, model, tuple(done), page)
+    return PredictResult(out, model, tuple(done), page, tuple(series))
 
 
 def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
@@ -139,18 +164,23 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
         found = find_frames(
             Path(source),
             channel=params.data.channel,
+            image=params.data.image,
             voxel_size=VoxelSize.of(given) if given is not None else None,
         )
         # In a folder that is input and output at once, masks are no images.
-        frames.extend(frame for frame in found if not (source.is_dir() and frame.name.endswith("_masks")))
+        masks = {frame.path.name for frame in found if frame_stem(frame.path).endswith("_masks")}
+        masks = masks if source.is_dir() and not is_zarr(source) else set()
+        say_passed_over(source, sorted(masks, key=natural_key), "masks")
+        frames.extend(frame for frame in found if frame.path.name not in masks)
     names: dict[str, Path] = {}
     for frame in frames:
-        other = names.setdefault(frame.name, frame.path)
-        if other != frame.path:
-            raise InputError(
-                f"{other} and {frame.path} would both write {frame.name}_masks.ome.tif; predict them into "
-                "folders of their own"
-            )
+        for name in {frame.name, frame_stem(frame.path)}:
+            other = names.setdefault(name, frame.path)
+            if other != frame.path:
+                raise InputError(
+                    f"{other} and {frame.path} would both write {name}_masks.ome.tif; predict them into "
+                    "folders of their own"
+                )
         frame.require_voxel_size()
     if not frames:
         raise InputError(f"{', '.join(map(str, inputs))}: only masks found; give images")
@@ -242,7 +272,7 @@ def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
 
 def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
     """Digest of what a frame's result depends on; files are told apart by size and time of change."""
-    status = frame.path.stat()
+    status = frame.data_file.stat()
     content = {
         "path": str(frame.path.resolve()),
         "size": status.st_size,
@@ -256,8 +286,8 @@ def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
 
 
 def _record_file(out: Path, name: str) -> Path:
-    """Say where it is noted that a frame is finished: a file each, so several jobs can fill one folder."""
-    return out / _RECORD_FOLDER / f"{name}.json"
+    """Say where it is noted that a frame is finished."""
+    return out / RECORD_FOLDER / f"{name}.json"
 
 
 def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
