@@ -404,8 +404,8 @@ def _find_images(
     folder = truth.parent if truth.name == "labels" else truth
     label_paths = {entry.frame.path for entry in truths}
     try:
-        found = find_image_entries(folder, data.channel, data.image)
-        siblings = [entry for entry in found if entry.frame.path not in label_paths]
+        entries = find_image_entries(folder, data.channel, data.image)
+        siblings = [entry for entry in entries if entry.frame.path not in label_paths]
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}

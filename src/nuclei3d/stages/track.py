@@ -119,8 +119,7 @@ def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) ->
     pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
     if not pairs:
         raise InputError(f"no image of {images} has the name of a volume of masks such as {entries[0].key}")
-    partner = {id(entry): image for entry, image in pairs}
-    return [partner.get(id(entry)) for entry in entries]
+    return [pairs.get(entry) for entry in entries]
 
 
 def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> Nuclei:
@@ -134,7 +133,7 @@ def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> 
             )
     nuclei = measure_frame(entry.read_labels(), size, frame, volume)
 
-    def column(name: str) -> np.ndarray | None:
+    def column(name: str) -> NDArray[np.float64] | None:
         known = read_scores(entry, name)
         return None if known is None else np.array([known.get(int(n), np.nan) for n in nuclei.label])
 
