@@ -277,6 +277,17 @@ def test_what_is_echoed_is_short_and_printable(tmp_path: Path, request_: dict[st
     assert len(str(raised.value)) < 700
 
 
+def test_a_volume_is_spoken_of_in_harmless_words(tmp_path: Path) -> None:
+    names = [f"\x1b[31mred {number}" * 20 for number in range(50)]
+    metadata = {"axes": "CZYX", "Channel": {"Name": names}}
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((50, 2, 8, 8), np.uint8), ome=True, metadata=metadata)
+    for channel in (None, "\x1f"):
+        with pytest.raises(InputError, match="channel") as raised:
+            open_frame(tmp_path / "a.tif", RequestParams(channel=channel), 10**9)
+        assert str(raised.value).isprintable()
+        assert len(str(raised.value)) < 700
+
+
 def test_a_terminal_is_never_sent_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     say("a\x1b[31mb\x9bc\r\u202ed\ne")
     assert capsys.readouterr().err == "a\\x1b[31mb\\x9bc\\r\\u202ed\ne\n"
