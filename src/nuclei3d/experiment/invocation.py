@@ -304,7 +304,7 @@ def path_below(root: Path | None, path: object) -> Path:
 
 @contextmanager
 def about_the_volume(file: Path) -> Iterator[None]:
-    """Make error messages fit to be sent: without the name of the file, and what it holds in harmless words."""
+    """Make error messages fit to be sent: without the name of the file, in harmless words."""
     try:
         yield
     except InputError as error:
