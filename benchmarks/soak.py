@@ -4,7 +4,7 @@
     python benchmarks/soak.py --clients 50 --seconds 120 --kill-every 10
 
 Clients send valid, wrong, hostile, slow and abandoned requests. Passed: no wrong mask, right statuses,
-/ping always answered, and afterwards as many open files, as little memory and as few temporary files as before.
+/ping always answered, afterwards as many open files, as little memory and as few temporary files as before.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def soak_service(
     slowest_ping = peak_mb = 0.0
     kills = 0
     settings = {"queue": 8, "root": folder, "max_body_mb": 10, "memory_gb": 4}
-    settings["max_network_voxels"] = 20_000_000
+    settings["max_network_voxels"] = 3_000_000
     with running_service(model, **settings) as (remote, process):
         crowd = Crowd(remote.url, valid, bad_requests(valid[0][0], tiffs[0]))
         crowd.ask_well(np.random.default_rng(0))

@@ -160,7 +160,7 @@ def test_planes_are_counted_before_they_are_made(sent: Path, description: str) -
         ome(after=modulo('<ModuloAlongZ Type="phase" Start="0" End="1" Step="0"/>')),
         ome(after="<a>" * 100),
     ],
-    ids=["entity", "external", "count", "step", "open"],
+    ids=["entity", "external", "count", "step", "broken"],
 )
 def test_what_is_wrong_with_metadata_is_one_line(sent: Path, description: str) -> None:
     with pytest.raises(InputError) as raised:
@@ -275,6 +275,17 @@ def test_what_is_echoed_is_short_and_printable(tmp_path: Path, request_: dict[st
         take_apart(served, body(tmp_path, json.dumps(request_).encode()), tmp_path)
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 700
+
+
+def test_a_volume_is_spoken_of_in_harmless_words(tmp_path: Path) -> None:
+    names = [f"\u202ered {number}" * 20 for number in range(50)]
+    metadata = {"axes": "CZYX", "Channel": {"Name": names}}
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((50, 2, 8, 8), np.uint8), ome=True, metadata=metadata)
+    for channel in (None, "\x1f"):
+        with pytest.raises(InputError, match="channel") as raised:
+            open_frame(tmp_path / "a.tif", RequestParams(channel=channel), 10**9)
+        assert str(raised.value).isprintable()
+        assert len(str(raised.value)) < 700
 
 
 def test_a_terminal_is_never_sent_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

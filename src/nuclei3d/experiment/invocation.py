@@ -304,11 +304,11 @@ def path_below(root: Path | None, path: object) -> Path:
 
 @contextmanager
 def about_the_volume(file: Path) -> Iterator[None]:
-    """Take the name of the file out of error messages: that of ours says nothing to the sender."""
+    """Make error messages fit to be sent: without the name of the file, in harmless words."""
     try:
         yield
     except InputError as error:
-        raise type(error)(str(error).replace(str(file), "the volume")) from None
+        raise type(error)(printable(str(error).replace(str(file), "the volume"), 600)) from None
 
 
 def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Frame, VoxelSize]:

@@ -204,7 +204,10 @@ def _check_strange_header(file: tifffile.TiffFile) -> None:
         return
     if xml.count("<") > _MOST_ELEMENTS:
         raise TooLargeError(f"the OME metadata have more than {_MOST_ELEMENTS} elements")
-    root = ElementTree.fromstring(xml, forbid_dtd=True)
+    try:
+        root = ElementTree.fromstring(xml, forbid_dtd=True)
+    except ParseError:
+        return  # tifffile does without what it cannot parse
     planes = 0
     # tags are compared as tifffile compares them: by their end
     for element in root.iter():
