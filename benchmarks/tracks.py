@@ -115,8 +115,8 @@ def perturbed(nuclei: Nuclei, seed: int) -> tuple[Nuclei, Matches]:
     """Do to true nuclei what a segmentation does, a little more than the sample's model on such embryos.
 
     1.2 % of them are missed (of small ones three times as many), 1.5 % made up, 0.5 % in two pieces, 0.5 %
-    merged with a neighbour; places are off by 4 % of a diameter, volumes by 12 %, intensities by 3 %. The embryo
-    drifts by 2.5 um and turns by 2 degrees a frame (standard deviations on each axis).
+    merged with a neighbour; places are off by 4 % of a diameter, volumes by 12 %, intensities by 3 %. The
+    embryo drifts by 2.5 um and turns by 2 degrees a frame (standard deviations on each axis).
     """
     rng = np.random.default_rng(seed)
     diameter, median = nuclei.diameter_um, float(np.median(nuclei.volume_um3))
