@@ -97,8 +97,16 @@ def test_no_tracks_at_all_score_zero(tmp_path: Path) -> None:
 
 def test_one_mask_over_two_nuclei_stands_for_both_and_divides_for_one() -> None:
     labels = blocks((1, 10), (2, 15))
-    matches = match_frame(labels, np.where(labels > 0, 7, 0))
-    assert [(true, pred) for true, pred, _ in matches] == [(1, 7), (2, 7)]
+    found = match_frame(labels, np.where(labels > 0, 7, 0))
+    assert found.majority == [(1, 7), (2, 7)]
+    assert len(found.single) == 1
+
+
+def test_a_mask_of_less_than_half_a_nucleus_is_a_miss_but_may_divide() -> None:
+    labels = blocks((3, 10))
+    small = np.where(np.arange(60) < 12, labels, 0)
+    found = match_frame(labels, small)
+    assert (found.majority, found.single) == ([], [(3, 3)])
 
 
 def test_lineages_become_tracks() -> None:

@@ -682,7 +682,7 @@ class TracksParams(Section):
         Furthest that a daughter lies from where its mother was.
     division_limit
         What a division may cost; higher finds more, true and false. This and the two weights below were
-        fitted by logistic regression to simulated embryos with perturbed masks.
+        fitted to simulated embryos with perturbed and with predicted masks.
     division_volume_weight, division_intensity_weight
         Cost of daughters of unlike volume or together larger than the mother, and of a division in which
         nothing grew brighter, against daughters whose middle lies one diameter off the mother.
@@ -696,9 +696,9 @@ class TracksParams(Section):
     intensity_weight: NonNegativeFloat = 0.02
     max_gap: Annotated[int, Field(ge=0)] = 2
     division_distance: PositiveFloat = 1.2
-    division_limit: PositiveFloat = 0.16
-    division_volume_weight: NonNegativeFloat = 0.25
-    division_intensity_weight: NonNegativeFloat = 0.08
+    division_limit: PositiveFloat = 0.2
+    division_volume_weight: NonNegativeFloat = 0.15
+    division_intensity_weight: NonNegativeFloat = 0.05
     daughter_frames: PositiveInt = 2
 
 

@@ -38,7 +38,7 @@ from nuclei3d.stages.track_files import (
     write_track_table,
 )
 from nuclei3d.tracks.linking import link_nuclei
-from nuclei3d.tracks.nuclei import Nuclei, measure_frame
+from nuclei3d.tracks.nuclei import Floats, Nuclei, measure_frame
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> 
             )
     nuclei = measure_frame(entry.read_labels(), size, frame, volume)
 
-    def column(name: str) -> NDArray[np.float64] | None:
+    def column(name: str) -> Floats | None:
         known = read_scores(entry, name)
         return None if known is None else np.array([known.get(int(n), np.nan) for n in nuclei.label])
 

@@ -11,7 +11,7 @@ from typing import Any
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.stages.track_files import RESULT, TRUTH, read_track_masks, read_tracks, track_masks
-from nuclei3d.tracks.accuracy import Match, match_frame, score_tracks
+from nuclei3d.tracks.accuracy import FrameMatch, match_frame, score_tracks
 
 _COUNTS = ("n_divisions", "n_divisions_pred", "n_true", "n_pred")
 
@@ -70,7 +70,7 @@ def _score(truth: Path, found: Path) -> dict[str, Any]:
             "the same time-lapse"
         )
 
-    def matches() -> Iterator[list[Match]]:
+    def matches() -> Iterator[FrameMatch]:
         volumes = read_track_masks(paths[0], true), read_track_masks(paths[1], pred)
         with progress_bar("compare tracks", total=len(paths[0])) as bar:
             for one, other in zip(*volumes, strict=True):

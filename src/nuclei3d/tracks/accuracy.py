@@ -1,8 +1,9 @@
 """How well tracks agree with the true ones: TRA, DET, LNK and divisions, computed by traccuracy.
 
 Ours is only the matching of nuclei, frame by frame, from the table of overlaps that all scores are read off,
-so that no film has to lie in memory. It is that of the Cell Tracking Challenge: a nucleus that covers more
-than half of a true one stands for it (Matula et al., PLoS ONE 10:e0144959).
+so that no film has to lie in memory. For TRA, DET and LNK it is that of the Cell Tracking Challenge (Matula
+et al., PLoS ONE 10:e0144959). Divisions are events, not outlines, and newborn nuclei are a few planes thick:
+for them it is enough that nuclei overlap.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.scoring.matching import overlap_table
+from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.tracks.nuclei import Tracks
 
 
@@ -28,7 +29,7 @@ class TrackScores:
 
     `tra`, `det` and `lnk` are those of the Cell Tracking Challenge. A division counts where mother and both
     daughters are the true ones; ``division_f1`` wants the very frame, ``division_f1_tolerant`` takes one
-    frame before or after.
+    frame before or after, and ``division_f1_majority`` wants masks that the Challenge would count as well.
     """
 
     tra: float
@@ -38,24 +39,45 @@ class TrackScores:
     division_precision: float
     division_recall: float
     division_f1_tolerant: float
+    division_f1_majority: float
     n_divisions: int
     n_divisions_pred: int
     n_true: int
     n_pred: int
 
 
-Match = tuple[int, int, float]
+Pair = tuple[int, int]
+# Neighbours hardly overlap: this says which nucleus is meant, not how well it is outlined.
+_SAME_NUCLEUS_IOU = 0.1
 
 
-def match_frame(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]]) -> list[Match]:
-    """Give (true label, predicted label, IoU) of true nuclei of which a prediction covers more than half."""
+@dataclass(frozen=True)
+class FrameMatch:
+    """Pairs (true label, predicted label) of one frame.
+
+    `majority`: the prediction covers more than half of the true nucleus, as the Challenge has it; one may
+    stand for several. `single`: one to one, as many as possible of those that overlap by a tenth (IoU).
+    """
+
+    majority: list[Pair]
+    single: list[Pair]
+
+
+def match_frame(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]]) -> FrameMatch:
+    """Match the nuclei of one frame."""
     table = overlap_table(truth, prediction)
     most = table.true_cover > 0.5
-    true, pred = table.true_labels[table.rows[most]], table.pred_labels[table.columns[most]]
-    return list(zip(true.tolist(), pred.tolist(), table.ious[most].tolist(), strict=True))
+    single = match(table, _SAME_NUCLEUS_IOU)
+
+    def pairs(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[Pair]:
+        return list(zip(table.true_labels[rows].tolist(), table.pred_labels[columns].tolist(), strict=True))
+
+    return FrameMatch(
+        pairs(table.rows[most], table.columns[most]), pairs(single.true_index, single.pred_index)
+    )
 
 
-def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Match]]) -> TrackScores:
+def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[FrameMatch]) -> TrackScores:
     """Score tracks.
 
     Parameters
@@ -69,13 +91,11 @@ def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Mat
     from traccuracy.matchers import Matched
     from traccuracy.metrics import CTCMetrics, DivisionMetrics
 
-    found = [
-        ((frame, one), (frame, other), iou)
-        for frame, pairs in enumerate(matches)
-        for one, other, iou in pairs
-    ]
-    # where one prediction stands for several true nuclei, divisions leave it to the most similar
-    lone = {other: one for one, other, _ in sorted(found, key=lambda pair: pair[2])}
+    majority: list[tuple[Pair, Pair]] = []
+    single: list[tuple[Pair, Pair]] = []
+    for frame, found in enumerate(matches):
+        majority += (((frame, one), (frame, other)) for one, other in found.majority)
+        single += (((frame, one), (frame, other)) for one, other in found.single)
     quiet = logging.getLogger("traccuracy")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -84,17 +104,19 @@ def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Mat
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
 
-            def matched(pairs: list[tuple[Any, Any]], kind: str) -> Any:
+            def matched(pairs: list[tuple[Pair, Pair]], kind: str) -> Any:
                 graphs = (TrackingGraph(_graph(tracks), location_keys=()) for tracks in (true, predicted))
                 return Matched(*graphs, pairs, {"name": "majority", "matching type": kind})
 
-            ctc = CTCMetrics().compute(matched([pair[:2] for pair in found], "many-to-one")).results
-            pairs = [(one, other) for other, one in lone.items()]
-            divisions = DivisionMetrics(max_frame_buffer=1).compute(matched(pairs, "one-to-one")).results
+            ctc = CTCMetrics().compute(matched(majority, "many-to-one")).results
+            metric = DivisionMetrics(max_frame_buffer=1)
+            divisions = metric.compute(matched(single, "one-to-one")).results
+            both = sorted(set(single) & set(majority))
+            strict = metric.compute(matched(both, "one-to-one")).results["Frame Buffer 0"]
     finally:
         quiet.setLevel(level)
     exact, tolerant = (divisions[f"Frame Buffer {buffer}"] for buffer in (0, 1))
-    for found_divisions in (exact, tolerant):
+    for found_divisions in (exact, tolerant, strict):
         # traccuracy says nan where there are divisions and none is right
         if np.isnan(found_divisions["Division F1"]) and len(true.divisions) + len(predicted.divisions):
             found_divisions["Division F1"] = 0.0
@@ -106,6 +128,7 @@ def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[Sequence[Mat
         division_precision=float(exact["Division Precision"]),
         division_recall=float(exact["Division Recall"]),
         division_f1_tolerant=float(tolerant["Division F1"]),
+        division_f1_majority=float(strict["Division F1"]),
         n_divisions=len(true.divisions),
         n_divisions_pred=len(predicted.divisions),
         n_true=len(true.nuclei),

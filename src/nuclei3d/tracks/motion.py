@@ -73,7 +73,7 @@ def _commonest_shift(before: Floats, after: Floats, diameter_um: float) -> Float
     middle = np.median(after, axis=0) - np.median(before, axis=0)
     near = shifts[np.linalg.norm(shifts - middle, axis=1) < 4 * diameter_um]
     if not len(near):
-        return middle
+        return np.asarray(middle)
     tree = KDTree(near)
     count = tree.query_ball_point(near, 0.3 * diameter_um, return_length=True)
     inside = tree.query_ball_point(near[int(np.argmax(count))], 0.3 * diameter_um)
