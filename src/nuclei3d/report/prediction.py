@@ -6,11 +6,12 @@ Frames are read, drawn and written one by one: as much memory is taken for one a
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,10 @@ _CHARTS = {"volume_um3": "volume (µm³)", "mean_intensity": "mean intensity", "
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """A frame of a prediction: its table (`QUANTITIES`), and how to read image and labels block by block."""
+    """A frame of a prediction, and how to read its image and labels block by block.
+
+    The table `nuclei` has the columns `QUANTITIES` and, where nuclei are linked over time, ``track``.
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -68,6 +72,7 @@ def write_prediction_page(
     path: Path,
     frames: Sequence[ShownFrame],
     *,
+    parents: Mapping[int, int] | None = None,
     made_from: str = "",
     warnings: Sequence[str] = (),
     advance: Callable[[], None] = lambda: None,
@@ -80,6 +85,8 @@ def write_prediction_page(
         The HTML file.
     frames
         In the order of time.
+    parents
+        Where nuclei are linked: the parent of each track, 0 where there is none.
     made_from
         A digest of what the page shows; `made_from_of` reads it.
     warnings
@@ -87,10 +94,12 @@ def write_prediction_page(
     advance
         Called after each frame.
     """
+    tracks = [] if parents is None else lay_out_lineages(frames, parents)
     tree = {
         "names": [frame.name for frame in frames],
         "fields": [*QUANTITIES, "track"],
         "color": OUTLINES["pred"],
+        "tracks": [asdict(track) for track in tracks] or None,
     }
     counts = [len(frame.nuclei) for frame in frames]
     page = page_environment().get_template("prediction.html")
@@ -98,7 +107,8 @@ def write_prediction_page(
         version=__version__,
         made_from=made_from,
         warnings=[*warnings, *odd_numbers(frames)],
-        tracks=[],
+        tracks=tracks,
+        divisions=len({track.parent for track in tracks if track.parent}),
         frames=frames,
         total=sum(counts),
         counts=counts,
@@ -120,6 +130,55 @@ def made_from_of(path: Path) -> str | None:
         return None
     _, found, rest = head.partition('<meta name="made-from" content="')
     return rest.partition('"')[0] if found else None
+
+
+@dataclass(frozen=True)
+class ShownTrack:
+    """A track from its first to its last frame (from 0), and its lane in the tree; `parent` may be 0."""
+
+    track: int
+    parent: int
+    first: int
+    last: int
+    lane: float
+
+
+def lay_out_lineages(frames: Sequence[ShownFrame], parents: Mapping[int, int]) -> list[ShownTrack]:
+    """Give each track a lane in the tree: one for each that has no daughters, and mothers amid theirs.
+
+    Lineages of many nuclei come first.
+    """
+    spans: dict[int, list[int]] = {}
+    for at, frame in enumerate(frames):
+        for track in frame.nuclei["track"].dropna().astype(int):
+            spans.setdefault(track, []).append(at)
+    daughters: dict[int, list[int]] = {}
+    for track in sorted(spans):
+        parent = parents.get(track, 0)
+        daughters.setdefault(parent if parent in spans else 0, []).append(track)
+
+    def descend(track: int) -> list[int]:
+        """List a track and its descendants, mothers first."""
+        found, left = [], [track]
+        while left:
+            found.append(left.pop())
+            left += reversed(daughters.get(found[-1], []))
+        return found
+
+    lineages = [descend(founder) for founder in daughters.get(0, [])]
+    lineages.sort(key=lambda lineage: -sum(len(spans[track]) for track in lineage))
+    lanes: dict[int, float] = {}
+    leaves = itertools.count()
+    for lineage in lineages:
+        lanes |= {track: float(next(leaves)) for track in lineage if track not in daughters}
+        for track in reversed(lineage):
+            if track in daughters:
+                lanes[track] = float(np.mean([lanes[daughter] for daughter in daughters[track]]))
+    return [
+        ShownTrack(track, parents.get(track, 0), spans[track][0], spans[track][-1], lanes[track])
+        for lineage in lineages
+        for track in lineage
+    ]
 
 
 def _pack_frames(frames: Sequence[ShownFrame], advance: Callable[[], None]) -> Iterator[str]:
