@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from imagecodecs import jpeg_decode
+from PIL import Image
 
 from browser import opened, pixels
 from nuclei3d.errors import InputError
@@ -201,6 +202,25 @@ def test_tracks_come_and_go_with_their_table(tmp_path: Path, capsys: pytest.Capt
     table.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"tracks\.csv is no table of tracks"):
         made(tmp_path, done)
+
+
+def test_an_animated_png_by_choice(tmp_path: Path) -> None:
+    done, frames = predicted(tmp_path), find_frames(tmp_path / "images")
+    write_page(tmp_path / "out", frames, done)
+    assert not list(tmp_path.glob("out/*.png"))
+    write_page(tmp_path / "out", frames, done, animated=True)
+    with Image.open(tmp_path / "out/prediction.png") as animation:
+        assert animation.n_frames == 3
+        assert animation.size == (72 + 4 + 64, 60 + 4 + 64)
+        y, x = (round(place / 0.5) for place in CENTRES[3][1:])
+        spots = []
+        for frame in range(3):
+            animation.seek(frame)
+            shown = np.asarray(animation.convert("RGB")).astype(int)
+            spots.append(shown[y, x])
+    # grey inside; the third nucleus is not there in the second frame
+    assert [spot[0] > 100 for spot in spots] == [True, False, True]
+    assert all(len(set(spot)) == 1 for spot in spots)
 
 
 def frames_with(

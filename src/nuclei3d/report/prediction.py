@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
 from nuclei3d.report.page import json_in_page, page_environment, page_part
 from nuclei3d.report.projections import (
@@ -76,6 +77,7 @@ def write_prediction_page(
     made_from: str = "",
     warnings: Sequence[str] = (),
     advance: Callable[[], None] = lambda: None,
+    animation: Animation | None = None,
 ) -> None:
     """Write the page of a prediction.
 
@@ -93,6 +95,8 @@ def write_prediction_page(
         Of the prediction; what is odd in its numbers is added.
     advance
         Called after each frame.
+    animation
+        Gets the frames too.
     """
     tracks = [] if parents is None else lay_out_lineages(frames, parents)
     tree = {
@@ -117,7 +121,7 @@ def write_prediction_page(
         css=page_part("report.css"),
         js=page_part("prediction.js"),
         data=json_in_page(tree),
-        packed=_pack_frames(frames, advance),
+        packed=_pack_frames(frames, advance, animation),
     ).dump(str(path), encoding="utf-8")
 
 
@@ -181,28 +185,38 @@ def lay_out_lineages(frames: Sequence[ShownFrame], parents: Mapping[int, int]) -
     ]
 
 
-def _pack_frames(frames: Sequence[ShownFrame], advance: Callable[[], None]) -> Iterator[str]:
+def _pack_frames(
+    frames: Sequence[ShownFrame], advance: Callable[[], None], animation: Animation | None
+) -> Iterator[str]:
+    most_bytes = _MEGABYTES * 1e6 / len(frames)
     for frame in frames:
-        yield pack_frame(frame, _MEGABYTES * 1e6 / len(frames))
+        grid = PictureGrid.fitting(frame.shape, frame.voxel_size, min(_MOST_PIXELS, 3 * most_bytes))
+        picture = project_image(grid, frame.read_image())
+        coarse = coarse_labels(grid, frame.read_labels())
+        outlines = silhouettes(grid, coarse, frame.nuclei["label"].tolist())
+        if animation is not None:
+            animation.add(picture, outlines, frame.nuclei.get("track", frame.nuclei["label"]).tolist())
+        yield pack_frame(grid, picture, outlines, frame.nuclei, most_bytes)
         advance()
 
 
-def pack_frame(frame: ShownFrame, most_bytes: float) -> str:
+def pack_frame(
+    grid: PictureGrid,
+    picture: NDArray[np.uint8],
+    outlines: Sequence[Sequence[Polygon]],
+    nuclei: pd.DataFrame,
+    most_bytes: float,
+) -> str:
     """Pack a frame into about so many bytes, as the script of the page unpacks it.
 
     Gives two parts in base64 with a point between: the picture as JPEG, and deflated JSON with ``size`` (z,
     y, x, in pixels), ``px_um``, ``nuclei`` (rows) and, row by row, ``outlines``: x, y, x, y ... in half
     pixels of the picture for xy, yz and xz.
     """
-    pixels = min(_MOST_PIXELS, 3 * most_bytes)
-    grid = PictureGrid.fitting(frame.shape, frame.voxel_size, pixels)
-    picture = project_image(grid, frame.read_image())
-    coarse = coarse_labels(grid, frame.read_labels())
-    outlines = silhouettes(grid, coarse, frame.nuclei["label"].tolist())
     content = {
         "size": grid.size,
         "px_um": grid.px_um,
-        "nuclei": _rows(frame.nuclei),
+        "nuclei": _rows(nuclei),
         "outlines": [[_half_pixels(polygon) for polygon in views] for views in outlines],
     }
     deflated = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)

@@ -18,6 +18,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.outputs import whole_file
+from nuclei3d.report.animation import Animation
 from nuclei3d.report.prediction import (
     QUANTITIES,
     ShownFrame,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nuclei3d.stages.predict import PredictedFrame
 
 PAGE_FILE = "prediction.html"
+ANIMATION_FILE = "prediction.png"
 #: The table of tracks that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks.
 TRACKS_FILE = Path("tracks", "tracks.csv")
 # Voxels that are read at a time, and the sides of such a part where the file is cut into chunks.
@@ -39,9 +41,16 @@ _PART_SIDES = (64, 512, 1024)
 
 
 def write_page(
-    out: Path, frames: Sequence[Frame], predicted: Sequence[PredictedFrame], warnings: Sequence[str] = ()
+    out: Path,
+    frames: Sequence[Frame],
+    predicted: Sequence[PredictedFrame],
+    warnings: Sequence[str] = (),
+    *,
+    animated: bool = False,
 ) -> Path:
     """Write `PAGE_FILE` of predicted frames into `out`, or leave the one there that shows just these.
+
+    Beside it is the table of tracks (`TRACKS_FILE`), if nuclei are to be shown by track.
 
     Parameters
     ----------
@@ -49,10 +58,12 @@ def write_page(
         The images, and masks and tables of each, in the order of time.
     warnings
         Of the prediction; the page says them.
+    animated
+        Write `ANIMATION_FILE` too.
     """
     page = out / PAGE_FILE
     tracks = out / TRACKS_FILE
-    made_from = _digest(predicted, tracks, warnings)
+    made_from = _digest(predicted, tracks, [*warnings, f"animated: {animated}"])
     if made_from_of(page) == made_from:
         return page
     shown = [_show(frame, result) for frame, result in zip(frames, predicted, strict=True)]
@@ -61,6 +72,7 @@ def write_page(
         shown, parents = _add_tracks(shown, predicted, tracks)
     for line in odd_numbers(shown):
         say(f"warning: {line}")
+    animation = Animation() if animated else None
     with whole_file(page) as partial_page, progress_bar("page", total=len(shown)) as bar:
         write_prediction_page(
             partial_page,
@@ -69,13 +81,17 @@ def write_page(
             made_from=made_from,
             warnings=warnings,
             advance=bar.advance,
+            animation=animation,
         )
+        if animation is not None:
+            with whole_file(out / ANIMATION_FILE) as partial_png:
+                animation.save(partial_png)
     return page
 
 
-def _digest(predicted: Sequence[PredictedFrame], tracks: Path, warnings: Sequence[str]) -> str:
+def _digest(predicted: Sequence[PredictedFrame], tracks: Path, more: Sequence[str]) -> str:
     """Digest of what a page shows; files are told apart by size and time of change."""
-    content = [__version__, *warnings, *(frame.name for frame in predicted)]
+    content = [__version__, *more, *(frame.name for frame in predicted)]
     for path in (tracks, *(path for frame in predicted for path in (frame.masks, frame.table))):
         if path.exists():
             state = path.stat()
