@@ -157,12 +157,10 @@ def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
     assert (
         f"Pictures of the held-out time-lapse: {out}/predictions/c/prediction.html" in capsys.readouterr().err
     )
-    (predicted,) = [
-        run.info.run_id
-        for run in runs
-        if run.data.tags["nuclei3d.stage"] == "predict" and run.info.status == "FINISHED"
-    ]
-    assert [item.path for item in client.list_artifacts(predicted, "c")] == ["c/prediction.html"]
+    for run in runs:
+        if run.data.tags["nuclei3d.stage"] == "predict" and run.info.status == "FINISHED":
+            (page,) = client.list_artifacts(run.info.run_id, "c")
+            assert page.path == "c/prediction.html"
     killed = [run.data.tags["nuclei3d.stage"] for run in runs if run.info.status == "KILLED"]
     assert sorted(killed) == sorted(ALL)
     assert {run.data.tags["nuclei3d.stage"] for run in runs} == {*ALL, "pipeline"}
