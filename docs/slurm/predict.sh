@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Segment many volumes with an array of jobs: task i takes every N-th file. Submit from the project directory:
 #   INPUT=/scratch/embryo7 MODEL=models/nuclei_3d sbatch --array=0-7 docs/slurm/predict.sh
+# When all are done, write their page: nuclei3d predict /scratch/embryo7 --model models/nuclei_3d --out predictions
 #SBATCH --job-name=nuclei3d-predict
 #SBATCH --array=0-3
 #SBATCH --gres=gpu:1
@@ -27,4 +28,5 @@ if [ "${#mine[@]}" -eq 0 ]; then
     exit 0
 fi
 
-srun nuclei3d predict "${mine[@]}" --model "${MODEL:-runs/nuclei_3d}" --out "${OUT:-predictions}"
+srun nuclei3d predict "${mine[@]}" --model "${MODEL:-runs/nuclei_3d}" --out "${OUT:-predictions}" \
+    --set predict.report=false

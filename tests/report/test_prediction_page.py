@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from imagecodecs import jpeg_decode
+from PIL import Image
 
 from browser import opened, pixels
+from nuclei3d.errors import InputError
 from nuclei3d.images.frames import find_frames
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image, write_labels
@@ -69,6 +71,19 @@ def predicted(root: Path, zarr: bool = False) -> list[PredictedFrame]:
     return done
 
 
+# the second nucleus divides after the second frame; the third is gone there
+TRACKS = """track,parent,frame,label,z_um
+1,0,0,1,8.0
+1,0,1,1,8.0
+1,0,2,1,8.0
+2,0,0,2,8.0
+2,0,1,2,8.0
+3,2,2,2,8.0
+4,2,2,3,22.0
+5,0,0,3,22.0
+"""
+
+
 def made(root: Path, done: list[PredictedFrame]) -> Path:
     return write_page(root / "out", find_frames(root / "images"), done, ["The <b>light</b> flickers."])
 
@@ -77,6 +92,15 @@ def made(root: Path, done: list[PredictedFrame]) -> Path:
 def made_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("page")
     return made(root, predicted(root))
+
+
+@pytest.fixture(scope="module")
+def linked_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("linked")
+    done = predicted(root)
+    (root / "out/tracks").mkdir()
+    (root / "out/tracks/tracks.csv").write_text(TRACKS)
+    return made(root, done)
 
 
 def frames_in(page: Path) -> list[tuple[np.ndarray, dict[str, Any]]]:
@@ -144,6 +168,61 @@ def test_a_page_that_shows_just_this_is_kept(tmp_path: Path) -> None:
     assert frames_in(page)[0][1]["nuclei"][0][4] == 777
 
 
+def test_tracks_beside_the_masks_are_shown(linked_page: Path) -> None:
+    text, frames = linked_page.read_text(), frames_in(linked_page)
+    assert "<h1>8 nuclei in 3 frames, 5 tracks, 1 division</h1>" in text
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
+    assert found is not None
+    tracks = json.loads(found[1])["tracks"]
+    # the lineage of four nuclei first, its mother amid her daughters
+    assert [tuple(track.values()) for track in tracks] == [
+        (2, 0, 0, 1, 0.5),
+        (3, 2, 2, 2, 0.0),
+        (4, 2, 2, 2, 1.0),
+        (1, 0, 0, 2, 2.0),
+        (5, 0, 0, 0, 3.0),
+    ]
+    assert [[nucleus[-1] for nucleus in frame["nuclei"]] for _, frame in frames] == [
+        [1, 2, 5],
+        [1, 2],
+        [1, 3, 4],
+    ]
+
+
+def test_tracks_come_and_go_with_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = predicted(tmp_path)
+    table = tmp_path / "out/tracks/tracks.csv"
+    table.parent.mkdir()
+    assert "Lineages" not in made(tmp_path, done).read_text()
+    table.write_text(TRACKS)
+    assert "Lineages" in made(tmp_path, done).read_text()
+    table.write_text(TRACKS.replace("4,2,2,3", "4,2,2,9"))
+    assert "Lineages" not in made(tmp_path, done).read_text()
+    assert "tracks.csv is not of these masks (t2)" in capsys.readouterr().err
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"tracks\.csv is no table of tracks"):
+        made(tmp_path, done)
+
+
+def test_an_animated_png_by_choice(tmp_path: Path) -> None:
+    done, frames = predicted(tmp_path), find_frames(tmp_path / "images")
+    write_page(tmp_path / "out", frames, done)
+    assert not list(tmp_path.glob("out/*.png"))
+    write_page(tmp_path / "out", frames, done, animated=True)
+    with Image.open(tmp_path / "out/prediction.png") as animation:
+        assert animation.n_frames == 3
+        assert animation.size == (72 + 4 + 64, 60 + 4 + 64)
+        y, x = (round(place / 0.5) for place in CENTRES[3][1:])
+        spots = []
+        for frame in range(3):
+            animation.seek(frame)
+            shown = np.asarray(animation.convert("RGB")).astype(int)
+            spots.append(shown[y, x])
+    # grey inside; the third nucleus is not there in the second frame
+    assert [spot[0] > 100 for spot in spots] == [True, False, True]
+    assert all(len(set(spot)) == 1 for spot in spots)
+
+
 def frames_with(
     counts: list[int], volumes: Any = 500.0, intensity: Any = 100.0, score: Any = 0.9
 ) -> list[ShownFrame]:
@@ -198,6 +277,12 @@ def page(made_page: Path) -> Iterator[Page]:
         yield page
 
 
+@pytest.fixture
+def linked(linked_page: Path) -> Iterator[Page]:
+    with opened(linked_page) as page:
+        yield page
+
+
 def drawn(page: Page) -> list[str]:
     """Give frame, number of nuclei and marked nucleus once all drawing is done."""
     page.wait_for_selector("#views[aria-busy=false]")
@@ -249,3 +334,29 @@ def test_it_fits_on_a_laptop_screen(page: Page) -> None:
     assert box is not None
     assert box["y"] + box["height"] <= 768
     assert page.evaluate("document.documentElement.scrollWidth") <= 1366
+
+
+def test_a_mark_stays_on_its_track(linked: Page) -> None:
+    drawn(linked)
+    linked.locator("#rows tr").nth(1).click()
+    assert drawn(linked) == ["t0", "3", "2"]
+    linked.locator("#t").fill("1")
+    assert drawn(linked) == ["t1", "2", "2"]
+    linked.locator("#t").fill("2")
+    assert drawn(linked) == ["t2", "3", "-"]
+
+
+def test_a_click_in_the_lineage_tree_goes_to_the_nucleus(linked: Page) -> None:
+    drawn(linked)
+    lines = linked.locator("#tree g")
+    assert lines.count() == 5
+    assert linked.text_content("#tree g:nth-of-type(3) title") == "track 4, of 2"
+    box = linked.locator("#tree svg").bounding_box()
+    assert box is not None
+    # the second lane, at the end: the second daughter
+    linked.locator("#tree svg").click(position={"x": box["width"] - 24, "y": 20})
+    assert drawn(linked) == ["t2", "3", "3"]
+    assert linked.get_attribute("#tree g:nth-of-type(3)", "stroke-width") == "6"
+    # the lane of the nucleus that stays, in the middle
+    linked.locator("#tree svg").click(position={"x": box["width"] / 2, "y": 30})
+    assert drawn(linked) == ["t1", "2", "1"]

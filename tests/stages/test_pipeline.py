@@ -29,6 +29,7 @@ class Made:
     metrics: dict[str, Any] = field(default_factory=dict)
     frames: tuple[Any, ...] = ()
     done_before: bool = False
+    page: Path | None = None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -76,7 +77,9 @@ class Stages:
         out.mkdir(parents=True, exist_ok=True)
         for path in inputs:
             (out / f"{path.stem}_masks.ome.tif").write_text((Path(model) / "nuclei_3d").read_text())
-        return Made(out, frames=(Made(out, done_before=True), Made(out)))
+        page = out / "prediction.html"
+        page.write_text("")
+        return Made(out, frames=(Made(out, done_before=True), Made(out)), page=page)
 
     def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **options: Any) -> Made:
         self._begin("evaluate")
@@ -123,7 +126,9 @@ def settings(own_store: str) -> list[str]:
 ALL = ["prepare", "train", "predict", "evaluate", "register"]
 
 
-def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(stages, data, settings, tmp_path):
+def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
+    stages, data, settings, tmp_path, capsys
+):
     out = tmp_path / "out"
 
     def do(*more: str) -> PipelineResult:
@@ -149,6 +154,13 @@ def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(stages, dat
     assert parent.info.run_id == result.run_id
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics == {"test/ap_0.50": 0.9, "test/splits": 2}
+    assert (
+        f"Pictures of the held-out time-lapse: {out}/predictions/c/prediction.html" in capsys.readouterr().err
+    )
+    for run in runs:
+        if run.data.tags["nuclei3d.stage"] == "predict" and run.info.status == "FINISHED":
+            (page,) = client.list_artifacts(run.info.run_id, "c")
+            assert page.path == "c/prediction.html"
     killed = [run.data.tags["nuclei3d.stage"] for run in runs if run.info.status == "KILLED"]
     assert sorted(killed) == sorted(ALL)
     assert {run.data.tags["nuclei3d.stage"] for run in runs} == {*ALL, "pipeline"}

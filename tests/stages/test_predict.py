@@ -94,6 +94,16 @@ def test_a_second_run_does_nothing_and_gives_the_same_result(movie, oracle, orac
     assert all(frame.done_before for frame in again.frames)
 
 
+def test_a_page_comes_after_the_frames_unless_it_is_switched_off(movie, oracle_model, tmp_path):
+    params = load_params(None, ["predict.report=false"])
+    assert predict(params, [movie], str(oracle_model), tmp_path / "out").page is None
+    assert not list(tmp_path.glob("out/*.html"))
+    result = predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    assert result.page == tmp_path / "out" / "prediction.html"
+    assert "<h1>6 nuclei in 3 frames</h1>" in result.page.read_text()
+    assert all(frame.done_before for frame in result.frames)
+
+
 @pytest.mark.parametrize("change", ["settings", "image", "masks", "overwrite"])
 def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
     predict(Params(), [movie], str(oracle_model), tmp_path / "out")

@@ -480,6 +480,8 @@ class PredictParams(SegmentationParams):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     report: bool = True
     """After the frames prediction.html is written: all of them with outlines, and what changes over time."""
+    animation: bool = False
+    """With it goes prediction.png, an animated PNG for slides."""
 
     @model_validator(mode="after")
     def _check_views(self) -> Self:

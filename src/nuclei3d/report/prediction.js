@@ -128,10 +128,9 @@
     layOut();
     list();
     draw();
-    document.dispatchEvent(new CustomEvent("shown", { detail: { t: state.t, track: state.track } }));
+    markTree();
   }
   const mark = (nucleus) => open(state.t, (each) => each === nucleus);
-  document.addEventListener("go", (event) => open(event.detail.t, (nucleus) => nucleus.track === event.detail.track));
   element("t").oninput = (event) => open(Number(event.target.value));
   element("brightness").oninput = (event) => {
     state.gain = Number(event.target.value);
@@ -201,5 +200,52 @@
       }
     }
   }
+
+  // ---------------------------------------------------------------- the lineage tree
+  const LANE = 10, EDGE = 24;
+  const part = (parent, name, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    parent.append(node);
+    return node;
+  };
+  const tree = { lines: new Map(), across: () => 0 };
+  const heightOf = (lane) => (lane + 1) * LANE;
+  function growTree() {
+    if (!data.tracks) return;
+    const room = element("tree"), width = room.clientWidth - 4;
+    const height = heightOf(Math.max(...data.tracks.map((track) => track.lane)) + 1);
+    room.textContent = "";
+    const svg = part(room, "svg", { width, height, role: "img" });
+    tree.across = (t) => EDGE + (count > 1 ? t / (count - 1) : 0) * (width - 2 * EDGE);
+    tree.now = part(svg, "line", { y1: 0, y2: height, stroke: "#8b949e" });
+    const byNumber = new Map(data.tracks.map((track) => [track.track, track]));
+    for (const { track, parent, first, last, lane } of data.tracks) {
+      const line = part(svg, "g", { stroke: hueOf(track), "stroke-width": 2, "stroke-linecap": "round", fill: "none" });
+      const mother = byNumber.get(parent), y = heightOf(lane);
+      const fork = mother ? `M${tree.across(mother.last)} ${heightOf(mother.lane)}H${tree.across(first)}V${y}` : "";
+      part(line, "path", { d: `${fork}M${tree.across(first)} ${y}H${tree.across(last) + 0.1}` });
+      part(line, "title", {}).textContent = `track ${track}` + (mother ? `, of ${parent}` : "");
+      tree.lines.set(track, line);
+    }
+    svg.onclick = (event) => {
+      const bounds = svg.getBoundingClientRect();
+      const far = ({ first, last, lane }) => Math.abs(heightOf(lane) - event.clientY + bounds.top) +
+        Math.max(tree.across(first) - event.clientX + bounds.left, event.clientX - bounds.left - tree.across(last), 0);
+      const nearest = data.tracks.reduce((best, track) => (far(track) < far(best) ? track : best));
+      const share = (event.clientX - bounds.left - EDGE) / (width - 2 * EDGE);
+      state.track = nearest.track;
+      element("view").scrollIntoView();
+      open(Math.min(Math.max(Math.round(share * (count - 1)), nearest.first), nearest.last));
+    };
+    markTree();
+  }
+  function markTree() {
+    if (!tree.now) return;
+    for (const end of ["x1", "x2"]) tree.now.setAttribute(end, tree.across(state.t));
+    for (const [track, line] of tree.lines) line.setAttribute("stroke-width", track === state.track ? 6 : 2);
+  }
+  growTree();
+  window.addEventListener("resize", growTree);
   open(0);
 })();

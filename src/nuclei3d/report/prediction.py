@@ -6,11 +6,12 @@ Frames are read, drawn and written one by one: as much memory is taken for one a
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
 from nuclei3d.report.page import json_in_page, page_environment, page_part
 from nuclei3d.report.projections import (
@@ -54,7 +56,10 @@ _CHARTS = {"volume_um3": "volume (µm³)", "mean_intensity": "mean intensity", "
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """A frame of a prediction: its table (`QUANTITIES`), and how to read image and labels block by block."""
+    """A frame of a prediction, and how to read its image and labels block by block.
+
+    The table `nuclei` has the columns `QUANTITIES` and, where nuclei are linked over time, ``track``.
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -68,9 +73,11 @@ def write_prediction_page(
     path: Path,
     frames: Sequence[ShownFrame],
     *,
+    parents: Mapping[int, int] | None = None,
     made_from: str = "",
     warnings: Sequence[str] = (),
     advance: Callable[[], None] = lambda: None,
+    animation: Animation | None = None,
 ) -> None:
     """Write the page of a prediction.
 
@@ -80,17 +87,23 @@ def write_prediction_page(
         The HTML file.
     frames
         In the order of time.
+    parents
+        Where nuclei are linked: the parent of each track, 0 where there is none.
     made_from
         A digest of what the page shows; `made_from_of` reads it.
     warnings
         Of the prediction; what is odd in its numbers is added.
     advance
         Called after each frame.
+    animation
+        Gets the frames too.
     """
+    tracks = [] if parents is None else lay_out_lineages(frames, parents)
     tree = {
         "names": [frame.name for frame in frames],
         "fields": [*QUANTITIES, "track"],
         "color": OUTLINES["pred"],
+        "tracks": [asdict(track) for track in tracks] or None,
     }
     counts = [len(frame.nuclei) for frame in frames]
     page = page_environment().get_template("prediction.html")
@@ -98,7 +111,8 @@ def write_prediction_page(
         version=__version__,
         made_from=made_from,
         warnings=[*warnings, *odd_numbers(frames)],
-        tracks=[],
+        tracks=tracks,
+        divisions=len({track.parent for track in tracks if track.parent}),
         frames=frames,
         total=sum(counts),
         counts=counts,
@@ -107,7 +121,7 @@ def write_prediction_page(
         css=page_part("report.css"),
         js=page_part("prediction.js"),
         data=json_in_page(tree),
-        packed=_pack_frames(frames, advance),
+        packed=_pack_frames(frames, advance, animation),
     ).dump(str(path), encoding="utf-8")
 
 
@@ -122,28 +136,87 @@ def made_from_of(path: Path) -> str | None:
     return rest.partition('"')[0] if found else None
 
 
-def _pack_frames(frames: Sequence[ShownFrame], advance: Callable[[], None]) -> Iterator[str]:
+@dataclass(frozen=True)
+class ShownTrack:
+    """A track from its first to its last frame (from 0), and its lane in the tree; `parent` may be 0."""
+
+    track: int
+    parent: int
+    first: int
+    last: int
+    lane: float
+
+
+def lay_out_lineages(frames: Sequence[ShownFrame], parents: Mapping[int, int]) -> list[ShownTrack]:
+    """Give each track a lane in the tree: one for each that has no daughters, and mothers amid theirs.
+
+    Lineages of many nuclei come first.
+    """
+    spans: dict[int, list[int]] = {}
+    for at, frame in enumerate(frames):
+        for track in frame.nuclei["track"].dropna().astype(int):
+            spans.setdefault(track, []).append(at)
+    daughters: dict[int, list[int]] = {}
+    for track in sorted(spans):
+        parent = parents.get(track, 0)
+        daughters.setdefault(parent if parent in spans else 0, []).append(track)
+
+    def descend(track: int) -> list[int]:
+        """List a track and its descendants, mothers first."""
+        found, left = [], [track]
+        while left:
+            found.append(left.pop())
+            left += reversed(daughters.get(found[-1], []))
+        return found
+
+    lineages = [descend(founder) for founder in daughters.get(0, [])]
+    lineages.sort(key=lambda lineage: -sum(len(spans[track]) for track in lineage))
+    lanes: dict[int, float] = {}
+    leaves = itertools.count()
+    for lineage in lineages:
+        lanes |= {track: float(next(leaves)) for track in lineage if track not in daughters}
+        for track in reversed(lineage):
+            if track in daughters:
+                lanes[track] = float(np.mean([lanes[daughter] for daughter in daughters[track]]))
+    return [
+        ShownTrack(track, parents.get(track, 0), spans[track][0], spans[track][-1], lanes[track])
+        for lineage in lineages
+        for track in lineage
+    ]
+
+
+def _pack_frames(
+    frames: Sequence[ShownFrame], advance: Callable[[], None], animation: Animation | None
+) -> Iterator[str]:
+    most_bytes = _MEGABYTES * 1e6 / len(frames)
     for frame in frames:
-        yield pack_frame(frame, _MEGABYTES * 1e6 / len(frames))
+        grid = PictureGrid.fitting(frame.shape, frame.voxel_size, min(_MOST_PIXELS, 3 * most_bytes))
+        picture = project_image(grid, frame.read_image())
+        coarse = coarse_labels(grid, frame.read_labels())
+        outlines = silhouettes(grid, coarse, frame.nuclei["label"].tolist())
+        if animation is not None:
+            animation.add(picture, outlines, frame.nuclei.get("track", frame.nuclei["label"]).tolist())
+        yield pack_frame(grid, picture, outlines, frame.nuclei, most_bytes)
         advance()
 
 
-def pack_frame(frame: ShownFrame, most_bytes: float) -> str:
+def pack_frame(
+    grid: PictureGrid,
+    picture: NDArray[np.uint8],
+    outlines: Sequence[Sequence[Polygon]],
+    nuclei: pd.DataFrame,
+    most_bytes: float,
+) -> str:
     """Pack a frame into about so many bytes, as the script of the page unpacks it.
 
     Gives two parts in base64 with a point between: the picture as JPEG, and deflated JSON with ``size`` (z,
     y, x, in pixels), ``px_um``, ``nuclei`` (rows) and, row by row, ``outlines``: x, y, x, y ... in half
     pixels of the picture for xy, yz and xz.
     """
-    pixels = min(_MOST_PIXELS, 3 * most_bytes)
-    grid = PictureGrid.fitting(frame.shape, frame.voxel_size, pixels)
-    picture = project_image(grid, frame.read_image())
-    coarse = coarse_labels(grid, frame.read_labels())
-    outlines = silhouettes(grid, coarse, frame.nuclei["label"].tolist())
     content = {
         "size": grid.size,
         "px_um": grid.px_um,
-        "nuclei": _rows(frame.nuclei),
+        "nuclei": _rows(nuclei),
         "outlines": [[_half_pixels(polygon) for polygon in views] for views in outlines],
     }
     deflated = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)

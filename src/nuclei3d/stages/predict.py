@@ -127,7 +127,7 @@ def predict(
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
 
-        page = write_page(out, frames, done)
+        page = write_page(out, frames, done, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series))
 
@@ -225,7 +225,7 @@ def _write_masks(
 def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
-        asked = params.predict.model_dump(mode="json", exclude={"report"})
+        asked = params.predict.model_dump(mode="json", exclude={"report", "animation"})
         identity = {"service": model, "predict": asked}
         return Predictor(RemoteModel(model, params.predict), params.predict, identity)
     from nuclei3d.experiment.registry import fetch_model, is_registered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.console import progress_bar, say
-from nuclei3d.images.frames import Frame, single_label_frame, to_labels
+from nuclei3d.errors import InputError
+from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.outputs import whole_file
+from nuclei3d.report.animation import Animation
 from nuclei3d.report.prediction import (
     QUANTITIES,
     ShownFrame,
@@ -29,15 +32,25 @@ if TYPE_CHECKING:
     from nuclei3d.stages.predict import PredictedFrame
 
 PAGE_FILE = "prediction.html"
+ANIMATION_FILE = "prediction.png"
+#: The table of tracks that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks.
+TRACKS_FILE = Path("tracks", "tracks.csv")
 # Voxels that are read at a time, and the sides of such a part where the file is cut into chunks.
 _PART_VOXELS = 32_000_000
 _PART_SIDES = (64, 512, 1024)
 
 
 def write_page(
-    out: Path, frames: Sequence[Frame], predicted: Sequence[PredictedFrame], warnings: Sequence[str] = ()
+    out: Path,
+    frames: Sequence[Frame],
+    predicted: Sequence[PredictedFrame],
+    warnings: Sequence[str] = (),
+    *,
+    animated: bool = False,
 ) -> Path:
     """Write `PAGE_FILE` of predicted frames into `out`, or leave the one there that shows just these.
+
+    Beside it is the table of tracks (`TRACKS_FILE`), if nuclei are to be shown by track.
 
     Parameters
     ----------
@@ -45,27 +58,44 @@ def write_page(
         The images, and masks and tables of each, in the order of time.
     warnings
         Of the prediction; the page says them.
+    animated
+        Write `ANIMATION_FILE` too.
     """
     page = out / PAGE_FILE
-    made_from = _digest(predicted, warnings)
+    tracks = out / TRACKS_FILE
+    made_from = _digest(predicted, tracks, [*warnings, f"animated: {animated}"])
     if made_from_of(page) == made_from:
         return page
     shown = [_show(frame, result) for frame, result in zip(frames, predicted, strict=True)]
+    parents = None
+    if tracks.is_file():
+        shown, parents = _add_tracks(shown, predicted, tracks)
     for line in odd_numbers(shown):
         say(f"warning: {line}")
+    animation = Animation() if animated else None
     with whole_file(page) as partial_page, progress_bar("page", total=len(shown)) as bar:
         write_prediction_page(
-            partial_page, shown, made_from=made_from, warnings=warnings, advance=bar.advance
+            partial_page,
+            shown,
+            parents=parents,
+            made_from=made_from,
+            warnings=warnings,
+            advance=bar.advance,
+            animation=animation,
         )
+        if animation is not None:
+            with whole_file(out / ANIMATION_FILE) as partial_png:
+                animation.save(partial_png)
     return page
 
 
-def _digest(predicted: Sequence[PredictedFrame], warnings: Sequence[str]) -> str:
+def _digest(predicted: Sequence[PredictedFrame], tracks: Path, more: Sequence[str]) -> str:
     """Digest of what a page shows; files are told apart by size and time of change."""
-    content = [__version__, *warnings]
-    for frame in predicted:
-        states = (path.stat() for path in (frame.masks, frame.table))
-        content += [frame.name, *(f"{state.st_size} {state.st_mtime_ns}" for state in states)]
+    content = [__version__, *more, *(frame.name for frame in predicted)]
+    for path in (tracks, *(path for frame in predicted for path in (frame.masks, frame.table))):
+        if path.exists():
+            state = path.stat()
+            content.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
@@ -81,6 +111,30 @@ def _show(frame: Frame, predicted: PredictedFrame) -> ShownFrame:
         read_image=partial(_read_parts, frame),
         read_labels=partial(_read_label_parts, predicted.masks),
     )
+
+
+def _add_tracks(
+    shown: Sequence[ShownFrame], predicted: Sequence[PredictedFrame], table: Path
+) -> tuple[list[ShownFrame], dict[int, int] | None]:
+    """Add the tracks of a table to the frames; give the parents, None if the table is of other masks."""
+    import pandas as pd
+
+    try:
+        tracks = pd.read_csv(table, usecols=["track", "parent", "frame", "label"], dtype=int)
+    except ValueError:
+        raise InputError(
+            f"{table} is no table of tracks; remove it, or have nuclei3d track write it again"
+        ) from None
+    # tracks count frames in the natural order of the masks' names
+    order = sorted(range(len(shown)), key=lambda at: natural_key(predicted[at].masks.name))
+    linked = list(shown)
+    for number, at in enumerate(order):
+        own = tracks[tracks["frame"] == number]
+        if sorted(own["label"]) != sorted(shown[at].nuclei["label"]):
+            say(f"warning: {table} is not of these masks ({shown[at].name}); the page leaves tracks out")
+            return list(shown), None
+        linked[at] = replace(shown[at], nuclei=shown[at].nuclei.merge(own[["label", "track"]], on="label"))
+    return linked, dict(zip(tracks["track"].tolist(), tracks["parent"].tolist(), strict=True))
 
 
 def _read_label_parts(masks: Path) -> Iterator[tuple[Box, NDArray[np.uint32]]]:

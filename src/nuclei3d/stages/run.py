@@ -95,6 +95,8 @@ def _job(params: Params, data: Path, out: Path) -> str:
 
 
 def _say_result(result: PipelineResult, model: Path, evaluation: Path) -> None:
+    from nuclei3d.stages.predict_page import PAGE_FILE
+
     say("")
     say("On the held-out embryos:")
     for name, value in result.metrics.items():
@@ -103,6 +105,8 @@ def _say_result(result: PipelineResult, model: Path, evaluation: Path) -> None:
         say(f"Registered {result.name} version {result.version}: {result.reason}.")
     report = evaluation / "report.html"
     say(f"Report: {report if report.exists() else evaluation}")
+    for page in sorted(result.out.glob(f"predictions/*/{PAGE_FILE}")):
+        say(f"Pictures of the held-out time-lapse: {page}")
     say("Next:")
     say(f"  nuclei3d predict FILE... --model {model} --out masks    segment your own frames")
     say("  mlflow ui --backend-store-uri sqlite:///mlflow.db                look at the runs")
