@@ -67,21 +67,12 @@ class ForeignArray:
                 )
                 block = self._arrays[int(index[0])][int(index[1])][inner]  # type: ignore[arg-type]
             else:
-                block = self._read_dask(index)
+                block = self._arrays[index].compute(scheduler="synchronous")
         except MemoryError:
             raise
         except Exception as error:
             raise self._unreadable(error) from error
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
-
-    def _read_dask(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
-        try:
-            return np.asarray(self._arrays[index].compute(scheduler="synchronous"))
-        except (MemoryError, OSError):
-            raise
-        except Exception:
-            # readers that cannot select planes (Leica's xz scans) can still read the whole image
-            return np.asarray(self._file.data[index])
 
     def _has_plugin(self) -> bool:
         from bioio.plugins import get_plugins
