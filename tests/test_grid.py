@@ -190,3 +190,11 @@ def test_a_hole_is_filled_and_two_pieces_are_two_outlines() -> None:
 
 def test_an_empty_plane_has_none() -> None:
     assert trace_outlines(np.zeros((4, 4), np.uint16)) == []
+
+
+def test_outlines_keep_numbers_of_any_size() -> None:
+    plane = np.zeros((8, 9), np.uint32)
+    plane[1:3, 1:4], plane[5:7, 5:8] = 7, 2**32 - 1
+    assert [label for label, _ in trace_outlines(plane)] == [7, 2**32 - 1]
+    full = np.full((4, 5), 10**9, np.uint32)
+    assert [label for label, _ in trace_outlines(full)] == [10**9]

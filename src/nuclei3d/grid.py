@@ -184,7 +184,11 @@ def trace_outlines(plane: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[n
     from skimage.measure import find_contours, regionprops
 
     outlines = []
-    for region in regionprops(plane):  # type: ignore[no-untyped-call]
+    # tables by label number stay small, whatever the numbers
+    numbers, places = np.unique(plane, return_inverse=True)
+    shift = 0 if numbers.size and numbers[0] == 0 else 1
+    compact = places.reshape(plane.shape).astype(np.int32) + shift
+    for region in regionprops(compact):  # type: ignore[no-untyped-call]
         # level 0.5 runs half way between a pixel inside and one outside; the padding closes it at the border
         padded = np.pad(region.image, 1).astype(np.float32)
         contours = find_contours(padded, 0.5, fully_connected="high")  # type: ignore[no-untyped-call]
@@ -194,5 +198,5 @@ def trace_outlines(plane: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[n
             # the signed area is negative around holes, which are traced the other way
             x, y = polygon.T
             if np.dot(x, np.roll(y, -1)) > np.dot(y, np.roll(x, -1)):
-                outlines.append((int(region.label), polygon.astype(np.float32)))
+                outlines.append((int(numbers[region.label - shift]), polygon.astype(np.float32)))
     return outlines

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import tifffile
 
+from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.stages.pairing import find_image_entries, find_label_entries, pair_entries, refuse_doubt
+from nuclei3d.stages.pairing import (
+    find_image_entries,
+    find_label_entries,
+    pair_entries,
+    pair_volumes,
+    refuse_doubt,
+)
 
 VOLUME = np.zeros((2, 3, 4), dtype=np.uint16)
 
@@ -72,6 +79,49 @@ def test_the_same_frame_of_another_embryo_is_no_partner(tmp_path: Path) -> None:
     assert paired(truth, write(tmp_path / "nested", "Emb3/t1.tif", "Emb4/t1.tif")) == []
     # a bare t1 could be either of the two
     assert paired(truth, write(tmp_path / "flat", "t1.tif", "t2.tif")) == []
+
+
+@pytest.mark.parametrize("folder", ["anything", "run1", "masks/2024-05-01", "mouse3"])
+def test_folders_of_predictions_may_have_any_name_where_frames_leave_no_doubt(
+    tmp_path: Path, folder: str
+) -> None:
+    frames = ("t000", "t001")
+    truth = write(tmp_path / "truth", *(f"embryo_c/labels/{t}.tif" for t in frames))
+    pred = write(tmp_path / "pred", *(f"{folder}/{t}_masks.tif" for t in (*frames, "t002")))
+    assert paired(truth, pred) == [(f"embryo_c/labels/{t}.tif", f"{folder}/{t}_masks.tif") for t in frames]
+    doubt(truth, pred)
+    # of two embryos it may be either
+    write(truth, "embryo_d/labels/t000.tif", "embryo_d/labels/t001.tif")
+    assert paired(truth, pred) == []
+
+
+def test_names_of_the_cell_tracking_challenge_pair(tmp_path: Path) -> None:
+    truth = write(tmp_path / "01_GT" / "SEG", "man_seg000.tif", "man_seg002.tif")
+    for names in (("mask000.tif", "mask001.tif", "mask002.tif"), ("t000_cp_masks.tif", "t002_cp_masks.tif")):
+        pred = write(tmp_path / names[0][:4], *names)
+        assert paired(truth, pred) == [("man_seg000.tif", names[0]), ("man_seg002.tif", names[-1])]
+
+
+def test_by_frame_folders_do_not_count(tmp_path: Path) -> None:
+    truth = write(tmp_path / "data", "Emb1/labels/t1.tif", "Emb1/labels/t2.tif")
+    write(tmp_path / "data", "Emb2/labels/t1.tif")
+    pred = write(tmp_path / "pred" / "Emb2", "t1_masks.tif", "t2_masks.tif")
+    with pytest.raises(InputError, match=r"different embryos.*--set evaluate\.pair_by=frame"):
+        doubt(truth / "Emb1", pred)
+    params = load_params(None, ["evaluate.pair_by=frame"])
+    found = pair_volumes(params, truth / "Emb1", pred, None, {})
+    assert [(pair.truth.stem, pair.pred.home.name) for pair in found.pairs] == [
+        ("t1", "Emb2"),
+        ("t2", "Emb2"),
+    ]
+    with pytest.raises(InputError, match=r"--truth DATA/EMBRYO/labels.*evaluate\.pair_by=frame"):
+        pair_volumes(Params(), truth, write(tmp_path / "far", "run/x1.tif", "run/x2.tif"), None, {})
+
+
+def test_a_link_to_the_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pred", "a/t1.tif", "a/t2.tif")
+    (folder / "a" / "loop").symlink_to(folder)
+    assert [entry.key for entry in find_label_entries(folder)] == ["a_t1", "a_t2"]
 
 
 def doubt(truth: Path, pred: Path) -> None:

@@ -534,6 +534,9 @@ class EvaluateParams(Section):
     min_true_volume_um3: NonNegativeFloat = 0.0
     """True labels below this, the debris of hand labelling, become background; predictions are all counted.
     """
+    pair_by: Literal["embryo", "frame"] = "embryo"
+    """How predictions find their truth: by the names of embryo and frame, or of the frame alone, whatever the
+    folders are called."""
     surface_distances: bool = True
     report: bool = True
     viewer_megabytes: PositiveFloat = 8.0

@@ -47,7 +47,7 @@ class ForeignArray:
         except Exception as error:
             if type(error).__name__ == "UnsupportedFileFormatError" and not self._has_plugin():
                 raise self._no_reader() from None
-            raise self._damaged(error) from error
+            raise self._unreadable(error) from error
 
     def __enter__(self) -> ForeignArray:
         return self
@@ -71,7 +71,7 @@ class ForeignArray:
         except MemoryError:
             raise
         except Exception as error:
-            raise self._damaged(error) from error
+            raise self._unreadable(error) from error
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
     def _has_plugin(self) -> bool:
@@ -86,9 +86,9 @@ class ForeignArray:
             f"pip install '{package}', or export OME-TIFF"
         )
 
-    def _damaged(self, error: Exception) -> InputError:
+    def _unreadable(self, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return InputError(f"{self.path} is damaged or truncated ({reason}); copy or export it again")
+        return InputError(f"{self.path} cannot be read ({reason}); copy it again, or export OME-TIFF")
 
 
 def _open_bioio(path: Path, wanted: str | int | None) -> tuple[Any, Any, Layout]:

@@ -32,35 +32,9 @@ _SUFFIXES = (
     *FOREIGN_SUFFIXES,
 )
 # What holds images, but none that are read here.
-_UNREAD_SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "png",
-        "jpg",
-        "jpeg",
-        "bmp",
-        "gif",
-        "npy",
-        "npz",
-        "h5",
-        "hdf5",
-        "nii",
-        "gz",
-        "zip",
-        "mha",
-        "mhd",
-        "nrrd",
-        "vsi",
-        "oib",
-        "oif",
-        "oir",
-        "klb",
-        "avi",
-        "mp4",
-        "stk",
-        "dv",
-        "sld",
-    ]
+_UNREAD = re.compile(
+    r"\.(png|jpe?g|bmp|gif|np[yz]|h5|hdf5|nii|gz|zip|mh[ad]|nrrd|vsi|oi[bfr]|klb|avi|mp4|stk|dv|sld)$",
+    re.IGNORECASE,
 )
 
 # Words at the end of a name that mark labels or an image and say nothing about which frame it is.
@@ -105,7 +79,7 @@ def list_volumes(folder: Path) -> list[Path]:
             paths.append(path)
         elif path.is_symlink() and not path.exists():
             dangling.append(path.name)
-        elif suffix in _UNREAD_SUFFIXES and path.is_file():
+        elif _UNREAD.search(path.name) and path.is_file():
             unread.append(path.name)
     for names, reason in ((dangling, "links to what is not there"), (unread, f"no {_READ_FORMATS}")):
         say_passed_over(folder, sorted(names, key=natural_key), reason)

@@ -65,10 +65,10 @@ class ImageInFile:
     shape: tuple[int, ...]
 
     @property
-    def has_depth(self) -> bool:
-        """Whether an axis is z, or may be."""
-        lengths = zip(self.axes.upper(), self.shape, strict=True)
-        return any(length > 1 for axis, length in lengths if axis not in "YXSCT")
+    def is_volume(self) -> bool:
+        """Whether it has rows, columns and an axis that is z, or may be."""
+        long = {axis for axis, n in zip(self.axes.upper(), self.shape, strict=True) if n > 1}
+        return {"Y", "X"} <= long and bool(long - set("YXSCT"))
 
     def __str__(self) -> str:
         return f"{self.name or 'no name'}, {' x '.join(map(str, self.shape))}"
@@ -93,9 +93,9 @@ def choose_image(
             what = "names several images" if named else "is none of its images"
             raise InputError(f"{where}: image '{wanted}' {what}: {shown}; {mend}")
         return named[0], ()
-    deep = [i for i, image in enumerate(images) if image.has_depth] or list(range(len(images)))
+    deep = [i for i, image in enumerate(images) if image.is_volume] or list(range(len(images)))
     left = [i for i in deep if not _SIDE_IMAGE.search(images[i].name.lower())] or deep
-    if len(left) > 1 and images[left[0]].has_depth:
+    if len(left) > 1 and images[left[0]].is_volume:
         raise InputError(f"{where} holds {len(left)} images: {shown}; {mend}")
     return left[0], tuple(text for i, text in enumerate(listing) if i != left[0])
 

@@ -526,7 +526,7 @@ def _ome_xml(
         sizes |= {"TimeIncrement": time_step_s, "TimeIncrementUnit": "s"}
     # tifffile would invent a new UUID at each run, and with it new bytes and a new md5.
     document = tifffile.OmeXml(UUID=digest, Creator="nuclei3d")
-    stored = (math.prod(shape[:-2]), 1, 1, *shape[-2:], 1)
+    stored = (math.prod(shape[:-2]), 1, 1, shape[-2], shape[-1], 1)
     document.addimage(dtype, shape, stored, axes="TZYX"[-len(shape) :], **sizes)
     return document.tostring(declaration=True)
 

@@ -37,8 +37,10 @@ from nuclei3d.training.slicing import drop_small_labels
 
 _IMAGE_WORDS = re.compile(r"_(images|image|img|raw)(?=_t\d+$|$)")
 _MARKED = re.compile(r"_(cp_masks|masks)$")
+_OVERRIDE = "pair by the frames' names alone with --set evaluate.pair_by=frame"
 # Folders that say what they hold, not which embryo.
 _CONTAINERS = frozenset({"labels", "images", "masks", "predictions"})
+_LAST_NUMBER = re.compile(r"(\d+|(?<![^\W_])[a-z])$", re.IGNORECASE)
 _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 
 
@@ -108,26 +110,40 @@ def find_image_entries(
 
 
 def pair_entries(
-    first: Sequence[Entry], second: Sequence[Entry], *, by_name_only: bool = False
+    first: Sequence[Entry],
+    second: Sequence[Entry],
+    *,
+    by_name_only: bool = False,
+    by: Literal["embryo", "frame"] = "embryo",
 ) -> dict[Entry, Entry]:
     """Give the entries of a folder, in their order, the one of another that stands for the same frame.
 
     In turn, what is not yet paired is compared by folders and stem, by these with the name of either root
     before them, and, where at least one side has no folders, by the stem alone. A name that stands for two
-    frames on one side pairs nothing. A single frame on each side is a pair whatever the names, unless
-    both lie in folders of their own or `by_name_only`.
+    frames on one side pairs nothing. Where both have folders, the stem alone pairs what it names once on
+    either side, unless the folders are numbered in one way (Emb1, Emb2). A single frame on each side is a
+    pair whatever the names, unless both lie in folders of their own or `by_name_only`. By frame, the stem
+    alone counts.
     """
     if len(first) == len(second) == 1 and not by_name_only and not (first[0].folders and second[0].folders):
         return {first[0]: second[0]}
 
     ways = [("key", "key"), ("rooted_key", "key"), ("key", "rooted_key")]
-    if not all(entry.folders for entry in (*first, *second)):
+    if by == "frame":
+        ways = [("stem", "stem")]
+    elif not all(entry.folders for entry in (*first, *second)):
         ways.append(("stem", "stem"))
     partner: dict[Entry, Entry] = {}
     for first_name, second_name in ways:
         left = _unique(first, first_name, set(partner))
         right = _unique(second, second_name, set(partner.values()))
         partner |= {left[name]: right[name] for name in left.keys() & right.keys()}
+    if ("stem", "stem") not in ways:
+        left, right = _unique(first, "stem", ()), _unique(second, "stem", ())
+        for name in left.keys() & right.keys():
+            one, other = left[name], right[name]
+            if one not in partner and not _numbered_alike("/".join(one.folders), "/".join(other.folders)):
+                partner[one] = other
     return {entry: partner[entry] for entry in first if entry in partner}
 
 
@@ -141,7 +157,8 @@ def refuse_doubt(first: Sequence[Entry], second: Sequence[Entry], pairs: Mapping
         if _of_different_embryos(one, other) or _of_different_embryos(other, one):
             raise InputError(
                 f"{other.frame.path} and {one.frame.path} are called alike but lie in the folders of "
-                f"different embryos, {other.home.name} and {one.home.name}; give those of one embryo"
+                f"different embryos, {other.home.name} and {one.home.name}; give those of one embryo, or, if "
+                f"they are the same, {_OVERRIDE}"
             )
     paired = {*pairs, *pairs.values()}
     left, right = ([entry for entry in entries if entry not in paired] for entries in (first, second))
@@ -152,8 +169,14 @@ def refuse_doubt(first: Sequence[Entry], second: Sequence[Entry], pairs: Mapping
             if len(alike) > 1:
                 raise InputError(
                     f"{entry.frame.path} may belong to {alike[0].frame.path} or to {alike[1].frame.path}; "
-                    "put both sides into folders of the embryos' names, or begin the files with them"
+                    "put both sides into folders of the embryos' names, begin the files with them, or name "
+                    "the folder of the one embryo, as --truth DATA/EMBRYO/labels"
                 )
+
+
+def _numbered_alike(one: str, other: str) -> bool:
+    """Say whether two names differ in a last number or letter alone, as those of embryos do."""
+    return one != other and _LAST_NUMBER.sub("", one) == _LAST_NUMBER.sub("", other)
 
 
 def _of_different_embryos(one: Entry, other: Entry) -> bool:
@@ -333,16 +356,19 @@ def pair_volumes(
             for entry, (path, time) in zip(truths, places, strict=True)
             if wanted & {(place, time) for place in (path, *path.parents)}
         ]
-    matched = pair_entries(truths, predictions)
-    refuse_doubt(truths, predictions, matched)
+    by = params.evaluate.pair_by
+    matched = pair_entries(truths, predictions, by=by)
+    if by == "embryo":
+        refuse_doubt(truths, predictions, matched)
     if not matched:
         raise InputError(
             f"no volume of {pred} has the name of one of {truth}: found {_examples(predictions)} and "
             f"{_examples(truths)}; a prediction is called like its truth, with or without _masks at its "
-            "end, and lies in a folder of the embryo's name or has that name before its own"
+            "end, and lies in a folder of the embryo's name or has that name before its own; else name the "
+            f"folder of the one embryo, as --truth DATA/EMBRYO/labels, or {_OVERRIDE}"
         )
     image_of = _find_images(truths, truth, images, params.data)
-    others = {name: pair_entries(truths, find_label_entries(path)) for name, path in baselines.items()}
+    others = {name: pair_entries(truths, find_label_entries(path), by=by) for name, path in baselines.items()}
     for name, found in others.items():
         lacking = [entry for entry in matched if entry not in found]
         if lacking:
