@@ -46,7 +46,15 @@ def test_a_good_data_set_gives_no_warning(tmp_path: Path, params: Params) -> Non
     result = check(params, data)
     assert (result.warnings, result.errors, result.exit_code) == ((), (), 0)
     assert [frame.nuclei for frame in result.frames] == [10] * 6
-    assert "warnings" not in prepare(params, data, tmp_path / "slices").summary
+    summary = prepare(params, data, tmp_path / "slices").summary
+    assert "warnings" not in summary
+    assert summary["training"]["voxel_x_um"] == [1.0, 1.0]
+    assert summary["training"]["anisotropy"] == [2.0, 2.0]
+    low, high = summary["training"]["diameter_um"]
+    assert low <= summary["nucleus_diameter_um"] <= high
+    assert summary["training"]["range_over_noise"][0] == pytest.approx(
+        result.frames[0].range_over_noise, abs=0.01
+    )
 
 
 def test_each_kind_of_fault_is_said_once_with_its_frames(

@@ -38,6 +38,7 @@ from nuclei3d.scoring.assessment import (
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
+from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
@@ -47,6 +48,7 @@ OTSU = "Otsu + watershed"
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
+_SIZE_RATIO = 8.0
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def evaluate(
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
+        **({"warnings": warnings} if (warnings := _say_sizes(assessed)) else {}),
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
     with whole_folder(out) as folder:
@@ -242,12 +245,15 @@ def _assess(
 
 def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
     true, unknown = pair.read_truth()
+    _refuse_image(true, pair.truth)
     image = pair.read_image() if pair.physical else None
     found: dict[str, Assessment] = {}
     for name, entry in {method: pair.pred, **pair.baselines}.items():
+        predicted = pair.read_prediction(entry, true.shape)
+        _refuse_image(predicted, entry)
         found[name] = assess_volume(
             true,
-            pair.read_prediction(entry, true.shape),
+            predicted,
             pair.voxel_size,
             image=image,
             scores=read_scores(entry),
@@ -257,6 +263,35 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
             unknown=unknown,
         )
     return _digest_of(true, unknown), found
+
+
+def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
+    if looks_like_image(labels):
+        raise InputError(
+            f"{entry.frame.path} holds intensities, not labels; give the folder of the label volumes"
+        )
+
+
+def _say_sizes(assessed: Mapping[str, Sequence[Assessment]]) -> list[str]:
+    """Say which methods' nuclei have a median volume far from that of the true ones."""
+    warnings = []
+    for name, assessments in assessed.items():
+        medians = [
+            float(np.median(volumes)) if len(volumes) else math.nan
+            for volumes in (
+                np.concatenate([getattr(each, side).volume_um3 for each in assessments])
+                for side in ("true", "pred")
+            )
+        ]
+        ratio = medians[1] / medians[0]
+        if not math.isnan(ratio) and not 1 / _SIZE_RATIO < ratio < _SIZE_RATIO:
+            warnings.append(
+                f"the nuclei of {name} have {ratio:.2g} of the true ones' volume in the median: check "
+                "predict.diameter_um and data.voxel_size_um"
+            )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return warnings
 
 
 def _read_shown(pair: VolumePair) -> Arrays:

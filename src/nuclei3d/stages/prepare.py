@@ -6,6 +6,7 @@ For a 2D network a frame gives planes of three views, for a 3D network one volum
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ class PreparedFrame:
     """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
     A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
-    implausible in the labels.
+    implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise.
     """
 
     samples: tuple[StoredSample, ...]
@@ -128,6 +129,8 @@ class PreparedFrame:
     contrasts: tuple[float, ...]
     labels_left_out: int
     faults: tuple[LabelFault, ...]
+    voxel_size: VoxelSize
+    range_over_noise: float
 
 
 def prepare_frame(
@@ -189,6 +192,8 @@ def prepare_frame(
         tuple(float(contrasts[label]) for label in volumes_um3),
         left_out,
         tuple(faults),
+        volume.voxel_size,
+        (intensity.high - intensity.low) / intensity.noise if intensity.noise else math.inf,
     )
 
 
@@ -239,6 +244,20 @@ def _check_enough(samples: Sequence[StoredSample], params: Params, data: Path) -
         )
 
 
+def _training_range(frames: Sequence[PreparedFrame], volumes: NDArray[np.float64]) -> dict[str, Any] | None:
+    """Say what the training frames are like, as `nuclei3d.networks.folder.TrainingRange` takes it."""
+    ratios = [frame.range_over_noise for frame in frames if math.isfinite(frame.range_over_noise)]
+    if not ratios:
+        return None
+    of_each = {
+        "diameter_um": [sphere_diameter_um(volume) for volume in np.percentile(volumes, (5, 95))],
+        "voxel_x_um": [frame.voxel_size.x for frame in frames],
+        "anisotropy": [frame.voxel_size.anisotropy for frame in frames],
+        "range_over_noise": ratios,
+    }
+    return {name: [round(float(end), 4) for end in (min(v), max(v))] for name, v in of_each.items()}
+
+
 def _summarise(
     params: Params, data: Path, tasks: Sequence[tuple[str, EmbryoFrame]], frames: Sequence[PreparedFrame]
 ) -> dict[str, Any]:
@@ -274,6 +293,7 @@ def _summarise(
         "volumes" if solid else "planes": {part: sum(s.part == part for s in samples) for part in PARTS},
         "training_nuclei": len(volumes),
         "labels_left_out": sum(frame.labels_left_out for frame in frames),
+        "training": _training_range(training, volumes),
         "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
         "md5": digest.hexdigest(),
     }
