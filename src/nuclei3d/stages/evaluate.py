@@ -20,6 +20,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
+from nuclei3d.images.embryos import ONE_IMAGE
 from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -121,7 +122,8 @@ def evaluate(
     method
         What the report calls the predictions.
     only
-        The files of true labels that count, of all that lie below `truth`; None: all.
+        The files of true labels that count, of all that lie below `truth`; None: all. A mapping says which
+        part of each (`nuclei3d.images.embryos.EmbryoFrame.share`).
     """
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -157,7 +159,7 @@ def evaluate(
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
-        **({"warnings": warnings} if (warnings := _say_sizes(assessed)) else {}),
+        **({"warnings": warnings} if (warnings := _find_warnings(assessed, pairing.pairs)) else {}),
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
     with whole_folder(out) as folder:
@@ -272,9 +274,9 @@ def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
         )
 
 
-def _say_sizes(assessed: Mapping[str, Sequence[Assessment]]) -> list[str]:
-    """Say which methods' nuclei have a median volume far from that of the true ones."""
-    warnings = []
+def _find_warnings(assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence[VolumePair]) -> list[str]:
+    """Say what makes scores doubtful: blocks of one image, nuclei of a volume far from the true ones'."""
+    warnings = [ONE_IMAGE] if any(pair.share is not None for pair in pairs) else []
     for name, assessments in assessed.items():
         medians = [
             float(np.median(volumes)) if len(volumes) else math.nan

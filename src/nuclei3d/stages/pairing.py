@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
+from nuclei3d.images.embryos import block_of
 from nuclei3d.images.frames import (
     Frame,
     check_image,
@@ -237,6 +238,8 @@ class VolumePair:
         True labels below are background.
     unknown_label
         Number of what nobody looked at.
+    share
+        The part of the volume that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
     """
 
     name: str
@@ -250,10 +253,17 @@ class VolumePair:
     baselines: dict[str, Entry] = field(default_factory=dict)
     min_true_volume_um3: float = 0.0
     unknown_label: int | None = None
+    share: tuple[float, float] | None = None
 
     def read_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
         """Read the true labels that count, and say where nobody looked (None: nowhere)."""
         labels, unknown = read_partial_labels(self.truth.frame, self.unknown_label)
+        if self.share is not None:
+            block = block_of(labels, self.share, str(self.truth.frame.path))
+            outside = np.ones(labels.shape, bool)
+            outside[block] = False
+            unknown = outside if unknown is None else unknown | outside
+            labels = np.where(unknown, np.uint32(0), labels)
         kept, _ = drop_small_labels(labels, self.voxel_size, self.min_true_volume_um3)
         return np.asarray(kept, np.uint32), unknown
 
@@ -292,6 +302,8 @@ def pair_volumes(
 ) -> Pairing:
     """Find which prediction, image and baseline belongs to each true volume, `only` of those files if given.
 
+    Where `only` is a mapping, it says which part of each counts (`VolumePair.share`).
+
     Raises
     ------
     InputError
@@ -299,11 +311,14 @@ def pair_volumes(
         volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
+    shares: dict[Entry, tuple[float, float] | None] = {}
     if only is not None:
-        wanted = {path.resolve() for path in only}
+        wanted = {path.resolve(): only[path] if isinstance(only, Mapping) else None for path in only}
         # an array of labels lies inside the zarr that is named
         places = [{entry.frame.path.resolve(), *entry.frame.path.resolve().parents} for entry in truths]
-        truths = [entry for entry, above in zip(truths, places, strict=True) if above & wanted]
+        named = [(entry, above & wanted.keys()) for entry, above in zip(truths, places, strict=True)]
+        truths = [entry for entry, paths in named if paths]
+        shares = {entry: wanted[path] for entry, paths in named for path in paths}
     matched = pair_entries(truths, predictions)
     refuse_doubt(truths, predictions, matched)
     if not matched:
@@ -347,6 +362,7 @@ def pair_volumes(
                 baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
                 unknown_label=params.data.unknown_label,
+                share=shares.get(entry),
             )
         )
     _say_voxel_sizes(pairs, given)

@@ -29,6 +29,7 @@ from nuclei3d.images.embryos import (
     find_embryos,
     read_labelled,
     split_embryos,
+    voxel_size_of,
 )
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
@@ -56,6 +57,9 @@ from nuclei3d.training.slicing import (
     nucleus_volumes_um3,
     sphere_diameter_um,
 )
+
+#: Voxel sizes that differ by less than this share of their median are one.
+_SAME_SIZE = 0.02
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         for part in PARTS:
             (folder / part).mkdir()
         workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-        work = partial(prepare_frame, params=params, folder=folder, strict=strict)
+        edge_um = None if solid else _common_edge_um(tasks, params)
+        work = partial(prepare_frame, params=params, folder=folder, strict=strict, edge_um=edge_um)
         frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
@@ -134,9 +139,13 @@ class PreparedFrame:
 
 
 def prepare_frame(
-    task: tuple[str, EmbryoFrame], params: Params, folder: Path, strict: bool = False
+    task: tuple[str, EmbryoFrame],
+    params: Params,
+    folder: Path,
+    strict: bool = False,
+    edge_um: float | None = None,
 ) -> PreparedFrame:
-    """Cut one frame and write its samples into ``folder/<part>``."""
+    """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given."""
     part, frame = task
     volume = read_labelled(frame, params.data)
     faults = find_volume_faults(volume, params.prepare.min_volume_um3, params.data)
@@ -153,7 +162,7 @@ def prepare_frame(
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
     contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size, volume.unknown)
     samples = []
-    for sample in _cut(volume, params):
+    for sample in _cut(volume, params, edge_um):
         name = f"{frame.embryo}_{frame.frame}"
         if sample.view != "volume":
             name += f"_{sample.view}_{sample.index:04d}"
@@ -187,7 +196,9 @@ def prepare_frame(
             write_training_files(folder / info.file, sample.image[0], sample.labels[0])
     return PreparedFrame(
         tuple(samples),
-        samples[0].info.voxel_size.x if samples else volume.voxel_size.x * params.prepare.downsample_xy,
+        samples[0].info.voxel_size.x
+        if samples
+        else edge_um or volume.voxel_size.x * params.prepare.downsample_xy,
         tuple(volumes_um3.values()),
         tuple(float(contrasts[label]) for label in volumes_um3),
         left_out,
@@ -197,10 +208,28 @@ def prepare_frame(
     )
 
 
-def _cut(volume: LabelledVolume, params: Params) -> Iterator[Cut]:
+def _common_edge_um(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) -> float | None:
+    """Give the edge of a pixel to which frames of several microscopes are brought, if there are several.
+
+    None where each is downsampled by `prepare.downsample_xy`, because all come out alike. Frames of a volume
+    network keep their own voxels: crops are cut from them at the network's scale.
+    """
+    factor = params.prepare.downsample_xy
+    edges = np.array([voxel_size_of(frame, params.data).x * factor for _, frame in tasks])
+    median = float(np.median(edges))
+    if np.ptp(edges) <= _SAME_SIZE * median:
+        return None
+    say(
+        f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} um): "
+        f"all planes are brought to pixels of {median:g} um, the median after downsampling"
+    )
+    return median
+
+
+def _cut(volume: LabelledVolume, params: Params, edge_um: float | None) -> Iterator[Cut]:
     wanted = params.prepare
     solid = params.train.network == "full3d"
-    volume = downsample(volume, wanted.downsample_xy, isotropic=not solid)
+    volume = downsample(volume, wanted.downsample_xy, isotropic=not solid, edge_um=edge_um)
     if solid:
         return iter((cut_volume(volume),))
     return cut_planes(
@@ -267,11 +296,6 @@ def _summarise(
     contrasts = np.concatenate([frame.contrasts for frame in training])
     pixel_sizes = np.array([frame.voxel_um for frame in frames])
     voxel_um = float(np.median(pixel_sizes))
-    if np.ptp(pixel_sizes) > 0.02 * voxel_um:
-        raise InputError(
-            f"the frames of {data} have different voxel sizes in x ({pixel_sizes.min():g} to "
-            f"{pixel_sizes.max():g} um on the planes); prepare them as separate data sets or resample them"
-        )
     diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
     digest = hashlib.md5(
         "".join(sample.info.file + sample.md5 for sample in samples).encode(), usedforsecurity=False
