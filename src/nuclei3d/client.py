@@ -103,6 +103,7 @@ class RemoteModel:
             scores=scores,
             seconds=prediction.get("seconds", {}),
             _measure=lambda: nuclei,
+            warnings=tuple(map(str, prediction.get("warnings", ()))),
             parameters=prediction.get("parameters", {}),
             model=prediction.get("model", {}),
         )

@@ -316,8 +316,8 @@ def test_nothing_but_nan_and_wrong_labels_are_refused_and_empty_labels_told(tmp_
         read_labelled(make_frame(tmp_path / "nan", nan), DataParams())
     with pytest.raises(InputError, match="float32 values such as nan where labels"):
         read_labelled(make_frame(tmp_path / "float", labels=nan), DataParams())
-    with pytest.raises(InputError, match="negative label -1"):
-        read_labelled(make_frame(tmp_path / "neg", labels=-np.ones((3, 8, 6), np.int16)), DataParams())
+    with pytest.raises(InputError, match="negative label -2"):
+        read_labelled(make_frame(tmp_path / "neg", labels=np.full((3, 8, 6), -2, np.int16)), DataParams())
     assert not read_labelled(
         make_frame(tmp_path / "zero", labels=np.zeros((3, 8, 6), "u1")), DataParams()
     ).labels.any()

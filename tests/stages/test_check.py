@@ -1,6 +1,7 @@
 """What is odd about a data set is told before any work, and prepare says or refuses it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from typer.testing import CliRunner
 
 from nuclei3d.cli import app
 from nuclei3d.config import Params, load_params
+from nuclei3d.config.sections import EvaluateParams
 from nuclei3d.errors import InputError
+from nuclei3d.images.embryos import ONE_IMAGE, PARTS, find_embryos, read_labelled, split_embryos
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.check import check
+from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.training_data import load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
@@ -46,7 +50,15 @@ def test_a_good_data_set_gives_no_warning(tmp_path: Path, params: Params) -> Non
     result = check(params, data)
     assert (result.warnings, result.errors, result.exit_code) == ((), (), 0)
     assert [frame.nuclei for frame in result.frames] == [10] * 6
-    assert "warnings" not in prepare(params, data, tmp_path / "slices").summary
+    summary = prepare(params, data, tmp_path / "slices").summary
+    assert "warnings" not in summary
+    assert summary["training"]["voxel_x_um"] == [1.0, 1.0]
+    assert summary["training"]["anisotropy"] == [2.0, 2.0]
+    low, high = summary["training"]["diameter_um"]
+    assert low <= summary["nucleus_diameter_um"] <= high
+    assert summary["training"]["range_over_noise"][0] == pytest.approx(
+        result.frames[0].range_over_noise, abs=0.01
+    )
 
 
 def test_each_kind_of_fault_is_said_once_with_its_frames(
@@ -86,6 +98,73 @@ def test_everything_is_told_at_once_and_refused_with_code_2(tmp_path: Path) -> N
     assert any("a/t000: these are intensities" in warning for warning in told["warnings"])
     assert any("lie off the image" in warning and "c z +4" in warning for warning in told["warnings"])
     assert told["offsets_um"]["c"] == pytest.approx([4, 0, 0], abs=0.3)
+
+
+def test_embryos_of_two_microscopes_train_together_at_one_scale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "data")
+    shutil.rmtree(data / "b")
+    image, labels = draw_volume(np.random.default_rng(7), VoxelSize(1, 0.5, 0.5), (32, 96, 96), nuclei=10)
+    for kind, write, array in (("images", write_image, image), ("labels", write_labels, labels)):
+        (data / "b" / kind).mkdir(parents=True)
+        write(data / "b" / kind / "t000.tif", array, VoxelSize(1, 0.5, 0.5))
+    params = load_params(None, ["data.split={train: [a, b], validation: [c]}", *QUICK[1:]])
+    (warning,) = check(params, data).warnings
+    assert "0.5 to 1 um" in warning
+    summary = prepare(params, data, tmp_path / "slices").summary
+    assert "brought to pixels of 1 um" in capsys.readouterr().err
+    assert summary["diameter_px"] == pytest.approx(12, rel=0.05)
+    assert summary["training"]["voxel_x_um"] == [0.5, 1.0]
+    samples = load_samples(read_slices(tmp_path / "slices"), "train")
+    shapes = {info.embryo: info.shape for info in samples.infos if info.view == "xy"}
+    assert shapes == {"a": (1, 48, 48), "b": (1, 48, 48)}
+    solid = load_params(
+        None, ["data.split={train: [a, b], validation: [c]}", *QUICK[1:], "train.network=full3d"]
+    )
+    prepare(solid, data, tmp_path / "volumes")
+    volumes = load_samples(read_slices(tmp_path / "volumes"), "train")
+    assert {info.embryo: info.voxel_size.x for info in volumes.infos} == {"a": 1.0, "b": 0.5}
+
+
+def test_a_single_stack_trains_in_blocks_that_share_no_nucleus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, labels = draw_volume(np.random.default_rng(1), VOXEL, (16, 40, 160), nuclei=40)
+    for kind, write, array in (("images", write_image, image), ("labels", write_labels, labels)):
+        (tmp_path / "data" / "only" / kind).mkdir(parents=True)
+        write(tmp_path / "data" / "only" / kind / "t000.tif", array, VOXEL)
+    blocks = ["data.split={by: space, validation_fraction: 0.25, test_fraction: 0.25}"]
+    params = load_params(None, [*blocks, *QUICK[1:], "prepare.min_nuclei=0"])
+    split = split_embryos(find_embryos(tmp_path / "data"), params.data.split)
+    assert "NOT how the model does on another embryo" in capsys.readouterr().err
+    parts = [read_labelled(split.of(part)[0], params.data) for part in PARTS]
+    numbers = [set(np.unique(part.labels)) - {0} for part in parts]
+    assert all(numbers)
+    assert sum(map(len, numbers)) == len(set().union(*numbers))
+    assert sum(part.labels.shape[2] for part in parts) <= 160 - 2 * 11
+    frames = prepare(params, tmp_path / "data", tmp_path / "slices").summary["frames"]
+    assert frames == dict.fromkeys(PARTS, 1)
+
+    # what was trained on is not scored: predictions are wrong there and right in the test block
+    wrong = labels.copy()
+    wrong[:, :, :100] = 0
+    write_labels(tmp_path / "pred" / "only" / "t000_masks.tif", wrong, VOXEL)
+    (frame,) = split.test
+    assert frame.label_path is not None
+    quick = params.model_copy(update={"evaluate": EvaluateParams(bootstrap=0, report=False, baselines=())})
+    only = {(frame.label_path, frame.label_time): frame.share}
+    metrics = evaluate(quick, tmp_path / "data", tmp_path / "pred", tmp_path / "out", only=only).metrics
+    assert metrics["n_true"] == metrics["n_pred"] == len(numbers[2])
+    assert metrics["ap"]["0.50"] == 1
+    assert metrics["warnings"] == [ONE_IMAGE]
+
+
+def test_a_stack_too_small_for_blocks_is_refused(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    params = load_params(None, ["data.split.by=space", *QUICK[1:]])
+    with pytest.raises(InputError, match="widest nucleus"):
+        prepare(params, data, tmp_path / "slices")
 
 
 @pytest.mark.parametrize("how", ["number", "mask"])

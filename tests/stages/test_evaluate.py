@@ -18,6 +18,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.evaluate import OTSU, evaluate, read_baselines
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
+NOISE = np.random.default_rng(0).integers(0, 900, (6, 9, 9)).astype(np.uint32)
 QUICK = Params.model_validate({"evaluate": {"bootstrap": 50}})
 
 
@@ -217,6 +218,8 @@ def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_p
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.zeros((6, 9, 9), np.float32)), "float32"),
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.full((6, 9, 9), -1, np.int16)), "negative"),
         (lambda root: os.truncate(root / "truth/v0.tif", 200), "v0.tif"),
+        (lambda root: write_labels(root / "truth/v0.tif", NOISE, SIZE), r"truth.v0.tif holds intensities"),
+        (lambda root: write_labels(root / "pred/v1.tif", NOISE, SIZE), r"pred.v1.tif holds intensities"),
         (lambda root: (root / "out/notes.txt").write_text("mine"), "is no evaluation"),
         (lambda root: (root / "pred/v0_nuclei.csv").write_text("label,score\n1,high\n"), "score"),
         (lambda root: tifffile.imwrite(root / "images/v0.tif", np.zeros((6, 9, 8), np.uint8)), "same grid"),
@@ -255,7 +258,11 @@ def test_only_the_frames_that_are_asked_for_count(folders: Path, tmp_path: Path)
     params = Params.model_validate({"evaluate": {"bootstrap": 0, "report": False, "baselines": []}})
     labels = folders / "data" / "A" / "labels"
     result = evaluate(
-        params, folders / "data", folders / "pred" / "A", tmp_path / "out", only=[labels / "t1.tif"]
+        params,
+        folders / "data",
+        folders / "pred" / "A",
+        tmp_path / "out",
+        only={(labels / "t1.tif", None): None},
     )
     assert list(result.metrics["volumes"]) == ["A/t1"]
     assert result.metrics["unpaired"]["truth"] == []

@@ -36,9 +36,12 @@ class SplitParams(Section):
     With ``by: time``, meant for a single embryo, the labelled frames of every embryo are cut into contiguous
     blocks of time, first training, then validation, then test, with `gap` frames left out between them; the
     fractions say how long the blocks are. The lists stay empty.
+
+    With ``by: space``, for a single labelled stack, every labelled frame is cut into three blocks along the
+    longer of y and x, with a gap as wide as its widest nucleus. What is scored is the image trained on.
     """
 
-    by: Literal["embryo", "time"] = "embryo"
+    by: Literal["embryo", "time", "space"] = "embryo"
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()

@@ -95,7 +95,8 @@ class NucleiModel(PythonModel):
         -------
         dict
             ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
-            of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``.
+            of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``,
+            ``warnings`` (in what the volume is unlike the training).
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
@@ -116,6 +117,7 @@ class NucleiModel(PythonModel):
             "parameters": settings.as_parameters() | {"voxel_size_um": list(voxel_size.zyx)},
             "model": self.version,
             "seconds": dict(result.seconds),
+            "warnings": list(result.warnings),
         }
 
 

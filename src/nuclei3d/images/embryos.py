@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import find_objects
 
 from nuclei3d.config.sections import DataParams, SplitParams
 from nuclei3d.console import say
@@ -36,6 +37,11 @@ from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
 PARTS = ("train", "validation", "test")
+#: What scores are worth where blocks of the same image train and test.
+ONE_IMAGE = (
+    "training and test are blocks of the same image (data.split.by=space): the score says how well the rest "
+    "of this image would be segmented, NOT how the model does on another embryo; label one more to know"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class EmbryoFrame:
 
     `frame` is the name of the file without its suffix, with its time in a file of several, `index` its
     position in the embryo's order of time, unlabelled frames counted. `image_time` and `label_time` are times
-    within the files, None in those of one.
+    within the files, None in those of one. `share` is the part of it that counts, from 0 to 1 along the longer
+    of y and x (`block_of`); None: all of it.
     """
 
     embryo: str
@@ -54,6 +61,7 @@ class EmbryoFrame:
     index: int
     image_time: int | None = None
     label_time: int | None = None
+    share: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +142,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     """
     if frame.label_path is None:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
-    given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
-    image_frame = single_frame(
-        frame.image_path,
-        time=frame.image_time,
-        channel=params.channel,
-        image=params.image,
-        voxel_size=given,
-    )
+    image_frame, given = _image_frame(frame, params)
     label_frame = single_label_frame(frame.label_path, frame.label_time)
     _check_fit(image_frame, label_frame, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
@@ -149,9 +150,51 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     check_image(image, str(frame.image_path))
     labels, unknown = read_partial_labels(label_frame, params.unknown_label)
     labels = compact_labels(labels)
+    if frame.share is not None:
+        block = block_of(labels, frame.share, str(frame.label_path))
+        image, labels = image[block], labels[block]
+        unknown = None if unknown is None else unknown[block]
     if not labels.any():
         say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
+
+
+def block_of(labels: NDArray[np.uint32], share: tuple[float, float], where: str) -> tuple[slice, ...]:
+    """Give the box of a part of a labelled volume (z, y, x), along the longer of y and x.
+
+    Between two parts lies a gap as wide as the widest nucleus, so that none is in both. InputError is raised
+    if nothing is left.
+    """
+    axis = 1 if labels.shape[1] > labels.shape[2] else 2
+    boxes = (box for box in find_objects(labels) if box is not None)
+    gap = max((box[axis].stop - box[axis].start for box in boxes), default=0)
+    length = labels.shape[axis]
+    first, last = (round(end * length) for end in share)
+    first += (gap + 1) // 2 if first > 0 else 0
+    last -= (gap + 1) // 2 if last < length else 0
+    if last - first < 2:
+        raise InputError(
+            f"{where}: a block from {share[0]:.2f} to {share[1]:.2f} of {length} voxels is narrower than the "
+            f"gap of {gap}, the widest nucleus; raise data.split.validation_fraction and test_fraction, or "
+            "label a larger stack or a second embryo"
+        )
+    block = [slice(None)] * 3
+    block[axis] = slice(first, last)
+    return tuple(block)
+
+
+def voxel_size_of(frame: EmbryoFrame, params: DataParams) -> VoxelSize:
+    """Find the voxel size of a labelled frame without reading it; errors as `read_labelled`."""
+    image, _ = _image_frame(frame, params)
+    labels = None if frame.label_path is None else single_label_frame(frame.label_path, frame.label_time)
+    return image.voxel_size or (labels and labels.voxel_size) or image.require_voxel_size()
+
+
+def _image_frame(frame: EmbryoFrame, params: DataParams) -> tuple[Frame, VoxelSize | None]:
+    """Find the image of a frame, and the voxel size that was given."""
+    given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
+    options = {"channel": params.channel, "image": params.image, "voxel_size": given}
+    return single_frame(frame.image_path, time=frame.image_time, **options), given
 
 
 def _find_embryo(folder: Path) -> Embryo:
@@ -287,8 +330,11 @@ def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
         raise InputError(
             "no embryo has labelled frames; put label volumes into DATA/<embryo>/labels/<frame>.tif"
         )
-    by_time = params.by == "time"
-    split = _split_by_time(labelled, params) if by_time else _split_by_embryo(embryos, labelled, params)
+    if params.by == "embryo":
+        split = _split_by_embryo(embryos, labelled, params)
+    else:
+        _refuse_lists(params)
+        split = _split_by_time(labelled, params) if params.by == "time" else _split_by_space(labelled, params)
     _check_leaks(split)
     return split
 
@@ -297,7 +343,8 @@ def _split_by_embryo(embryos: Sequence[Embryo], labelled: Sequence[Embryo], para
     if len(labelled) == 1:
         raise InputError(
             f"'{labelled[0].name}' is the only labelled embryo, and splitting its frames at random would put "
-            "neighbours in time on both sides; split by blocks of time: --set data.split.by=time"
+            "neighbours in time on both sides; split by blocks of time: --set data.split.by=time (a single "
+            "stack: by=space)"
         )
     lists = {part: tuple(dict.fromkeys(getattr(params, part))) for part in PARTS}
     if not any(lists.values()):
@@ -359,13 +406,23 @@ def _check_names(
             )
 
 
-def _split_by_time(labelled: Sequence[Embryo], params: SplitParams) -> Split:
+def _refuse_lists(params: SplitParams) -> None:
     for part in PARTS:
         if getattr(params, part):
             raise InputError(
-                f"data.split.{part} names embryos, but data.split.by is time, which cuts every embryo into "
-                "blocks; empty the lists or set data.split.by=embryo"
+                f"data.split.{part} names embryos, but data.split.by is {params.by}, which cuts every embryo "
+                "into blocks; empty the lists or set data.split.by=embryo"
             )
+
+
+def _split_by_space(labelled: Sequence[Embryo], params: SplitParams) -> Split:
+    say(f"WARNING: {ONE_IMAGE}")
+    ends = (0.0, 1 - params.validation_fraction - params.test_fraction, 1 - params.test_fraction, 1.0)
+    frames = [frame for embryo in labelled for frame in embryo.labelled]
+    return Split(*(tuple(replace(frame, share=share) for frame in frames) for share in pairwise(ends)))
+
+
+def _split_by_time(labelled: Sequence[Embryo], params: SplitParams) -> Split:
     blocks = [_time_blocks(embryo, params) for embryo in labelled]
     return Split(*(tuple(chain.from_iterable(part)) for part in zip(*blocks, strict=True)))
 
@@ -382,7 +439,8 @@ def _time_blocks(
     if not train:
         raise InputError(
             f"embryo '{embryo.name}' has {len(frames)} labelled frames, too few for blocks of time with gaps "
-            f"of {params.gap}; label more frames, set a smaller data.split.gap, or leave the embryo out"
+            f"of {params.gap}; label more frames, set a smaller data.split.gap, leave the embryo out, or cut "
+            "frames into blocks: --set data.split.by=space"
         )
     return train, validation, test
 
@@ -394,10 +452,10 @@ def _before(frames: Sequence[EmbryoFrame], limit: EmbryoFrame, gap: int) -> tupl
 
 def _check_leaks(split: Split) -> None:
     """Refuse one file in two parts, as a link or copy of a folder under a second name would have it."""
-    owner: dict[tuple[Path, int | None], tuple[str, EmbryoFrame]] = {}
+    owner: dict[tuple[Path, Any, Any], tuple[str, EmbryoFrame]] = {}
     for part in PARTS:
         for frame in split.of(part):
-            file = frame.image_path.resolve(), frame.image_time
+            file = frame.image_path.resolve(), frame.image_time, frame.share
             other_part, other = owner.setdefault(file, (part, frame))
             if other_part != part:
                 raise InputError(

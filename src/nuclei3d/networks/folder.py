@@ -31,6 +31,24 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
+Bounds = tuple[PositiveFloat, PositiveFloat]
+
+
+class TrainingRange(BaseModel):
+    """Smallest and largest of what the training frames were like; nuclei by their 5th and 95th percentile.
+
+    `range_over_noise` is the range of intensities that the network sees over the noise; `voxel_x_um` and
+    `anisotropy` are of the files, before any resampling.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    diameter_um: Bounds
+    voxel_x_um: Bounds
+    anisotropy: Bounds
+    range_over_noise: Bounds
+
+
 class ModelInfo(BaseModel):
     """A model's kind, scale, normalisation, thresholds and origin.
 
@@ -47,6 +65,8 @@ class ModelInfo(BaseModel):
         Cellpose weights).
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.intensity`).
+    training
+        What the training frames were like; None: unknown.
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3
@@ -65,6 +85,7 @@ class ModelInfo(BaseModel):
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0)] = 10.0
+    training: TrainingRange | None = None
     full3d: VolumeSpec | None = None
     cellprob_threshold: float = 0.0
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0

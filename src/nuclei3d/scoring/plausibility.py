@@ -55,7 +55,7 @@ def find_label_faults(labels: Labels, voxel_size: VoxelSize, min_volume_um3: flo
     """
     if not labels.any():
         return []
-    if np.count_nonzero(labels[..., 1:] != labels[..., :-1]) > _MOST_BORDERS * labels[..., 1:].size:
+    if looks_like_image(labels):
         return [LabelFault("intensities", "these are intensities, not labels; give the label volumes")]
     sequential, names = relabel_sequential(labels)
     background = _find_background(sequential)
@@ -123,6 +123,12 @@ def find_label_faults(labels: Labels, voxel_size: VoxelSize, min_volume_um3: flo
             )
         )
     return faults
+
+
+def looks_like_image(labels: Labels) -> bool:
+    """Say whether most neighbours in x differ, which they do in an image and never in labels."""
+    borders = np.count_nonzero(labels[..., 1:] != labels[..., :-1])
+    return borders > _MOST_BORDERS * labels[..., 1:].size
 
 
 def _find_background(labels: Labels) -> int:

@@ -45,12 +45,15 @@ class Segmentation:
     seconds
         Time by step: ``network`` (inside the forward pass), ``views`` (the rest of the network pass),
         ``masks``, ``total``.
+    warnings
+        In what the volume, or what was found in it, is unlike the training (`segmentation.likeness`).
     """
 
     labels: NDArray[np.uint32]
     scores: NDArray[np.float32]
     seconds: Mapping[str, float]
     _measure: Callable[[], list[Nucleus]] = field(repr=False)
+    warnings: tuple[str, ...] = field(default=(), kw_only=True)
 
     @cached_property
     def nuclei(self) -> list[Nucleus]:
@@ -165,31 +168,44 @@ class Segmenter:
         """
         import numpy as np
 
+        from nuclei3d.segmentation.likeness import find_unlikeness
         from nuclei3d.segmentation.masks import measure_nuclei
         from nuclei3d.segmentation.network_pass import predict_flows
-        from nuclei3d.segmentation.settings import check_scale
+        from nuclei3d.segmentation.settings import check_scale, with_ranges
 
         started = time.perf_counter()
         voxel_size = _voxel_size(voxel_size_um)
         seconds: dict[str, float] = {}
-        if self.settings.mode == "cellpose":
-            check_scale(image.shape, voxel_size, self.settings)
+        check_scale(image.shape, voxel_size, self.settings)
+        settings = with_ranges(self.settings, image)
+        if settings.mode == "cellpose":
             labels = segment_with_cellpose(image, voxel_size, self._networks.main, self.settings, self.device)
             scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
         else:
-            flows, seconds = predict_flows(
-                image, voxel_size, self._networks, self.settings, self.device, progress
-            )
+            flows, seconds = predict_flows(image, voxel_size, self._networks, settings, self.device, progress)
             labelling = time.perf_counter()
             labels, scores = self.label(flows, image.shape)
             seconds["masks"] = time.perf_counter() - labelling
         if progress is not None:
             progress(1.0)
+        # plane by plane: counting takes eight bytes a voxel
+        voxels = np.zeros(len(scores), np.int64)
+        for plane in labels:
+            voxels += np.bincount(plane.ravel(), minlength=len(scores))
         return Segmentation(
             labels,
             scores,
             {**seconds, "total": time.perf_counter() - started},
             partial(measure_nuclei, labels, image, voxel_size, scores),
+            warnings=tuple(
+                find_unlikeness(
+                    voxels[1:] * voxel_size.volume_um3,
+                    voxel_size,
+                    settings.nucleus_diameter_um,
+                    self.models["main"].info.training if self.models else None,
+                    settings.intensity_range,
+                )
+            ),
         )
 
     def flows(

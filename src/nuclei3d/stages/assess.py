@@ -98,11 +98,11 @@ def evaluate_held_out(
         baselines=baselines,
         summary=slices,
         history=history if history.is_file() else None,
-        only=[
-            (frame.label_path, frame.label_time)
+        only={
+            (frame.label_path, frame.label_time): frame.share
             for frame in _held_out(params, data)
             if frame.label_path is not None
-        ],
+        },
         origin={name: path for name, path in named.items() if path is not None and path.exists()},
     )
     with whole_file(out / "evaluation" / HEADLINE_FILE) as partial:

@@ -207,8 +207,8 @@ def _compare_embryos(frames: Sequence[FrameCheck]) -> list[str]:
     edges = [size[2] for size in sizes]
     if edges and max(edges) > 1.02 * min(edges):
         said.append(
-            f"voxel sizes differ ({min(edges):g} to {max(edges):g} um in x): prepare brings all to the "
-            "coarsest in x and y"
+            f"voxel sizes differ ({min(edges):g} to {max(edges):g} um in x): prepare brings planes to "
+            "the median"
         )
     diameters = {
         embryo: float(np.median(values))

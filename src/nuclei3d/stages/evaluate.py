@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
+from nuclei3d.images.embryos import ONE_IMAGE
 from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -38,6 +39,7 @@ from nuclei3d.scoring.assessment import (
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
+from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
@@ -48,6 +50,7 @@ OTSU = "Otsu + watershed"
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
+_SIZE_RATIO = 8.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def evaluate(
     summary: Path | None = None,
     history: Path | None = None,
     method: str = "this model",
-    only: Collection[tuple[Path, int | None]] | None = None,
+    only: Mapping[tuple[Path, int | None], tuple[float, float] | None] | None = None,
     tracks: Path | None = None,
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
@@ -124,7 +127,7 @@ def evaluate(
         What the report calls the predictions.
     only
         Files of true labels that count, and times in them (None: a file of one), of all that lie below
-        `truth`; None: all.
+        `truth`, each with the part that counts (`nuclei3d.images.embryos.EmbryoFrame.share`); None: all.
     tracks
         What `nuclei3d track` wrote, scored where the truth has tracks; None: if such lies below `pred`.
     """
@@ -162,6 +165,7 @@ def evaluate(
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
+        **({"warnings": warnings} if (warnings := _find_warnings(assessed, pairing.pairs)) else {}),
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
     if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
@@ -252,12 +256,15 @@ def _assess(
 
 def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
     true, unknown = pair.read_truth()
+    _refuse_image(true, pair.truth)
     image = pair.read_image() if pair.physical else None
     found: dict[str, Assessment] = {}
     for name, entry in {method: pair.pred, **pair.baselines}.items():
+        predicted = pair.read_prediction(entry, true.shape)
+        _refuse_image(predicted, entry)
         found[name] = assess_volume(
             true,
-            pair.read_prediction(entry, true.shape),
+            predicted,
             pair.voxel_size,
             image=image,
             scores=read_scores(entry),
@@ -267,6 +274,35 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
             unknown=unknown,
         )
     return _digest_of(true, unknown), found
+
+
+def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
+    if looks_like_image(labels):
+        raise InputError(
+            f"{entry.frame.path} holds intensities, not labels; give the folder of the label volumes"
+        )
+
+
+def _find_warnings(assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence[VolumePair]) -> list[str]:
+    """Say what makes scores doubtful: blocks of one image, nuclei of a volume far from the true ones'."""
+    warnings = [ONE_IMAGE] if any(pair.share is not None for pair in pairs) else []
+    for name, assessments in assessed.items():
+        medians = [
+            float(np.median(volumes)) if len(volumes) else math.nan
+            for volumes in (
+                np.concatenate([getattr(each, side).volume_um3 for each in assessments])
+                for side in ("true", "pred")
+            )
+        ]
+        ratio = medians[1] / medians[0]
+        if not math.isnan(ratio) and not 1 / _SIZE_RATIO < ratio < _SIZE_RATIO:
+            warnings.append(
+                f"the nuclei of {name} have {ratio:.2g} of the true ones' volume in the median: check "
+                "predict.diameter_um and data.voxel_size_um"
+            )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return warnings
 
 
 def _read_shown(pair: VolumePair) -> Arrays:

@@ -17,6 +17,7 @@ from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
+from nuclei3d.images.embryos import block_of
 from nuclei3d.images.frames import (
     LABEL_WORDS,
     Frame,
@@ -283,6 +284,8 @@ class VolumePair:
         True labels below are background.
     unknown_label
         Number of what nobody looked at.
+    share
+        The part of the volume that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
     """
 
     name: str
@@ -296,10 +299,17 @@ class VolumePair:
     baselines: dict[str, Entry] = field(default_factory=dict)
     min_true_volume_um3: float = 0.0
     unknown_label: int | None = None
+    share: tuple[float, float] | None = None
 
     def read_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
         """Read the true labels that count, and say where nobody looked (None: nowhere)."""
         labels, unknown = read_partial_labels(self.truth.frame, self.unknown_label)
+        if self.share is not None:
+            block = block_of(labels, self.share, str(self.truth.frame.path))
+            outside = np.ones(labels.shape, bool)
+            outside[block] = False
+            unknown = outside if unknown is None else unknown | outside
+            labels = np.where(unknown, np.uint32(0), labels)
         kept, _ = drop_small_labels(labels, self.voxel_size, self.min_true_volume_um3)
         return np.asarray(kept, np.uint32), unknown
 
@@ -334,11 +344,12 @@ def pair_volumes(
     pred: Path,
     images: Path | None,
     baselines: Mapping[str, Path],
-    only: Collection[tuple[Path, int | None]] | None = None,
+    only: Mapping[tuple[Path, int | None], tuple[float, float] | None] | None = None,
 ) -> Pairing:
     """Find which prediction, image and baseline belongs to each true volume.
 
-    If given, `only` of those files, at those times in them (None: of one).
+    If given, `only` of those files, at those times in them (None: of one), and of each the part that counts
+    (`VolumePair.share`).
 
     Raises
     ------
@@ -347,15 +358,17 @@ def pair_volumes(
         volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
+    shares: dict[Entry, tuple[float, float] | None] = {}
     if only is not None:
-        wanted = {(path.resolve(), time) for path, time in only}
+        wanted = {(path.resolve(), time): share for (path, time), share in only.items()}
         # an array of labels lies inside the zarr that is named
-        places = [(entry.frame.path.resolve(), entry.frame.time) for entry in truths]
-        truths = [
-            entry
-            for entry, (path, time) in zip(truths, places, strict=True)
-            if wanted & {(place, time) for place in (path, *path.parents)}
+        named = [
+            (entry, [key for path in (file, *file.parents) if (key := (path, entry.frame.time)) in wanted])
+            for entry in truths
+            for file in [entry.frame.path.resolve()]
         ]
+        truths = [entry for entry, keys in named if keys]
+        shares = {entry: wanted[key] for entry, keys in named for key in keys}
     by = params.evaluate.pair_by
     matched = pair_entries(truths, predictions, by=by)
     if by == "embryo":
@@ -402,6 +415,7 @@ def pair_volumes(
                 baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
                 unknown_label=params.data.unknown_label,
+                share=shares.get(entry),
             )
         )
     _say_voxel_sizes(pairs, given)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
@@ -51,6 +53,8 @@ class PredictedFrame:
     nuclei: int
     seconds: float
     done_before: bool
+    warnings: tuple[str, ...] = ()
+    """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ def predict(
             out,
             into_input=params.predict.into_input,
         )
+    if warned := [frame for frame in done if frame.warnings]:
+        others = f" (and {len(warned) - 1} other frames)" if len(warned) > 1 else ""
+        say(f"warning: {warned[0].name}{others}: {'; '.join(warned[0].warnings)}")
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
@@ -141,7 +148,7 @@ def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progr
         shown = share
 
     try:
-        masks, nuclei = _write_masks(predictor, frame, out, progress)
+        masks, nuclei, warnings = _write_masks(predictor, frame, out, progress)
     except InputError as error:
         if str(frame.path) in str(error):
             raise
@@ -151,7 +158,7 @@ def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progr
     _write_table(table, nuclei)
     progress(1.0)
     seconds = round(time.perf_counter() - started, 3)
-    return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, done_before=False)
+    return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
 
 
 def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
@@ -198,13 +205,14 @@ class Predictor:
 
 def _write_masks(
     predictor: Predictor, frame: Frame, out: Path, progress: Progress
-) -> tuple[Path, list[Nucleus]]:
-    """Segment a frame, in blocks if it is larger than the memory; give file of masks and nuclei."""
+) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
+    """Segment a frame, in blocks if it is larger than the memory; give file of masks, nuclei, warnings."""
     model = predictor.model
     if isinstance(model, RemoteModel):
         return _write_whole(model, frame, out, progress)
     import torch
 
+    from nuclei3d.segmentation.likeness import find_unlikeness
     from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
 
     settings, run = model.settings, BlockRun.of(predictor.params)
@@ -213,7 +221,14 @@ def _write_masks(
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor.identity)
-        return masks, predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
+        nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
+        unlike = find_unlikeness(
+            np.array([nucleus.volume_um3 for nucleus in nuclei]),
+            frame.require_voxel_size(),
+            settings.nucleus_diameter_um,
+            model.models["main"].info.training,
+        )
+        return masks, nuclei, tuple(unlike)
     try:
         return _write_whole(model, frame, out, progress)
     except (MemoryError, torch.OutOfMemoryError):
@@ -243,7 +258,7 @@ def open_model(params: Params, model: str) -> Predictor:
 
 def _write_whole(
     model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
-) -> tuple[Path, list[Nucleus]]:
+) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
     from nuclei3d.images.tiff import write_labels
 
     image = frame.read()
@@ -251,7 +266,7 @@ def _write_whole(
     result = model.segment(image, frame.require_voxel_size(), progress)
     path = out / f"{frame.name}_masks.ome.tif"
     write_labels(path, result.labels, frame.require_voxel_size())
-    return path, result.nuclei
+    return path, result.nuclei, result.warnings
 
 
 def _table_path(out: Path, name: str) -> Path:
@@ -297,7 +312,8 @@ def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
         masks, table = out / Path(entry["masks"]).name, _table_path(out, name)
         if entry["fingerprint"] != fingerprint or not masks.exists() or not table.is_file():
             return None
-        return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+        nuclei, seconds, warnings = entry["nuclei"], entry["seconds"], entry.get("warnings", ())
+        return PredictedFrame(name, masks, table, int(nuclei), float(seconds), True, tuple(warnings))
     except (OSError, ValueError, KeyError, TypeError):
         # A record that cannot be read only means that the frame is done again.
         return None
@@ -308,6 +324,7 @@ def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
         "masks": frame.masks.name,
         "nuclei": frame.nuclei,
         "seconds": frame.seconds,
+        "warnings": frame.warnings,
         "fingerprint": fingerprint,
     }
     with whole_file(_record_file(out, frame.name)) as partial:

@@ -6,6 +6,7 @@ For a 2D network a frame gives planes of three views, for a 3D network one volum
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from nuclei3d.images.embryos import (
     find_embryos,
     read_labelled,
     split_embryos,
+    voxel_size_of,
 )
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
@@ -55,6 +57,9 @@ from nuclei3d.training.slicing import (
     nucleus_volumes_um3,
     sphere_diameter_um,
 )
+
+#: Voxel sizes that differ by less than this share of their median are one.
+_SAME_SIZE = 0.02
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         for part in PARTS:
             (folder / part).mkdir()
         workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-        work = partial(prepare_frame, params=params, folder=folder, strict=strict)
+        edge_um = None if solid else _common_edge_um(tasks, params)
+        work = partial(prepare_frame, params=params, folder=folder, strict=strict, edge_um=edge_um)
         frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
@@ -119,7 +125,7 @@ class PreparedFrame:
     """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
     A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
-    implausible in the labels.
+    implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise.
     """
 
     samples: tuple[StoredSample, ...]
@@ -128,12 +134,18 @@ class PreparedFrame:
     contrasts: tuple[float, ...]
     labels_left_out: int
     faults: tuple[LabelFault, ...]
+    voxel_size: VoxelSize
+    range_over_noise: float
 
 
 def prepare_frame(
-    task: tuple[str, EmbryoFrame], params: Params, folder: Path, strict: bool = False
+    task: tuple[str, EmbryoFrame],
+    params: Params,
+    folder: Path,
+    strict: bool = False,
+    edge_um: float | None = None,
 ) -> PreparedFrame:
-    """Cut one frame and write its samples into ``folder/<part>``."""
+    """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given."""
     part, frame = task
     volume = read_labelled(frame, params.data)
     faults = find_volume_faults(volume, params.prepare.min_volume_um3, params.data)
@@ -150,7 +162,7 @@ def prepare_frame(
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
     contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size, volume.unknown)
     samples = []
-    for sample in _cut(volume, params):
+    for sample in _cut(volume, params, edge_um):
         name = f"{frame.embryo}_{frame.frame}"
         if sample.view != "volume":
             name += f"_{sample.view}_{sample.index:04d}"
@@ -184,18 +196,40 @@ def prepare_frame(
             write_training_files(folder / info.file, sample.image[0], sample.labels[0])
     return PreparedFrame(
         tuple(samples),
-        samples[0].info.voxel_size.x if samples else volume.voxel_size.x * params.prepare.downsample_xy,
+        samples[0].info.voxel_size.x
+        if samples
+        else edge_um or volume.voxel_size.x * params.prepare.downsample_xy,
         tuple(volumes_um3.values()),
         tuple(float(contrasts[label]) for label in volumes_um3),
         left_out,
         tuple(faults),
+        volume.voxel_size,
+        (intensity.high - intensity.low) / intensity.noise if intensity.noise else math.inf,
     )
 
 
-def _cut(volume: LabelledVolume, params: Params) -> Iterator[Cut]:
+def _common_edge_um(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) -> float | None:
+    """Give the edge of a pixel to which frames of several microscopes are brought, if there are several.
+
+    None where each is downsampled by `prepare.downsample_xy`, because all come out alike. Frames of a volume
+    network keep their own voxels: crops are cut from them at the network's scale.
+    """
+    factor = params.prepare.downsample_xy
+    edges = np.array([voxel_size_of(frame, params.data).x * factor for _, frame in tasks])
+    median = float(np.median(edges))
+    if np.ptp(edges) <= _SAME_SIZE * median:
+        return None
+    say(
+        f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} um): "
+        f"all planes are brought to pixels of {median:g} um, the median after downsampling"
+    )
+    return median
+
+
+def _cut(volume: LabelledVolume, params: Params, edge_um: float | None) -> Iterator[Cut]:
     wanted = params.prepare
     solid = params.train.network == "full3d"
-    volume = downsample(volume, wanted.downsample_xy, isotropic=not solid)
+    volume = downsample(volume, wanted.downsample_xy, isotropic=not solid, edge_um=edge_um)
     if solid:
         return iter((cut_volume(volume),))
     return cut_planes(
@@ -239,6 +273,20 @@ def _check_enough(samples: Sequence[StoredSample], params: Params, data: Path) -
         )
 
 
+def _training_range(frames: Sequence[PreparedFrame], volumes: NDArray[np.float64]) -> dict[str, Any] | None:
+    """Say what the training frames are like, as `nuclei3d.networks.folder.TrainingRange` takes it."""
+    ratios = [frame.range_over_noise for frame in frames if math.isfinite(frame.range_over_noise)]
+    if not ratios:
+        return None
+    of_each = {
+        "diameter_um": [sphere_diameter_um(volume) for volume in np.percentile(volumes, (5, 95))],
+        "voxel_x_um": [frame.voxel_size.x for frame in frames],
+        "anisotropy": [frame.voxel_size.anisotropy for frame in frames],
+        "range_over_noise": ratios,
+    }
+    return {name: [round(float(end), 4) for end in (min(v), max(v))] for name, v in of_each.items()}
+
+
 def _summarise(
     params: Params, data: Path, tasks: Sequence[tuple[str, EmbryoFrame]], frames: Sequence[PreparedFrame]
 ) -> dict[str, Any]:
@@ -248,11 +296,6 @@ def _summarise(
     contrasts = np.concatenate([frame.contrasts for frame in training])
     pixel_sizes = np.array([frame.voxel_um for frame in frames])
     voxel_um = float(np.median(pixel_sizes))
-    if np.ptp(pixel_sizes) > 0.02 * voxel_um:
-        raise InputError(
-            f"the frames of {data} have different voxel sizes in x ({pixel_sizes.min():g} to "
-            f"{pixel_sizes.max():g} um on the planes); prepare them as separate data sets or resample them"
-        )
     diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
     digest = hashlib.md5(
         "".join(sample.info.file + sample.md5 for sample in samples).encode(), usedforsecurity=False
@@ -274,6 +317,7 @@ def _summarise(
         "volumes" if solid else "planes": {part: sum(s.part == part for s in samples) for part in PARTS},
         "training_nuclei": len(volumes),
         "labels_left_out": sum(frame.labels_left_out for frame in frames),
+        "training": _training_range(training, volumes),
         "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
         "md5": digest.hexdigest(),
     }

@@ -501,6 +501,7 @@ def _describe_model(
         diameter_px=params.train.diameter_px,
         nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
         voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
+        training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,
         **normalization,

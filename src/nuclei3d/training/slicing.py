@@ -43,14 +43,16 @@ class Cut:
         return len(self.label_of) - 1
 
 
-def downsample(volume: LabelledVolume, factor: float, *, isotropic: bool) -> LabelledVolume:
+def downsample(
+    volume: LabelledVolume, factor: float, *, isotropic: bool, edge_um: float | None = None
+) -> LabelledVolume:
     """Bring image (linearly) and labels (nearest neighbour) to voxels `factor` times wider in x and y.
 
     Voxels become cubes, as wide as they then are in x; where `isotropic` is false, z keeps its planes unless
-    they lie closer.
+    they lie closer. `edge_um` says how wide they then are, whatever the factor.
     """
     old = volume.image.shape
-    edge = volume.voxel_size.x * factor
+    edge = edge_um or volume.voxel_size.x * factor
     shape = isotropic_shape(old, volume.voxel_size, edge)
     if not isotropic:
         shape = (min(old[0], shape[0]), *shape[1:])
