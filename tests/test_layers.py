@@ -17,6 +17,7 @@ LAYERS = {
     "images": 2,
     "grid": 2,
     "intensity": 2,
+    "diameter": 3,
     "flows": 3,
     "simulation": 3,
     "networks": 3,
@@ -31,7 +32,7 @@ LAYERS = {
     "cli": 9,
     "__main__": 10,
 }
-ON_ARRAYS = {"grid", "intensity", "flows", "segmentation", "training", "scoring", "simulation"}
+ON_ARRAYS = {"grid", "intensity", "diameter", "flows", "segmentation", "training", "scoring", "simulation"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -7,6 +7,7 @@ come with the first `Segmenter`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import time
@@ -191,6 +192,12 @@ class Segmenter:
             {**seconds, "total": time.perf_counter() - started},
             partial(measure_nuclei, labels, image, voxel_size, scores),
         )
+
+    def with_settings(self, settings: SegmentationSettings) -> Segmenter:
+        """Give the same networks with other settings; nothing is loaded anew."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     def flows(
         self,
