@@ -428,8 +428,8 @@ class SegmentationParams(Section):
     mode: Mode = "auto"
     """auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`."""
     diameter_um: Annotated[PositiveFloat | Literal["auto"] | None, BeforeValidator(_read_diameter)] = None
-    """Of a typical nucleus of the volume. Lengths, and volumes that the model brings, are scaled with it. auto
-    estimates it from the image; over a time-lapse, smoothed over time."""
+    """Of a typical nucleus of the volume; the model's least volume is scaled with its cube. auto (predict
+    only) estimates it from the image, frame by frame and smoothed over time."""
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
     """The planes that modes ortho and mixed look at."""
     view_weights: tuple[PositiveFloat, ...] | None = None

@@ -141,6 +141,12 @@ def find_frames(
     return frames if voxel_size is None else _rescale(frames, voxel_size)
 
 
+def read_layout(path: Path) -> Layout:
+    """Read what a file says of its array: axes, channels, voxel size; no voxel is read."""
+    with _open(path) as array:
+        return array.layout
+
+
 def single_frame(
     path: Path, *, channel: str | int | None = None, voxel_size: VoxelSize | None = None
 ) -> Frame:

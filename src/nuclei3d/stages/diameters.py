@@ -44,11 +44,10 @@ def estimate_diameters(frames: Sequence[Frame]) -> list[float]:
     Frames of one file, and files of one folder, are a time-lapse: over it the diameter is smoothed.
     """
     diameters: list[float] = []
-    for source, group in groupby(frames, key=_time_lapse_of):
+    for source, group in groupby(frames, key=time_lapse_of):
         movie = list(group)
-        looked_at = sorted(
-            {round(at) for at in np.linspace(0, len(movie) - 1, min(len(movie), _MOST_FRAMES))}
-        )
+        places = np.linspace(0, len(movie) - 1, min(len(movie), _MOST_FRAMES))
+        looked_at = [round(at) for at in places]
         found: dict[int, DiameterEstimate] = {}
         with progress_bar("diameter", total=len(looked_at)) as bar:
             for at in looked_at:
@@ -67,5 +66,6 @@ def estimate_diameters(frames: Sequence[Frame]) -> list[float]:
     return diameters
 
 
-def _time_lapse_of(frame: Frame) -> Path:
+def time_lapse_of(frame: Frame) -> Path:
+    """Give what frames of one time-lapse have in common: their file, or the folder of their files."""
     return frame.path.parent if frame.time is None else frame.path
