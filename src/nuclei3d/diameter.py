@@ -32,8 +32,8 @@ _SIGMA_PX = 1.5
 """Of the Gaussian, on the grid on which a diameter is tried."""
 _PLATEAU = 0.5
 """Share of the range at which intensities are cut off: texture inside of nuclei does not count as blobs."""
-_LEAST_RESPONSE = 0.15
-"""Noise alone, of which the range is at least ten standard deviations, reaches .12."""
+_LEAST_RESPONSE = 0.2
+"""Noise alone, of which the range is at least ten standard deviations, reaches .15."""
 _LEAST_SHARE = 0.5
 """Of the response of the strongest tenth; weaker blobs are no nuclei."""
 _MOST_BLOBS = 2000

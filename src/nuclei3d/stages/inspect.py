@@ -1,4 +1,4 @@
-"""inspect: what is in images, how large their nuclei are, and what to set; only blocks and planes are read."""
+"""inspect: what is in images, how large their nuclei are, what to set; only blocks and planes are read."""
 
 from __future__ import annotations
 
