@@ -18,6 +18,7 @@ LAYERS = {
     "images": 2,
     "grid": 2,
     "intensity": 2,
+    "diameter": 3,
     "flows": 3,
     "simulation": 3,
     "networks": 3,
@@ -33,7 +34,17 @@ LAYERS = {
     "cli": 9,
     "__main__": 10,
 }
-ON_ARRAYS = {"grid", "intensity", "flows", "segmentation", "training", "scoring", "simulation", "tracks"}
+ON_ARRAYS = {
+    "grid",
+    "intensity",
+    "diameter",
+    "flows",
+    "segmentation",
+    "training",
+    "scoring",
+    "simulation",
+    "tracks",
+}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,7 @@ _AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
 # Options that set a parameter, like --set; they go last.
 _SET_BY = {
     "mode": "predict.mode",
+    "diameter": "predict.diameter_um",
     "memory": "predict.memory_gb",
     "scheduler": "predict.scheduler",
     "host": "serve.host",
@@ -141,11 +142,19 @@ _OPTIONS: dict[str, Any] = {
     "prepare.strict": typer.Option("--strict", help="Refuse implausible labels instead of saying them."),
     "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
     "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
+    "inspect.inputs": typer.Argument(
+        help="Files, folders or OME-Zarr.", metavar="FILE...", show_default=False
+    ),
+    "inspect.model": typer.Option(help="Model folder: what it expects is compared.", metavar="DIR"),
+    "inspect.out": typer.Option(help="PNG to write: a plane and a section of each file.", metavar="FILE"),
     "predict.inputs": typer.Argument(
         help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
     ),
     "predict.model": typer.Option(help="Model folder, weights file, models:/name@alias or URL."),
     "predict.mode": typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
+    "predict.diameter": typer.Option(
+        help="Of the nuclei in um; auto estimates it; the model's if not given.", metavar="UM"
+    ),
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
@@ -206,12 +215,12 @@ Result = Any
 
 def _command(work: Callable[..., Result]) -> Callable[..., None]:
     """Make a command, with the options --params, --set and, where there is a result, --json for `params`."""
-    signature = inspect.signature(work, locals={"Params": object}, eval_str=True)
-    wanted = {name: (option.annotation, option.default) for name, option in signature.parameters.items()}
+    shape = signature(work, locals={"Params": object}, eval_str=True)
+    wanted = {name: (option.annotation, option.default) for name, option in shape.parameters.items()}
     reads_file = wanted.pop("params_file", None) is not None
     wanted.pop("params")
     wanted |= {"params": (Path | None, None), "overrides": (list[str] | None, None)}
-    if signature.return_annotation is not None:
+    if shape.return_annotation is not None:
         wanted["as_json"] = (bool, False)
 
     def command(params: Path | None, overrides: list[str] | None, as_json: bool = False, **own: Any) -> None:
@@ -230,16 +239,16 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
 
     name = work.__name__
     options = [
-        inspect.Parameter(
+        Parameter(
             option,
-            inspect.Parameter.KEYWORD_ONLY,
+            Parameter.KEYWORD_ONLY,
             default=default,
             annotation=Annotated[kind, _OPTIONS.get(f"{name}.{option}") or _OPTIONS[option]],
         )
         for option, (kind, default) in wanted.items()
     ]
     command.__name__, command.__doc__ = name, work.__doc__
-    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    command.__signature__ = shape.replace(parameters=options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
     return app.command(cls=_Command)(command)
 
@@ -293,12 +302,21 @@ def calibrate(params: Params, model: Path, data: Path) -> Result:
 
 
 @_command
+def inspect(params: Params, inputs: list[Path], model: Path | None = None, out: Path | None = None) -> Result:
+    """Say what is in images, estimate the size of the nuclei, and say what to set."""
+    from nuclei3d.stages.inspect import inspect_images
+
+    return inspect_images(params, inputs, model, out)
+
+
+@_command
 def predict(
     params: Params,
     inputs: list[Path],
     model: str,
     out: Path,
     mode: str | None = None,
+    diameter: str | None = None,
     memory: float | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,

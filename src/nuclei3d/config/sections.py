@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -427,12 +428,26 @@ Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Engine = Literal["auto", "torch", "openvino"]
 
 
+def _read_diameter(value: object) -> object:
+    """Say all that a diameter can be, where the errors of a union would say it in two."""
+    try:
+        if value is None or value == "auto" or (not isinstance(value, bool) and 0 < float(str(value)) < inf):
+            return value
+    except ValueError:
+        pass
+    raise ValueError("give the diameter in um, above 0, or auto, which estimates it from the image")
+
+
 class SegmentationParams(Section):
     """How a volume is segmented; what a request may set. None: the value stored with the model."""
 
     mode: Mode = "auto"
     """auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`."""
-    diameter_um: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
+    diameter_um: Annotated[
+        Annotated[float, Field(ge=0.01, le=10_000)] | Literal["auto"] | None, BeforeValidator(_read_diameter)
+    ] = None
+    """Of a typical nucleus of the volume; the model's least volume is scaled with its cube. auto (predict
+    only) estimates it from the image, frame by frame and smoothed over time."""
     views: Annotated[tuple[View, ...], Field(min_length=1, max_length=3)] = ("xy", "xz", "yz")
     """The planes that modes ortho and mixed look at."""
     view_weights: Annotated[tuple[Weight, ...], Field(max_length=3)] | None = None

@@ -50,6 +50,7 @@ class RequestParams(SegmentationParams):
     model_config = ConfigDict(allow_inf_nan=False)
 
     mode: Literal["auto", "ortho", "stitch", "cellpose", "full3d"] = "auto"
+    diameter_um: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
     voxel_size_um: tuple[_Edge, _Edge, _Edge] | None = None
     anisotropy: Annotated[float, Field(ge=0.01, le=1000)] | None = None
     channel: Annotated[str, Field(max_length=200)] | None = None
@@ -67,7 +68,11 @@ class RequestParams(SegmentationParams):
 
 
 def refuse_second_model(predict: PredictParams) -> None:
-    """Refuse `predict.orthogonal_model` and `predict.volume_model` where one model answers."""
+    """Refuse a second model, and a diameter still to be estimated, where one model answers requests."""
+    if predict.diameter_um == "auto":
+        raise InputError(
+            "predict.diameter_um=auto is for 'nuclei3d predict'; registered models and services take a number"
+        )
     for name in ("orthogonal_model", "volume_model"):
         if getattr(predict, name) is not None:
             raise InputError(

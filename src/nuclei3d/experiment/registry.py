@@ -243,7 +243,8 @@ def _parameter(name: str, info: ModelInfo, predict: PredictParams) -> ParamSpec:
     if kind["type"] == "array":
         item = kind["items"] if "items" in kind else kind["prefixItems"][0]
         return ParamSpec(name, _MLFLOW_TYPES[item["type"]], list(value or ()), shape=(-1,))
-    if value is None:
+    # a least volume in the signature would be sent with every request, whatever its diameter
+    if value is None and name != "min_volume_um3":
         value = getattr(info, "nucleus_diameter_um" if name == "diameter_um" else name, None)
     return ParamSpec(name, _MLFLOW_TYPES[kind["type"]], value)
 

@@ -50,8 +50,8 @@ class EmbryoFrame:
 
     `frame` is the name of the file without its suffix, with its time in a file of several, `index` its
     position in the embryo's order of time, unlabelled frames counted. `image_time` and `label_time` are times
-    within the files, None in those of one. `share` is the part of it that counts, from 0 to 1 along the longer
-    of y and x (`block_of`); None: all of it.
+    within the files, None in those of one. `share` is the part of it that counts, from 0 to 1 along the
+    longer of y and x (`block_of`); None: all of it.
     """
 
     embryo: str

@@ -231,6 +231,12 @@ def count_times(path: Path) -> int:
         return next((length for axis, length in lengths if axis == "T"), 1)
 
 
+def read_layout(path: Path, image: str | int | None = None) -> Layout:
+    """Read what a file says of its array: axes, channels, voxel size; no voxel is read."""
+    with _open(path, image) as array:
+        return array.layout
+
+
 def single_frame(path: Path, *, time: int | None = None, **options: Any) -> Frame:
     """Find the one frame of a file, or that at a time; options and errors as those of `find_frames`."""
     frames = find_frames(path, **options)

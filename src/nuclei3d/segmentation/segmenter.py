@@ -7,6 +7,7 @@ come with the first `Segmenter`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import time
@@ -207,6 +208,12 @@ class Segmenter:
                 )
             ),
         )
+
+    def with_settings(self, settings: SegmentationSettings) -> Segmenter:
+        """Give the same networks with other settings; nothing is loaded anew."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     def flows(
         self,

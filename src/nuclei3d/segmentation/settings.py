@@ -243,10 +243,16 @@ def segmentation_settings(
     Raises
     ------
     InputError
-        If neither says the diameter of a nucleus, or the mode is not for this kind of model.
+        If neither says the diameter of a nucleus, it is still to be estimated, or the mode is not for this
+        kind of model.
     """
     mode = _mode(info, predict.mode, volume)
     diameter_um = predict.diameter_um if predict.diameter_um is not None else info.nucleus_diameter_um
+    if diameter_um == "auto":
+        raise InputError(
+            "diameter_um=auto is for 'nuclei3d predict'; give a number, such as 'nuclei3d inspect' and "
+            "nuclei3d.diameter.estimate_diameter estimate from an image"
+        )
     if diameter_um is None:
         example = f" (17 voxels of this volume are {17 * voxel_size.x:.3g} um)" if voxel_size else ""
         raise InputError(

@@ -156,9 +156,11 @@ def choose_for(
         f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
         f"defaults {chosen.ap_default:.3f}"
     )
+    # the volume is kept for nuclei of the model's own diameter
+    cubed = ((info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um) ** 3
     update = {
         "cellprob_threshold": chosen.cellprob,
         "score_threshold": chosen.score,
-        "min_volume_um3": round(chosen.min_volume_um3, 3),
+        "min_volume_um3": round(chosen.min_volume_um3 * cubed, 3),
     }
     return info.model_copy(update=update), chosen

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class PredictedFrame:
     done_before: bool
     warnings: tuple[str, ...] = ()
     """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
+    diameter_um: float | None = None
+    """Of the nuclei, as estimated; None where it was given or is the model's."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ def predict(
         Segment again what was done before.
     """
     frames = find_all(inputs, params)
+    diameters: Sequence[float | None] = [None] * len(frames)
+    if params.predict.diameter_um == "auto":
+        from nuclei3d.stages.diameters import estimate_diameters
+
+        diameters = estimate_diameters(frames)
+        first = params.predict.model_copy(update={"diameter_um": diameters[0]})
+        params = params.model_copy(update={"predict": first})
     predictor = open_model(params, model)
     done: list[PredictedFrame] = []
     fingerprints: list[str] = []
@@ -100,7 +109,9 @@ def predict(
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     with progress_bar("predict", total=len(frames)) as bar:
-        for frame in frames:
+        for frame, diameter_um in zip(frames, diameters, strict=True):
+            if diameter_um is not None:
+                predictor = predictor.at(diameter_um)
             fingerprint = fingerprint_of(frame, predictor.identity)
             finished = None if overwrite else _find_done(out, frame.name, fingerprint)
             if finished is not None:
@@ -109,7 +120,7 @@ def predict(
                 bar.note(frame.name)
                 finished = _predict_frame(frame, predictor, out, bar.advance)
                 _note_done(out, finished, fingerprint)
-            done.append(finished)
+            done.append(replace(finished, diameter_um=diameter_um))
             fingerprints.append(fingerprint)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
@@ -201,6 +212,19 @@ class Predictor:
     model: Segmenter | RemoteModel
     params: PredictParams
     identity: Mapping[str, Any]
+
+    def at(self, diameter_um: float) -> Predictor:
+        """Give the same model for nuclei of another diameter."""
+        predict = self.params.model_copy(update={"diameter_um": diameter_um})
+        if isinstance(self.model, RemoteModel):
+            remote = replace(self.model, predict=predict)
+            return Predictor(remote, predict, {**self.identity, "predict": predict.model_dump(mode="json")})
+        from nuclei3d.segmentation.settings import segmentation_settings
+
+        main, volume = self.model.models["main"], self.model.models.get("volume")
+        settings = segmentation_settings(main.info, predict, volume=volume.info if volume else None)
+        identity = {**self.identity, "settings": asdict(settings)}
+        return Predictor(self.model.with_settings(settings), predict, identity)
 
 
 def _write_masks(

@@ -29,7 +29,6 @@ from nuclei3d.errors import InputError, MachineError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
-from nuclei3d.intensity import sampled_planes
 from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.outputs import whole_file, whole_folder
 from nuclei3d.segmentation.blocks import (
@@ -50,6 +49,7 @@ from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
 from nuclei3d.segmentation.network_pass import Networks
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, view_grid, with_ranges
+from nuclei3d.stages.diameters import read_sampled_planes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -383,12 +383,7 @@ def predict_in_blocks(
 
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
     """Add the range of the whole frame, from the planes that `measure_range` would take, and no others."""
-    _, height, width = frame.shape
-    planes = [
-        frame.read_block((slice(z, z + 1), slice(0, height), slice(0, width)))
-        for z in sampled_planes(frame.shape)
-    ]
-    return with_ranges(settings, np.concatenate(planes), sampled=True)
+    return with_ranges(settings, read_sampled_planes(frame), sampled=True)
 
 
 def _open_folder(masks: Path, frame: Frame, digest: str) -> Path:
