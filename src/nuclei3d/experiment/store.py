@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import logging
 import os
 import re
 import socket
 import sqlite3
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nuclei3d.config.sections import TrackingParams
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 from nuclei3d.outputs import whole_file
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ANSWER_TIMEOUT_S = 5.0
+_LOCK_TIMEOUT_S = 600.0
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
@@ -74,6 +77,40 @@ def open_store(params: TrackingParams) -> MlflowClient:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tracking store {without_passwords(uri)} cannot be used: {reason}") from None
     return client
+
+
+@contextmanager
+def store_lock(params: TrackingParams) -> Iterator[None]:
+    """Let one process of this machine at a time decide what the registry's names point at.
+
+    Beside a SQLite database, which all its users share, the lock is a file; a server's is kept for this
+    machine. It ends with the process that holds it.
+
+    Raises
+    ------
+    MachineError
+        If another process holds it for ten minutes.
+    """
+    with _lock(store_uri(params)):
+        yield
+
+
+@contextmanager
+def _lock(uri: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    if uri.startswith(SQLITE):
+        file = Path(f"{uri.removeprefix(SQLITE)}.lock")
+    else:
+        digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        file = Path(tempfile.gettempdir()) / f"nuclei3d-{os.getuid()}-{digest}.lock"
+    try:
+        with FileLock(file, timeout=_LOCK_TIMEOUT_S):
+            yield
+    except Timeout:
+        raise MachineError(
+            f"another process has held {file} for {_LOCK_TIMEOUT_S / 60:.0f} minutes; wait for it or end it"
+        ) from None
 
 
 def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
@@ -165,15 +202,12 @@ def _make_database(path: Path) -> None:
 
     if _has_content(path):
         return
-    lock = path.with_name(f"{path.name}.lock")
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _lock(f"{SQLITE}{path}"):
         if _has_content(path):
             return
         with whole_file(path) as new:
             uri = f"{SQLITE}{new.absolute()}"
             MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-    lock.unlink(missing_ok=True)
 
 
 def _has_content(path: Path) -> bool:
