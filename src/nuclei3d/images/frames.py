@@ -82,6 +82,8 @@ class Frame:
     time: int | None
     axes: FrameAxes
     scale_note: str = ""
+    companions: frozenset[str] = frozenset()
+    """Names of all files of a multi-file OME-TIFF, which lie beside each other."""
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -257,6 +259,7 @@ def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterabl
             time=axes.time,
             axes=axes,
             scale_note=layout.scale_note,
+            companions=layout.companions,
         )
 
 

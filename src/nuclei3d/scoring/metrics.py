@@ -26,7 +26,6 @@ Undefined values (nothing to find and nothing found) are nan.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +33,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from nuclei3d.errors import InputError
 from nuclei3d.scoring.matching import Floats, OverlapTable, match
@@ -184,13 +184,13 @@ class _Scores(BaseModel):
 def parse_metrics(content: bytes, where: object) -> dict[str, Any]:
     """Give the content of a metrics.json; an InputError names the file, `where`, and what is wrong in it."""
     try:
-        tree = json.loads(content)
+        tree = from_json(content)
         _Scores.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"]))
         reason = (f"{field}: " if field else "") + problem["msg"].removeprefix("Value error, ")
-    except (ValueError, RecursionError):
+    except ValueError:
         reason = "it is not valid JSON"
     else:
         return dict(tree)

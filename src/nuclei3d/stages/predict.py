@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames
 from nuclei3d.images.voxel_size import VoxelSize
@@ -84,12 +85,14 @@ def predict(
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
-            fingerprint = fingerprint_of(frame, predictor.identity)
+            fingerprint = fingerprint_of(frame, predictor)
             finished = None if overwrite else _find_done(out, frame.name, fingerprint)
             if finished is not None:
                 bar.advance(1)
             else:
                 bar.note(frame.name)
+                # before its masks are replaced: a record never speaks of other masks than its own
+                _record_file(out, frame.name).unlink(missing_ok=True)
                 finished = _predict_frame(frame, predictor, out, bar.advance)
                 _note_done(out, finished, fingerprint)
             done.append(finished)
@@ -152,11 +155,15 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`."""
+    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`.
+
+    `digests` are those of the images seen so far: a file with many time points is looked at once.
+    """
 
     model: Segmenter | RemoteModel
     params: PredictParams
     identity: Mapping[str, Any]
+    digests: dict[Path, str] = field(default_factory=dict)
 
 
 def _write_masks(
@@ -175,7 +182,7 @@ def _write_masks(
     if needed > run.worker_gb and settings.mode != "cellpose":
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
-        fingerprint = fingerprint_of(frame, predictor.identity)
+        fingerprint = fingerprint_of(frame, predictor)
         return masks, predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
     try:
         return _write_whole(model, frame, out, progress)
@@ -232,17 +239,19 @@ def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
             )
 
 
-def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
-    """Digest of what a frame's result depends on; files are told apart by size and time of change."""
-    status = frame.path.stat()
+def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
+    """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
+    files = [frame.path.with_name(name) for name in sorted(frame.companions)] or [frame.path]
+    for file in files:
+        if file not in predictor.digests:
+            # an OME-Zarr may have got its masks inside
+            predictor.digests[file] = digest_of(file, without=("labels",))
     content = {
-        "path": str(frame.path.resolve()),
-        "size": status.st_size,
-        "changed": status.st_mtime_ns,
+        "files": [predictor.digests[file] for file in files],
         "time": frame.time,
         "axes": repr(frame.axes),
         "voxel_size_um": frame.require_voxel_size().zyx,
-        **identity,
+        **predictor.identity,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -253,16 +262,20 @@ def _record_file(out: Path, name: str) -> Path:
 
 
 def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
-    """Give the frame if it was finished from the same things and its files are there."""
+    """Give the frame if it was finished from the same things and its files are as they were written."""
     try:
         entry = json.loads(_record_file(out, name).read_text(encoding="utf-8"))
         masks, table = out / Path(entry["masks"]).name, _table_path(out, name)
-        if entry["fingerprint"] != fingerprint or not masks.exists() or not table.is_file():
+        if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
             return None
         return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
         # A record that cannot be read only means that the frame is done again.
         return None
+
+
+def _digest_written(masks: Path, table: Path) -> list[str]:
+    return [digest_of(masks), digest_of(table)]
 
 
 def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
@@ -271,6 +284,7 @@ def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
         "nuclei": frame.nuclei,
         "seconds": frame.seconds,
         "fingerprint": fingerprint,
+        "written": _digest_written(frame.masks, frame.table),
     }
     with whole_file(_record_file(out, frame.name)) as partial:
         partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
