@@ -67,6 +67,13 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_writable(path: Path) -> None:
+    """Raise the error of `whole_file` before the work, where no file could be written at `path` after it."""
+    with _partial(Path(path)) as probe:
+        probe.touch()
+        probe.unlink()
+
+
 def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
     """Raise InputError if a folder to replace holds files, but not the one that marks its kind."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():

@@ -23,7 +23,7 @@ from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import require_writable, whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def predict(
             else:
                 bar.note(frame.name)
                 # before its masks are replaced: a record never speaks of other masks than its own
-                _record_file(out, frame.name).unlink(missing_ok=True)
+                record = _record_file(out, frame.name)
+                require_writable(record)
+                record.unlink(missing_ok=True)
                 finished = _predict_frame(frame, predictor, out, bar.advance)
                 _note_done(out, finished, fingerprint)
             done.append(finished)

@@ -41,7 +41,7 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, whole_file
+from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -138,6 +138,8 @@ def train(
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
         say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
         return finished
+    for place in (out, checkpoints.folder / "last.pt"):
+        require_writable(place)
     training = open_training(params, described)
     network = training.network
     if not resume:
