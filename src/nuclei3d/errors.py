@@ -24,6 +24,12 @@ class MachineError(InputError):
     exit_code = 1
 
 
+class StoppedError(InputError):
+    """The user stopped the work (Ctrl-C); the message says what is kept. Exit code 130, as of a shell."""
+
+    exit_code = 130
+
+
 def missing(path: Path, message: str) -> InputError:
     """Make the error for a path at which there is nothing.
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from nuclei3d.config.sections import TrackingParams
 from nuclei3d.errors import InputError, MachineError
@@ -26,7 +27,10 @@ SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ANSWER_TIMEOUT_S = 5.0
+_LOCKED_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 600.0
+# MLflow's own would spend minutes on a server that died in the middle; what was not sent is tried again.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
@@ -64,19 +68,45 @@ def open_store(params: TrackingParams) -> MlflowClient:
     uri = store_uri(params)
     _check_reachable(uri)
     _quieten()
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     import mlflow
 
     if uri.startswith(SQLITE):
         _make_database(Path(uri.removeprefix(SQLITE)))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        client.search_experiments(max_results=1)
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        experiments = client.search_experiments()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tracking store {without_passwords(uri)} cannot be used: {reason}") from None
+        # of MLflow's, SQLAlchemy's or Alembic's, and a database can make them raise nearly anything
+        reason = " ".join(str(error).split())
+        if "schema" in reason or "revision" in reason:
+            reason = (
+                "it was made by another version of MLflow; keep a copy of it and run "
+                f"'mlflow db upgrade {without_passwords(uri)}', or name another with tracking.uri"
+            )
+        raise InputError(
+            f"the tracking store {without_passwords(uri)} cannot be used: {reason[:300]}"
+        ) from None
+    if uri.startswith(SQLITE):
+        for experiment in experiments:
+            _check_moved(Path(uri.removeprefix(SQLITE)), experiment.artifact_location)
     return client
+
+
+def _check_moved(database: Path, location: str) -> None:
+    """Refuse a database whose files went along with it to another place than the one that it holds."""
+    old = Path(unquote(urlsplit(location).path))
+    new = database.parent / "mlartifacts" / old.name
+    mend = ["mkdir", "-p", str(old.parent.parent)], ["ln", "-s", str(new.parent), str(old.parent)]
+    if old.parent.name == "mlartifacts" and not old.parent.exists() and new.is_dir():
+        raise InputError(
+            f"the project was moved: by {database} the files of its runs lie in {old.parent}, which is gone; "
+            f"they are in {new.parent}. Move it back, or let the old place lead to the new one: "
+            + " && ".join(map(shlex.join, mend))
+        )
 
 
 @contextmanager
@@ -182,8 +212,14 @@ def _check_reachable(uri: str) -> None:
 def _check_sqlite(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=60)) as database:
+        with closing(sqlite3.connect(path, timeout=_LOCKED_TIMEOUT_S)) as database:
             database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise InputError(f"the tracking store {path} cannot be written ({error})") from None
+        raise MachineError(
+            f"the tracking store {path} is locked by another process; wait for it or end it, then start again"
+        ) from None
     except (OSError, sqlite3.Error) as error:
         raise InputError(
             f"the tracking store {path} is no SQLite database that can be written ({error}); "

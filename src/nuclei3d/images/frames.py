@@ -29,7 +29,7 @@ _TIFF_SUFFIXES = (".tif", ".tiff")
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key under which t2 comes before t10."""
     parts = re.split(r"(\d+)", text)
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in parts] + [(-1, text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in parts] + [(-1, text)]
 
 
 def frame_stem(path: Path) -> str:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def predict(
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    with progress_bar("predict", total=len(frames)) as bar:
+    with progress_bar("predict", total=len(frames)) as bar, _says_what_is_kept(done, len(frames), out):
         for frame in frames:
             fingerprint = fingerprint_of(frame, predictor)
             finished = None if overwrite else _find_done(out, frame.name, fingerprint)
@@ -103,6 +104,16 @@ def predict(
     kept = f" ({before} of them done before)" if before else ""
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
     return PredictResult(out, model, tuple(done))
+
+
+@contextmanager
+def _says_what_is_kept(done: Sequence[PredictedFrame], count: int, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(done)} of {count} frames are done in {out}; the same command goes on with the next"
+        ) from None
 
 
 def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:

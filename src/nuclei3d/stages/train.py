@@ -434,24 +434,32 @@ def _train_epochs(
             bar.note(f"loss {smooth:.3f}, rate {rate:.2g}")
 
         def epoch_done(report: EpochReport) -> None:
+            nonlocal done
+            done = report.epoch
             say(_line(report, settings.epochs))
             run.metrics(report.metrics(), step=report.epoch)
             if on_epoch is not None:
                 on_epoch(report)
 
-        return train_network(
-            training.network,
-            training.examples,
-            settings,
-            device=device,
-            start=start,
-            callbacks=Callbacks(
-                save=partial(checkpoints.save, fingerprint=training.fingerprint),
-                validate_volumes=judge,
-                on_epoch=epoch_done,
-                on_step=step,
-            ),
-        )
+        try:
+            return train_network(
+                training.network,
+                training.examples,
+                settings,
+                device=device,
+                start=start,
+                callbacks=Callbacks(
+                    save=partial(checkpoints.save, fingerprint=training.fingerprint),
+                    validate_volumes=judge,
+                    on_epoch=epoch_done,
+                    on_step=step,
+                ),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{done} of {settings.epochs} epochs are kept in {checkpoints.folder}; the same command goes "
+                "on from there"
+            ) from None
 
 
 def _line(report: EpochReport, epochs: int) -> str:
