@@ -38,8 +38,8 @@ import sys, time
 from nuclei3d import cli
 import nuclei3d.stages.compare as stage
 def wait(*_):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(600)
     except KeyboardInterrupt as error:
         raise {raised}
