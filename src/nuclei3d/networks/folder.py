@@ -213,7 +213,7 @@ def load_model(path: str | PathLike[str]) -> Model:
 def check_output(model: Model) -> None:
     """Raise InputError where the network, shown noise, gives anything but finite numbers."""
     network = model.network
-    shape = (1, CHANNELS[0], 32, 32)
+    shape: tuple[int, ...] = (1, CHANNELS[0], 32, 32)
     if isinstance(network, VolumeNetwork):
         shape = (1, 1, *network.spec.architecture.multiple)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
