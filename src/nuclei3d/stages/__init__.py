@@ -34,7 +34,7 @@ def map_in_processes(
     if workers > 1:
         # spawned, not forked: threads of numerical libraries do not survive a fork
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, initializer=tie_to_parent)
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_settle_in)
     results: list[Result] = []
     try:
         with progress_bar(words, total=len(items[0])) as bar:
@@ -67,6 +67,10 @@ def tie_to_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _settle_in() -> None:
+    tie_to_parent()
     # Ctrl-C reaches all processes of a terminal; it is the parent's to answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

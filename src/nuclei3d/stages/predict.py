@@ -208,8 +208,10 @@ def _write_masks(
 def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
-        identity = {"service": model, "predict": params.predict.model_dump(mode="json")}
-        return Predictor(RemoteModel(model, params.predict), params.predict, identity)
+        remote = RemoteModel(model, params.predict)
+        identity: dict[str, Any] = {"service": model, "model": remote.served_model()}
+        identity["predict"] = params.predict.model_dump(mode="json")
+        return Predictor(remote, params.predict, identity)
     from nuclei3d.experiment.registry import fetch_model, is_registered
 
     path = fetch_model(model, params) if is_registered(model) else Path(model)
