@@ -64,9 +64,7 @@ def test_a_stage_inside_another_is_its_child(params: Params) -> None:
     assert run_of(params, job.run_id).info.run_name == "pipeline"
 
 
-def test_the_run_that_mlflow_run_made_is_adopted(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_that_mlflow_run_made_is_adopted(params, tmp_path, monkeypatch):
     # the experiment is MLflow's own: its artifacts go to mlruns in the working directory
     monkeypatch.chdir(tmp_path)
     client = open_store(params.tracking)
@@ -132,24 +130,24 @@ def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.Cap
     assert capsys.readouterr().err.count("stopped answering") == 1
 
 
-def test_a_server_that_stays_away_is_asked_once_a_minute_and_at_the_end(params: Params) -> None:
+def test_a_server_that_stays_away_is_asked_once_a_minute_and_at_the_end(params):
     asked = []
     with stage_run("train", params, inputs={}) as run:
         client = run.client
         assert client is not None
 
-        def away(*_: object, **__: object) -> None:
+        def away(*_, **__) -> None:
             asked.append(time.monotonic())
             raise OSError("timed out")
 
-        client.log_batch = away  # type: ignore[method-assign]
+        client.log_batch = away
         for epoch in range(50):
             run.metrics({"loss": 1.0}, step=epoch)
         assert len(asked) == 1
     assert len(asked) == 2
 
 
-def test_a_server_that_hangs_costs_seconds(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_costs_seconds(params, monkeypatch):
     """It takes connections, and answers nothing after the first question."""
     open_store(params.tracking)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -164,9 +162,7 @@ def test_a_server_that_hangs_costs_seconds(params: Params, monkeypatch: pytest.M
         assert time.monotonic() - began < 20
 
 
-def test_under_dvc_the_run_id_is_left_for_dvc(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_dvc_the_run_id_is_left_for_dvc(params, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     ids = {}

@@ -151,12 +151,6 @@ def test_scores_are_asked_for_by_threshold() -> None:
         metrics.ap_at(0.6)
 
 
-def test_volumes_of_different_shape_are_refused() -> None:
-    truth, prediction = random_pair(0)
-    with pytest.raises(InputError, match="shape"):
-        score_volumes([truth], [prediction[:-1]])
-
-
 def metrics_file() -> dict[str, Any]:
     table = overlap_table(np.ones((1, 2, 2), np.uint8), np.ones((1, 2, 2), np.uint8))
     counts = tally_of(table, [0.5]).as_json()

@@ -14,7 +14,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, load_model, save_model
 from nuclei3d.stages.calibrate import calibrate
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 from volumes_fixture import draw_volume
 
 INFO = ModelInfo(name="silent", diameter_px=12, nucleus_diameter_um=12)
