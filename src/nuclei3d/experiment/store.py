@@ -29,8 +29,6 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ANSWER_TIMEOUT_S = 5.0
 _LOCKED_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 600.0
-# MLflow's own would spend minutes on a server that died in the middle; what was not sent is tried again.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
@@ -68,8 +66,6 @@ def open_store(params: TrackingParams) -> MlflowClient:
     uri = store_uri(params)
     _check_reachable(uri)
     _quieten()
-    for name, value in _PATIENCE.items():
-        os.environ.setdefault(name, value)
     import mlflow
 
     if uri.startswith(SQLITE):
