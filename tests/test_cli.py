@@ -34,7 +34,9 @@ def test_a_command_that_cannot_go_on_says_so_in_one_line(monkeypatch, capsys, er
 
 
 WAITS = """
-import sys, time
+import signal, sys, time
+# a shell starts what runs in the background deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nuclei3d import cli
 import nuclei3d.stages.compare as stage
 def wait(*_):

@@ -35,7 +35,9 @@ def note_and_wait(folder, seconds):
         os.kill(os.getpid(), 9)
 """
 PARENT = """
-import sys
+import signal, sys
+# a shell starts what runs in the background deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from noting import note_and_wait
 from nuclei3d.stages import map_in_processes
 if __name__ == "__main__":
