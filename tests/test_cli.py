@@ -1,5 +1,6 @@
 """How commands end: one line on stderr and a code."""
 
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,63 @@ def test_a_command_that_cannot_go_on_says_so_in_one_line(monkeypatch, capsys, er
     assert capsys.readouterr().err == f"nuclei3d: {line}\n"
 
 
+WAITS = """
+import signal, sys, time
+# a shell starts what runs in the background deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from nuclei3d import cli
+import nuclei3d.stages.compare as stage
+def wait(*_):
+    try:
+        print("ready", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt as error:
+        raise {raised}
+stage.compare = wait
+sys.argv = ["nuclei3d", "compare", ".", "."]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("", "stopped; what was finished is kept"),
+        ("KeyboardInterrupt('3 of 5 frames are done')", "stopped; 3 of 5 frames are done"),
+        # what an interrupted import of a compiled module can look like
+        ("ImportError('numpy.core failed')", "stopped; what was finished is kept"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(tmp_path, raised, line):
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS.format(raised=raised)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == f"nuclei3d: {line}\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(tmp_path):
+    code = (
+        "import sys\n"
+        "class Stops:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stops())\n"
+        "from nuclei3d.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "nuclei3d: stopped before it began\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -40,6 +98,10 @@ def test_a_command_that_cannot_go_on_says_so_in_one_line(monkeypatch, capsys, er
         ("train --slices nowhere --out o", "nowhere does not exist (--slices)"),
         ("evaluate --truth . --pred nowhere --out o", "nowhere does not exist (--pred)"),
         ("compare nowhere .", "nowhere does not exist"),
+        (
+            "predict . --model m --out /proc/self/out",
+            "cannot write /proc/self/out: /proc/self cannot be written; choose a place that can be written",
+        ),
         (
             "predict . --model m --out o --set normalization.noise_floor=5",
             "--set normalization.noise_floor=5 would not act: predict normalises as the model was trained; "

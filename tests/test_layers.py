@@ -11,6 +11,7 @@ PACKAGE = Path(nuclei3d.__file__).parent
 LAYERS = {
     "errors": 0,
     "console": 0,
+    "digests": 0,
     "outputs": 0,
     "views": 0,
     "worker": 1,

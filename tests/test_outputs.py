@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.outputs import whole_file, whole_folder
+from nuclei3d.outputs import require_writable, whole_file, whole_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -136,9 +136,59 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     killed = subprocess.run([sys.executable, "-c", script, *arguments], env=os.environ, check=False)
     assert killed.returncode == -9
     assert len(names(tmp_path)) == 2
-    with whole_file(tmp_path / "a.txt") as partial, whole_folder(tmp_path / "out"):
+    # also by one that writes something else there
+    with whole_file(tmp_path / "b.txt") as partial:
         partial.write_text("whole")
-    assert names(tmp_path) == ["a.txt", "out"]
+    assert names(tmp_path) == ["b.txt"]
+
+
+def test_temporary_files_of_a_killed_process_go_at_the_next_start(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, tempfile\n"
+        "from nuclei3d.outputs import own_temporary_folder\n"
+        "with own_temporary_folder():\n"
+        "    open(tempfile.mkdtemp() + '/volume.tif', 'w').write('voxels')\n"
+        "    if sys.argv[1] == 'killed':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    print(len(os.listdir(sys.argv[2])))"
+    )
+    kept = tmp_path / "nuclei3d-of-the-user"
+    kept.mkdir()
+
+    def start(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, how, str(tmp_path)]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+    assert start("killed").returncode == -9
+    assert len(names(tmp_path)) == 2
+    ended = start("ended")
+    assert ended.stdout == "2\n", ended.stderr
+    assert names(tmp_path) == [kept.name]
+
+
+def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path / "new" / "out")
+    require_writable(tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot write .*file/out: .*file is no folder"):
+        require_writable(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match="cannot be written"):
+        require_writable(Path("/proc/self/out"))
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_weights_on_a_full_disk_are_one_clear_line(tmp_path: Path) -> None:
+    import torch
+
+    for state in ({"a": torch.zeros(10**6)}, {str(n): torch.zeros(1000) for n in range(100)}):
+        with (
+            pytest.raises(MachineError, match=r"cannot write .*last\.pt"),
+            whole_file(tmp_path / "last.pt") as f,
+        ):
+            torch.save(state, f)
+    assert names(tmp_path) == []
 
 
 def test_a_living_process_keeps_its_unfinished_file(tmp_path: Path) -> None:

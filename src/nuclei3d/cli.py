@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +17,8 @@ from typer.core import TyperCommand
 
 from nuclei3d import __version__
 from nuclei3d.console import emit_json, say
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, StoppedError, missing
+from nuclei3d.outputs import own_temporary_folder, require_writable
 
 if TYPE_CHECKING:
     from nuclei3d.config import Params
@@ -108,7 +110,25 @@ class _Command(TyperCommand):
                         f"--set {override} would not act: {self.name} normalises as the model was trained; "
                         "set it for prepare and train anew"
                     )
-        return super().invoke(ctx)
+        if isinstance(ctx.params.get("out"), Path):
+            require_writable(ctx.params["out"])
+        try:
+            with own_temporary_folder():
+                return super().invoke(ctx)
+        except BaseException as error:
+            # inside an import Ctrl-C can come out as nearly any error
+            if not isinstance(error, KeyboardInterrupt) and not _interrupted:
+                raise
+            kept = str(error) if isinstance(error, KeyboardInterrupt) else ""
+            raise StoppedError(f"stopped; {kept or 'what was finished is kept'}") from None
+
+
+_interrupted: list[int] = []
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    _interrupted.append(signum)
+    raise KeyboardInterrupt
 
 
 def _print_version(wanted: bool) -> None:
@@ -486,6 +506,8 @@ def params(
 
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2, a full disk with 1."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except InputError as error:
@@ -493,4 +515,4 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("nuclei3d: stopped; what was finished is kept")
-        sys.exit(130)
+        sys.exit(StoppedError.exit_code)

@@ -108,13 +108,25 @@ class RemoteModel:
             model=prediction.get("model", {}),
         )
 
+    def served_model(self) -> object:
+        """Ask which model answers (name, version); None where the service does not say, or not at once."""
+        import requests
+
+        try:
+            address = f"{self.url.rstrip('/')}/version"
+            answer = requests.get(address, headers=self._headers(), timeout=_CONNECT_S).json()
+        except (requests.exceptions.RequestException, ValueError):
+            return None
+        return answer.get("model") if isinstance(answer, dict) else None
+
+    def _headers(self) -> dict[str, str]:
+        token = self.token or os.environ.get("NUCLEI3D_TOKEN")
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
     def _post(self, body: bytes) -> bytes:
         import requests
 
-        headers = {"Content-Type": "application/json"}
-        token = self.token or os.environ.get("NUCLEI3D_TOKEN")
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        headers = {"Content-Type": "application/json", **self._headers()}
         address = f"{self.url.rstrip('/')}/invocations"
         end = time.monotonic() + self.patience_s
         pause = 1.0

@@ -28,6 +28,12 @@ class TooLargeError(InputError):
     """What a request asks for costs more than a service gives; its status is 413, not 400."""
 
 
+class StoppedError(InputError):
+    """The user stopped the work (Ctrl-C); the message says what is kept. Exit code 130, as of a shell."""
+
+    exit_code = 130
+
+
 def missing(path: Path, message: str) -> InputError:
     """Make the error for a path at which there is nothing.
 

@@ -152,7 +152,7 @@ def available_threads() -> int:
     """Count the processors that this process may use, or fewer if NUMBA_NUM_THREADS says so."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wished = os.environ.get("NUMBA_NUM_THREADS", "")
-    return min(usable, int(wished)) if wished.isdigit() and int(wished) > 0 else usable
+    return min(usable, int(wished)) if wished.isdecimal() and int(wished) > 0 else usable
 
 
 def share_labels(

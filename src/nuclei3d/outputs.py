@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EACCES, EBUSY, EDQUOT, EFBIG, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
@@ -67,6 +68,49 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_writable(path: Path) -> None:
+    """Raise InputError before the work, where a file or folder could not be written after it.
+
+    Nothing is made: asked is the folder that is there, `path` itself or the nearest one above it.
+    """
+    place = path.absolute()
+    if place.is_file():
+        place = place.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write {path}: {place} is no folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"cannot write {path}: {place} cannot be written; choose a place that can be written"
+        )
+
+
+@contextmanager
+def own_temporary_folder() -> Iterator[None]:
+    """Have all temporary files of this process and its children lie in one folder, which ends with it.
+
+    They may hold a user's volumes; those that killed processes of this machine left behind go now.
+    """
+    host = _host()
+    try:
+        common = Path(tempfile.gettempdir())
+        _remove_dead(common, rf"nuclei3d-{re.escape(host)}-(\d+)-\w{{8}}")
+        own = tempfile.mkdtemp(prefix=f"nuclei3d-{host}-{os.getpid()}-")
+    except OSError as error:
+        raise MachineError(f"there is no place for temporary files ({error}); set TMPDIR") from None
+    before = os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = own
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        shutil.rmtree(own, ignore_errors=True)
+
+
 def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
     """Raise InputError if a folder to replace holds files, but not the one that marks its kind."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
@@ -93,8 +137,16 @@ def _partial(path: Path) -> Iterator[Path]:
     """Give a name beside `path`, and turn the system's complaints about the place into one clear line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        # of killed processes, whatever they wrote into this folder
+        _remove_dead(path.parent, rf"\..*\.partial-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}(\.[\w.]+)?")
         yield _hidden_name(path)
+    except RuntimeError as error:
+        # what torch makes of an error of the disk; it does not say which
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise MachineError(
+            f"cannot write {path}: is the disk full? free some space or choose another place"
+        ) from error
     except OSError as error:
         if not _blames_place(error, path):
             raise
@@ -113,31 +165,28 @@ def _blames_place(error: OSError, path: Path) -> bool:
     return error.errno in _PLACE_ERRORS
 
 
-def _name_parts(path: Path) -> tuple[str, str]:
-    """Give what stands before and after the process in the hidden names that this machine gives."""
-    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
-    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
-    return f".{path.name.removesuffix(suffix)[:100]}.partial-{host}-", suffix
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
 
 
 def _hidden_name(path: Path) -> Path:
-    start, suffix = _name_parts(path)
-    return path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
+    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
+    stem = path.name.removesuffix(suffix)[:100]
+    return path.with_name(f".{stem}.partial-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left behind while writing this same path."""
-    start, suffix = map(re.escape, _name_parts(path))
-    pattern = re.compile(rf"{start}(\d+)-[0-9a-f]{{8}}{suffix}\Z")
-    for entry in path.parent.iterdir():
-        match = pattern.match(entry.name)
+def _remove_dead(folder: Path, pattern: str) -> None:
+    """Remove what lies in a folder under the name of a process of this machine that is no more."""
+    for entry in folder.iterdir():
+        match = re.fullmatch(pattern, entry.name)
         if match is None:
             continue
         import psutil  # only where there is a leftover: importing it takes time
 
         if psutil.pid_exists(int(match.group(1))):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
-            entry.unlink(missing_ok=True)
+            with suppress(OSError):
+                entry.unlink()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nuclei3d.experiment.provenance import UNKNOWN, git_state, md5_of_input
+from nuclei3d.config import Params
+from nuclei3d.digests import digest_of
+from nuclei3d.experiment.provenance import UNKNOWN, git_state, md5_of_input, trace_provenance
 
 
 def git(folder: Path, *words: str) -> str:
@@ -71,3 +73,29 @@ def test_md5_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:
     assert md5_with({"a": "1", "b/d": "2"}, "three") != first
     assert md5_with({"a": "1", "b/c": "3"}, "four") != first
     assert md5_of_input(tmp_path / "absent") == UNKNOWN
+
+
+def test_data_that_changed_without_dvc_add_are_traced_as_they_are(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    data, slices = Path("data"), Path("slices")
+    data.mkdir()
+    (data / "t0.tif").write_text("labels")
+    slices.mkdir()
+    (slices / "summary.json").write_text(json.dumps({"md5": "feed", "data": "data"}))
+    Path("data.dvc").write_text(f"outs:\n- md5: {digest_of(data)}\n  hash: md5\n  path: data\n")
+    git(repository, "add", "data.dvc")
+    git(repository, "commit", "-qm", "data")
+    for inputs in ({"data": data}, {"slices": slices}):
+        known = trace_provenance(Params(), inputs)
+        assert known.input_md5["data"] == digest_of(data)
+        assert not known.git_dirty
+    (data / "t0.tif").write_text("labelS")
+    for inputs in ({"data": data}, {"slices": slices}):
+        changed = trace_provenance(Params(), inputs)
+        assert changed.input_md5["data"] == digest_of(data) != known.input_md5["data"]
+        assert changed.git_dirty
+    (data / "t0.tif").unlink()
+    data.rmdir()
+    assert md5_of_input(data) == known.input_md5["data"], "not pulled yet"

@@ -4,10 +4,13 @@ import base64
 import io
 import json
 import os
+import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ import mlflow
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.experiment import registry
 from nuclei3d.experiment.registry import (
     champions,
     fetch_model,
@@ -32,7 +37,7 @@ from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import overlap_table
-from nuclei3d.scoring.metrics import score, tally_of
+from nuclei3d.scoring.metrics import THRESHOLDS, score, tally_of
 from nuclei3d.segmentation.segmenter import Segmenter
 
 NAME = "nuclei_3d"
@@ -59,7 +64,8 @@ def metrics_of(missed: Sequence[int], digest: str = "d") -> dict[str, Any]:
             "truth_digest": f"{digest}{frame}",
             "counts": tally.as_json(),
         }
-    return {"ap": {"0.50": 1 - sum(missed) / (16 * len(missed))}, "f1": {}, "volumes": volumes}
+    ap = dict.fromkeys((f"{t:.2f}" for t in THRESHOLDS), 1 - sum(missed) / (16 * len(missed)))
+    return {"ap": ap, "f1": {}, "volumes": volumes}
 
 
 def write_metrics(path: Path, missed: int) -> Path:
@@ -153,6 +159,70 @@ def test_a_registration_that_was_killed_goes_on_with_its_version(params, model, 
     assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 1
 
 
+def slow_comparison(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> list[str | None]:
+    """Have something happen while a registration compares; gives the champions that were compared with."""
+    real, champions = registry._compare_with_champion, []
+
+    def compare(client: Any, name: str, champion: str | None, *others: Any) -> Any:
+        champions.append(champion)
+        verdict = real(client, name, champion, *others)
+        meanwhile()
+        return verdict
+
+    monkeypatch.setattr(registry, "_compare_with_champion", compare)
+    return champions
+
+
+def test_two_at_once_on_an_empty_registry_are_compared(
+    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champions = slow_comparison(monkeypatch, lambda: time.sleep(0.5))
+    files = [write_metrics(tmp_path / str(missed) / "metrics.json", missed) for missed in (4, 5)]
+    open_store(params.tracking)
+    both = [threading.Thread(target=register, args=(params, model, file)) for file in files]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert champions == [None, "1"]
+    reasons = [
+        version.tags["nuclei3d.reason"]
+        for version in open_store(params.tracking).search_model_versions(f"name = '{NAME}'")
+    ]
+    assert sum("first version" in reason for reason in reasons) == 1
+
+
+def test_a_champion_that_another_machine_made_meanwhile_is_compared_with(
+    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(params, model, write_metrics(tmp_path / "metrics.json", 6))
+    register(params, model, write_metrics(tmp_path / "metrics.json", 7))
+    client = open_store(params.tracking)
+
+    def crown_the_other() -> None:
+        client.set_registered_model_alias(NAME, "champion", "2")
+
+    champions = slow_comparison(monkeypatch, crown_the_other)
+    made = register(params, model, write_metrics(tmp_path / "metrics.json", 2))
+    assert champions == ["1", "2"]
+    assert "better than the champion (version 2)" in made.reason
+    assert made.champion == "3"
+
+
+def test_a_champion_whose_scores_were_lost_gives_way_by_force_alone(
+    params: Params, model: Path, tmp_path: Path
+) -> None:
+    register(params, model, write_metrics(tmp_path / "metrics.json", 6))
+    for kept in (tmp_path / "store" / "mlartifacts").rglob("metrics.json"):
+        kept.write_text('{"ap": {"0.50": 1}, "f1": {}, "volumes": {"E/0": {"counts": {}}}}')
+    metrics = write_metrics(tmp_path / "metrics.json", 2)
+    made = register(params, model, metrics)
+    assert (made.version, made.champion) == ("2", "1")
+    assert "has no metrics to compare with" in made.reason
+    assert "--force" in made.reason
+    assert register(params, model, metrics, force=True).champion == "2"
+
+
 def test_better_on_every_frame_is_better() -> None:
     verdict = judge(metrics_of([6, 5, 6, 7, 6, 5]), metrics_of([2, 2, 1, 2, 3, 2]), "champion", seed=0)
     assert verdict.better
@@ -190,13 +260,22 @@ def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp
     metrics = write_metrics(tmp_path / "metrics.json", 4)
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"ap": 1}')
+    rubbish, blown_up = tmp_path / "rubbish", tmp_path / "blown_up"
+    shutil.copytree(model, rubbish)
+    (rubbish / NAME).write_bytes(b"rubbish")
+    network = new_network(17.0, seed=0)
+    with torch.no_grad():
+        network.get_parameter("output.2.weight").fill_(3e38)
+    save_model(blown_up, network, load_model(model).info, "# A card")
     for folder, file, told in (
         (tmp_path / "absent", metrics, "no model folder"),
         (model, tmp_path / "absent.json", "cannot read the metrics"),
-        (model, wrong, "'volumes'"),
+        (model, wrong, r"wrong\.json is no metrics\.json of nuclei3d evaluate of this version: ap"),
+        (rubbish, metrics, "not a weights file"),
+        (blown_up, metrics, "NaN or infinite"),
     ):
         with pytest.raises(InputError, match=told):
-            register(params, folder, file)
+            register(params, folder, file, force=True)
     client = open_store(params.tracking)
     assert client.search_registered_models() == []
     assert client.search_runs([item.experiment_id for item in client.search_experiments()]) == []

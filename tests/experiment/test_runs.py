@@ -2,15 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.runs import StageRun, stage_run
 from nuclei3d.experiment.store import open_store
 
 
@@ -127,6 +130,38 @@ def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.Cap
     assert capsys.readouterr().err.count("stopped answering") == 1
 
 
+def test_a_server_that_stays_away_is_asked_once_a_minute_and_at_the_end(params):
+    asked = []
+    with stage_run("train", params, inputs={}) as run:
+        client = run.client
+        assert client is not None
+
+        def away(*_, **__) -> None:
+            asked.append(time.monotonic())
+            raise OSError("timed out")
+
+        client.log_batch = away
+        for epoch in range(50):
+            run.metrics({"loss": 1.0}, step=epoch)
+        assert len(asked) == 1
+    assert len(asked) == 2
+
+
+def test_a_server_that_hangs_costs_seconds(params, monkeypatch):
+    """It takes connections, and answers nothing after the first question."""
+    open_store(params.tracking)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = MlflowClient(f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.monotonic()
+        run = StageRun(client, "0123", "train")
+        for epoch in range(20):
+            run.metrics({"loss": 1.0}, step=epoch)
+        run.finish()
+        # two questions of two tries each, of a second, with a pause of MLflow's between them
+        assert time.monotonic() - began < 20
+
+
 def test_under_dvc_the_run_id_is_left_for_dvc(params, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
@@ -142,7 +177,7 @@ def test_a_job_that_was_killed_is_closed_and_its_parent_goes_on(params: Params, 
     script.write_text(
         "import os, signal\n"
         "from nuclei3d.config import load_params\n"
-        "from nuclei3d.experiment.runs import stage_run\n"
+        "from nuclei3d.experiment.runs import StageRun, stage_run\n"
         f"uri = 'tracking.uri={params.tracking.uri}'\n"
         "params = load_params(None, [uri, 'train.device=cpu', 'predict.device=cpu'])\n"
         "with stage_run('pipeline', params, inputs={}, job='mine') as job:\n"

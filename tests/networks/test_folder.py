@@ -12,7 +12,7 @@ import torch
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, load_model, network_from_state, save_model
+from nuclei3d.networks.folder import ModelInfo, check_output, load_model, network_from_state, save_model
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.segmentation.network_runner import NetworkRunner
@@ -97,6 +97,72 @@ def test_a_3d_model_without_its_shape_is_explained(tmp_path):
     (tmp_path / "model.json").write_text('{"kind": "full3d", "diameter_px": 17, "full3d": ' + spec + "}")
     with pytest.raises(InputError, match="no shape of a network"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cellprob_threshold": float("nan")},
+        {"min_volume_um3": float("inf")},
+        {"noise_floor": float("inf")},
+        {"lower_percentile": 99.8, "upper_percentile": 1.0},
+        {"diameter_px": 1e300},
+        {"nucleus_diameter_um": 1e300},
+        {"voxel_size_um": [2.0, 0.5, 1e-9]},
+        {"score_threshold": float("nan")},
+        {"diameter_px": None},
+        {"lineage": 3},
+    ],
+    ids=str,
+)
+def test_a_number_that_no_model_has_is_refused_by_name(folder, tmp_path, wrong):
+    described = json.loads((folder / "model.json").read_text()) | wrong
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=next(iter(wrong))) as told:
+        load_model(tmp_path)
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"anisotropy": float("nan")}, "anisotropy"),
+        ({"patch": [12, 64, 10**12]}, "patch"),
+        ({"patch": [12, 64, 3]}, "patch"),
+        ({"channels": 10**9}, "channels"),
+        ({"convolutions": 2 * 10**9}, "convolutions"),
+        # within the bounds, and many GB large if it were made before it is compared with the weights
+        ({"channels": 4096}, "shape"),
+    ],
+    ids=str,
+)
+def test_a_shape_that_no_memory_holds_is_refused_before_it_is_made(tmp_path, wrong, told):
+    spec = VolumeSpec(plan_architecture(5.75, "small"), 5.75, (12, 64, 64))
+    info = ModelInfo(name="solid", kind="full3d", diameter_px=17, nucleus_diameter_um=12, full3d=spec)
+    save_model(tmp_path / "m", new_volume_network(spec, 1), info, "# card")
+    described = json.loads((tmp_path / "m" / "model.json").read_text())
+    shape = described["full3d"]["architecture"]
+    for name, value in wrong.items():
+        place = shape if name in shape else described["full3d"]
+        place[name] = [value] * len(shape["channels"]) if name == "channels" else value
+    (tmp_path / "m" / "model.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=told):
+        load_model(tmp_path / "m")
+
+
+def test_weights_that_blow_up_are_found_by_a_look_at_noise(folder):
+    model = load_model(folder)
+    check_output(model)
+    with torch.no_grad():
+        model.network.get_parameter("output.2.weight").fill_(3e38)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        check_output(model)
+
+
+def test_bare_weights_without_a_possible_diameter_are_refused(tmp_path):
+    torch.save(new_network(1e30, seed=1).state_dict(), tmp_path / "weights")
+    with pytest.raises(InputError, match="diameter_px"):
+        load_model(tmp_path / "weights")
 
 
 def test_bare_cellpose_weights_load_with_their_own_diameter(tmp_path, capsys):
@@ -209,6 +275,10 @@ def test_weights_without_diameters_are_accepted():
     assert network_from_state(state).diam_mean.item() == 30.0
 
 
+def _quantised(values):
+    return torch.quantize_per_tensor(values, 1.0, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -216,6 +286,17 @@ def test_weights_without_diameters_are_accepted():
         (lambda s: s.update(extra=torch.zeros(1)), "unknown 'extra'"),
         (lambda s: s.update({"output.2.bias": torch.zeros(4)}), "shape"),
         (lambda s: s.update({"output.2.bias": torch.full((3,), float("nan"))}), "NaN"),
+        # 1e300 is a number in float64, and infinite in the network
+        (lambda s: s.update({"output.2.bias": torch.full((3,), 1e300, dtype=torch.float64)}), "infinite"),
+        (lambda s: s.update({"output.2.bias": torch.ones(3, dtype=torch.int64)}), "type int64"),
+        (lambda s: s.update({"output.2.bias": torch.ones(3, dtype=torch.bool)}), "type bool"),
+        (lambda s: s.update({"output.2.bias": torch.ones(3, dtype=torch.complex64)}), "type complex64"),
+        (lambda s: s.update({"output.2.bias": torch.ones(3).to_sparse()}), "dense"),
+        (lambda s: s.update({"output.2.bias": torch.ones(3, device="meta")}), "dense"),
+        (lambda s: s.update({"output.2.bias": _quantised(torch.ones(3))}), "dense"),
+        (lambda s: s.update({"output.2.bias": torch.nested.nested_tensor([torch.ones(3)])}), "dense"),
+        (lambda s: s.update({"output.0.running_var": torch.full((32,), -1.0)}), "negative variances"),
+        (lambda s: s.update({1: torch.ones(3)}), "mapping of names to tensors"),
         (lambda s: s.update(W2=torch.zeros(1)), "Cellpose 4"),
         (lambda s: s.update(note="text"), "mapping of names to tensors"),
     ],

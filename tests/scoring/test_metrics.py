@@ -1,14 +1,17 @@
 """Scores agree with StarDist, py-ctcmetrics and with plain loops over all pairs."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
 
+from nuclei3d.errors import InputError
 from nuclei3d.scoring.matching import overlap_table
-from nuclei3d.scoring.metrics import Tally, score, stack_tallies, tally_of
+from nuclei3d.scoring.metrics import Tally, parse_metrics, score, stack_tallies, tally_of
 from scores_fixture import score_volumes
 
 Labels = NDArray[np.uint16]
@@ -146,3 +149,51 @@ def test_scores_are_asked_for_by_threshold() -> None:
     assert metrics.ap_at(0.75) == metrics.ap[1]
     with pytest.raises(KeyError, match=r"0\.6"):
         metrics.ap_at(0.6)
+
+
+def metrics_file() -> dict[str, Any]:
+    table = overlap_table(np.ones((1, 2, 2), np.uint8), np.ones((1, 2, 2), np.uint8))
+    counts = tally_of(table, [0.5]).as_json()
+    volume = {"embryo": "E", "truth_digest": "d", "n_true": 1, "counts": counts}
+    return {"ap": {"0.50": 1.0}, "f1": {"0.50": None}, "volumes": {"E/0": volume}}
+
+
+def test_a_file_of_metrics_is_read_as_it_was_written():
+    tree = metrics_file() | {"recall_faint": None, "anything": [1]}
+    assert parse_metrics(json.dumps(tree).encode(), "metrics.json") == tree
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("some text", "not valid JSON"),
+        ("\xff", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1, 2]", "no metrics.json"),
+        ({"ap": {}}, "ap"),
+        ({"ap": {"high": 1.0}}, "ap"),
+        ({"ap": {"0.50": 1.0, "0.60": 1.0}}, "one count per threshold"),
+        ({"ap": {"0.50": float("nan")}}, "ap"),
+        ({"recall_faint": "low"}, "recall_faint"),
+        ({"volumes": {}}, "volumes"),
+        ({"volumes": ["E/0"]}, "volumes"),
+        ({"embryo": None}, "embryo"),
+        ({"n_true": -1}, "n_true"),
+        ({"counts": {}}, r"counts\.n_true is missing"),
+        ({"counts": {"n_true": float("inf")}}, "counts"),
+        ({"tp": 1.0}, "counts.tp"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_file_of_metrics_is_told_in_one_line(content, told):
+    if isinstance(content, dict):
+        tree = metrics_file()
+        volume = tree["volumes"]["E/0"]
+        for name, value in content.items():
+            place = next((p for p in (tree, volume, volume["counts"]) if name in p), tree)
+            place[name] = value
+        content = json.dumps(tree)
+    with pytest.raises(InputError, match=told) as caught:
+        parse_metrics(content.encode("latin-1"), "here/metrics.json")
+    assert str(caught.value).startswith("here/metrics.json is no metrics.json")
+    assert "\n" not in str(caught.value)

@@ -41,6 +41,14 @@ def test_a_volume_of_three_planes_is_not_taken_for_a_colour_picture(serving: Ser
     np.testing.assert_array_equal(found.labels, image > 100)
 
 
+def test_it_knows_which_model_answers(serving):
+    with serving() as running:
+        served = RemoteModel(running.url).served_model()
+        assert isinstance(served, dict)
+        assert served["version"] == "3"
+    assert RemoteModel("http://127.0.0.1:9").served_model() is None
+
+
 def test_the_token_comes_from_the_environment(serving, image, monkeypatch):
     with serving(token="sesame") as running:
         monkeypatch.setenv("NUCLEI3D_TOKEN", "sesame")

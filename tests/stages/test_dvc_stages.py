@@ -1,7 +1,10 @@
 """dvc.yaml declares every room and every parameter that a stage uses: nothing changes unseen."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,3 +135,33 @@ def test_dvc_sees_each_file_that_says_what_it_tracks() -> None:
     with Repo(PROJECT) as repo:
         seen = {Path(stage.path) for stage in repo.index.stages}
     assert tracked <= seen
+
+
+@pytest.mark.slow(reason="prepares the sample in a fresh clone")
+@pytest.mark.skipif(not (PROJECT / ".dvc").is_dir(), reason="not a checkout of the project")
+def test_the_released_model_outlives_every_command_of_dvc_in_a_fresh_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone / "src"), "OMP_NUM_THREADS": "1"}
+    # the store of this test's own: the clone's
+    environment = {name: value for name, value in environment.items() if not name.startswith("MLFLOW_")}
+
+    def call(*words: str) -> str:
+        done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    subprocess.run(["git", "clone", "-q", str(PROJECT), str(clone)], check=True)
+    tracked = ("data.dvc", "models/nuclei_3d.dvc")
+    weights = clone / "models" / "nuclei_3d" / "nuclei_3d"
+    call("dvc", "pull", *tracked)
+    before = weights.read_bytes()
+    for command in (
+        ("checkout", *tracked),
+        ("exp", "run", "-S", "train.epochs=2", "prepare"),
+        ("gc", "--workspace", "--force"),
+        ("push", *tracked),
+    ):
+        call("dvc", *command)
+        assert weights.read_bytes() == before, command
+    assert "up to date" in call("dvc", "status", *tracked)

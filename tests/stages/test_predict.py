@@ -104,7 +104,7 @@ def test_a_page_comes_after_the_frames_unless_it_is_switched_off(movie, oracle_m
     assert all(frame.done_before for frame in result.frames)
 
 
-@pytest.mark.parametrize("change", ["settings", "image", "masks", "overwrite"])
+@pytest.mark.parametrize("change", ["settings", "image", "masks", "emptied masks", "table", "overwrite"])
 def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
     predict(Params(), [movie], str(oracle_model), tmp_path / "out")
     params = Params()
@@ -114,6 +114,10 @@ def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
         redone = {1, 2, 3}
     elif change == "image":
         write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
+    elif change == "emptied masks":
+        (tmp_path / "out" / "t1_masks.ome.tif").write_bytes(b"")
+    elif change == "table":
+        (tmp_path / "out" / "t1_nuclei.csv").write_text("label\n")
     elif change == "masks":
         (tmp_path / "out" / "t1_masks.ome.tif").unlink()
     else:
@@ -121,6 +125,64 @@ def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
     result = predict(params, [movie], str(oracle_model), tmp_path / "out", overwrite=change == "overwrite")
     assert {i for i, frame in enumerate(result.frames, 1) if not frame.done_before} == redone
     assert result.frames[0].nuclei == (3 if change == "image" else 1)
+    assert len(rows_of(tmp_path / "out" / "t1_nuclei.csv")) == result.frames[0].nuclei
+    assert read_labels(tmp_path / "out" / "t1_masks.ome.tif").max() == result.frames[0].nuclei
+
+
+def test_an_image_that_moved_or_is_linked_is_not_done_again(movie, oracle_model, tmp_path):
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "t1.ome.tif").symlink_to(movie / "t1.ome.tif")
+    again = predict(Params(), [tmp_path / "links"], str(oracle_model), tmp_path / "out")
+    assert again.frames[0].done_before
+    (tmp_path / "links" / "t1.ome.tif").unlink()
+    (tmp_path / "links" / "t1.ome.tif").symlink_to(movie / "t2.ome.tif")
+    again = predict(Params(), [tmp_path / "links"], str(oracle_model), tmp_path / "out")
+    assert [(frame.nuclei, frame.done_before) for frame in again.frames] == [(2, False)]
+
+
+@pytest.mark.parametrize("change", ["voxels", "scale"])
+def test_an_ome_zarr_that_is_changed_in_place_is_done_again(oracle_model, tmp_path, change):
+    import zarr
+
+    store = tmp_path / "embryo.ome.zarr"
+    create_zarr(store, (18, 60, 64), np.uint16, VOXELS, (9, 32, 32))
+    array = zarr.open_group(str(store), mode="r+")["0"]
+    array[:] = embryo(1)
+    assert predict(Params(), [store], str(oracle_model), tmp_path / "out").frames[0].nuclei == 1
+    if change == "voxels":
+        array[:] = embryo(2)
+    else:
+        (described,) = [file for file in (store / ".zattrs", store / "zarr.json") if file.is_file()]
+        text = described.read_text()
+        assert "0.5" in text
+        described.write_text(text.replace("0.5", "0.4"))
+    again = predict(Params(), [store], str(oracle_model), tmp_path / "out").frames[0]
+    assert not again.done_before
+    # masks that are laid inside the store are no other image
+    zarr.open_group(str(store / "labels"), mode="w")
+    assert predict(Params(), [store], str(oracle_model), tmp_path / "out").frames[0].done_before
+
+
+def test_a_run_that_fails_after_its_masks_leaves_no_record_of_the_one_before(
+    movie, oracle_model, tmp_path, monkeypatch
+):
+    """Settings X, then Y that stops between masks and table, then X: never Y's masks with X's table."""
+    image, out = [movie / "t3.ome.tif"], tmp_path / "out"
+    first = predict(Params(), image, str(oracle_model), out)
+    expected = read_labels(first.frames[0].masks)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nuclei3d.stages.predict._write_table", fail)
+        with pytest.raises(KeyboardInterrupt):
+            predict(load_params(None, ["predict.min_volume_um3=1e6"]), image, str(oracle_model), out)
+    assert read_labels(first.frames[0].masks).max() == 0
+    again = predict(Params(), image, str(oracle_model), out)
+    assert not again.frames[0].done_before
+    np.testing.assert_array_equal(read_labels(again.frames[0].masks), expected)
 
 
 class Stops:
@@ -369,7 +431,8 @@ def test_a_damaged_record_only_means_that_the_frame_is_done_again(movie, oracle_
     assert not again.frames[0].done_before
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, oracle, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file"):
         predict(Params(), [movie], str(oracle_model), tmp_path / "file" / "out")
+    assert not oracle.shapes, "that is known before the work"

@@ -163,6 +163,44 @@ def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
     assert epochs == [1, 2]
 
 
+def test_targets_that_were_emptied_are_found_though_the_model_was_trained_before(slices, tmp_path):
+    train(params_of(), slices, tmp_path / "m")
+    sample = sorted((slices / "train").glob("*.bin"))[0]
+    found, content = sample.stat(), sample.read_bytes()
+    sample.write_bytes(content[:-100] + bytes(100))
+    os.utime(sample, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(InputError, match=rf"{sample.name} was changed since prepare wrote it"):
+        train(params_of(), slices, tmp_path / "m")
+    sample.write_bytes(content)
+    assert train(params_of(), slices, tmp_path / "m").done_before
+
+
+def test_a_label_behind_a_link_that_was_replaced_asks_for_new_thresholds(slices, tmp_path):
+    for name in ("e1", "e2"):
+        (tmp_path / "disk" / name / "labels").mkdir(parents=True)
+        (tmp_path / "disk" / name / "labels" / "t0.tif").write_text("labels")
+    (tmp_path / "data").mkdir()
+    for name in ("e1", "e2"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "disk" / name)
+    params = params_of().model_copy(
+        update={"calibrate": params_of().calibrate.model_copy(update={"volumes": 0})}
+    )
+    assert not train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
+    assert train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
+    (tmp_path / "disk" / "e2" / "labels" / "t0.tif").write_text("labelS")
+    assert not train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
+
+
+def test_an_unwritable_output_is_known_before_the_first_epoch(slices, tmp_path):
+    (tmp_path / "file").write_text("x")
+
+    def fail(report):
+        raise AssertionError("an epoch was trained")
+
+    with pytest.raises(InputError, match=r"cannot write .*file"):
+        train(params_of(), slices, tmp_path / "file" / "m", on_epoch=fail)
+
+
 def test_changed_parameters_or_slices_start_afresh_and_say_so(slices, tmp_path, capsys):
     train(params_of(epochs=1), slices, tmp_path / "m")
     epochs, other = [], params_of(epochs=1, learning_rate=0.01)

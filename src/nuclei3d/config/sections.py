@@ -349,7 +349,7 @@ class TrainParams(Section):
     """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
     """A model folder or weights file to start from; None: from scratch."""
-    diameter_px: PositiveFloat = 30.0
+    diameter_px: Annotated[float, Field(ge=1, le=1000)] = 30.0
     """Diameter of a typical nucleus at the network's scale."""
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 32

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 from nuclei3d.config import Params
+from nuclei3d.digests import digest_of
 
 UNKNOWN = "unknown"
 _NAMED_PACKAGES = ("nuclei3d", "torch", "cellpose", "numpy", "scipy", "tifffile", "mlflow", "dvc")
@@ -28,9 +27,10 @@ class Provenance:
     Attributes
     ----------
     git_commit, git_dirty
-        The commit of the project and whether tracked files (dvc.lock aside) or sources differ from it.
+        The commit of the project and whether tracked files (dvc.lock aside) or sources differ from it, or an
+        input from its ``.dvc`` file.
     input_md5
-        MD5 of each input by name, such as ``data`` (as data.dvc says) and ``slices``.
+        MD5 of each input by name, such as ``data`` and ``slices``.
     versions
         Versions of Python and of the packages that decide the result.
     device
@@ -72,9 +72,11 @@ def trace_provenance(params: Params, inputs: Mapping[str, Path], *, device: str 
     on the CPU only.
     """
     commit, dirty = git_state()
+    sources = (_read_json(path / "summary.json").get("data") for path in inputs.values())
+    tracked = [*inputs.values(), *(Path(source) for source in sources if isinstance(source, str))]
     return Provenance(
         git_commit=commit,
-        git_dirty=dirty,
+        git_dirty=dirty or any(map(differs_from_dvc, tracked)),
         input_md5=_inherited_md5(inputs) | {name: md5_of_input(path) for name, path in inputs.items()},
         versions=package_versions(),
         seed=params.seed,
@@ -100,25 +102,21 @@ def git_state(folder: Path | None = None) -> tuple[str, bool]:
 
 
 def md5_of_input(path: Path) -> str:
-    """Give the MD5 of an input file or folder.
+    """Give the MD5 of an input file or folder, by its content.
 
-    DVC's own value is taken where `path` is tracked (``<path>.dvc``), a slice data set's from its
-    summary.json; anything else is read: a folder's MD5 is that of its sorted file names and their MD5s.
+    A slice data set's is that of its samples, as its summary.json says; a folder's is the one that DVC gives
+    it. What is tracked by DVC and not here has the one in its ``.dvc`` file.
     """
-    tracked = _md5_in_dvc_file(path)
-    if tracked is not None:
-        return tracked
-    if path.is_file():
-        return _md5_of_file(path)
-    if not path.is_dir():
-        return UNKNOWN
+    if not path.exists():
+        return _md5_in_dvc_file(path) or UNKNOWN
     summarised = _read_json(path / "summary.json").get("md5")
-    if isinstance(summarised, str):
-        return summarised
-    digest = hashlib.md5(usedforsecurity=False)
-    for file in sorted(found for found in path.rglob("*") if found.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{_md5_of_file(file)}\n".encode())
-    return digest.hexdigest()
+    return summarised if isinstance(summarised, str) else digest_of(path)
+
+
+def differs_from_dvc(path: Path) -> bool:
+    """Tell whether an input is tracked by DVC and no longer what its ``.dvc`` file says."""
+    tracked = _md5_in_dvc_file(path)
+    return tracked is not None and path.exists() and digest_of(path) != tracked
 
 
 def package_versions() -> dict[str, str]:
@@ -191,8 +189,3 @@ def _md5_in_dvc_file(path: Path) -> str | None:
         return str(outs[0]["md5"])
     except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError):
         return None
-
-
-def _md5_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -22,12 +22,12 @@ from nuclei3d.errors import InputError, missing
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import stage_run
-from nuclei3d.experiment.store import open_store
+from nuclei3d.experiment.store import open_store, store_lock
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.folder import ModelInfo, read_info
+from nuclei3d.networks.folder import ModelInfo, check_output, load_model
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
-from nuclei3d.scoring.metrics import Tally
+from nuclei3d.scoring.metrics import Tally, parse_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,40 +140,62 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
         raise missing(
             folder, f"{folder} is no model folder; give the folder that holds model.json and the weights"
         )
-    info = read_info(folder / "model.json")
+    model = load_model(folder)
+    check_output(model)
+    info = model.info
     metrics = metrics / _METRICS_FILE if metrics.is_dir() else metrics
     result = read_metrics(metrics)
     client = open_store(params.tracking)
+    with store_lock(params.tracking):
+        made = _register(client, params, folder, metrics, info, result, force)
+    say(
+        f"registered{' before' if made.done_before else ''} {made.name} version {made.version}: {made.reason}"
+    )
+    if made.champion is not None:
+        say(f"champion of {made.name} is version {made.champion}")
+    return made
+
+
+def _register(
+    client: MlflowClient,
+    params: Params,
+    folder: Path,
+    metrics: Path,
+    info: ModelInfo,
+    result: Mapping[str, Any],
+    force: bool,
+) -> Registered:
+    """Make the version and decide; on one machine nobody else does so meanwhile."""
     name = params.tracking.registered_name
     digest = _digest(folder, result)
     found = _version_of(client, name, digest)
     before, _ = _champion(client, name)
-    done_before = found is not None and _COMPLETE_TAG in found.tags and not force
-    if found is not None and done_before:
-        version, champion, reason, run_id = str(found.version), before, found.tags[_REASON_TAG], found.run_id
-    else:
-        with stage_run("register", params, inputs={"model": folder, "metrics": metrics}) as run:
-            if found is not None and str(found.version) == before:
+    if found is not None and _COMPLETE_TAG in found.tags and not force:
+        version, reason = str(found.version), found.tags[_REASON_TAG]
+        return Registered(name, version, before, reason, found.run_id, done_before=True)
+    with stage_run("register", params, inputs={"model": folder, "metrics": metrics}) as run:
+        if found is None:
+            logged = log_served_model(folder, metrics, info, params.predict)
+            found = _create_version(client, name, logged, run.run_id, digest)
+        version = str(found.version)
+        while True:
+            before, _ = _champion(client, name)
+            if version == before:
                 # Killed after it had become champion: the verdict stands.
                 verdict = Verdict(True, found.tags[_REASON_TAG])
             else:
                 verdict = _compare_with_champion(client, name, before, result, params, force)
-            if found is None:
-                found = _create_version(
-                    client, name, log_served_model(folder, metrics, info, params.predict), run.run_id, digest
-                )
-            version, reason, run_id = str(found.version), verdict.reason, run.run_id
-            champion = version if verdict.better else before
-            _describe(client, name, version, info, result, verdict)
-            client.set_registered_model_alias(name, CHALLENGER, version)
-            if champion != before:
-                _promote(client, name, version, before)
-            client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
-            run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: reason})
-    say(f"registered{' before' if done_before else ''} {name} version {version}: {reason}")
-    if champion is not None:
-        say(f"champion of {name} is version {champion}")
-    return Registered(name, version, champion, reason, run_id, done_before)
+            if _champion(client, name)[0] == before:
+                break
+            # another machine, which the lock does not hold, made a champion meanwhile: compared with that one
+        champion = version if verdict.better else before
+        _describe(client, name, version, info, result, verdict)
+        client.set_registered_model_alias(name, CHALLENGER, version)
+        if champion != before:
+            _promote(client, name, version, before)
+        client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
+        run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: verdict.reason})
+    return Registered(name, version, champion, verdict.reason, run.run_id)
 
 
 def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
@@ -270,23 +292,24 @@ def roll_back(params: Params, version: str | None = None) -> Registered:
     """Make an earlier version the champion again: the one that was it before, or `version`."""
     client = open_store(params.tracking)
     name = params.tracking.registered_name
-    known = _versions(client, name)
-    now, history = _champion(client, name)
-    if not known:
-        raise InputError(f"the registry has no model '{name}' yet; nuclei3d register makes it")
-    if version is None:
-        earlier = [item for item in history if item != now]
-        if not earlier:
-            raise InputError(f"{name} has no earlier champion to go back to; name a version")
-        version = earlier[-1]
-    if version not in known:
-        raise InputError(f"{name} has no version {version}; known: {', '.join(known)}")
-    reason = f"rolled back from version {now}" if now else "made champion by hand"
-    while version in history:
-        history.pop()
-    client.set_registered_model_alias(name, CHAMPION, version)
-    client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
-    client.set_model_version_tag(name, version, _REASON_TAG, reason)
+    with store_lock(params.tracking):
+        known = _versions(client, name)
+        now, history = _champion(client, name)
+        if not known:
+            raise InputError(f"the registry has no model '{name}' yet; nuclei3d register makes it")
+        if version is None:
+            earlier = [item for item in history if item != now]
+            if not earlier:
+                raise InputError(f"{name} has no earlier champion to go back to; name a version")
+            version = earlier[-1]
+        if version not in known:
+            raise InputError(f"{name} has no version {version}; known: {', '.join(known)}")
+        reason = f"rolled back from version {now}" if now else "made champion by hand"
+        while version in history:
+            history.pop()
+        client.set_registered_model_alias(name, CHAMPION, version)
+        client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
+        client.set_model_version_tag(name, version, _REASON_TAG, reason)
     say(f"champion of {name} is version {version} again ({reason})")
     return Registered(name, version, version, reason)
 
@@ -346,18 +369,11 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics.json."""
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if result["volumes"] and all("counts" in item for item in result["volumes"].values()):
-            return result
+        return parse_metrics(path.read_bytes(), path)
     except OSError as error:
         raise InputError(
             f"cannot read the metrics {path}: {error.strerror}; nuclei3d evaluate writes it"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(
-        f"{path} has no scores per volume under 'volumes'; expected the metrics.json of nuclei3d evaluate"
-    )
 
 
 def judge(
@@ -414,11 +430,15 @@ def _compare_with_champion(
     if champion is None:
         return Verdict(True, "first version: there was no champion")
     package = _download(client, f"{_SCHEME}{name}/{champion}")
-    found = sorted((package / "artifacts").glob(_METRICS_FILE))
-    if found:
-        verdict = judge(read_metrics(found[0]), result, f"champion (version {champion})", seed=params.seed)
-    else:
-        verdict = Verdict(False, f"the champion (version {champion}) has no metrics to compare with")
+    try:
+        # kept under the name that it was given with
+        kept = next((package / "artifacts").glob("*.json"), package / "artifacts" / _METRICS_FILE)
+        theirs = read_metrics(kept)
+        verdict = judge(theirs, result, f"champion (version {champion})", seed=params.seed)
+    except InputError as error:
+        verdict = Verdict(
+            False, f"the champion (version {champion}) has no metrics to compare with ({error}); use --force"
+        )
     if force and not verdict.better:
         verdict = replace(verdict, better=True, reason=f"forced; by itself: {verdict.reason}")
     return verdict

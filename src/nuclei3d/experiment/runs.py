@@ -41,6 +41,7 @@ _SECTIONS = {
     "register": ("tracking",),
     "serve": ("serve",),
 }
+_PAUSE_S = 60.0
 _MAX_ENTRIES_IN_BATCH = 100
 _MAX_VALUE_LENGTH = 5000
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
@@ -61,6 +62,7 @@ class StageRun:
         self.stage = stage
         self._unsent: list[Callable[[], None]] = []
         self._told = False
+        self._next_try = 0.0
         self.run_id = run_id
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -99,6 +101,7 @@ class StageRun:
 
     def finish(self) -> None:
         """Send what is still waiting; say so where that fails."""
+        self._next_try = 0.0
         if self._flush():
             return
         say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
@@ -124,6 +127,8 @@ class StageRun:
     def _flush(self) -> bool:
         from mlflow.exceptions import MlflowException
 
+        if time.monotonic() < self._next_try:
+            return False
         while self._unsent:
             try:
                 self._unsent[0]()
@@ -132,6 +137,8 @@ class StageRun:
                 if getattr(error, "error_code", "") in _REFUSALS:
                     self._unsent.pop(0)
                     raise
+                # each try can cost seconds, of which there must not be one per value
+                self._next_try = time.monotonic() + _PAUSE_S
                 return False
             self._unsent.pop(0)
         return True

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from nuclei3d.config.sections import TrackingParams
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 from nuclei3d.outputs import whole_file
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ SQLITE = "sqlite:///"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ANSWER_TIMEOUT_S = 5.0
+_LOCKED_TIMEOUT_S = 60.0
+_LOCK_TIMEOUT_S = 600.0
 _KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
@@ -67,13 +72,71 @@ def open_store(params: TrackingParams) -> MlflowClient:
         _make_database(Path(uri.removeprefix(SQLITE)))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        client.search_experiments(max_results=1)
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        experiments = client.search_experiments()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tracking store {without_passwords(uri)} cannot be used: {reason}") from None
+        # of MLflow's, SQLAlchemy's or Alembic's, and a database can make them raise nearly anything
+        reason = " ".join(str(error).split())
+        if "schema" in reason or "revision" in reason:
+            reason = (
+                "it was made by another version of MLflow; keep a copy of it and run "
+                f"'mlflow db upgrade {without_passwords(uri)}', or name another with tracking.uri"
+            )
+        raise InputError(
+            f"the tracking store {without_passwords(uri)} cannot be used: {reason[:300]}"
+        ) from None
+    if uri.startswith(SQLITE):
+        for experiment in experiments:
+            _check_moved(Path(uri.removeprefix(SQLITE)), experiment.artifact_location)
     return client
+
+
+def _check_moved(database: Path, location: str) -> None:
+    """Refuse a database whose files went along with it to another place than the one that it holds."""
+    old = Path(unquote(urlsplit(location).path))
+    new = database.parent / "mlartifacts" / old.name
+    mend = ["mkdir", "-p", str(old.parent.parent)], ["ln", "-s", str(new.parent), str(old.parent)]
+    if old.parent.name == "mlartifacts" and not old.parent.exists() and new.is_dir():
+        raise InputError(
+            f"the project was moved: by {database} the files of its runs lie in {old.parent}, which is gone; "
+            f"they are in {new.parent}. Move it back, or let the old place lead to the new one: "
+            + " && ".join(map(shlex.join, mend))
+        )
+
+
+@contextmanager
+def store_lock(params: TrackingParams) -> Iterator[None]:
+    """Let one process of this machine at a time decide what the registry's names point at.
+
+    Beside a SQLite database, which all its users share, the lock is a file; a server's is kept for this
+    machine. It ends with the process that holds it.
+
+    Raises
+    ------
+    MachineError
+        If another process holds it for ten minutes.
+    """
+    with _lock(store_uri(params)):
+        yield
+
+
+@contextmanager
+def _lock(uri: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    if uri.startswith(SQLITE):
+        file = Path(f"{uri.removeprefix(SQLITE)}.lock")
+    else:
+        digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        file = Path(tempfile.gettempdir()) / f"nuclei3d-{os.getuid()}-{digest}.lock"
+    try:
+        with FileLock(file, timeout=_LOCK_TIMEOUT_S):
+            yield
+    except Timeout:
+        raise MachineError(
+            f"another process has held {file} for {_LOCK_TIMEOUT_S / 60:.0f} minutes; wait for it or end it"
+        ) from None
 
 
 def experiment_id(client: MlflowClient, params: TrackingParams) -> str:
@@ -145,8 +208,14 @@ def _check_reachable(uri: str) -> None:
 def _check_sqlite(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=60)) as database:
+        with closing(sqlite3.connect(path, timeout=_LOCKED_TIMEOUT_S)) as database:
             database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise InputError(f"the tracking store {path} cannot be written ({error})") from None
+        raise MachineError(
+            f"the tracking store {path} is locked by another process; wait for it or end it, then start again"
+        ) from None
     except (OSError, sqlite3.Error) as error:
         raise InputError(
             f"the tracking store {path} is no SQLite database that can be written ({error}); "
@@ -165,15 +234,12 @@ def _make_database(path: Path) -> None:
 
     if _has_content(path):
         return
-    lock = path.with_name(f"{path.name}.lock")
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _lock(f"{SQLITE}{path}"):
         if _has_content(path):
             return
         with whole_file(path) as new:
             uri = f"{SQLITE}{new.absolute()}"
             MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-    lock.unlink(missing_ok=True)
 
 
 def _has_content(path: Path) -> bool:

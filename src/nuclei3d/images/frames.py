@@ -48,7 +48,7 @@ _CHALLENGE_NAME = re.compile(r"^(man_seg|man_track|mask|seg)_?(?=\d+$)", re.IGNO
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key under which t2 comes before t10."""
     parts = re.split(r"(\d+)", text)
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in parts] + [(-1, text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in parts] + [(-1, text)]
 
 
 def frame_stem(path: Path) -> str:
@@ -137,6 +137,8 @@ class Frame:
     stranger: bool = False
     image: int = 0
     time_step_s: float | None = None
+    companions: frozenset[str] = frozenset()
+    """Names of all files of a multi-file OME-TIFF, which lie beside each other."""
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -370,6 +372,7 @@ def _frames_of(
             stranger=stranger,
             image=layout.image,
             time_step_s=layout.time_step_s,
+            companions=layout.companions,
         )
 
 

@@ -213,7 +213,7 @@ def _choose_channel(
     matching = [number for number, name in enumerate(names[:count]) if name.lower() == str(channel).lower()]
     if len(matching) == 1:
         return matching[0]
-    if str(channel).lstrip("-").isdigit() and 0 <= int(channel) < count and not matching:
+    if str(channel).lstrip("-").isdecimal() and 0 <= int(channel) < count and not matching:
         return int(channel)
     what = "names several channels" if matching else "is none of its channels"
     raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.unet3d import VolumeSpec, new_volume_network
+from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM
+from nuclei3d.networks.cpnet import CHANNELS, new_network
+from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.outputs import whole_folder
 
 INFO_FILE = "model.json"
@@ -27,11 +27,16 @@ CARD_FILE = "README.md"
 _OPTIONAL = ("diam_mean", "diam_labels", "num_batches_tracked")
 """Ends of names that saved weights may lack."""
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Bounds that no real model comes near; beyond them masks would be empty in silence, or memory run out. The
+# comparisons refuse NaN, too.
+Pixels = Annotated[float, Field(ge=1, le=1000)]
+Micrometres = Annotated[float, Field(ge=SMALLEST_EDGE_UM, le=LARGEST_EDGE_UM)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
+_MOST_CHANNELS, _MOST_CONVOLUTIONS, _MOST_LEVELS, _LONGEST_PATCH = 4096, 64, 10, 4096
 
 
-Bounds = tuple[PositiveFloat, PositiveFloat]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bounds = tuple[_Positive, _Positive]
 
 
 class TrainingRange(BaseModel):
@@ -79,17 +84,17 @@ class ModelInfo(BaseModel):
 
     kind: Literal["views2d", "full3d"] = "views2d"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
-    diameter_px: PositiveFloat
-    nucleus_diameter_um: PositiveFloat | None = None
-    voxel_size_um: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    diameter_px: Pixels
+    nucleus_diameter_um: Micrometres | None = None
+    voxel_size_um: tuple[Micrometres, Micrometres, Micrometres] | None = None
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
-    noise_floor: Annotated[float, Field(ge=0)] = 10.0
+    noise_floor: Annotated[float, Field(ge=0, le=1e4)] = 10.0
     training: TrainingRange | None = None
     full3d: VolumeSpec | None = None
-    cellprob_threshold: float = 0.0
+    cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] = 0.0
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    min_volume_um3: Annotated[float, Field(ge=0)] = 0.0
+    min_volume_um3: Annotated[float, Field(ge=0, le=LARGEST_EDGE_UM**3)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
     created: str = Field(
@@ -102,6 +107,27 @@ class ModelInfo(BaseModel):
             raise ValueError("'full3d' (the network's shape) belongs to kind 'full3d', and only to it")
         return self
 
+    @model_validator(mode="after")
+    def _check_numbers(self) -> ModelInfo:
+        if self.lower_percentile >= self.upper_percentile:
+            raise ValueError("lower_percentile must be below upper_percentile")
+        if self.full3d is not None:
+            shape, patch = self.full3d.architecture, self.full3d.patch
+            if max(shape.channels) > _MOST_CHANNELS:
+                raise ValueError(f"full3d.architecture.channels: at most {_MOST_CHANNELS} are possible")
+            if shape.convolutions > _MOST_CONVOLUTIONS or len(shape.channels) > _MOST_LEVELS:
+                raise ValueError("full3d.architecture has too many levels or convolutions")
+            if not 1e-3 <= self.full3d.anisotropy <= 1e3:
+                raise ValueError("full3d.anisotropy must be between 0.001 and 1000")
+            if any(
+                not 0 < size <= _LONGEST_PATCH or size % factor
+                for size, factor in zip(patch, shape.multiple, strict=True)
+            ):
+                raise ValueError(
+                    f"full3d.patch: sizes must be multiples of {list(shape.multiple)} up to {_LONGEST_PATCH}"
+                )
+        return self
+
 
 def read_info(path: Path) -> ModelInfo:
     """Read a model.json; an InputError names file and field."""
@@ -110,9 +136,15 @@ def read_info(path: Path) -> ModelInfo:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; a model folder holds a model.json") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise InputError(f"{path} is not a valid model.json: {field}: {problem['msg']}") from None
+        raise _refused(path, "model.json", error) from None
+
+
+def _refused(path: Path, kind: str, error: ValidationError) -> InputError:
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    found = f" (found {problem['input']!r:.60})" if problem["loc"] else ""
+    reason = problem["msg"].removeprefix("Value error, ")
+    return InputError(f"{path} is not a valid {kind}: {field}: {reason}{found}")
 
 
 @dataclass(frozen=True)
@@ -189,12 +221,28 @@ def load_model(path: str | PathLike[str]) -> Model:
     if info is None:
         diameter = float(network.get_parameter("diam_mean").item())
         name = re.sub("[^A-Za-z0-9_.-]", "_", weights.name)
-        info = ModelInfo(name=name, diameter_px=diameter)
+        try:
+            info = ModelInfo(name=name, diameter_px=diameter)
+        except ValidationError as error:
+            raise _refused(weights, "weights file", error) from None
         say(
             f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
             "and default normalisation and thresholds"
         )
     return Model(network=network, info=info, path=weights)
+
+
+def check_output(model: Model) -> None:
+    """Raise InputError where the network, shown noise, gives anything but finite numbers."""
+    network = model.network
+    shape: tuple[int, ...] = (1, CHANNELS[0], 32, 32)
+    if isinstance(network, VolumeNetwork):
+        shape = (1, 1, *network.spec.architecture.multiple)
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = network(image)
+    if not bool(torch.isfinite(found if isinstance(found, Tensor) else found[0]).all()):
+        raise InputError(f"{model.path}: the network gives NaN or infinite values; train it again")
 
 
 def read_state(weights: Path) -> Mapping[str, Tensor]:
@@ -203,7 +251,8 @@ def read_state(weights: Path) -> Mapping[str, Tensor]:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read the weights {weights}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError):
+    except Exception:
+        # what is no such file, or damaged, can make torch raise nearly anything
         raise InputError(
             f"{weights} is not a weights file: expected a state dict saved by torch (a Cellpose 3 CNN)"
         ) from None
@@ -221,19 +270,24 @@ def network_from_state(
     Raises
     ------
     InputError
-        If a name or a shape is not that of the network, or a value is not finite.
+        If a name or a shape is not that of the network, or a tensor is none of dense, real, finite numbers
+        in the network's precision.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{where}: no weights of a network (a mapping of names to tensors was expected)")
-    network: nn.Module
-    if spec is not None:
-        network, kind = new_volume_network(spec, seed=0), "the 3D network that model.json describes"
-    else:
+    # on torch's meta device, without memory: what model.json asks for is made when the weights have its shape
+    with torch.device("meta"):
+        if spec is not None:
+            network, kind = new_volume_network(spec, seed=0), "the 3D network that model.json describes"
+        else:
+            network, kind = new_network(30.0, seed=0), "a Cellpose 3 CNN with 2 channels in and 3 out"
+    if spec is None:
         if "W2" in state or any(name.startswith("encoder.") for name in state):
             raise InputError(
                 f"{where}: weights of Cellpose 4 or a transformer; a Cellpose 3 CNN was expected"
             )
-        network, kind = new_network(30.0, seed=0), "a Cellpose 3 CNN with 2 channels in and 3 out"
         state = {name.removeprefix("module."): value for name, value in state.items()}
     wanted = network.state_dict()
     unknown = sorted(set(state) - set(wanted))
@@ -242,16 +296,28 @@ def network_from_state(
         found = f"unknown '{unknown[0]}'" if unknown else f"missing '{missing[0]}'"
         raise InputError(f"{where}: not {kind}: {found} ({len(unknown)} unknown, {len(missing)} missing)")
     for name, value in state.items():
-        shape, expected = value.shape, wanted[name].shape
-        # Cellpose has saved its diameters with an axis and without.
-        if shape != expected and not value.numel() == wanted[name].numel() == 1:
-            raise InputError(
-                f"{where}: '{name}' has shape {tuple(shape)}, expected {tuple(expected)} ({kind})"
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{where}: '{name}' holds NaN or infinite values")
+        if reason := _unusable(value, wanted[name], name):
+            raise InputError(f"{where}: '{name}' {reason} ({kind})")
+    network = new_network(30.0, seed=0) if spec is None else new_volume_network(spec, seed=0)
     network.load_state_dict({n: v.reshape(wanted[n].shape) for n, v in state.items()}, strict=False)
     return network.eval()
+
+
+def _unusable(value: Tensor, wanted: Tensor, name: str) -> str:
+    """Say why a tensor cannot take the place of another one; "" where it can."""
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "is sparse, nested, quantised or empty of data; expected a plain dense tensor"
+    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+        return f"has type {str(value.dtype).removeprefix('torch.')}, expected {str(wanted.dtype)[6:]}"
+    # Cellpose has saved its diameters with an axis and without.
+    if value.shape != wanted.shape and not value.numel() == wanted.numel() == 1:
+        return f"has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}"
+    value = value.to(wanted.dtype)
+    if not bool(torch.isfinite(value).all()):
+        return "holds NaN or infinite values"
+    if name.endswith("running_var") and bool((value < 0).any()):
+        return "holds negative variances"
+    return ""
 
 
 def _half(kernel: Tensor) -> Tensor:

@@ -29,10 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
+from nuclei3d.errors import InputError
 from nuclei3d.scoring.matching import Floats, OverlapTable, match
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -135,6 +138,63 @@ class Metrics:
             value = number_or_none(getattr(self, name))
             tree[name] = int(value) if name in COUNTS and value is not None else value
         return tree
+
+
+# The comparison refuses NaN, too.
+Count = Annotated[float, Field(ge=0, le=2**53)]
+Score = Annotated[float, Field(ge=0, le=1)] | None
+
+
+class _VolumeScores(BaseModel):
+    """What a comparison needs of one volume in metrics.json; the rest may be anything."""
+
+    embryo: str
+    truth_digest: str
+    n_true: Annotated[int, Field(ge=0)]
+    counts: dict[str, Count | list[Count]]
+    contrast_counts: dict[str, list[Count]] | None = None
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> _VolumeScores:
+        for field in fields(Tally):
+            value = self.counts.get(field.name)
+            if value is None or isinstance(value, list) != (field.name in ("tp", "matched_iou")):
+                raise ValueError(f"counts.{field.name} is missing or of another kind")
+        return self
+
+
+class _Scores(BaseModel):
+    """What a comparison needs of metrics.json."""
+
+    ap: Annotated[dict[Annotated[str, Field(pattern=r"^0\.[0-9]+$")], Score], Field(min_length=1)]
+    f1: dict[str, Score]
+    recall_faint: Score = None
+    volumes: Annotated[dict[str, _VolumeScores], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> _Scores:
+        for name, volume in self.volumes.items():
+            for counts in ("tp", "matched_iou"):
+                values = volume.counts[counts]
+                if not isinstance(values, list) or len(values) != len(self.ap):
+                    raise ValueError(f"volumes.{name}.counts.{counts} has not one count per threshold of ap")
+        return self
+
+
+def parse_metrics(content: bytes, where: object) -> dict[str, Any]:
+    """Give the content of a metrics.json; an InputError names the file, `where`, and what is wrong in it."""
+    try:
+        tree = from_json(content)
+        _Scores.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        reason = (f"{field}: " if field else "") + problem["msg"].removeprefix("Value error, ")
+    except ValueError:
+        reason = "it is not valid JSON"
+    else:
+        return dict(tree)
+    raise InputError(f"{where} is no metrics.json of nuclei3d evaluate of this version: {reason}")
 
 
 COUNTS = ("splits", "merges", "n_true", "n_pred")

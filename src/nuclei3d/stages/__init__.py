@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from nuclei3d.console import progress_bar
+from nuclei3d.errors import MachineError
 
 Result = TypeVar("Result")
 
@@ -16,16 +20,63 @@ Result = TypeVar("Result")
 def map_in_processes(
     words: str, work: Callable[..., Result], *items: Sequence[Any], workers: int
 ) -> list[Result]:
-    """Work on items in so many processes, under a progress bar; 1 means this process."""
+    """Work on items in so many processes, under a progress bar; 1 means this process.
+
+    The processes end with this one, however it ends, and with the first error.
+
+    Raises
+    ------
+    MachineError
+        If one of them is killed, by the system for lack of memory, say.
+    """
+    pool = None
+    found: Iterable[Result]
+    if workers > 1:
+        # spawned, not forked: threads of numerical libraries do not survive a fork
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_settle_in)
     results: list[Result] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(words, total=len(items[0])))
-        found: Iterable[Result] = map(work, *items)
-        if workers > 1:
-            # spawned, not forked: threads of numerical libraries do not survive a fork
-            spawn = multiprocessing.get_context("spawn")
-            found = stack.enter_context(ProcessPoolExecutor(workers, spawn)).map(work, *items)
-        for result in found:
-            results.append(result)
-            bar.advance()
+    try:
+        with progress_bar(words, total=len(items[0])) as bar:
+            found = map(work, *items) if pool is None else pool.map(work, *items)
+            for result in found:
+                results.append(result)
+                bar.advance()
+    except BaseException as error:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+        if isinstance(error, BrokenProcessPool):
+            raise MachineError(
+                f"{words}: one of {workers} processes was killed, most likely for lack of memory; free some, "
+                "or have fewer (prepare.workers, taskset)"
+            ) from None
+        raise
+    if pool is not None:
+        pool.shutdown()
     return results
+
+
+def tie_to_parent() -> None:
+    """Have this process, spawned by another one, end with it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _settle_in() -> None:
+    tie_to_parent()
+    # Ctrl-C reaches all processes of a terminal; it is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_children() -> None:
+    """End the processes that this one spawned."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+        process.join()

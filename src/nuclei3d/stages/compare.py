@@ -16,7 +16,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.bootstrap import PairedDifference, Statistics, compare_paired
 from nuclei3d.scoring.matching import Floats
-from nuclei3d.scoring.metrics import COUNTS, Tally, number_or_none, ratio, score, stack_tallies
+from nuclei3d.scoring.metrics import COUNTS, Tally, number_or_none, parse_metrics, ratio, score, stack_tallies
 
 _NAMES = {
     "pq": "PQ",
@@ -120,22 +120,11 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fault = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
+        return parse_metrics(file.read_bytes(), file)
+    except OSError as error:
         raise InputError(
-            f"cannot read {file}: {fault}; give the metrics.json or folder of nuclei3d evaluate"
+            f"cannot read {file}: {error.strerror}; give the metrics.json or folder of nuclei3d evaluate"
         ) from None
-    try:
-        _ = [float(threshold) for threshold in tree["ap"]]
-        for volume in tree["volumes"].values():
-            Tally.from_json(volume["counts"])
-            _ = volume["embryo"], volume["truth_digest"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(
-            f"{file} lacks the counts per volume; write it again with nuclei3d evaluate of this version"
-        ) from None
-    return dict(tree)
 
 
 def _statistics(

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import (
     Frame,
@@ -32,7 +34,7 @@ from nuclei3d.images.frames import (
 )
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import require_writable, whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
@@ -108,16 +110,20 @@ def predict(
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    with progress_bar("predict", total=len(frames)) as bar:
+    with progress_bar("predict", total=len(frames)) as bar, _says_what_is_kept(done, len(frames), out):
         for frame, diameter_um in zip(frames, diameters, strict=True):
             if diameter_um is not None:
                 predictor = predictor.at(diameter_um)
-            fingerprint = fingerprint_of(frame, predictor.identity)
+            fingerprint = fingerprint_of(frame, predictor)
             finished = None if overwrite else _find_done(out, frame.name, fingerprint)
             if finished is not None:
                 bar.advance(1)
             else:
                 bar.note(frame.name)
+                # before its masks are replaced: a record never speaks of other masks than its own
+                record = _record_file(out, frame.name)
+                require_writable(record)
+                record.unlink(missing_ok=True)
                 finished = _predict_frame(frame, predictor, out, bar.advance)
                 _note_done(out, finished, fingerprint)
             done.append(replace(finished, diameter_um=diameter_um))
@@ -148,6 +154,16 @@ def predict(
         page = write_page(out, frames, done, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series))
+
+
+@contextmanager
+def _says_what_is_kept(done: Sequence[PredictedFrame], count: int, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(done)} of {count} frames are done in {out}; the same command goes on with the next"
+        ) from None
 
 
 def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
@@ -207,24 +223,29 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`."""
+    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`.
+
+    `digests` are those of the images seen so far: a file with many time points is looked at once.
+    """
 
     model: Segmenter | RemoteModel
     params: PredictParams
     identity: Mapping[str, Any]
+    digests: dict[Path, str] = field(default_factory=dict)
 
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
         predict = self.params.model_copy(update={"diameter_um": diameter_um})
         if isinstance(self.model, RemoteModel):
             remote = replace(self.model, predict=predict)
-            return Predictor(remote, predict, {**self.identity, "predict": predict.model_dump(mode="json")})
+            identity = {**self.identity, "predict": predict.model_dump(mode="json")}
+            return replace(self, model=remote, params=predict, identity=identity)
         from nuclei3d.segmentation.settings import segmentation_settings
 
         main, volume = self.model.models["main"], self.model.models.get("volume")
         settings = segmentation_settings(main.info, predict, volume=volume.info if volume else None)
         identity = {**self.identity, "settings": asdict(settings)}
-        return Predictor(self.model.with_settings(settings), predict, identity)
+        return replace(self, model=self.model.with_settings(settings), params=predict, identity=identity)
 
 
 def _write_masks(
@@ -244,7 +265,7 @@ def _write_masks(
     if needed > run.worker_gb and settings.mode != "cellpose":
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
-        fingerprint = fingerprint_of(frame, predictor.identity)
+        fingerprint = fingerprint_of(frame, predictor)
         nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
@@ -264,9 +285,10 @@ def _write_masks(
 def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
-        asked = params.predict.model_dump(mode="json", exclude={"report", "animation"})
-        identity = {"service": model, "predict": asked}
-        return Predictor(RemoteModel(model, params.predict), params.predict, identity)
+        remote = RemoteModel(model, params.predict)
+        identity: dict[str, Any] = {"service": model, "model": remote.served_model()}
+        identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
+        return Predictor(remote, params.predict, identity)
     from nuclei3d.experiment.registry import fetch_model, is_registered
 
     path = fetch_model(model, params) if is_registered(model) else Path(model)
@@ -309,17 +331,20 @@ def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
             )
 
 
-def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
-    """Digest of what a frame's result depends on; files are told apart by size and time of change."""
-    status = frame.data_file.stat()
+def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
+    """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
+    files = [frame.path.with_name(name) for name in sorted(frame.companions)] or [frame.path]
+    for file in files:
+        if file not in predictor.digests:
+            # an OME-Zarr may have got its masks inside
+            predictor.digests[file] = digest_of(file, without=("labels",))
     content = {
-        "path": str(frame.path.resolve()),
-        "size": status.st_size,
-        "changed": status.st_mtime_ns,
+        "files": [predictor.digests[file] for file in files],
+        "image": frame.image,
         "time": frame.time,
         "axes": repr(frame.axes),
         "voxel_size_um": frame.require_voxel_size().zyx,
-        **identity,
+        **predictor.identity,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -330,17 +355,21 @@ def _record_file(out: Path, name: str) -> Path:
 
 
 def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
-    """Give the frame if it was finished from the same things and its files are there."""
+    """Give the frame if it was finished from the same things and its files are as they were written."""
     try:
         entry = json.loads(_record_file(out, name).read_text(encoding="utf-8"))
         masks, table = out / Path(entry["masks"]).name, _table_path(out, name)
-        if entry["fingerprint"] != fingerprint or not masks.exists() or not table.is_file():
+        if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
             return None
         nuclei, seconds, warnings = entry["nuclei"], entry["seconds"], entry.get("warnings", ())
         return PredictedFrame(name, masks, table, int(nuclei), float(seconds), True, tuple(warnings))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
         # A record that cannot be read only means that the frame is done again.
         return None
+
+
+def _digest_written(masks: Path, table: Path) -> list[str]:
+    return [digest_of(masks), digest_of(table)]
 
 
 def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
@@ -350,6 +379,7 @@ def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
         "seconds": frame.seconds,
         "warnings": frame.warnings,
         "fingerprint": fingerprint,
+        "written": _digest_written(frame.masks, frame.table),
     }
     with whole_file(_record_file(out, frame.name)) as partial:
         partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from torch import nn
 from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
@@ -40,7 +41,7 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, whole_file
+from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -130,12 +131,15 @@ def train(
 
     device = choose_device(params.train.device)
     described = read_slices(slices)
+    described.check_content()
     refuse_foreign_folder(out, "model.json", "model folder")
     cause = _cause_of_model(params, described, data)
     checkpoints = Checkpoints(out)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
         say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
         return finished
+    for place in (out, checkpoints.folder / "last.pt"):
+        require_writable(place)
     training = open_training(params, described)
     network = training.network
     if not resume:
@@ -187,14 +191,14 @@ def _md5(cause: list[Any]) -> str:
 
 def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str:
     """Digest everything that decides the model folder, thresholds included."""
-    from nuclei3d.experiment.provenance import md5_of_input
-
     machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler"}
     sections = (params.data, params.normalization, params.train, params.calibrate, params.predict)
     chosen = [section.model_dump(mode="json", exclude=machine) for section in sections]
     start = params.train.start_from
-    start_md5 = None if start is None else md5_of_input(Path(start))
-    return _md5([__version__, chosen, params.seed, described.digest, start_md5, data and str(data.resolve())])
+    start_md5 = None if start is None or not Path(start).exists() else digest_of(Path(start))
+    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    data_md5 = digest_of(source) if source.is_dir() else None
+    return _md5([__version__, chosen, params.seed, described.digest, start_md5, data_md5])
 
 
 @dataclass(frozen=True)
@@ -340,21 +344,17 @@ class Checkpoints:
 
     def find_finished(self, cause: str) -> TrainResult | None:
         """Find the result of the training that left the model folder as it is now."""
-        from nuclei3d.experiment.provenance import md5_of_input
-
         try:
             record = json.loads(self._finished.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if record.get("cause") != cause or record.get("model_md5") != md5_of_input(self._model):
+            if record["cause"] != cause or record["model_md5"] != digest_of(self._model):
+                return None
+        except _UNREADABLE:
             return None
         return TrainResult(**{**record["result"], "model": self._model, "done_before": True})
 
     def note_finished(self, result: TrainResult, cause: str) -> None:
         """Write what `find_finished` looks for."""
-        from nuclei3d.experiment.provenance import md5_of_input
-
-        record = {"cause": cause, "model_md5": md5_of_input(self._model), "result": asdict(result)}
+        record = {"cause": cause, "model_md5": digest_of(self._model), "result": asdict(result)}
         with whole_file(self._finished) as partial:
             partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -434,24 +434,32 @@ def _train_epochs(
             bar.note(f"loss {smooth:.3f}, rate {rate:.2g}")
 
         def epoch_done(report: EpochReport) -> None:
+            nonlocal done
+            done = report.epoch
             say(_line(report, settings.epochs))
             run.metrics(report.metrics(), step=report.epoch)
             if on_epoch is not None:
                 on_epoch(report)
 
-        return train_network(
-            training.network,
-            training.examples,
-            settings,
-            device=device,
-            start=start,
-            callbacks=Callbacks(
-                save=partial(checkpoints.save, fingerprint=training.fingerprint),
-                validate_volumes=judge,
-                on_epoch=epoch_done,
-                on_step=step,
-            ),
-        )
+        try:
+            return train_network(
+                training.network,
+                training.examples,
+                settings,
+                device=device,
+                start=start,
+                callbacks=Callbacks(
+                    save=partial(checkpoints.save, fingerprint=training.fingerprint),
+                    validate_volumes=judge,
+                    on_epoch=epoch_done,
+                    on_step=step,
+                ),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{done} of {settings.epochs} epochs are kept in {checkpoints.folder}; the same command goes "
+                "on from there"
+            ) from None
 
 
 def _line(report: EpochReport, epochs: int) -> str:

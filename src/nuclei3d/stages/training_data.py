@@ -23,6 +23,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.digests import digests_of
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
@@ -75,14 +76,22 @@ class StoredSample:
 class Slices:
     """A data set's description.
 
-    `infos` are the rows of manifest.csv by part; `digest` is the MD5 of the manifest, which holds the MD5 of
-    every sample, and of the size of nuclei.
+    `infos` are the rows of manifest.csv by part, `md5s` those of the samples by file; `digest` is the MD5 of
+    the manifest, which holds the MD5 of every sample, of the size of nuclei, and of the table of nuclei.
     """
 
     folder: Path
     summary: dict[str, Any]
     infos: dict[str, tuple[SampleInfo, ...]]
+    md5s: dict[str, str]
     digest: str
+
+    def check_content(self) -> None:
+        """Raise InputError where a sample is no longer what prepare wrote; unchanged files are not read."""
+        files = [self.folder / f"{name}.bin" for name in self.md5s]
+        for file, found, expected in zip(files, digests_of(files), self.md5s.values(), strict=True):
+            if found != expected:
+                raise InputError(f"{file} was changed since prepare wrote it; {_MEND}")
 
     @property
     def network(self) -> str:
@@ -191,15 +200,20 @@ def read_slices(folder: Path) -> Slices:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{summary_path} is damaged ({error}); {_MEND}") from None
     infos: dict[str, list[SampleInfo]] = {}
+    md5s: dict[str, str] = {}
     try:
         with manifest_path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 infos.setdefault(row["part"], []).append(_info(row, float(summary["voxel_um"])))
+                md5s[row["file"]] = row["md5"]
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{manifest_path} is damaged ({error}); {_MEND}") from None
     digest = hashlib.md5(manifest_path.read_bytes(), usedforsecurity=False)
     digest.update(f"{summary['diameter_px']} {summary['nucleus_diameter_um']}".encode())
-    return Slices(folder, summary, {part: tuple(rows) for part, rows in infos.items()}, digest.hexdigest())
+    if (folder / NUCLEI_FILE).is_file():
+        digest.update((folder / NUCLEI_FILE).read_bytes())
+    by_part = {part: tuple(rows) for part, rows in infos.items()}
+    return Slices(folder, summary, by_part, md5s, digest.hexdigest())
 
 
 def _info(row: dict[str, str], voxel_um: float) -> SampleInfo:

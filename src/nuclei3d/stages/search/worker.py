@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -36,6 +35,7 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
+from nuclei3d.stages import end_children, tie_to_parent
 from nuclei3d.stages.search.objective import Objective, TrialJob
 from nuclei3d.stages.search.space import SearchSpace, params_with
 from nuclei3d.stages.search.storage import WORKER, StudyStorage
@@ -366,21 +366,12 @@ def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callab
                     bury(own_name)
                     start(index)
     finally:
-        for process in multiprocessing.active_children():
-            process.terminate()
-            process.join()
+        end_children()
 
 
 def _settle_in(index: int, count: int) -> None:
     """Tie a worker to its parent, and give it its part of the cores and one GPU, before torch looks there."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def die_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    tie_to_parent()
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
