@@ -26,8 +26,8 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def printable(text: str, longest: int = 200) -> str:
     """Make a text safe to repeat: in one line, cut short, with control characters escaped."""
-    shown = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in shown)
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[: longest + 1])
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 def say(text: str) -> None:

@@ -41,7 +41,7 @@ class Running:
     def post(self, body: object, **options: Any) -> requests.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-        return requests.post(f"{self.url}/invocations", data=data, headers=headers, timeout=60, **options)
+        return requests.post(f"{self.url}/invocations", data=data, headers=headers, timeout=200, **options)
 
     def post_later(self, body: object) -> list[requests.Response]:
         """Send a request from another thread; the answer appears in the list."""
@@ -55,7 +55,7 @@ class Running:
         return requests.get(f"{self.url}/{endpoint}", timeout=5)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < end, "the service never got there"
             time.sleep(0.01)

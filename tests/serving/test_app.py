@@ -182,7 +182,7 @@ def test_a_request_abandoned_while_it_is_computed_is_stopped(serving: Serving, v
 
 
 def test_a_request_that_takes_too_long_is_stopped(serving: Serving, volume: str) -> None:
-    with serving(timeout_s=1.5) as running:
+    with serving(timeout_s=6.0) as running:
         running.model.hold()
         response = running.post(records(volume))
         assert response.status_code == 504

@@ -63,11 +63,13 @@ def test_slow_senders_hold_no_place_and_have_one_deadline(
 
 
 def test_connections_without_a_request_are_closed(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_HEAD_S", 0.3)
+    monkeypatch.setattr(service_module, "_HEAD_S", 1.0)
     with serving() as running, connect(running.url) as silent, connect(running.url) as slow:
-        slow.sendall(b"POST /invoc")
-        assert silent.recv(1) == b""
-        with suppress(ConnectionResetError):
+        with suppress(ConnectionError):
+            slow.sendall(b"POST /invoc")
+        with suppress(ConnectionError):
+            assert silent.recv(1) == b""
+        with suppress(ConnectionError):
             assert slow.recv(1) == b""
 
 
