@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Nuclei whose median diameter is further than this factor from the expected (in volume .2 and 5).
 _DIAMETER_RATIO = 1.7
-_FEWEST_NUCLEI = 5
+_FEWEST_NUCLEI = 3
 _VOXEL_RATIO = 2.0
 _NOISE_RATIO = 2.0
 
