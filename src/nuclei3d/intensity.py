@@ -38,7 +38,8 @@ _DEBRIS_RATIO = 4.0
 _OPENINGS_PX = (15, 9, 5, 3)
 _BULK_PERCENTILE = 98.8
 _BULK_SHARE = 0.45
-_MOST_OPENED = 4_000_000
+#: A sample of the planes tells whether there is debris, or an uneven background.
+_MOST_TOLD_BY = 1_000_000
 #: A hot pixel is so many times as bright as the upper percentile.
 _HOT_RATIO = 6.0
 #: A background is uneven if it varies by more than this share of the range; on BBBC050 and simulated
@@ -212,8 +213,7 @@ def _find_debris(
 
     Much debris moves the upper percentile, and an opening tells it from nuclei; a few hot pixels do not.
     """
-    step = math.ceil(values.size / _MOST_OPENED)
-    finite = values[::step]
+    finite = _some_planes(values)
     if not _all_finite(finite):
         finite = np.nan_to_num(finite, nan=low, posinf=low, neginf=low)
     (bulk,) = _percentiles(finite, (_BULK_PERCENTILE,))
@@ -252,6 +252,10 @@ def _saturation(share: float, upper_percentile: float) -> float:
     return min(math.log(1 - upper_percentile / 100) / math.log(share), _MOST_SATURATION)
 
 
+def _some_planes(values: NDArray[Any]) -> NDArray[Any]:
+    return values[:: math.ceil(values.size / _MOST_TOLD_BY)] if values.ndim == 3 else values
+
+
 def _find_background(
     values: NDArray[Any], inside: NDArray[np.bool_] | None, least: float
 ) -> NDArray[Any] | None:
@@ -269,8 +273,10 @@ def _find_background(
     cells = np.full([len(each) - 1 for each in edges], np.nan)
     for row, column in np.ndindex(*cells.shape):
         box = np.s_[:, edges[0][row] : edges[0][row + 1], edges[1][column] : edges[1][column + 1]]
-        cell = values[box] if inside is None else values[box][inside[box]]
-        if cell.size >= len(values):
+        cell = _some_planes(values)[box]
+        if inside is not None:
+            cell = cell[_some_planes(inside)[box]]
+        if cell.size >= _LEAST_CELL_PX**2:
             (cells[row, column],) = _percentiles(cell, (100 * _BACKGROUND_SHARE,))
     if not np.nanmax(cells) - np.nanmin(cells) > least:
         return None

@@ -61,9 +61,7 @@ def test_a_stage_inside_another_is_its_child(params: Params) -> None:
     assert run_of(params, job.run_id).info.run_name == "pipeline"
 
 
-def test_the_run_that_mlflow_run_made_is_adopted(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_that_mlflow_run_made_is_adopted(params, tmp_path, monkeypatch):
     # the experiment is MLflow's own: its artifacts go to mlruns in the working directory
     monkeypatch.chdir(tmp_path)
     client = open_store(params.tracking)
@@ -129,9 +127,7 @@ def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.Cap
     assert capsys.readouterr().err.count("stopped answering") == 1
 
 
-def test_under_dvc_the_run_id_is_left_for_dvc(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_dvc_the_run_id_is_left_for_dvc(params, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     ids = {}

@@ -105,9 +105,7 @@ def test_bytes_are_the_same_each_time_and_differ_with_content(tmp_path: Path) ->
     ),
     edges=st.tuples(*[st.floats(0.01, 100)] * 3),
 )
-def test_any_image_comes_back_with_voxels_and_scale(
-    tmp_path: Path, image: np.ndarray[Any, np.dtype[Any]], edges: tuple[float, float, float]
-) -> None:
+def test_any_image_comes_back_with_voxels_and_scale(tmp_path, image, edges):
     path = tmp_path / "round.ome.tif"
     write_image(path, image, VoxelSize(*edges))
     (frame,) = find_frames(path)
@@ -116,9 +114,7 @@ def test_any_image_comes_back_with_voxels_and_scale(
     np.testing.assert_array_equal(tifffile.imread(path), image)
 
 
-def test_volumes_too_large_for_a_classic_tiff_become_bigtiff(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_volumes_too_large_for_a_classic_tiff_become_bigtiff(tmp_path, monkeypatch):
     assert tiff.CLASSIC_TIFF_BYTES < 2**32
     monkeypatch.setattr(tiff, "CLASSIC_TIFF_BYTES", 1000)
     write_image(tmp_path / "a.tif", np.zeros((5, 10, 10), np.uint16), VOXEL)

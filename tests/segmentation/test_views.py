@@ -4,8 +4,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from local_network import LocalNetwork, PositionNetwork
-from oracle_network import OracleNetwork, ball_labels
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import IntensityRange
@@ -24,6 +22,7 @@ from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
+from oracle_network import LocalNetwork, OracleNetwork, PositionNetwork, ball_labels
 
 CPU = torch.device("cpu")
 

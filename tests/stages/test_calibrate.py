@@ -17,7 +17,7 @@ from nuclei3d.networks.folder import Model, ModelInfo, load_model, save_model
 from nuclei3d.segmentation.settings import segmentation_settings
 from nuclei3d.segmentation.thresholds import Thresholds
 from nuclei3d.stages.calibrate import calibrate, choose_for
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 from volumes_fixture import draw_volume
 
 INFO = ModelInfo(name="silent", diameter_px=12, nucleus_diameter_um=12)

@@ -42,9 +42,7 @@ def test_masks_of_other_images_are_refused(folder: Path) -> None:
         choose_layers(folder / "Emb", [folder / "other"])
 
 
-def test_without_napari_the_user_is_told_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_napari_the_user_is_told_what_to_install(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"nuclei3d\[view\]"):
         view(Params(), folder / "Emb")

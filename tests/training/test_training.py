@@ -371,7 +371,6 @@ def test_an_epoch_has_a_patch_for_every_nucleus():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_on_a_gpu_reaches_about_the_same_loss(graph):
     params = TrainParams(**(SMALL | {"workers": 4, "cuda_graph": graph}))

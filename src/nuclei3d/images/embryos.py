@@ -247,9 +247,10 @@ def _check_names(
         parts = [part for part, names in lists.items() if name in names]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            hint = f"did you mean '{close[0]}'? " if close else ""
             raise InputError(
-                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; {hint}"
+                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; "
+                f"{hint}known: {', '.join(known)}"
             )
         if len(parts) > 1:
             raise InputError(

@@ -196,9 +196,13 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Copy all that the next step depends on to the CPU, the random numbers of torch included."""
-        parts = {"network": self.network, "optimizer": self._optimizer, "average": self._average}
-        states = {name: part and part.state_dict() for name, part in parts.items()}
-        return dict(copy_to_cpu({**states, "generator": torch.get_rng_state()}))
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        return dict(copy_to_cpu(state))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to a state that `state` gave."""
@@ -217,6 +221,9 @@ class Learner:
         return dict(copy_to_cpu(self.judged_network().state_dict()))
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:
     """Make an exponential mean of a network's weights; running means of batch norm are averaged alike.
 
@@ -224,7 +231,7 @@ def average_weights(network: nn.Module, decay: float) -> AveragedModel:
     first weights are forgotten quickly.
     """
 
-    def update(means: list[Tensor], values: list[Tensor], _: Tensor | int) -> None:
+    def update(means: Tensors, values: Tensors, _: Tensor | int) -> None:
         # all tensors in one call: one by one they would keep a GPU waiting
         if means[0].is_floating_point():
             # one more than the steps: at 0, torch would take the weights over as they are

@@ -7,7 +7,8 @@ it shows enough nuclei.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from nuclei3d.training.samples import SampleView
 from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """A sample as it is cut from a frame; a plane has depth 1, whose rows are z in the views xz and yz.
 
     `image` and `labels` are (Z, Y, X), labels 1..n; `label_of` has the frame's label behind each of 0..n.

@@ -188,9 +188,7 @@ def test_a_worker_that_was_thought_dead_leaves_its_trial_alone(tmp_path: Path, d
     assert [trial.user_attrs["attempts"] for trial in trials(database)] == [2, 1]
 
 
-def test_mlflow_keeps_its_runs_in_postgresql(
-    tmp_path: Path, server: str, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_keeps_its_runs_in_postgresql(tmp_path, server, database, monkeypatch):
     import mlflow
 
     project = tmp_path / "project"
