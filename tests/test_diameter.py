@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nuclei3d.diameter import estimate_diameter, estimate_from_blocks
+from nuclei3d.diameter import estimate_diameter, estimate_from_blocks, smooth_over_time
 from nuclei3d.images.frames import read_labels, read_volume
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range, sampled_planes
@@ -84,6 +84,16 @@ def test_of_a_large_volume_only_blocks_with_nuclei_are_read(monkeypatch):
     assert found.diameter_um == pytest.approx(9, rel=0.15)
     assert sum(prod(block.shape) for block in read) <= 3 * 250_000
     assert read[0].max() > 250
+
+
+def test_over_time_a_frame_that_says_little_is_forgotten():
+    times = [0, 2, 4, 6, 8, 10]
+    smooth = smooth_over_time(times, [24, 24, 5, 24, 12, 12], 11)
+    assert len(smooth) == 11
+    assert smooth[:4] == pytest.approx(24, rel=0.1)
+    assert smooth[-1] == pytest.approx(12, rel=0.1)
+    assert (np.diff(smooth) <= 1e-9).all()
+    assert smooth_over_time([0], [9.0], 1) == pytest.approx(9)
 
 
 @pytest.mark.parametrize(("embryo", "frame"), [("Emb04", "t101"), ("Emb02", "t451")])

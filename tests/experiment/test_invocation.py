@@ -25,6 +25,7 @@ from nuclei3d.experiment.registry import request_signature
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.segmentation.settings import segmentation_settings
 
 
 def tiff_bytes(shape: tuple[int, ...] = (3, 4, 5)) -> bytes:
@@ -50,6 +51,7 @@ def huge_tiff(width: int, height: int) -> bytes:
         ({"brightness": "x"}, "known: "),
         ({"mode": "magic"}, "'mode' is 'magic'"),
         ({"mode": "mixed"}, "'mode' is 'mixed'"),
+        ({"diameter_um": "auto"}, "'diameter_um' is 'auto'"),
         ({"min_volume_um3": -1}, "'min_volume_um3' is -1"),
         ({"voxel_size_um": [1, 2]}, "voxel_size_um"),
         ({"cellprob_threshold": float("nan")}, "cellprob_threshold"),
@@ -97,6 +99,19 @@ def test_the_signature_has_all_parameters_of_a_request() -> None:
     assert set(defaults) == set(RequestParams.model_fields)
     assert defaults["diameter_um"] == 9.5
     assert read_request_params(defaults).mode == PredictParams().mode == "auto"
+
+
+def test_the_least_volume_of_the_model_follows_the_diameter_of_a_request() -> None:
+    info = ModelInfo(diameter_px=17, nucleus_diameter_um=10, min_volume_um3=80)
+    sent = {spec.name: spec.default for spec in request_signature(info, PredictParams()).params}
+    for diameter_um, least_um3 in ((10, 80), (5, 10)):
+        asked = read_request_params(sent | {"diameter_um": diameter_um}).over(PredictParams())
+        assert segmentation_settings(info, asked).masks.min_volume_um3 == least_um3
+
+
+def test_a_diameter_to_be_estimated_is_not_for_a_service() -> None:
+    with pytest.raises(InputError, match="registered models and services take a number"):
+        refuse_second_model(PredictParams(diameter_um="auto"))
 
 
 def test_a_volume_may_come_as_bytes_or_base64() -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from nuclei3d.config.loading import validate_params
 from nuclei3d.config.sections import PredictParams, SegmentationParams
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
@@ -36,6 +37,18 @@ def test_the_volume_of_the_model_goes_with_the_cube_of_the_diameter(diameter_um,
     assert masks.min_volume_um3 == least_um3
     masks = segmentation_settings(INFO, PredictParams(diameter_um=diameter_um, min_volume_um3=7)).masks
     assert masks.min_volume_um3 == 7
+
+
+@pytest.mark.parametrize("value", ["large", 0, -3, float("inf"), True, [9]])
+def test_a_diameter_is_a_length_or_auto(value):
+    with pytest.raises(InputError, match="give the diameter in um, above 0, or auto") as raised:
+        validate_params({"predict": {"diameter_um": value}}, "here")
+    assert str(raised.value).count("predict.diameter_um") == 1
+
+
+def test_auto_wants_an_image():
+    with pytest.raises(InputError, match="auto is for 'nuclei3d predict'; give a number"):
+        segmentation_settings(INFO, PredictParams(diameter_um="auto"))
 
 
 def test_an_unknown_diameter_is_asked_for():

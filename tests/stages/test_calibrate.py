@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from nuclei3d.config import load_params
+from nuclei3d.config.sections import CalibrateParams, PredictParams
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, load_model, save_model
-from nuclei3d.stages.calibrate import calibrate
+from nuclei3d.segmentation.settings import segmentation_settings
+from nuclei3d.segmentation.thresholds import Thresholds
+from nuclei3d.stages.calibrate import calibrate, choose_for
 from oracle_network import load_oracle, save_oracle
 from volumes_fixture import draw_volume
 
@@ -42,6 +45,15 @@ def embryos(tmp_path: Path) -> Path:
         write_image(folder / "images" / "t1.tif", image.astype(np.uint16), SIZE)
         write_labels(folder / "labels" / "t1.tif", (labels == 1).astype(np.uint32), SIZE)
     return tmp_path / "data"
+
+
+def test_a_least_volume_found_at_another_diameter_is_kept_for_the_models_own(monkeypatch):
+    found = Thresholds(0.0, 0.4, 80.0, 0.9, 0.8)
+    monkeypatch.setattr("nuclei3d.stages.calibrate.choose_thresholds", lambda *_: found)
+    wishes = PredictParams(diameter_um=24)
+    info, _ = choose_for(INFO, CalibrateParams(), segmentation_settings(INFO, wishes), [])
+    assert info.min_volume_um3 == 10
+    assert segmentation_settings(info, wishes).masks.min_volume_um3 == 80
 
 
 def test_thresholds_with_a_3d_model_beside_are_those_of_both(embryos, tmp_path, monkeypatch):
