@@ -347,7 +347,7 @@ def _open(
 ) -> AbstractContextManager[TiffArray | ZarrArray | ForeignArray]:
     if is_zarr(path):
         return nullcontext(ZarrArray(path, image))
-    if path.suffix.lower() in FOREIGN_SUFFIXES:
+    if path.suffix.lower() in FOREIGN_SUFFIXES and not stranger:
         return ForeignArray(path, image)
     return TiffArray(path, image, stranger=stranger)
 
