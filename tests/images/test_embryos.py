@@ -80,7 +80,7 @@ def test_the_real_embryos_are_found(bbbc050: Path) -> None:
     volume = read_labelled(found[0].frames[-1], DataParams())
     assert volume.image.shape == volume.labels.shape == (51, 124, 127)
     assert volume.voxel_size.zyx == pytest.approx((1.75, 0.8, 0.8))
-    assert (volume.embryo, volume.frame) == ("Emb01", "t501")
+    assert (found[0].frames[-1].embryo, found[0].frames[-1].frame) == ("Emb01", "t501")
 
 
 def test_folders_that_are_no_data_set_are_one_clear_line(tmp_path: Path) -> None:

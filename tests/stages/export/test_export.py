@@ -277,6 +277,6 @@ def test_a_folder_that_holds_something_is_left_alone(embryo: Path) -> None:
 
 
 def test_without_bioimageio_the_way_to_it_is_told(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("nuclei3d.stages.export.bioimageio.find_spec", lambda name: None)
+    monkeypatch.setattr("nuclei3d.stages.export.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[export\]'"):
         run(tmp_path, model=str(model), formats=["bioimageio"])
