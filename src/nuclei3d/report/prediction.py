@@ -272,7 +272,9 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
                     f"{words}: from {early:.3g} in the first frames to {late:.3g} in the last (medians); "
                     "there more of the faint nuclei may be missed."
                 )
-    ratios = np.concatenate([table["volume_um3"] / table["volume_um3"].median() for table in tables] or [[]])
+    ratios = np.array([])
+    for table in tables:
+        ratios = np.append(ratios, table["volume_um3"] / table["volume_um3"].median())
     for number, words in (
         (int((ratios > 3).sum()), "more than three times"),
         (int((ratios < 0.2).sum()), "less than a fifth of"),

@@ -154,9 +154,6 @@ def _read_parts(frame: Frame) -> Iterator[tuple[Box, NDArray[Any]]]:
     for z in range(0, depth, sides[0]):
         for y in range(0, height, sides[1]):
             for x in range(0, width, sides[2]):
-                starts = (z, y, x)
-                box = tuple(
-                    slice(start, min(start + side, n))
-                    for start, side, n in zip(starts, sides, frame.shape, strict=True)
-                )
+                ends = np.minimum((z + sides[0], y + sides[1], x + sides[2]), frame.shape).tolist()
+                box = (slice(z, ends[0]), slice(y, ends[1]), slice(x, ends[2]))
                 yield box, frame.read_block(box)

@@ -305,7 +305,7 @@ def _summarise(
     for name in ("workers", "cellpose_files"):
         del chosen["prepare"][name]
     solid = params.train.network == "full3d"
-    summary = {
+    summary: dict[str, Any] = {
         "data": str(data),
         "nucleus_diameter_um": round(diameter_um, 4),
         "voxel_um": round(voxel_um, 6),

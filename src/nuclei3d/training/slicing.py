@@ -67,7 +67,7 @@ def downsample(
     labels = resize_nearest(volume.labels, shape).astype(np.uint32, copy=False)
     sizes = zip(volume.voxel_size.zyx, old, shape, strict=True)
     edges = [edge] * 3 if isotropic else [size * before / after for size, before, after in sizes]
-    unknown = None if volume.unknown is None else resize_nearest(volume.unknown, shape)
+    unknown = None if volume.unknown is None else resize_nearest(volume.unknown, shape).astype(bool)
     return LabelledVolume(image, labels, VoxelSize.of(edges), unknown)
 
 
