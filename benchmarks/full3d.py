@@ -11,26 +11,34 @@ train on simulated embryos of anisotropy 5.75 and 11.5. Each arm trains for `--m
 thresholds on the validation embryo; the table is of the three test embryos. A training that was stopped goes
 on, an arm that is done is not done again. On a CPU minutes and seconds are processor time, so that a busy
 machine changes nothing, and the 3D network is the small one; the profile ``gpu`` counts the time of the clock
-and trains the large one on more patches a step. The peak of the memory is that of the process that predicts.
+and trains the large one on more patches a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from embryos import prepare_once, score, split_of, write_result
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
+from nuclei3d.flows import flows_3d
+from nuclei3d.grid import resize_nearest
+from nuclei3d.images.embryos import read_labelled
+from nuclei3d.images.tiff import write_labels
+from nuclei3d.networks.folder import load_model
+from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
+from nuclei3d.stages.simulate import simulate
+from nuclei3d.stages.train import train
+from nuclei3d.training.loop import StopTraining
 from shared import markdown, new_parser
 
 # column of the table: name in an arm's record
@@ -39,11 +47,12 @@ COLUMNS = {
     "AP .75": "ap_0.75",
     "SEG": "seg",
     "MUCov": "mucov",
-    "faint recall": "recall_faint",
+    "recall, faintest fifth": "recall_faint",
+    "precision": "precision",
     "z flow cosine": "cosine_z",
     "x flow cosine": "cosine_x",
     "s / Mvox": "seconds_per_mvox",
-    "peak GB": "peak_gb",
+    "GPU GB": "peak_gpu_gb",
     "steps": "steps",
 }
 BBBC050 = {
@@ -119,27 +128,21 @@ _SIMULATE = {
 }
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "." else "_" for c in name)
-
-
-def train_settings(arm: str, profile: str) -> dict[str, Any]:
-    """Give the parameters of an arm's training."""
-    _, _, train = ARMS[arm]
-    if profile == "cpu":
-        return train
-    if train["network"] == "views2d":
-        return train | _GPU_VIEWS
-    return train | _GPU_SOLID | {"full3d": train["full3d"] | _GPU_FULL3D}
+def place_of(arm: str, out: Path) -> Path:
+    """Give the folder of an arm."""
+    folder = out / "".join(c if c.isalnum() or c == "." else "_" for c in arm)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def params_of(arm: str, profile: str) -> Params:
-    data, targets, _ = ARMS[arm]
-    train = train_settings(arm, profile)
-    split = BBBC050 if data == "bbbc050" else SIMULATED
+    data, targets, settings = ARMS[arm]
+    if profile == "gpu":
+        solid = _GPU_SOLID | {"full3d": settings.get("full3d", {}) | _GPU_FULL3D}
+        settings = settings | (_GPU_VIEWS if settings["network"] == "views2d" else solid)
     tree = {
         "seed": 0,
-        "data": {"split": {"by": "embryo", **split}},
+        "data": {"split": {"by": "embryo", **(SIMULATED if data in _SIMULATE else BBBC050)}},
         "prepare": {
             "downsample_xy": 1.0,
             "step_xy": 2,
@@ -149,7 +152,7 @@ def params_of(arm: str, profile: str) -> Params:
             "targets": targets,
             "workers": 1,
         },
-        "train": {**_COMMON, **train, "name": "model"},
+        "train": {**_COMMON, **settings, "name": "model"},
         "calibrate": {"volumes": 0},
         "evaluate": {"bootstrap": 200},
         "tracking": {"enabled": False},
@@ -159,17 +162,14 @@ def params_of(arm: str, profile: str) -> Params:
     return validate_params(tree, "the benchmark")
 
 
-def data_folder(arm: str, data: Path, out: Path, profile: str) -> Path:
+def embryos_of(arm: str, data: Path, out: Path, profile: str) -> Path:
     """Give the embryos of an arm; simulated ones are made."""
-    from nuclei3d.stages.simulate import simulate
-
     name = ARMS[arm][0]
-    if name == "bbbc050":
+    if name not in _SIMULATE:
         return data
-    folder = out / name
-    if not folder.is_dir():
-        simulate(params_of(arm, profile), folder)
-    return folder
+    if not (out / name).is_dir():
+        simulate(params_of(arm, profile), out / name)
+    return out / name
 
 
 def clock(profile: str) -> float:
@@ -179,18 +179,10 @@ def clock(profile: str) -> float:
 
 def train_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> None:
     """Prepare what the arm needs and train it until its time is used up."""
-    from nuclei3d.stages.prepare import prepare
-    from nuclei3d.stages.train import train
-    from nuclei3d.training.loop import StopTraining
-
     params = params_of(arm, profile)
     name, targets, settings = ARMS[arm]
-    slices = out / f"{name}_{settings['network']}_{targets}"
-    source = data_folder(arm, data, out, profile)
-    if not slices.is_dir():
-        prepare(params, source, slices)
-    folder = out / slug(arm)
-    folder.mkdir(exist_ok=True)
+    source, folder = embryos_of(arm, data, out, profile), place_of(arm, out)
+    slices = prepare_once(params, source, out / f"{name}_{settings['network']}_{targets}")
     spent_file = folder / "train_seconds"
     before = float(spent_file.read_text()) if spent_file.is_file() else 0.0
     started, spent = time.process_time(), before
@@ -209,38 +201,28 @@ def train_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> 
     train(params, slices, folder / "model", data=source, on_epoch=on_epoch)
 
 
-def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]:
+def judge(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]:
     """Choose thresholds on the validation embryo; segment and judge the test embryo.
 
     A mixed arm predicts with the models of two others.
     """
-    from dataclasses import replace
-
-    from nuclei3d.flows import flows_3d
-    from nuclei3d.grid import resize_nearest
-    from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
-    from nuclei3d.images.writing import write_image, write_labels
-    from nuclei3d.networks.folder import load_model
-    from nuclei3d.segmentation.segmenter import Segmenter
-    from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
-    from nuclei3d.stages.evaluate import evaluate
-
     first, beside, fusion = MIXED.get(arm, (arm, None, "mean"))
-    trained = [first] if beside is None else [first, beside]
+    trained = [place_of(name, out) for name in (first, beside) if name is not None]
     params = params_of(first, profile)
-    params = params.model_copy(update={"predict": params.predict.model_copy(update={"fusion": fusion})})
-    source = data_folder(first, data, out, profile)
-    folder = out / slug(arm)
-    folder.mkdir(exist_ok=True)
-    model, *others = (load_model(out / slug(name) / "model") for name in trained)
-    wished = params.predict.model_copy(update={"volume_model": others[0].path.parent if others else None})
+    source, folder = embryos_of(first, data, out, profile), place_of(arm, out)
+    model = load_model(trained[0] / "model")
+    mixed_with = trained[1] / "model" if beside else None
+    wished = params.predict.model_copy(update={"fusion": fusion, "volume_model": mixed_with})
     wanted = params.calibrate.model_copy(update={"volumes": 4})
     volumes = read_calibration_volumes(params.model_copy(update={"calibrate": wanted}), source)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     info, _ = with_thresholds(model.info, wanted, Segmenter(model, wished, "auto"), volumes)
     segmenter = Segmenter(replace(model, info=info), wished, "auto")
     sums = np.zeros((3, 3))
     seconds = voxels = 0.0
-    for frame in split_embryos(find_embryos(source), params.data.split).test:
+    frames = split_of(params, source).test
+    for frame in frames:
         volume = read_labelled(frame, params.data)
         started = clock(profile)
         flows = segmenter.flows(volume.image, volume.voxel_size)
@@ -248,23 +230,15 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         seconds += clock(profile) - started
         voxels += volume.image.size
         true_labels = resize_nearest(volume.labels, flows.shape).astype(np.uint32)
-        truth = flows_3d(true_labels, flows.voxel_size)
-        inside = true_labels > 0
-        flow = flows.flow
+        truth, inside = flows_3d(true_labels, flows.voxel_size), true_labels > 0
         for axis in range(3):
-            a, b = flow[axis][inside].astype(np.float64), truth[axis][inside].astype(np.float64)
+            a, b = flows.flow[axis][inside].astype(np.float64), truth[axis][inside].astype(np.float64)
             sums[axis] += (a @ b, a @ a, b @ b)
-        place = Path(frame.embryo) / f"{frame.frame}.ome.tif"
-        write_labels(
-            folder / "pred" / frame.embryo / f"{frame.frame}_masks.ome.tif", labels, volume.voxel_size
-        )
-        write_labels(folder / "truth" / place, volume.labels.astype(np.uint32), volume.voxel_size)
-        write_image(folder / "images" / place, volume.image, volume.voxel_size)
-    evaluate(params, folder / "truth", folder / "pred", folder / "evaluation", images=folder / "images")
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    history = (out / slug(first) / "model" / "history.csv").read_text().splitlines()
-    train = params.train
-    steps = (len(history) - 1) * -(-int(train.crops_per_epoch or 0) // train.batch_size)
+        masks = folder / "pred" / frame.embryo / f"{frame.frame}_masks.ome.tif"
+        write_labels(masks, labels, volume.voxel_size)
+    metrics = score(params, frames, folder / "pred", folder)
+    history = (trained[0] / "model" / "history.csv").read_text().splitlines()
+    steps = (len(history) - 1) * -(-int(params.train.crops_per_epoch or 0) // params.train.batch_size)
     cosines = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
     return {
         "arm": arm,
@@ -274,75 +248,51 @@ def predict_arm(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]
         "intervals": metrics.get("intervals", {}),
         **{f"cosine_{axis}": float(value) for axis, value in zip("zyx", cosines, strict=True)},
         "seconds_per_mvox": seconds / voxels * 1e6,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if segmenter.device.type == "cuda" else None,
         # steps of two networks are not of one kind: there is no sum
         "steps": steps if beside is None else None,
-        "train_seconds": sum(float((out / slug(name) / "train_seconds").read_text()) for name in trained),
+        "train_seconds": sum(float((place / "train_seconds").read_text()) for place in trained),
         "nuclei": metrics["n_true"],
     }
 
 
 def run_arm(arm: str, data: Path, out: Path, minutes: float, profile: str) -> dict[str, Any]:
-    """Train and judge an arm, each in a process of its own, unless its record is there.
-
-    Before a mixed arm come those whose models it needs.
-    """
-    record = out / slug(arm) / f"record_{minutes:g}.json"
+    """Train and judge an arm unless its record is there; before a mixed arm, those whose models it needs."""
+    record = place_of(arm, out) / f"record_{minutes:g}.json"
     for needed in MIXED.get(arm, ())[:2]:
         run_arm(needed, data, out, minutes, profile)
     if not record.is_file():
         say(f"--- {arm}")
-        for step in ("predict",) if arm in MIXED else ("train", "predict"):
-            command = [sys.executable, __file__, "--data", str(data), "--out", str(out), "--profile", profile]
-            command += ["--minutes", str(minutes), "--arms", arm, "--step", step]
-            subprocess.run(command, check=True)
+        if arm not in MIXED:
+            train_arm(arm, data, out, minutes, profile)
+        record.write_text(json.dumps(judge(arm, data, out, profile), indent=2) + "\n")
     result: dict[str, Any] = json.loads(record.read_text())
     return result
 
 
-def as_markdown(records: list[dict[str, Any]]) -> str:
-    """Draw the table."""
+def main() -> None:
+    parser = new_parser(__doc__, whole=True, embryos=True)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MIXED], default=[*ARMS, *MIXED], metavar="NAME")
+    parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of each training")
+    args = parser.parse_args()
+    records = {arm: run_arm(arm, args.data, args.out, args.minutes, args.profile) for arm in args.arms}
+    result: dict[str, Any] = {
+        "minutes": args.minutes,
+        "profile": args.profile,
+        "arms": list(records.values()),
+    }
+    solid, views = records.get("heat, pooling by spacing"), records.get("2D views")
+    if solid is not None and views is not None:
+        result["faster_than_views"] = views["seconds_per_mvox"] / solid["seconds_per_mvox"]
+    if simulated := [record["cosine_z"] for arm, record in records.items() if arm.startswith("simulated")]:
+        result["z_flows_learned"] = min(simulated) >= 0.8
 
     def cell(value: float | None) -> str:
         return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
-    rows = {record["arm"]: [cell(record[key]) for key in COLUMNS.values()] for record in records}
-    return markdown(list(COLUMNS), rows)
-
-
-def main() -> None:
-    parser = new_parser(__doc__, whole=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the embryos (BBBC050)")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MIXED], default=[*ARMS, *MIXED], metavar="NAME")
-    parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of each training")
-    parser.add_argument("--step", choices=["train", "predict"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.step == "train":
-        train_arm(args.arms[0], args.data, args.out, args.minutes, args.profile)
-        return
-    if args.step == "predict":
-        record = predict_arm(args.arms[0], args.data, args.out, args.profile)
-        path = args.out / slug(args.arms[0]) / f"record_{args.minutes:g}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        return
-    records = [run_arm(arm, args.data, args.out, args.minutes, args.profile) for arm in args.arms]
-    solid, views = (
-        next((r for r in records if r["arm"] == name), None)
-        for name in ("heat, pooling by spacing", "2D views")
-    )
-    result: dict[str, Any] = {"minutes": args.minutes, "profile": args.profile, "arms": records}
-    if solid is not None and views is not None:
-        result["faster_than_views"] = views["seconds_per_mvox"] / solid["seconds_per_mvox"]
-    simulated = [r["cosine_z"] for r in records if r["arm"].startswith("simulated")]
-    if simulated:
-        result["z_flows_learned"] = min(simulated) >= 0.8
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.out / "table.md").write_text(as_markdown(records) + "\n")
-    print(json.dumps(result) if args.json else as_markdown(records))
+    rows = {arm: [cell(record[key]) for key in COLUMNS.values()] for arm, record in records.items()}
+    write_result(args.out, result, markdown(list(COLUMNS), rows), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ Two volumes of 96 x 256 x 256 cubic voxels at the network's scale: nuclei in an 
 it (an embryo), and nuclei everywhere. Stock is `CellposeModel.eval(do_3D=True)` with its defaults; its runs
 and ours take turns, so that both meet the same load. Peak memory is measured at 30 Mvox in processes of their
 own, with three small filters in place of CPnet on both sides for all but the first batches, because stock
-would take most of an hour; `--volumes` with nothing behind it measures the memory alone. Without a model, a
-network is trained for a minute or two on planes of another such volume.
+would take most of an hour; `--volumes` with nothing behind it measures the memory alone.
 """
 
 from __future__ import annotations
@@ -26,22 +25,19 @@ from torch import nn
 
 from nuclei3d.console import emit_json, say
 from nuclei3d.networks.cpnet import choose_device, choose_precision
-from nuclei3d.segmentation.network_runner import NetworkRunner
-from nuclei3d.segmentation.openvino_network import has_openvino
-from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.networks.folder import load_model
+from nuclei3d.segmentation.network_runner import NetworkRunner, has_openvino
+from nuclei3d.segmentation.segmenter import Segmenter, segment_with_cellpose
 from nuclei3d.segmentation.settings import SegmentationSettings
-from nuclei3d.segmentation.stock import segment_with_cellpose
 from shared import (
     CUBIC,
     Filters,
     Labels,
-    Timing,
     add_network_options,
     ap_of,
     draw_volume,
     measure,
     measure_in_turns,
-    network_of,
     new_parser,
     ratio_of,
 )
@@ -136,15 +132,11 @@ def compare(
         "network_share": round(share, 3),
         "ap_50_75": ap,
     }
-    say(f"{name}: ours {_tell(own)}, {100 * share:.0f} % inside the network; stock {_tell(peer)}")
+    say(f"{name}: ours {own}, {100 * share:.0f} % inside the network; stock {peer}")
     spreads = [
         f"{each['median']:.1f} ({each['least']:.1f} to {each['most']:.1f})" for each in (wall, processor)
     ]
     say(f"{name}: {spreads[0]} x as fast, {spreads[1]} x by processor time; AP .5, .75: {ap}")
-
-
-def _tell(timing: Timing) -> str:
-    return f"{timing.median:.1f} s ({timing.cpu_median:.1f} s of processor time)"
 
 
 def main() -> None:
@@ -164,7 +156,7 @@ def main() -> None:
         emit_json({"peak_mb": memory_of(arguments.memory_of, arguments.diameter)})
         return
     device = choose_device(arguments.device)
-    network = network_of(arguments)
+    network = load_model(arguments.model).network
     with torch.no_grad():
         network.diam_mean.fill_(arguments.diameter)
     settings = SegmentationSettings(

@@ -4,30 +4,23 @@
 
 Time per voxel is that of volumes filled with nuclei at the network's scale. Peak memory over frames is that
 of the whole command ``predict`` in a process of its own. Blocks are run by one and two workers with one
-thread each and compared with the volume as a whole. Without a model, a network is trained briefly.
+thread each and compared with the volume as a whole.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from nuclei3d.console import emit_json, say
 from nuclei3d.images.frames import find_frames, read_labels
-from nuclei3d.images.writing import write_image
-from nuclei3d.networks.folder import ModelInfo, save_model
+from nuclei3d.images.tiff import write_image
+from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.stages.predict_blocks import required_gb
@@ -38,8 +31,8 @@ from shared import (
     ap_of,
     draw_volume,
     measure,
-    network_of,
     new_parser,
+    run_command,
 )
 
 TIME_BAR = 0.15
@@ -78,49 +71,6 @@ def time_per_voxel(
     return result
 
 
-@dataclass(frozen=True)
-class CommandRun:
-    """Seconds of a command, processor seconds of it and its workers, peak of its own memory, what it said."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_mb: float
-    messages: str
-
-
-def run_predict(arguments: list[str], threads: int | None = None) -> CommandRun:
-    """Run the command ``predict`` in a process."""
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-    started, cpu_started = time.perf_counter(), _cpu_of_children()
-    command = [sys.executable, "-m", "nuclei3d", "predict", *arguments]
-    # A pipe that nobody reads until the end would fill up.
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        process = subprocess.Popen(command, env=environment, stderr=said)
-        watched = psutil.Process(process.pid)
-        peak = 0
-        while process.poll() is None:
-            try:
-                peak = max(peak, watched.memory_info().rss)
-            except psutil.NoSuchProcess:
-                break
-            time.sleep(0.02)
-        failed = process.wait() != 0
-        said.seek(0)
-        messages = said.read()
-    if failed:
-        raise RuntimeError(messages)
-    seconds, cpu_seconds = time.perf_counter() - started, _cpu_of_children() - cpu_started
-    return CommandRun(seconds, cpu_seconds, peak / 1e6, messages)
-
-
-def _cpu_of_children() -> float:
-    """Processor seconds of all processes that this one, or one of those, has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def memory_by_frames(
     counts: list[int], model: Path, diameter: float, folder: Path, shape: tuple[int, int, int]
 ) -> dict[str, Any]:
@@ -131,7 +81,7 @@ def memory_by_frames(
         movie = folder / f"movie_{count}"
         for t in range(count):
             write_image(movie / f"t{t:03d}.ome.tif", np.roll(image, 3 * t, axis=2), CUBIC)
-        run = run_predict([str(movie), "--model", str(model), "--out", str(folder / f"out_{count}")])
+        run = run_command("predict", str(movie), "--model", str(model), "--out", str(folder / f"out_{count}"))
         rows[str(count)] = round(run.peak_mb, 1)
         say(f"{count} frames: peak {run.peak_mb:.0f} MB, {run.cpu_seconds:.0f} s of processor time")
     values = np.array(list(rows.values()))
@@ -148,8 +98,8 @@ def blocks_against_whole(
     settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
     # The stage reckons with 1 GB for the process; blocks get room for half of the voxels, margins included.
     memory_gb = 1.0 + 0.5 * (required_gb(frame, settings) - 1.0)
-    common = [str(folder / "embryo.ome.tif"), "--model", str(model)]
-    run = run_predict([*common, "--out", str(folder / "whole")], threads=1)
+    common = ["predict", str(folder / "embryo.ome.tif"), "--model", str(model)]
+    run = run_command(*common, "--out", str(folder / "whole"), threads=1)
     whole = read_labels(folder / "whole" / "embryo_masks.ome.tif")
     result: dict[str, Any] = {
         "whole_s": round(run.seconds, 1),
@@ -161,7 +111,7 @@ def blocks_against_whole(
         out = folder / f"blocks_{workers}"
         wishes = [f"predict.memory_gb={memory_gb * workers}", f"predict.workers={workers}"]
         options = [text for wish in wishes for text in ("--set", wish)]
-        run = run_predict([*common, "--out", str(out), *options], threads=1)
+        run = run_command(*common, "--out", str(out), *options, threads=1)
         blocks = re.search(r"(\d+) blocks", run.messages)
         if blocks is None:
             raise RuntimeError(f"{memory_gb} GB were enough for the volume as a whole")
@@ -194,7 +144,7 @@ def main() -> None:
         "--filters", action="store_true", help="time volumes with three filters in place of the network"
     )
     arguments = parser.parse_args()
-    diameter, network = arguments.diameter, network_of(arguments)
+    diameter, network = arguments.diameter, load_model(arguments.model).network
     report: dict[str, Any] = {"network": "filters" if arguments.filters else "cpnet"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,15 @@
-"""What the benchmarks share: synthetic nuclei and networks, times and memory, steps done once, tables."""
+"""What the benchmarks share: command lines, tables, synthetic nuclei and networks, times and memory."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,30 +24,45 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import nn
 
+from nuclei3d.config import Params, load_params
+from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
-from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import load_model
 from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.masks import clean_labels
+from nuclei3d.stages.training_data import read_slices
 
 CUBIC = VoxelSize(1, 1, 1)
-EMBRYOS = tuple(f"Emb{number:02d}" for number in range(1, 12))
-"""Those of BBBC050."""
 Labels = NDArray[np.uint32]
 Shape = tuple[int, int, int]
 
 
-def new_parser(doc: str | None, *, whole: bool = False) -> argparse.ArgumentParser:
-    """Make a parser with --json that describes itself by the first line or the whole of a docstring."""
+def new_parser(
+    doc: str | None, *, whole: bool = False, embryos: bool = False, params: Path | None = None
+) -> argparse.ArgumentParser:
+    """Make a parser with --json that describes itself by the first line or the whole of a docstring.
+
+    With `embryos` it has --data and --out, with `params` the options that `params_of` reads.
+    """
     text = doc or ""
     parser = argparse.ArgumentParser(
         description=text if whole else text.splitlines()[0],
         formatter_class=argparse.RawDescriptionHelpFormatter if whole else argparse.HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    if embryos:
+        parser.add_argument("--data", type=Path, required=True, help="the embryos of BBBC050")
+        parser.add_argument("--out", type=Path, required=True, help="folder for all that is made")
+    if params is not None:
+        parser.add_argument("--params", type=Path, default=params)
+        parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE")
     return parser
+
+
+def params_of(options: argparse.Namespace) -> Params:
+    """Read the parameters that the command line names."""
+    return load_params(options.params, options.overrides)
 
 
 def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]], corner: str = "") -> str:
@@ -49,19 +70,6 @@ def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]], corner: 
     lines = [f"| {corner}{' ' if corner else ''}| {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join(lines)
-
-
-def once(folder: Path, name: str, times: dict[str, float], work: Callable[[], Any]) -> None:
-    """Do a step unless its record says that it is done; keep the seconds it took."""
-    record = folder / f"{name}.seconds"
-    if record.is_file():
-        times[name] = float(record.read_text())
-        return
-    say(f"--- {name}")
-    start = time.perf_counter()
-    work()
-    times[name] = time.perf_counter() - start
-    record.write_text(f"{times[name]:.2f}\n")
 
 
 def ap_of(truth: NDArray[Any], labels: NDArray[Any], *thresholds: float) -> list[float]:
@@ -169,45 +177,33 @@ def draw_volume(
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `network_of`."""
-    parser.add_argument("--model", type=Path, help="model folder; without, one is trained briefly")
+    """Add the model that is measured, and the size at which nuclei are drawn for it."""
+    parser.add_argument("--model", type=Path, default=Path("models/nuclei_3d"), help="model folder")
     parser.add_argument("--diameter", type=float, default=17.0, help="of the nuclei, in voxels")
-    parser.add_argument("--steps", type=int, default=150, help="of the brief training")
 
 
-def network_of(arguments: argparse.Namespace) -> nn.Module:
-    """Load the network that is asked for, or train one on planes of a volume, enough to find such nuclei."""
-    if arguments.model:
-        return load_model(arguments.model).network
-    diameter, steps = arguments.diameter, arguments.steps
-    say(f"no --model: training one for {steps} steps")
-    rng = np.random.default_rng(0)
-    image, labels = draw_volume((64, 160, 160), diameter, 1.0, rng)
-    low, high = np.percentile(image, (1, 99.8))
-    planes = ((image - low) / (high - low)).astype(np.float32)
-    network = new_network(diameter, 0).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        batch, targets = [], []
-        for _ in range(6):
-            axis = int(rng.integers(3))
-            index = int(rng.integers(labels.shape[axis]))
-            plane, truth = planes.take(index, axis), labels.take(index, axis)
-            y, x = (int(rng.integers(size - 64 + 1)) for size in plane.shape)
-            box = (slice(y, y + 64), slice(x, x + 64))
-            batch.append(np.stack([plane[box], 0 * plane[box]]))
-            inside = (truth > 0)[box].astype(np.float32)
-            targets.append(np.concatenate([5 * flows_2d(truth)[:, box[0], box[1]], inside[None]]))
-        wanted = torch.from_numpy(np.stack(targets))
-        output = network(torch.from_numpy(np.stack(batch)).contiguous(memory_format=torch.channels_last))[0]
-        loss = nn.functional.mse_loss(output[:, :2], wanted[:, :2]) / 2
-        loss = loss + nn.functional.binary_cross_entropy_with_logits(output[:, 2], wanted[:, 2])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network.eval()
+def train_with_stock(network: nn.Module, slices: Path, files: Path, settings: TrainParams, out: Path) -> int:
+    """Train with ``train_seg`` on the planes in `files` that its rule admits; give the number of crops.
+
+    The files are those of `write_training_set`; the weights are in ``out/models/stock``.
+    """
+    from cellpose.train import train_seg
+
+    infos = read_slices(slices).infos["train"]
+    admitted = [info.file for info in infos if info.nuclei >= settings.min_train_masks]
+    train_seg(
+        network,
+        train_files=[str(files / f"{file}_img.tif") for file in admitted],
+        channels=[0, 0],
+        batch_size=settings.batch_size,
+        n_epochs=settings.epochs,
+        nimg_per_epoch=settings.crops_per_epoch,
+        bsize=settings.crop_px,
+        min_train_masks=settings.min_train_masks,
+        save_path=out,
+        model_name="stock",
+    )
+    return settings.epochs * (settings.crops_per_epoch or len(admitted))
 
 
 class Filters(nn.Module):
@@ -267,6 +263,9 @@ class Timing:
         """Median of the repeats in processor seconds."""
         return statistics.median(self.cpu_seconds)
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} s ({self.cpu_median:.2f} s of processor time)"
+
     def as_json(self) -> dict[str, Any]:
         """Give median, spread (lowest and highest) and memory."""
         return {
@@ -280,7 +279,7 @@ class Timing:
 
 
 class _PeakMemory:
-    """Watches the resident memory of this process from a thread."""
+    """Watches the resident memory of this process from a thread; `megabytes` is the peak above the start."""
 
     def __enter__(self) -> _PeakMemory:
         self._process = psutil.Process()
@@ -295,13 +294,10 @@ class _PeakMemory:
             self._peak = max(self._peak, self._process.memory_info().rss)
 
     def __exit__(self, *_: object) -> None:
-        self._peak = max(self._peak, self._process.memory_info().rss)
         self._stop.set()
         self._thread.join()
-
-    @property
-    def megabytes(self) -> float:
-        return (self._peak - self._start) / 1e6
+        self._peak = max(self._peak, self._process.memory_info().rss)
+        self.megabytes = (self._peak - self._start) / 1e6
 
 
 def measure(work: Callable[[], Any], repeats: int) -> tuple[Timing, Any]:
@@ -343,3 +339,41 @@ def ratio_of(peer: Sequence[float], own: Sequence[float]) -> dict[str, float]:
         "least": round(min(peer) / max(own), 2),
         "most": round(max(peer) / min(own), 2),
     }
+
+
+@dataclass(frozen=True)
+class CommandRun:
+    """Seconds of a command, processor seconds of it and its workers, peak of its own memory, what it said."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+    messages: str
+
+
+def run_command(*arguments: str, threads: int | None = None) -> CommandRun:
+    """Run a command of nuclei3d in a process of its own."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    started, cpu_started = time.perf_counter(), _cpu_of_children()
+    # A pipe that nobody reads until the end would fill up.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        command = [sys.executable, "-m", "nuclei3d", *arguments]
+        process = subprocess.Popen(command, env=environment, stderr=said)
+        watched, peak = psutil.Process(process.pid), 0
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, watched.memory_info().rss)
+            time.sleep(0.02)
+        said.seek(0)
+        messages = said.read()
+    if process.returncode:
+        raise RuntimeError(messages)
+    return CommandRun(time.perf_counter() - started, _cpu_of_children() - cpu_started, peak / 1e6, messages)
+
+
+def _cpu_of_children() -> float:
+    """Processor seconds of all processes that this one, or one of those, has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

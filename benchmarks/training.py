@@ -1,6 +1,7 @@
 """Training here against ``cellpose.train.train_seg``: the same slices, network, number and size of crops.
 
     python benchmarks/training.py [--slices DIR] [--steps N] [--learning-rate X] [--json]
+    python benchmarks/training.py --memory [--planes N] [--edge PX] [--steps N] [--json]
 
 Without --slices, a small sample is simulated and prepared in a temporary folder. Three ratios are measured:
 
@@ -15,12 +16,20 @@ cpu_time_ratio, processor time per crop there / here, is besides what a busy mac
 Both use the optimiser AdamW, batches of the same size, and stock's augmentation as far as both have it; the
 learning rate and its schedule are each one's own defaults. A GPU is so fast that the first steps, in which
 libraries choose their algorithms, weigh heavily: take --steps 600 or more there.
+
+With --memory the peak memory of training on many planes is measured in its place (8000 of 256 x 256 pixels
+must fit into 6 GB). Some dozens of planes stand in, under many names, for as many different ones. Each
+training is a process of its own whose peak (resident memory) is taken:
+
+peak_gb_disk     larger than train.memory_limit_gb: read plane by plane
+peak_gb_memory   kept in memory
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -30,21 +39,34 @@ from typing import Any
 import numpy as np
 import torch
 from cellpose.resnet_torch import CPnet
+from skimage.segmentation import relabel_sequential
 
 from nuclei3d.config import load_params
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.stages.export.cellpose import write_training_set
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
-from nuclei3d.stages.training_data import Slices, load_samples, read_slices
+from nuclei3d.stages.training_data import (
+    Slices,
+    StoredSample,
+    describe_samples,
+    load_samples,
+    plane_flows,
+    read_slices,
+    store_sample,
+)
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
 from nuclei3d.training.learner import Arithmetic
 from nuclei3d.training.loop import train_network
-from nuclei3d.training.samples import SampleSet
-from shared import new_parser
+from nuclei3d.training.samples import SampleInfo, SampleSet
+from nuclei3d.views import VIEWS
+from shared import draw_volume, new_parser, run_command, train_with_stock
+
+DRAWN = 48
 
 
 @dataclass(frozen=True)
@@ -95,30 +117,13 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     return measured, network
 
 
-def train_stock(slices: Path, all_files: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
+def train_stock(slices: Path, files: Path, settings: TrainParams, seed: int) -> tuple[Measured, CPnet]:
     """Train with ``train_seg`` on the files written for it."""
-    from cellpose.train import train_seg
-
-    described = read_slices(slices)
-    infos = [info for info in described.infos["train"] if info.nuclei >= settings.min_train_masks]
-    files = [str(all_files / f"{info.file}_img.tif") for info in infos]
     torch.manual_seed(seed)
     network = new_network(settings.diameter_px, seed).to(choose_device(settings.device))
     clock = _Clock(network)
     with tempfile.TemporaryDirectory() as folder:
-        train_seg(
-            network,
-            train_files=files,
-            channels=[0, 0],
-            batch_size=settings.batch_size,
-            n_epochs=settings.epochs,
-            nimg_per_epoch=settings.crops_per_epoch,
-            bsize=settings.crop_px,
-            min_train_masks=settings.min_train_masks,
-            save_path=folder,
-            model_name="stock",
-        )
-        measured = clock.stop(settings.epochs * (settings.crops_per_epoch or len(files)))
+        measured = clock.stop(train_with_stock(network, slices, files, settings, Path(folder)))
     return measured, network
 
 
@@ -193,24 +198,88 @@ def sample_slices(folder: Path) -> Path:
     return folder / "slices"
 
 
+def write_planes(folder: Path, planes: int, edge: int) -> None:
+    """Write a slice data set whose planes are links to a few."""
+    image, labels = draw_volume((DRAWN, edge, edge), 34.0, 1.0, np.random.default_rng(0))
+    (folder / "train").mkdir(parents=True)
+    samples: list[StoredSample] = []
+    for number in range(planes):
+        view, frame = VIEWS[number % len(VIEWS)], f"t{number // 768:03d}"
+        names = {
+            "file": f"train/e_{frame}_{view}_{number:05d}",
+            "frame": frame,
+            "view": view,
+            "index": number,
+        }
+        if number < DRAWN:
+            plane = relabel_sequential(labels[number])[0].astype(np.uint16)
+            info = SampleInfo(
+                **names,
+                embryo="e",
+                shape=(1, edge, edge),
+                voxel_size=VoxelSize(0.35, 0.35, 0.35),
+                nuclei=int(plane.max()),
+                min_contrast=3.0,
+                norm_low=100.0,
+                norm_high=450.0,
+            )
+            flows = plane_flows(plane)[:, None]
+            samples.append(store_sample(folder, "train", info, image[number][None], plane[None], flows))
+        else:
+            first = samples[number % DRAWN]
+            os.link(folder / f"{first.info.file}.bin", folder / f"{names['file']}.bin")
+            samples.append(replace(first, info=replace(first.info, **names)))
+    summary = {"data": "absent", "nucleus_diameter_um": 12.0, "voxel_um": 0.35, "diameter_px": 34.0}
+    describe_samples(folder, summary, samples)
+
+
+def measure_memory(folder: Path, planes: int, edge: int, steps: int) -> dict[str, Any]:
+    """Train a few steps of 8 crops on many planes, read from the disk and held in memory."""
+    write_planes(folder / "slices", planes, edge)
+    result: dict[str, Any] = {"planes": planes, "edge_px": edge, "steps": steps}
+    for name, limit_gb in (("disk", 0.01), ("memory", 100.0)):
+        settings = {
+            "train.epochs": 1,
+            "train.batch_size": 8,
+            "train.crops_per_epoch": 8 * steps,
+            "train.memory_limit_gb": limit_gb,
+            "calibrate.volumes": 0,
+            "tracking.enabled": "false",
+        }
+        options = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+        run = run_command("train", "--slices", str(folder / "slices"), "--out", str(folder / name), *options)
+        result |= {f"peak_gb_{name}": run.peak_mb / 1e3, f"seconds_{name}": run.seconds}
+        say(f"{name}: {run.peak_mb / 1e3:.2f} GB, {run.seconds:.0f} s")
+    return result
+
+
 def main() -> None:
     """Read the command line, compare, print."""
     parser = new_parser(__doc__)
     parser.add_argument("--slices", type=Path, help="folder made by prepare; default: a simulated sample")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, help="default 240, with --memory 10")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop-px", type=int, default=128)
     parser.add_argument("--diameter-px", type=float, default=17.0)
     parser.add_argument("--learning-rate", type=float, default=TrainParams().learning_rate)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="measure the memory of a training instead")
+    parser.add_argument("--planes", type=int, default=8000, help="with --memory")
+    parser.add_argument("--edge", type=int, default=256, help="of the planes, with --memory")
     options = parser.parse_args()
+    if options.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure_memory(Path(folder), options.planes, options.edge, options.steps or 10)
+        if options.json:
+            print(json.dumps(result))
+        return
     # stock warms up for ten epochs, whatever their length
     epochs = 12
     settings = TrainParams(
         diameter_px=options.diameter_px,
         epochs=epochs,
         batch_size=options.batch_size,
-        crops_per_epoch=max(1, options.steps // epochs) * options.batch_size,
+        crops_per_epoch=max(1, (options.steps or 240) // epochs) * options.batch_size,
         crop_px=options.crop_px,
         learning_rate=options.learning_rate,
         validation_crops=1,

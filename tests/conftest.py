@@ -14,6 +14,15 @@ _LEFT = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
 MLFLOW_ENVIRONMENT = {name: os.environ.get(name) for name in _LEFT}
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that are marked "gpu" where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def bbbc050() -> Path:
     """Folder of the real mouse embryos (BBBC050); tests that need it are skipped where it is absent."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,8 @@ from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.training_data import describe_samples, plane_flows, store_sample
 from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView
-from volumes_fixture import stack_samples
-
-VIEWS: tuple[SampleView, ...] = ("xy", "xz", "yz")
+from nuclei3d.views import VIEWS
+from volumes_fixture import sample_info, stack_samples
 
 
 def draw_plane(
@@ -30,20 +30,9 @@ def draw_plane(
     return rng.poisson(50 + brightness[labels]).astype(np.uint16), labels
 
 
-def plane_info(view: SampleView, labels: NDArray[np.uint16], number: int = 0) -> SampleInfo:
-    return SampleInfo(
-        file=f"train/e1_t000_{view}_{number:04d}",
-        embryo="e1",
-        frame="t000",
-        view=view,
-        index=number,
-        nuclei=len(np.unique(labels)) - 1,
-        min_contrast=2.0 + number,
-        norm_low=50.0,
-        norm_high=450.0,
-        shape=(1, *labels.shape),
-        voxel_size=VoxelSize(0.5, 0.5, 0.5),
-    )
+def plane_info(view: SampleView, labels: NDArray[np.uint16], *place: Any) -> SampleInfo:
+    """Describe a plane (Y, X); what follows is its number, part and embryo."""
+    return sample_info(view, labels[None], VoxelSize(0.5, 0.5, 0.5), *place)
 
 
 def one_plane(image: NDArray[np.uint16], labels: NDArray[np.uint16], view: SampleView = "xy") -> SampleSet:
@@ -73,20 +62,7 @@ def write_slices(folder: Path, train: int = 6, validation: int = 3, size: int = 
         (folder / part).mkdir(parents=True)
         for number in range(count):
             image, labels = draw_plane(rng, size)
-            view = VIEWS[number % 3]
-            info = SampleInfo(
-                file=f"{part}/{embryo}_t000_{view}_{number:04d}",
-                embryo=embryo,
-                frame="t000",
-                view=view,
-                index=number,
-                shape=(1, size, size),
-                voxel_size=VoxelSize(0.5, 0.5, 0.5),
-                nuclei=int(labels.max()),
-                min_contrast=2.5,
-                norm_low=50.0,
-                norm_high=450.0,
-            )
+            info = plane_info(VIEWS[number % 3], labels, number, part, embryo)
             flows = plane_flows(labels)[:, None]
             samples.append(store_sample(folder, part, info, image[None], labels[None], flows))
     summary = {

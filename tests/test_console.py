@@ -13,9 +13,7 @@ def test_json_goes_to_stdout_and_words_to_stderr(capsys: pytest.CaptureFixture[s
     assert captured.err == "a [word] for the reader\n"
 
 
-def test_a_log_file_gets_lines_with_the_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
     with console.progress_bar("train", total=10) as bar:

@@ -9,8 +9,8 @@ import pytest
 
 import nuclei3d
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 
 
 def test_the_door_opens_without_the_house() -> None:

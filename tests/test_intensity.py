@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from nuclei3d.intensity import measure_range
 
@@ -75,7 +76,7 @@ def test_an_image_without_fill_is_given_as_it_is() -> None:
     image = filmed()
     found = measure_range(image)
     assert (found.fill, found.ceiling) == (None, None)
-    assert found.without_fill(image) == (image, None)
+    assert found.clean(image) == (image, None)
 
 
 def test_background_cut_at_zero_is_no_fill() -> None:
@@ -91,7 +92,7 @@ def test_a_black_plane_is_bridged_and_a_border_becomes_background() -> None:
     image[2] = 0
     image[:, :3] = 0
     found = measure_range(image)
-    filled, outside = found.without_fill(image)
+    filled, outside = found.clean(image)
     between = np.rint((image[1, 3:].astype(float) + image[3, 3:]) / 2)
     assert np.array_equal(filled[2, 3:], between)
     assert (filled[0, :3] == round(found.low)).all()
@@ -101,16 +102,82 @@ def test_a_black_plane_is_bridged_and_a_border_becomes_background() -> None:
 
 
 @pytest.mark.parametrize("share", [0.004, 0.01])
-def test_debris_twenty_times_brighter_leaves_the_range_to_the_nuclei(share: float) -> None:
+@pytest.mark.parametrize("clump", [(1, 1, 1), (1, 2, 3), (2, 3, 3)])
+def test_debris_twenty_times_brighter_is_taken_out(share: float, clump: tuple[int, int, int]) -> None:
     image = filmed()
     wanted = measure_range(image)
     rng = np.random.default_rng(3)
-    dirty = image.astype(np.float32)
-    dirty.flat[rng.choice(image.size, int(share * image.size), replace=False)] = 20 * wanted.high
+    seeds = np.zeros(image.shape, bool)
+    seeds.flat[rng.choice(image.size, int(share * image.size / np.prod(clump)), replace=False)] = True
+    debris = binary_dilation(seeds, np.ones(clump))
+    dirty = np.where(debris, 20 * wanted.high, image).astype(np.uint16)
     found = measure_range(dirty)
-    assert found.high == pytest.approx(wanted.high, rel=0.25)
-    assert found.ceiling is not None
-    assert found.apply(dirty).max() < 15
+    assert found.high == pytest.approx(wanted.high, rel=0.1)
+    cleaned, outside = found.clean(dirty)
+    assert outside is None
+    assert cleaned.max() < 1.5 * wanted.high
+    assert np.array_equal(cleaned[~debris], dirty[~debris])
+
+
+def test_hot_pixels_go_and_nuclei_stay() -> None:
+    image = filmed()
+    hot = np.random.default_rng(1).choice(image.size, 20, replace=False)
+    dirty = image.copy()
+    dirty.flat[hot] = 4095
+    cleaned, _ = measure_range(dirty).clean(dirty)
+    assert cleaned.max() < image.max() + 20
+    assert np.count_nonzero(cleaned != image) <= len(hot)
+
+
+def test_debris_beside_fill_that_is_no_number_is_taken_out() -> None:
+    image = padded(filmed(), 8).astype(np.float32)
+    image[image == 0] = np.nan
+    image[5, 20, 20:22] = 20_000
+    cleaned, outside = measure_range(image).clean(image)
+    assert outside is not None
+    assert np.isfinite(cleaned).all()
+    assert cleaned.max() < 1000
+
+
+@pytest.mark.parametrize("percentile", [95.0, 98.0])
+def test_a_saturated_camera_keeps_about_the_range_of_one_that_is_not(percentile: float) -> None:
+    rng = np.random.default_rng(4)
+    image = rng.normal(100, 5, (12, 64, 64)) + rng.exponential(30, (12, 64, 64))
+    wanted = measure_range(image.astype(np.uint16))
+    cut = np.minimum(image, np.percentile(image, percentile)).astype(np.uint16)
+    assert measure_range(cut).high == pytest.approx(wanted.high, rel=0.15)
+
+
+@pytest.mark.parametrize("uneven", ["step", "slope"])
+@pytest.mark.parametrize("edge", [0, 8])
+def test_an_uneven_background_is_evened_out(uneven: str, edge: int) -> None:
+    image = filmed((12, 64, 64))
+    added = np.zeros(64) + 40 * (np.arange(64) >= 32) if uneven == "step" else np.linspace(0, 60, 64)
+    dirty = padded((image + added).astype(np.uint16), edge)
+    found = measure_range(dirty)
+    cleaned, _ = found.clean(dirty)
+    middle = cleaned[:, edge : edge + 64, edge : edge + 64]
+    darkest = np.percentile(middle, 20, axis=(0, 1))
+    assert np.ptp(darkest) < 12
+    nuclei = image > 200
+    lifted = middle[nuclei].mean() - np.median(middle[~nuclei])
+    assert lifted == pytest.approx(image[nuclei].mean() - np.median(image[~nuclei]), rel=0.1)
+
+
+def test_a_part_is_cleaned_as_the_whole_is() -> None:
+    image = filmed((12, 64, 64))
+    image[..., 32:] += 40
+    found = measure_range(image)
+    assert found.background is not None
+    part = np.s_[10:50, 20:60]
+    whole, _ = found.clean(image)
+    assert np.array_equal(found.of_part(*part).clean(image[:, *part])[0], whole[:, *part])
+
+
+def test_an_even_background_is_left_alone_where_nuclei_fill_all_planes() -> None:
+    image = filmed((12, 64, 64))
+    image[:, 20:44, 20:44] += 150
+    assert measure_range(image).background is None
 
 
 def test_an_image_of_nothing_but_fill_has_a_range() -> None:

@@ -115,9 +115,7 @@ def test_a_folder_that_holds_something_is_kept_where_that_is_asked(tmp_path: Pat
     assert names(tmp_path / "out") == ["a"]
 
 
-def test_the_working_directory_and_the_folders_above_are_never_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_working_directory_and_the_folders_above_are_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for path in (Path("."), tmp_path / "here", tmp_path, Path("..")):

@@ -13,6 +13,7 @@ from nuclei3d.training.samples import (
     SampleInfo,
     SampleNuclei,
     SampleSet,
+    SampleView,
     measure_flow_power,
     quantise_flows,
     quantise_image,
@@ -44,6 +45,31 @@ def stack_samples(
         nuclei=tuple(nuclei) if nuclei is not None else (UNKNOWN_NUCLEI,) * len(infos),
         flow_power=np.array(power, dtype=np.float64).reshape(-1, 3),
         read=arrays.__getitem__,
+    )
+
+
+def sample_info(
+    view: SampleView,
+    labels: NDArray[np.integer[Any]],
+    voxel_size: VoxelSize,
+    number: int = 0,
+    part: str = "train",
+    embryo: str = "e1",
+) -> SampleInfo:
+    """Describe a sample (Z, Y, X); planes have a number in their frame, volumes are a frame each."""
+    frame = f"t{number:03d}" if view == "volume" else "t000"
+    return SampleInfo(
+        file=f"{part}/{embryo}_{frame}" + ("" if view == "volume" else f"_{view}_{number:04d}"),
+        embryo=embryo,
+        frame=frame,
+        view=view,
+        index=0 if view == "volume" else number,
+        nuclei=len(np.unique(labels)) - 1,
+        min_contrast=2.0 + number,
+        norm_low=50.0,
+        norm_high=450.0,
+        shape=labels.shape,
+        voxel_size=voxel_size,
     )
 
 
@@ -92,24 +118,8 @@ def make_volumes(
     """Make a set of volumes."""
     rng = np.random.default_rng(seed)
     drawn = [draw_volume(rng, voxel_size, shape, **settings) for _ in range(count)]
-    infos = [
-        SampleInfo(
-            file=f"train/e1_t{i:03d}",
-            embryo="e1",
-            frame=f"t{i:03d}",
-            view="volume",
-            index=0,
-            shape=shape,
-            voxel_size=voxel_size,
-            nuclei=int(labels.max()),
-            min_contrast=1.0,
-            norm_low=50.0,
-            norm_high=450.0,
-        )
-        for i, (_, labels) in enumerate(drawn)
-    ]
     return stack_samples(
-        infos,
+        [sample_info("volume", labels, voxel_size, number) for number, (_, labels) in enumerate(drawn)],
         [image for image, _ in drawn],
         [labels for _, labels in drawn],
         [flows_3d(labels, voxel_size) for _, labels in drawn],

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,23 +37,20 @@ app = typer.Typer(
 # What a command reads: whether it is there is known before anything large is imported.
 _READ = frozenset(
     (
-        "data",
-        "slices",
-        "inputs",
-        "image",
-        "masks",
-        "truth",
-        "pred",
-        "images",
-        "history",
-        "metrics",
-        "a",
-        "b",
-        "tracks",
+        *("data", "slices", "inputs", "image", "masks", "truth", "pred", "tracks", "images", "history"),
+        *("metrics", "a", "b"),
     )
 )
 # Commands that show images to a model as its training showed them.
 _AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
+# Options that set a parameter, like --set; they go last.
+_SET_BY = {
+    "mode": "predict.mode",
+    "memory": "predict.memory_gb",
+    "scheduler": "predict.scheduler",
+    "host": "serve.host",
+    "port": "serve.port",
+}
 # How several values stand in one text, for options that may be repeated.
 _SEVERAL = {"--set": re.compile(r"\s+(?=(?:seed|\w+\.[\w.]+)=)"), "--format": re.compile(r"\s+")}
 
@@ -116,195 +113,178 @@ def _all_commands(
     pass
 
 
-ParamsFile = Annotated[
-    Path | None, typer.Option(help="Parameter file; params.yaml if there is one.", metavar="FILE")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one parameter; may be repeated.", metavar="SECTION.KEY=VALUE"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
-Slices = Annotated[Path, typer.Option(help="Folder made by prepare.", metavar="DIR")]
-ContrastBins = Annotated[
-    Path | None, typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR")
-]
-Data = Annotated[Path, typer.Option(help="Folder of labelled embryos.", metavar="DIR")]
-ValidationData = Annotated[
-    Path | None, typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR")
-]
-ModelFolder = Annotated[Path, typer.Option(help="Model folder.", metavar="DIR")]
-Out = Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")]
+# What the help says of an option or argument, by its name or, where commands differ, by command and name.
+_OPTIONS: dict[str, Any] = {
+    "params": typer.Option(help="Parameter file; params.yaml if there is one.", metavar="FILE"),
+    "overrides": typer.Option(
+        "--set", help="Override one parameter; may be repeated.", metavar="SECTION.KEY=VALUE"
+    ),
+    "as_json": typer.Option("--json", help="Print the result as one JSON object on stdout."),
+    "slices": typer.Option(help="Folder made by prepare.", metavar="DIR"),
+    "data": typer.Option(help="Folder of labelled embryos.", metavar="DIR"),
+    "model": typer.Option(help="Model folder.", metavar="DIR"),
+    "out": typer.Option(help="Folder to write.", metavar="DIR"),
+    "augment.out": typer.Option(help="PNG to write.", metavar="FILE"),
+    "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
+    "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
+    "predict.inputs": typer.Argument(
+        help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
+    ),
+    "predict.model": typer.Option(help="Model folder, weights file, models:/name@alias or URL."),
+    "predict.mode": typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
+    "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
+    "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
+    "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
+    "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
+    "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
+    "evaluate.slices": typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    "evaluate.history": typer.Option(help="history.csv of the training, for the report.", metavar="FILE"),
+    "evaluate.baseline": typer.Option(
+        help="Labels by another method, put beside the predictions; may be repeated.", metavar="NAME=DIR"
+    ),
+    "evaluate.tracks": typer.Option(help="What track wrote; found if it lies in --pred.", metavar="DIR"),
+    "track.masks": typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS"),
+    "track.images": typer.Option(help="Their images, for intensities.", metavar="DIR"),
+    "track.same_numbers": typer.Option(
+        "--same-numbers", help="Write masks that keep their numbers over time, too."
+    ),
+    "evaluate.name": typer.Option(help="What the report calls the predictions."),
+    "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "assess.out": typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR"),
+    "assess.slices": typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
+    "compare.a": typer.Argument(help="metrics.json, or the folder of an evaluation.", metavar="A"),
+    "compare.b": typer.Argument(help="The other one, on the same volumes.", metavar="B"),
+    "compare.out": typer.Option(help="File or folder for the result.", metavar="DIR"),
+    "search.trials": typer.Option(help="Trials wanted in all, over all starts.", metavar="N"),
+    "search.out": typer.Option(help="Folder of the search.", metavar="DIR"),
+    "search.storage": typer.Option(
+        help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"
+    ),
+    "search.workers": typer.Option(help="Processes on this machine.", metavar="N"),
+    "search.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
+    "search.apply": typer.Option("--apply", help="Write the best values into the parameter file."),
+    "register.metrics": typer.Option(help="metrics.json of its evaluation.", metavar="FILE"),
+    "register.force": typer.Option("--force", help="Make it the champion whatever the comparison says."),
+    "rollback.version": typer.Option(help="Version to go back to; the one before otherwise."),
+    "serve.model": typer.Option(help="models:/name@alias or a model folder."),
+    "serve.host": typer.Option(help="Address to listen on."),
+    "serve.port": typer.Option(help="Port to listen on.", metavar="N"),
+    "export.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "export.masks": typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
+    "export.images": typer.Option(help="Their images, for seg.", metavar="DIR"),
+    "export.slices": typer.Option(help="Folder made by prepare, for cellpose-training.", metavar="DIR"),
+    "export.formats": typer.Option(
+        "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
+    ),
+    "view.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
+    "view.masks": typer.Argument(help="Masks to lay over it.", metavar="MASKS..."),
+    "run.data": typer.Option(help="Labelled embryos.", metavar="DIR"),
+}
 
 
 Result = Any
 """What a stage gives back: a dataclass, with `as_json` where its plain data are more than its fields."""
 
 
-def _print(result: Result, as_json: bool) -> None:
-    if as_json:
-        emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
-
-
-def _load(file: Path | None, overrides: Sequence[str] | None, **given: Mapping[str, object]) -> Params:
-    """Load a file, or params.yaml where there is one; override some, `given` ones (by section) last."""
-    from nuclei3d.config import load_params
-
-    if file is None and Path("params.yaml").is_file():
-        file = Path("params.yaml")
-    options = [
-        f"{section}.{key}={value}"
-        for section, values in given.items()
-        for key, value in values.items()
-        if value is not None
-    ]
-    return load_params(file, [*(overrides or ()), *options])
-
-
-def _with_params(work: Callable[..., Result]) -> Callable[..., None]:
-    """Put the options --params, --set and, where there is a result, --json in the place of `params`."""
+def _command(work: Callable[..., Result]) -> Callable[..., None]:
+    """Make a command, with the options --params, --set and, where there is a result, --json for `params`."""
     signature = inspect.signature(work, locals={"Params": object}, eval_str=True)
-    common = {"params": (ParamsFile, None), "overrides": (Overrides, None), "as_json": (AsJson, False)}
-    if signature.return_annotation is None:
-        del common["as_json"]
-    options = [parameter for name, parameter in signature.parameters.items() if name != "params"]
-    options += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in common.items()
-    ]
+    wanted = {name: (option.annotation, option.default) for name, option in signature.parameters.items()}
+    reads_file = wanted.pop("params_file", None) is not None
+    wanted.pop("params")
+    wanted |= {"params": (Path | None, None), "overrides": (list[str] | None, None)}
+    if signature.return_annotation is not None:
+        wanted["as_json"] = (bool, False)
 
     def command(params: Path | None, overrides: list[str] | None, as_json: bool = False, **own: Any) -> None:
-        _print(work(_load(params, overrides), **own), as_json)
+        from nuclei3d.config import load_params
 
-    command.__name__, command.__doc__ = work.__name__, work.__doc__
+        if params is None and Path("params.yaml").is_file():
+            params = Path("params.yaml")
+        given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
+        if reads_file:
+            own["params_file"] = params
+        result = work(load_params(params, [*(overrides or ()), *given]), **own)
+        if as_json:
+            emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+
+    name = work.__name__
+    options = [
+        inspect.Parameter(
+            option,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, _OPTIONS.get(f"{name}.{option}") or _OPTIONS[option]],
+        )
+        for option, (kind, default) in wanted.items()
+    ]
+    command.__name__, command.__doc__ = name, work.__doc__
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
-    return command
+    return app.command(cls=_Command)(command)
 
 
-@_with_params
-def simulate(params: Params, out: Out) -> Result:
+@_command
+def simulate(params: Params, out: Path) -> Result:
     """Make time-lapses of synthetic embryos with exact labels."""
     from nuclei3d.stages.tracked import simulate_tracked
 
     return simulate_tracked(params, out)
 
 
-@_with_params
-def prepare(params: Params, data: Data, out: Out) -> Result:
+@_command
+def prepare(params: Params, data: Path, out: Path) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
     from nuclei3d.stages.tracked import prepare_tracked
 
     return prepare_tracked(params, data, out)
 
 
-@_with_params
-def augment(
-    params: Params, slices: Slices, out: Annotated[Path, typer.Option(help="PNG to write.", metavar="FILE")]
-) -> Result:
+@_command
+def augment(params: Params, slices: Path, out: Path) -> Result:
     """Draw a sheet of augmented crops with their labels, to look at before training."""
     from nuclei3d.stages.augment import write_augmentation_sheet
 
     return write_augmentation_sheet(params, slices, out)
 
 
-@_with_params
-def train(
-    params: Params,
-    slices: Slices,
-    out: Out,
-    data: ValidationData = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew.")
-    ] = True,
-) -> Result:
+@_command
+def train(params: Params, slices: Path, out: Path, data: Path | None = None, resume: bool = True) -> Result:
     """Train a network on prepared planes."""
     from nuclei3d.stages.train import train
 
     return train(params, slices, out, data=data, resume=resume)
 
 
-@_with_params
-def calibrate(params: Params, model: ModelFolder, data: Data) -> Result:
+@_command
+def calibrate(params: Params, model: Path, data: Path) -> Result:
     """Choose a model's thresholds on the validation embryos (train does it by itself)."""
     from nuclei3d.stages.calibrate import calibrate
 
     return calibrate(params, model, data)
 
 
-def search(
-    slices: Slices,
-    trials: Annotated[int, typer.Option(help="Trials wanted in all, over all starts.", metavar="N")],
-    out: Annotated[Path, typer.Option(help="Folder of the search.", metavar="DIR")] = Path("runs/search"),
-    storage: Annotated[
-        str | None,
-        typer.Option(help="postgresql://... for many machines; a file in --out otherwise.", metavar="URL"),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Processes on this machine.", metavar="N")] = 1,
-    data: ValidationData = None,
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Write the best values into the parameter file.")
-    ] = False,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Search for the training parameters that do best in 3D."""
-    from nuclei3d.stages.search.study import search
-
-    file = params or Path("params.yaml")
-    result = search(
-        _load(params, overrides),
-        slices,
-        out,
-        trials=trials,
-        storage=storage,
-        workers=workers,
-        data=data,
-        apply=apply,
-        params_file=file if file.is_file() else None,
-    )
-    _print(result, as_json)
-
-
+@_command
 def predict(
-    inputs: Annotated[
-        list[Path], typer.Argument(help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False)
-    ],
-    model: Annotated[str, typer.Option(help="Model folder, weights file, models:/name@alias or URL.")],
-    out: Out,
-    mode: Annotated[
-        str | None, typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml.")
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Segment again what was done before.")
-    ] = False,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
+    params: Params,
+    inputs: list[Path],
+    model: str,
+    out: Path,
+    mode: str | None = None,
+    memory: float | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+) -> Result:
     """Segment volumes and time-lapses in 3D."""
     from nuclei3d.stages.tracked import predict_tracked
 
-    given = {"mode": mode, "memory_gb": memory, "scheduler": scheduler}
-    loaded = _load(params, overrides, predict=given)
-    _print(predict_tracked(loaded, inputs, model, out, overwrite=overwrite), as_json)
+    return predict_tracked(params, inputs, model, out, overwrite=overwrite)
 
 
-@_with_params
+@_command
 def track(
-    params: Params,
-    masks: Annotated[Path, typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS")],
-    out: Out,
-    images: Annotated[Path | None, typer.Option(help="Their images, for intensities.", metavar="DIR")] = None,
-    same_numbers: Annotated[
-        bool, typer.Option("--same-numbers", help="Write masks that keep their numbers over time, too.")
-    ] = False,
+    params: Params, masks: Path, out: Path, images: Path | None = None, same_numbers: bool = False
 ) -> Result:
     """Link nuclei over time: tracks, divisions, lineages."""
     from nuclei3d.stages.tracked import track_tracked
@@ -312,98 +292,31 @@ def track(
     return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
 
 
-@_with_params
-def export(
-    params: Params,
-    out: Out,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder, weights file or models:/name@alias.")
-    ] = None,
-    masks: Annotated[
-        Path | None, typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Their images, for seg.", metavar="DIR")] = None,
-    slices: Annotated[
-        Path | None, typer.Option(help="Folder made by prepare, for cellpose-training.", metavar="DIR")
-    ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
-        ),
-    ] = None,
-) -> Result:
-    """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
-    from nuclei3d.stages.export import export
-
-    return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
-
-
-@_with_params
-def view(
-    params: Params,
-    image: Annotated[Path, typer.Argument(help="Image, or a folder of them.", metavar="IMAGE")],
-    masks: Annotated[
-        list[Path] | None, typer.Argument(help="Masks to lay over it.", metavar="MASKS...")
-    ] = None,
-) -> None:
-    """Open an image and masks in napari, at the right scale."""
-    from nuclei3d.stages.view import view
-
-    view(params, image, masks or ())
-
-
-@_with_params
+@_command
 def evaluate(
     params: Params,
-    truth: Annotated[Path, typer.Option(help="Folder of true labels.", metavar="DIR")],
-    pred: Annotated[Path, typer.Option(help="Folder of predicted labels.", metavar="DIR")],
-    out: Out,
-    images: Annotated[
-        Path | None, typer.Option(help="Images, for contrast and baselines.", metavar="DIR")
-    ] = None,
-    slices: ContrastBins = None,
-    history: Annotated[
-        Path | None, typer.Option(help="history.csv of the training, for the report.", metavar="FILE")
-    ] = None,
-    baseline: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Labels by another method, put beside the predictions; may be repeated.", metavar="NAME=DIR"
-        ),
-    ] = None,
-    name: Annotated[str, typer.Option(help="What the report calls the predictions.")] = "this model",
-    tracks: Annotated[
-        Path | None, typer.Option(help="What track wrote; if it lies in --pred it is found.", metavar="DIR")
-    ] = None,
+    truth: Path,
+    pred: Path,
+    out: Path,
+    images: Path | None = None,
+    slices: Path | None = None,
+    history: Path | None = None,
+    baseline: list[str] | None = None,
+    name: str = "this model",
+    tracks: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
-    return evaluate_tracked(
-        params,
-        truth,
-        pred,
-        out,
-        images=images,
-        baselines=read_baselines(baseline or ()),
-        summary=slices,
-        history=history,
-        method=name,
-        tracks=tracks,
-    )
+    options: dict[str, Any] = {"images": images, "summary": slices, "history": history, "method": name}
+    options["tracks"] = tracks
+    return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 
-@_with_params
+@_command
 def assess(
-    params: Params,
-    data: Data,
-    model: Annotated[str, typer.Option(help="Model folder, weights file or models:/name@alias.")],
-    out: Annotated[Path, typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR")] = Path(
-        "."
-    ),
-    slices: ContrastBins = None,
+    params: Params, data: Path, model: str, out: Path = Path("."), slices: Path | None = None
 ) -> Result:
     """Predict the held-out embryos of a data set and evaluate them."""
     from nuclei3d.stages.assess import assess
@@ -411,74 +324,104 @@ def assess(
     return assess(params, data, model, out, slices=slices)
 
 
-@_with_params
-def compare(
-    params: Params,
-    a: Annotated[Path, typer.Argument(help="metrics.json, or the folder of an evaluation.", metavar="A")],
-    b: Annotated[Path, typer.Argument(help="The other one, on the same volumes.", metavar="B")],
-    out: Annotated[Path | None, typer.Option(help="File or folder for the result.", metavar="DIR")] = None,
-) -> Result:
+@_command
+def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Result:
     """Say whether model B is really better than model A on the same volumes."""
     from nuclei3d.stages.compare import compare
 
     return compare(params, a, b, out)
 
 
-@_with_params
-def register(
+@_command
+def search(
     params: Params,
-    model: ModelFolder,
-    metrics: Annotated[Path, typer.Option(help="metrics.json of its evaluation.", metavar="FILE")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Make it the champion whatever the comparison says.")
-    ] = False,
+    slices: Path,
+    trials: int,
+    out: Path = Path("runs/search"),
+    storage: str | None = None,
+    workers: int = 1,
+    data: Path | None = None,
+    apply: bool = False,
+    params_file: Path | None = None,
 ) -> Result:
+    """Search for the training parameters that do best in 3D."""
+    from nuclei3d.stages.search.study import search
+
+    return search(
+        params,
+        slices,
+        out,
+        trials,
+        storage=storage,
+        workers=workers,
+        data=data,
+        apply=apply,
+        params_file=params_file,
+    )
+
+
+@_command
+def register(params: Params, model: Path, metrics: Path, force: bool = False) -> Result:
     """Register a model as challenger; it becomes champion if it is better."""
-    from nuclei3d.stages.register import register
+    from nuclei3d.experiment.registry import register
 
     return register(params, model, metrics, force=force)
 
 
-@_with_params
-def rollback(
-    params: Params,
-    version: Annotated[
-        str | None, typer.Option(help="Version to go back to; the one before otherwise.")
-    ] = None,
-) -> Result:
+@_command
+def rollback(params: Params, version: str | None = None) -> Result:
     """Make an earlier version of the registered model the champion again."""
-    from nuclei3d.stages.register import roll_back
+    from nuclei3d.experiment.registry import roll_back
 
     return roll_back(params, version)
 
 
+@_command
 def serve(
-    model: Annotated[
-        str, typer.Option(help="models:/name@alias or a model folder.")
-    ] = "models:/nuclei_3d@champion",
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", metavar="N")] = None,
-    params: ParamsFile = None,
-    overrides: Overrides = None,
+    params: Params,
+    model: str = "models:/nuclei_3d@champion",
+    host: str | None = None,
+    port: int | None = None,
 ) -> None:
     """Serve a model over HTTP."""
     from nuclei3d.stages.serve import serve
 
-    serve(_load(params, overrides, serve={"host": host, "port": port}), model)
+    serve(params, model)
 
 
-@_with_params
-def run(
+@_command
+def export(
     params: Params,
-    data: Annotated[Path, typer.Option(help="Labelled embryos.", metavar="DIR")] = Path("data"),
-    out: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")] = Path("out"),
+    out: Path,
+    model: str | None = None,
+    masks: Path | None = None,
+    images: Path | None = None,
+    slices: Path | None = None,
+    formats: list[str] | None = None,
 ) -> Result:
+    """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
+    from nuclei3d.stages.export import export
+
+    return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
+
+
+@_command
+def view(params: Params, image: Path, masks: list[Path] | None = None) -> None:
+    """Open an image and masks in napari, at the right scale."""
+    from nuclei3d.stages.view import view
+
+    view(params, image, masks or ())
+
+
+@_command
+def run(params: Params, data: Path = Path("data"), out: Path = Path("out")) -> Result:
     """Do the whole job: prepare, train, predict, evaluate, register."""
     from nuclei3d.stages.run import run_pipeline
 
     return run_pipeline(params, data, out)
 
 
+@app.command(cls=_Command)
 def params(
     section: Annotated[
         str | None, typer.Argument(help="One section, such as train.augment.", metavar="SECTION")
@@ -488,29 +431,6 @@ def params(
     from nuclei3d.config.reference import describe_parameters
 
     sys.stdout.write(describe_parameters(section))
-
-
-for _command in (
-    simulate,
-    prepare,
-    augment,
-    train,
-    calibrate,
-    predict,
-    track,
-    evaluate,
-    assess,
-    compare,
-    search,
-    register,
-    rollback,
-    serve,
-    export,
-    view,
-    run,
-    params,
-):
-    app.command(cls=_Command)(_command)
 
 
 def main() -> None:

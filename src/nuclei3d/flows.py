@@ -81,9 +81,10 @@ def flows_3d(
     edges = np.array(voxel_size.zyx) / min(voxel_size.zyx)
 
     def work(chosen: NDArray[np.int64]) -> None:
-        _label_flows_3d(volume, chosen, where.boxes, edges, tolerance, flows)
+        for label in chosen:
+            nucleus_flows_3d(volume, label, where.boxes[label], edges, tolerance, flows)
 
-    share_labels(work, where.present, where.voxels, threads)
+    share_labels(work, where, threads)
     return flows
 
 
@@ -112,20 +113,6 @@ def _check(labels: Labels, ndim: int) -> None:
         raise InputError(
             f"flow targets: expected integer labels with {ndim} axes, got {labels.dtype} {labels.shape}"
         )
-
-
-@njit(cache=True, nogil=True)
-def _label_flows_3d(
-    labels: NDArray[np.uint32],
-    chosen: NDArray[np.int64],
-    boxes: NDArray[np.int32],
-    edges: Floats,
-    tolerance: float,
-    flows: NDArray[np.float32],
-) -> None:
-    """Do `nucleus_flows_3d` for each chosen label; `boxes` has a row for each label number."""
-    for label in chosen:
-        nucleus_flows_3d(labels, label, boxes[label], edges, tolerance, flows)
 
 
 @njit(cache=True, nogil=True)
@@ -282,7 +269,12 @@ def _steady_heat(
     shape = inside.shape
     coupling = 1.0 / edges**2
     coupling = coupling / (2.0 * coupling.sum())
-    rho = _convergence((shape[0] - 2, shape[1] - 2, shape[2] - 2), coupling)
+    # Bound on the spectral radius of Jacobi's iteration inside the piece's box, with heat 0 around it: a
+    # smaller domain, as the piece is, has a smaller radius.
+    rho = 0.0
+    for axis in range(3):
+        rho += coupling[axis] * np.cos(np.pi / (shape[axis] - 1))
+    rho *= 2.0
     rate = rho / (1.0 + np.sqrt(1.0 - rho * rho))
     rounds = 2
     if rate > 0.0:
@@ -327,18 +319,6 @@ def _sweep(
                     wz * (above[x] + below[x]) + wy * (north[x] + south[x]) + wx * (here[x - 1] + here[x + 1])
                 )
                 out[x] += relaxation * (mask[x] * mean - out[x])
-
-
-@njit(cache=True, nogil=True)
-def _convergence(shape: tuple[int, int, int], coupling: Floats) -> float:
-    """Bound on the spectral radius of Jacobi's iteration inside a box of `shape`, with heat 0 around it.
-
-    A piece lies within its box, and a smaller domain has a smaller radius.
-    """
-    radius = 0.0
-    for axis in range(3):
-        radius += coupling[axis] * np.cos(np.pi / (shape[axis] + 1))
-    return 2.0 * radius
 
 
 @njit(cache=True, nogil=True)

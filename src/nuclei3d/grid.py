@@ -36,7 +36,6 @@ def resize_linear(volume: NDArray[np.generic], shape: Sequence[int]) -> NDArray[
     it covers, parts weighted by their length, so that noise is averaged and nothing is aliased; at exactly
     half the size this is the same as linear interpolation.
     """
-    shape = _checked_shape(volume.shape, shape)
     result = resize_tensor(torch.from_numpy(np.array(volume, dtype=np.float32)), shape)
     return np.ascontiguousarray(result.numpy())
 
@@ -52,18 +51,13 @@ def resize_tensor(volume: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def resize_nearest(labels: NDArray[np.generic], shape: Sequence[int]) -> NDArray[np.generic]:
     """Resample labels of any shape and dtype; each new voxel takes the old one at its centre. A copy."""
-    shape = _checked_shape(labels.shape, shape)
     result = labels
     for axis, (old, new) in enumerate(zip(labels.shape, shape, strict=True)):
         if old != new:
-            result = np.take(result, nearest_indices(old, new), axis=axis)
+            # Integers throughout: floating point would round some exact ties down and some up.
+            centres = (2 * np.arange(new, dtype=np.int64) + 1) * old // (2 * new)
+            result = np.take(result, centres, axis=axis)
     return np.array(result, copy=result is labels, order="C")
-
-
-def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
-    """Index of the old voxel (of `old`) that holds the centre of each new voxel (of `new`)."""
-    # Integers throughout: floating point would round some exact ties down and some up.
-    return np.asarray(((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new), dtype=np.intp)
 
 
 def linear_taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
@@ -98,13 +92,6 @@ def _resize_axis(volume: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     return result
 
 
-def _checked_shape(old: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
-    wanted = tuple(int(size) for size in new)
-    if len(wanted) != len(old) or min(wanted, default=1) < 1 or min(old, default=1) < 1:
-        raise ValueError(f"cannot resample an array of shape {tuple(old)} to {wanted}")
-    return wanted
-
-
 @dataclass(frozen=True)
 class LabelBoxes:
     """Where each label of a volume lies: a row for each label, undefined for those without voxels.
@@ -115,11 +102,6 @@ class LabelBoxes:
 
     boxes: NDArray[np.int32]
     voxels: NDArray[np.int64]
-
-    @property
-    def present(self) -> NDArray[np.int64]:
-        """The label numbers that have voxels, ascending."""
-        return np.flatnonzero(self.voxels).astype(np.int64)
 
 
 @njit(cache=True, nogil=True)
@@ -174,21 +156,19 @@ def available_threads() -> int:
 
 
 def share_labels(
-    work: Callable[[NDArray[np.int64]], Any],
-    chosen: NDArray[np.int64],
-    voxels: NDArray[np.int64],
-    threads: int | None = None,
+    work: Callable[[NDArray[np.int64]], Any], where: LabelBoxes, threads: int | None = None
 ) -> None:
     """Run `work` on groups of labels in threads; the kernels that it calls must release the GIL.
 
     Plain threads instead of numba's own: they may be started from any number of threads (Dask) and
     survive a fork. Labels are dealt out by size, so that no thread is left with the largest at the end.
     """
+    chosen = np.flatnonzero(where.voxels).astype(np.int64)
     threads = available_threads() if threads is None else threads
     if threads <= 1 or len(chosen) <= 1:
         work(chosen)
         return
-    ordered = chosen[np.argsort(-voxels[chosen], kind="stable")]
+    ordered = chosen[np.argsort(-where.voxels[chosen], kind="stable")]
     groups = [ordered[start :: 4 * threads] for start in range(min(4 * threads, len(ordered)))]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, groups))
@@ -211,12 +191,8 @@ def trace_outlines(plane: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[n
         top, left = region.bbox[:2]
         for contour in contours:
             polygon = contour[:-1, ::-1] - 0.5 + (left, top)
-            if _signed_area(polygon) > 0:
+            # the signed area is negative around holes, which are traced the other way
+            x, y = polygon.T
+            if np.dot(x, np.roll(y, -1)) > np.dot(y, np.roll(x, -1)):
                 outlines.append((int(region.label), polygon.astype(np.float32)))
     return outlines
-
-
-def _signed_area(polygon: NDArray[np.floating[Any]]) -> float:
-    """Give the area: positive around pixels, negative around holes, which are traced the other way."""
-    x, y = polygon.T
-    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2

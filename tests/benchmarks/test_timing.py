@@ -25,9 +25,7 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ({"ours": 2, "stock": 2}, ["ours", "stock", "ours", "stock"]),
     ],
 )
-def test_the_runs_of_two_sides_take_turns(
-    timing: ModuleType, repeats: dict[str, int], order: list[str]
-) -> None:
+def test_the_runs_of_two_sides_take_turns(timing, repeats, order):
     done: list[str] = []
 
     def work(name: str) -> int:

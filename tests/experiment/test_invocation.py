@@ -23,8 +23,8 @@ from nuclei3d.experiment.invocation import (
     volume_on_disk,
 )
 from nuclei3d.experiment.registry import request_signature
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import ModelInfo
 
 

@@ -19,7 +19,14 @@ import tifffile
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.registry import champions, fetch_model, judge, request_example
+from nuclei3d.experiment.registry import (
+    champions,
+    fetch_model,
+    judge,
+    register,
+    request_example,
+    roll_back,
+)
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
@@ -27,7 +34,6 @@ from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.scoring.metrics import score, tally_of
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.register import register, roll_back
 
 NAME = "nuclei_3d"
 
@@ -66,9 +72,7 @@ def version_of(params: Params, alias: str) -> str:
     return str(open_store(params.tracking).get_model_version_by_alias(NAME, alias).version)
 
 
-def test_the_champion_moves_only_to_a_better_model_and_back(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_the_champion_moves_only_to_a_better_model_and_back(params, model, tmp_path):
     def register_with(missed: int, **options: bool) -> tuple[str, str, str]:
         metrics = write_metrics(tmp_path / f"evaluation{missed}" / "metrics.json", missed)
         made = register(params, model, metrics, **options)
@@ -105,9 +109,7 @@ def test_the_champion_moves_only_to_a_better_model_and_back(
     assert version_of(params, "champion") == "2"
 
 
-def test_the_same_model_with_the_same_scores_is_registered_once(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_the_same_model_with_the_same_scores_is_registered_once(params, model, tmp_path):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
     first = register(params, model, metrics)
     # what stands beside the model in the report is no part of its scores
@@ -125,9 +127,7 @@ def test_the_same_model_with_the_same_scores_is_registered_once(
 
 
 @pytest.mark.parametrize("step", ["_describe", "_promote", "set_model_version_tag"])
-def test_a_registration_that_was_killed_goes_on_with_its_version(
-    params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_a_registration_that_was_killed_goes_on_with_its_version(params, model, tmp_path, monkeypatch, step):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
 
     def die(*_: object, **__: object) -> None:
@@ -164,20 +164,19 @@ def test_better_on_every_frame_is_better() -> None:
     assert "better than the champion" in verdict.reason
 
 
-def test_the_same_result_is_not_better() -> None:
-    same = metrics_of([3, 2, 4, 3, 2, 3])
-    assert not judge(same, same, "champion", seed=0).better
-
-
-def test_worse_is_not_better() -> None:
-    assert not judge(metrics_of([1] * 6), metrics_of([5] * 6), "champion", seed=0).better
-
-
-def test_better_here_and_worse_there_is_not_better() -> None:
-    verdict = judge(metrics_of([8, 0, 8, 0, 8, 0]), metrics_of([0, 0, 0, 7, 8, 8]), "champion", seed=0)
-    assert verdict.difference is not None
-    assert verdict.difference > 0
+@pytest.mark.parametrize(
+    ("before", "now", "difference"),
+    [
+        ([3, 2, 4, 3, 2, 3], [3, 2, 4, 3, 2, 3], 0),
+        ([1] * 6, [5] * 6, -1),
+        # better here and worse there
+        ([8, 0, 8, 0, 8, 0], [0, 0, 0, 7, 8, 8], 1),
+    ],
+)
+def test_what_is_not_surely_better_is_not_better(before: list[int], now: list[int], difference: int) -> None:
+    verdict = judge(metrics_of(before), metrics_of(now), "champion", seed=0)
     assert not verdict.better
+    assert np.sign(verdict.difference) == difference
 
 
 def test_other_embryos_settle_nothing() -> None:
@@ -187,9 +186,7 @@ def test_other_embryos_settle_nothing() -> None:
     assert not judge(metrics_of([6] * 6), metrics_of([0] * 5), "champion", seed=0).better
 
 
-def test_what_cannot_be_registered_is_told_and_leaves_nothing(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp_path):
     metrics = write_metrics(tmp_path / "metrics.json", 4)
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"ap": 1}')
@@ -230,9 +227,7 @@ print(json.dumps({"code": nuclei3d.__file__, "answer": answer, "again": again["p
 
 
 @pytest.mark.slow  # another process compiles the package's kernels anew
-def test_it_loads_and_predicts_where_the_package_is_not_installed(
-    params: Params, model: Path, tmp_path: Path
-) -> None:
+def test_it_loads_and_predicts_where_the_package_is_not_installed(params, model, tmp_path):
     register(params, model, write_metrics(tmp_path / "metrics.json", 4))
     uri = params.tracking.uri
     assert uri is not None

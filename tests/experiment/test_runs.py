@@ -61,9 +61,7 @@ def test_a_stage_inside_another_is_its_child(params: Params) -> None:
     assert run_of(params, job.run_id).info.run_name == "pipeline"
 
 
-def test_the_run_that_mlflow_run_made_is_adopted(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_that_mlflow_run_made_is_adopted(params, tmp_path, monkeypatch):
     # the experiment is MLflow's own: its artifacts go to mlruns in the working directory
     monkeypatch.chdir(tmp_path)
     client = open_store(params.tracking)
@@ -112,7 +110,7 @@ def test_a_server_that_does_not_answer_is_one_clear_line(uri: str) -> None:
 
 def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
     with stage_run("train", params, inputs={}) as run:
-        client = run._client
+        client = run.client
         assert client is not None
         real = client.log_batch
 
@@ -129,9 +127,7 @@ def test_values_wait_while_the_server_is_away(params: Params, capsys: pytest.Cap
     assert capsys.readouterr().err.count("stopped answering") == 1
 
 
-def test_under_dvc_the_run_id_is_left_for_dvc(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_dvc_the_run_id_is_left_for_dvc(params, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     ids = {}
@@ -169,4 +165,5 @@ def test_a_job_that_was_killed_is_closed_and_its_parent_goes_on(params: Params, 
     assert again.run_id == job
     assert len({job, other.run_id, anew.run_id}) == 3
     assert run_of(params, job).info.status == "FINISHED"
+    assert "nuclei3d.failure" not in run_of(params, job).data.tags, "the second start made it good"
     assert run_of(params, child).info.status == "KILLED"

@@ -10,9 +10,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.store import open_store, store_uri, without_passwords
 
 
-def test_the_default_lies_in_the_project_wherever_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_lies_in_the_project_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "params.yaml").write_text("")
     deeper = tmp_path / "notebooks" / "old"

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, missing
+from nuclei3d.images.embryos import find_embryos
 from nuclei3d.images.frames import check_image, find_frames, read_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
@@ -40,9 +41,7 @@ def write_ome(
     "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"]
 )
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"bigtiff": True}, {"byteorder": ">"}])
-def test_every_type_and_storage_gives_its_voxels_back(
-    tmp_path: Path, dtype: str, options: dict[str, Any]
-) -> None:
+def test_every_type_and_storage_gives_its_voxels_back(tmp_path, dtype, options):
     path = tmp_path / "a.ome.tif"
     tifffile.imwrite(path, ramp(dtype=dtype), ome=True, metadata={"axes": "ZYX"}, **options)
     (frame,) = find_frames(path)
@@ -62,9 +61,7 @@ def test_a_block_is_that_part_of_the_volume(tmp_path: Path, options: dict[str, A
     assert frame.read_block((slice(2, 2), slice(None), slice(None))).shape == (0, 40, 33)
 
 
-def test_a_block_of_a_compressed_file_decodes_its_own_planes_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_of_a_compressed_file_decodes_its_own_planes_only(tmp_path, monkeypatch):
     write_ome(tmp_path / "a.tif", ramp((9, 8, 8)), compression="zlib")
     (frame,) = find_frames(tmp_path / "a.tif")
     decoded = []
@@ -171,9 +168,7 @@ def test_imagej_scales_become_micrometres(tmp_path: Path, unit: str, micrometres
 
 
 @pytest.mark.parametrize(("unit", "micrometres"), [("CENTIMETER", 1e4), ("INCH", 25400.0)])
-def test_resolution_tags_count_where_imagej_names_no_unit(
-    tmp_path: Path, unit: str, micrometres: float
-) -> None:
+def test_resolution_tags_count_where_imagej_names_no_unit(tmp_path, unit, micrometres):
     path = tmp_path / "a.tif"
     metadata = {"axes": "ZYX", "spacing": 2.0 / micrometres}
     resolution = (4 * micrometres, 2 * micrometres)
@@ -212,33 +207,29 @@ def test_a_real_embryo_stripped_of_its_scale_says_how_to_give_it(bbbc050: Path, 
         frame.require_voxel_size()
 
 
-def test_half_a_scale_is_none_and_the_message_says_which_half(tmp_path: Path) -> None:
-    tifffile.imwrite(
-        tmp_path / "a.tif", ramp(), imagej=True, resolution=(4, 4), metadata={"axes": "ZYX", "unit": "um"}
-    )
+HALF = {"resolution": (4, 4), "metadata": {"axes": "ZYX", "unit": "um"}}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda path: tifffile.imwrite(path, ramp(), imagej=True, **HALF),
+            r"y = 0\.25 um, x = 0\.25 um, but not the spacing of z",
+        ),
+        (lambda path: write_imagej(path, ramp(), unit="pixel"), "its unit is 'pixel'"),
+        (lambda path: write_imagej(path, ramp(), unit="pixels"), "its unit is 'pixels'"),
+        (lambda path: write_ome(path, ramp(), PhysicalSizeZ=2.0, PhysicalSizeZUnit="m"), "cannot be"),
+    ],
+)
+def test_half_a_scale_pixels_and_impossible_scales_are_none(tmp_path: Path, write: Any, message: str) -> None:
+    write(tmp_path / "a.tif")
     (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"y = 0\.25 um, x = 0\.25 um, but not the spacing of z"):
+    with pytest.raises(InputError, match=message):
         frame.require_voxel_size()
 
 
-@pytest.mark.parametrize("unit", ["pixel", "pixels"])
-def test_pixels_are_no_scale(tmp_path: Path, unit: str) -> None:
-    write_imagej(tmp_path / "a.tif", ramp(), unit=unit)
-    (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=f"its unit is '{unit}'"):
-        frame.require_voxel_size()
-
-
-def test_an_impossible_scale_is_refused(tmp_path: Path) -> None:
-    write_ome(tmp_path / "a.tif", ramp(), PhysicalSizeZ=2.0, PhysicalSizeZUnit="m")
-    (frame,) = find_frames(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="cannot be"):
-        frame.require_voxel_size()
-
-
-def test_a_given_voxel_size_wins_and_the_user_is_told_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_given_voxel_size_wins_and_the_user_is_told_once(tmp_path, capsys):
     for name in ("a", "b"):
         write_ome(tmp_path / f"{name}.tif", ramp())
     given = VoxelSize(1.0, 0.3, 0.3)
@@ -321,9 +312,7 @@ def test_damage_within_the_data_is_one_clear_line(tmp_path: Path) -> None:
     value=st.integers(0, 255),
     cut=st.one_of(st.none(), st.integers(1, 4000)),
 )
-def test_any_damage_gives_a_volume_or_one_clear_line(
-    tmp_path: Path, compression: str | None, place: int, value: int, cut: int | None
-) -> None:
+def test_any_damage_gives_a_volume_or_one_clear_line(tmp_path, compression, place, value, cut):
     path = tmp_path / "a.tif"
     write_ome(path, ramp((4, 16, 16)), compression=compression)
     content = bytearray(path.read_bytes())
@@ -454,3 +443,25 @@ def test_images_must_be_volumes_of_numbers() -> None:
         check_image(image[0], "a.tif")
     with pytest.raises(InputError, match="complex"):
         check_image(image.astype(complex), "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("read", "path"),
+    [
+        (find_embryos, "data"),
+        (find_frames, "data/embryo_c/images"),
+        (find_frames, "data/embryo_c/images/t000.tif"),
+    ],
+)
+def test_what_is_still_in_dvc_says_how_to_get_it(tmp_path, monkeypatch, read, path):
+    (tmp_path / "data.dvc").write_text("outs: []")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as raised:
+        read(path)
+    assert str(raised.value) == f"{path} is tracked by DVC but not here yet; get it with: dvc pull data.dvc"
+
+
+def test_a_wrong_name_in_a_folder_that_was_fetched_is_just_missing(tmp_path):
+    (tmp_path / "data.dvc").write_text("outs: []")
+    (tmp_path / "data").mkdir()
+    assert str(missing(tmp_path / "data" / "embryo_z", "no embryo_z")) == "no embryo_z"

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from nuclei3d.errors import InputError
-from nuclei3d.images import writing
+from nuclei3d.images import tiff
 from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 
 VOXEL = VoxelSize(2.0, 0.348, 0.174)
 
@@ -105,9 +105,7 @@ def test_bytes_are_the_same_each_time_and_differ_with_content(tmp_path: Path) ->
     ),
     edges=st.tuples(*[st.floats(0.01, 100)] * 3),
 )
-def test_any_image_comes_back_with_voxels_and_scale(
-    tmp_path: Path, image: np.ndarray[Any, np.dtype[Any]], edges: tuple[float, float, float]
-) -> None:
+def test_any_image_comes_back_with_voxels_and_scale(tmp_path, image, edges):
     path = tmp_path / "round.ome.tif"
     write_image(path, image, VoxelSize(*edges))
     (frame,) = find_frames(path)
@@ -116,11 +114,9 @@ def test_any_image_comes_back_with_voxels_and_scale(
     np.testing.assert_array_equal(tifffile.imread(path), image)
 
 
-def test_volumes_too_large_for_a_classic_tiff_become_bigtiff(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert writing.CLASSIC_TIFF_BYTES < 2**32
-    monkeypatch.setattr(writing, "CLASSIC_TIFF_BYTES", 1000)
+def test_volumes_too_large_for_a_classic_tiff_become_bigtiff(tmp_path, monkeypatch):
+    assert tiff.CLASSIC_TIFF_BYTES < 2**32
+    monkeypatch.setattr(tiff, "CLASSIC_TIFF_BYTES", 1000)
     write_image(tmp_path / "a.tif", np.zeros((5, 10, 10), np.uint16), VOXEL)
     write_image(tmp_path / "b.tif", np.zeros((5, 10, 11), np.uint16), VOXEL)
     for name, big in (("a.tif", False), ("b.tif", True)):

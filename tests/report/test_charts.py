@@ -2,53 +2,71 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
-from nuclei3d.report.charts import METHOD_STYLES, OUTLINES, Axes, Series, draw_chart, nice_ticks, style_of
+from nuclei3d.report.charts import (
+    METHOD_STYLES,
+    OUTLINES,
+    counts_charts,
+    draw_ap,
+    draw_bins,
+    draw_chart,
+    draw_series,
+    style_of,
+    training_charts,
+)
 
 
 def test_the_chart_is_well_formed_and_names_are_escaped() -> None:
-    series = [
-        Series("<b>&\"'", style_of(0), [0, 1], [0.2, 0.4], low=[0.1, None], high=[0.3, None]),
-        Series("b", style_of(1), [0, 1], [None, 0.4], low=[0, 0], high=[1, 1], whiskers=True, line=False),
-    ]
-    chart = draw_chart(Axes("x", "y", (0, 1)), series, "a <title>")
-    ElementTree.fromstring(f"<div>{chart}</div>")
-    assert "<b>" not in chart
+    one = {"ap": {"0.50": 0.2, "0.75": None}, "intervals": {"ap_0.50": [0.1, 0.3]}}
+    chart = draw_chart(lambda axes: draw_ap(axes, {"<b>&\"'": one, "$b$": one}))
+    root = ElementTree.fromstring(chart)
+    assert root.attrib["aria-label"] == "average precision by IoU that a match needs"
+    texts = {node.text for node in root.iter("text")}
+    assert {"<b>&\"'", "$b$", "average precision"} <= texts
 
 
-def test_points_lie_on_their_scale() -> None:
-    axes = Axes("x", "y", (0, 10), (0, 1))
-    left, bottom = axes.place(0, 0)
-    right, top = axes.place(10, 1)
-    assert axes.place(5, 0.5) == pytest.approx(((left + right) / 2, (bottom + top) / 2))
-    assert top < bottom
-    # what is out of range is drawn at the border, not outside
-    assert axes.place(5, 7) == axes.place(5, 1)
+def test_points_tell_their_numbers_under_the_mouse() -> None:
+    entry = {"from": None, "to": None, "n": 3, "recall": 1 / 3, "interval": [0.1, 0.6]}
+    unknown = entry | {"recall": None, "interval": None}
+    methods = {"M": {"bins": [entry]}, "none": {"bins": [unknown]}, "other": {"bins": [entry | {"to": 2.0}]}}
+    chart = draw_chart(lambda axes: draw_bins(axes, methods, "bins", "recall", "depth"))
+    titles = [node.text for node in ElementTree.fromstring(chart).iter("title")]
+    # undefined numbers have no point, and other bins no place
+    assert titles == ["M: recall 0.333 of 3, 95 % 0.100 to 0.600"]
+    assert "other" not in chart
 
 
 def test_missing_values_interrupt_a_line() -> None:
-    style = style_of(0)
-    chart = draw_chart(
-        Axes("x", "y", (0, 4)), [Series("a", style, [0, 1, 2, 3, 4], [0.1, 0.2, None, 0.4, 0.5])], "t"
-    )
-    path = re.search(r'<path d="([^"]+)" fill="none" stroke-width="2" stroke-dasharray=""', chart)
-    assert path is not None
-    assert path.group(1).count("M") == 2
-    assert chart.count("<circle") == 4
+    y = [0.1, 0.2, None, 0.4, 0.5]
+    chart = draw_chart(lambda axes: draw_series(axes, "a", range(5), y, "abcde", **style_of(0)))
+    (path,) = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: #0072b2', chart)
+    assert path.count("M") == 2
+    assert re.findall(r"<title>(\w)</title>", chart) == ["a", "b", "d", "e"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 53, [0, 20, 40]), (0.5, 0.9, [0.5, 0.6, 0.7, 0.8, 0.9])],
-)
-def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
-    assert nice_ticks(low, high) == ticks
+def test_only_embryos_with_several_frames_have_a_course_of_time() -> None:
+    frames = (('"<A>', 0), ('"<A>', 1), ("B", 0))
+    volumes = [{"embryo": embryo, "frame": f"t{k}", "n_true": k, "n_pred": 2} for embryo, k in frames]
+    (chart,) = counts_charts(volumes)
+    root = ElementTree.fromstring(chart)
+    assert root.attrib["aria-label"] == 'nuclei by frame of "<A>'
+    hints = [node.text for node in root.iter("title")]
+    assert hints == ["t0: 0 true", "t1: 1 true", "t0: 2 predicted", "t1: 2 predicted"]
 
 
-def test_an_empty_range_has_one_tick() -> None:
-    assert nice_ticks(3, 3) == [3]
+def test_columns_of_a_history_that_are_absent_or_empty_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    for text, captions in (
+        ("", []),
+        ("epoch,train_loss\n", []),
+        ("epoch,train_loss,volume_ap\n1,0.5,\n2,0.25,\n", ["Loss of the training"]),
+        ("epoch,train_loss,volume_ap\n1,x,0.5\n", ["Average precision on the validation volumes"]),
+    ):
+        path.write_text(text)
+        assert [caption for caption, _ in training_charts(path)] == captions
 
 
 def seen_by(color: str, matrix: list[list[float]]) -> list[float]:
@@ -67,7 +85,7 @@ def seen_by(color: str, matrix: list[list[float]]) -> list[float]:
 )
 @pytest.mark.parametrize(
     "colors",
-    [list(OUTLINES.values()), [style.color for style in METHOD_STYLES[:3]]],
+    [list(OUTLINES.values()), [style["color"] for style in METHOD_STYLES[:3]]],
     ids=["outlines", "methods"],
 )
 def test_colours_stay_apart_for_the_colour_blind(matrix: list[list[float]], colors: list[str]) -> None:

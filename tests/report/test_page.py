@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nuclei3d.config import Params
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.evaluate import evaluate
 
 if TYPE_CHECKING:

@@ -1,11 +1,14 @@
 """The summary says in words what the numbers say, also where numbers are missing."""
 
+import html
+import re
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.page import build_page, notes, summary_sentences
+from nuclei3d.report.page import build_page
 from nuclei3d.scoring.assessment import assess_volume, summarise
 
 
@@ -20,15 +23,27 @@ def metrics_of(found: int, missed: int, false: int, **more: Any) -> dict[str, An
         if label <= found or label > found + missed:
             pred[box] = label
     volume = assess_volume(truth, pred, VoxelSize(1, 1, 1))
-    summary = summarise([volume], ["E"], rng=np.random.default_rng(0)).as_json()
+    summary = summarise([volume], ["E"], rng=np.random.default_rng(0))
     return {
         **summary,
-        "volumes": {"E/t": {"embryo": "E"}},
+        "nuclei3d": "1",
+        "by_embryo": {},
+        "by_stage": {},
+        "volumes": {"E/t": {**summary, "embryo": "E", "frame": "t", "counts": {"tp_half": found}}},
         "baselines": {},
         "unpaired": {"truth": [], "prediction": []},
         "contrast_edges": None,
         **more,
     }
+
+
+def page_of(metrics: dict[str, Any], method: str = "m") -> str:
+    return build_page(metrics, pd.DataFrame(), [], method=method)
+
+
+def summary_sentences(metrics: dict[str, Any], method: str) -> list[str]:
+    lines = re.findall("<li>(.*?)</li>", page_of(metrics, method), re.DOTALL)
+    return [" ".join(html.unescape(line).split()) for line in lines]
 
 
 def test_found_and_false_nuclei_are_told_as_shares() -> None:
@@ -47,7 +62,8 @@ def test_nothing_predicted_and_nothing_true_are_told() -> None:
 
 def test_a_baseline_is_called_better_only_if_the_paired_interval_says_so() -> None:
     def told(low: float, high: float) -> str:
-        rival = {"ap": {"0.50": 0.5}, "behind_model": {"ap_0.50": 0.1, "interval": [low, high]}}
+        rival = metrics_of(6, 2, 2, behind_model={"ap_0.50": 0.1, "interval": [low, high]})
+        rival["ap"] = {"0.50": 0.5}
         metrics = metrics_of(6, 2, 2, baselines={"Otsu": rival})
         return next(s for s in summary_sentences(metrics, "m") if "Otsu" in s)
 
@@ -57,21 +73,15 @@ def test_a_baseline_is_called_better_only_if_the_paired_interval_says_so() -> No
 
 
 def test_notes_name_what_was_left_out_and_where_the_bins_come_from() -> None:
-    metrics = metrics_of(1, 1, 1, unpaired={"truth": ["a", "b"], "prediction": ["c"]})
-    text = " ".join(notes(metrics))
+    text = page_of(metrics_of(1, 1, 1, unpaired={"truth": ["a", "b"], "prediction": ["c"]}))
     assert "2 true volumes without prediction" in text
     assert "1 prediction without truth" in text
     assert "Contrast was not measured" in text
-    metrics = metrics_of(1, 1, 1, contrast_edges=[1.0], contrast_edges_from="training labels")
-    assert "quintiles of the training labels" in " ".join(notes(metrics))
+    text = page_of(metrics_of(1, 1, 1, contrast_edges=[1.0], contrast_edges_from="training labels"))
+    assert "quintiles of the training labels" in text
 
 
 def test_recall_at_a_precision_is_given_with_its_interval() -> None:
     at = {"recall_faint": 0.5, "recall_faint_interval": [0.25, 0.75], "recall": 0.8, "score": 0.4}
-    metrics = metrics_of(6, 2, 2, recall_at_precision={"0.90": at, "0.95": None}, volume_mean={})
-    metrics |= {"nuclei3d": "1", "by_embryo": {}, "by_stage": {}}
-    metrics["volumes"] = {
-        "E/t": metrics_of(6, 2, 2) | {"embryo": "E", "frame": "t", "counts": {"tp_half": 6}}
-    }
-    page = build_page(metrics, [], [], method="m")
+    page = page_of(metrics_of(6, 2, 2, recall_at_precision={"0.90": at, "0.95": None}))
     assert '<td>0.500 <span class="range">0.250 to 0.750</span></td>' in page

@@ -150,9 +150,7 @@ def test_relabelling_keeps_the_order_and_names_the_originals() -> None:
         (np.full((2, 2, 2), 2**31), np.zeros((2, 2, 2), int), str(2**31)),
     ],
 )
-def test_unusable_labels_are_refused_in_words(
-    truth: NDArray[np.int64], prediction: NDArray[np.int64], words: str
-) -> None:
+def test_unusable_labels_are_refused_in_words(truth, prediction, words):
     with pytest.raises(InputError, match=words):
         overlap_table(truth, prediction)
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from local_network import LocalNetwork
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FlowField
@@ -12,18 +11,10 @@ from nuclei3d.segmentation.fusion import add_views
 from nuclei3d.segmentation.network_pass import compute_view, fits_on, sum_on_device, whole_planes
 from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.views import VIEWS
+from oracle_network import LocalNetwork
 
 SIZE = VoxelSize(2, 1, 1)
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def two_corners(shape: tuple[int, int, int]) -> OccupiedSpace:

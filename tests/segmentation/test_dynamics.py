@@ -14,13 +14,14 @@ from nuclei3d.grid import find_boxes, isotropic_shape, resize_linear, resize_nea
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.dynamics import masks_2d_from_flows, masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.fusion import ViewPrediction, fuse_views
+from nuclei3d.segmentation.fusion import fuse_views
 from nuclei3d.segmentation.masks import score_labels
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 DIAMETER = 22.0
 ANISOTROPIES = [1.0, 2.2, 5.75, 11.5]
+CUBIC = VoxelSize(1, 1, 1)
 
 
 def touching_balls(anisotropy: float, side: int = 64, seed: int = 1) -> NDArray[np.uint32]:
@@ -52,22 +53,22 @@ def logit_of(labels: NDArray[np.uint32]) -> NDArray[np.float32]:
 def masks_from_flows(
     flow: NDArray[np.float32],
     logit: NDArray[np.float32],
-    voxel_size: VoxelSize,
-    diameter_um: float,
-    settings: MaskSettings,
+    voxel_size: VoxelSize = CUBIC,
+    diameter_um: float = DIAMETER,
+    settings: MaskSettings = MaskSettings(),
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     field = FlowField.of(flow, logit, voxel_size, threads)
     return masks_from_field(field, diameter_um, settings, threads=threads)
 
 
-def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> list[ViewPrediction]:
+def exact_views(labels: NDArray[np.uint32], names: Sequence[View] = VIEWS) -> dict[View, NDArray[np.float32]]:
     """What a perfect 2D network would say about all planes of an isotropic volume."""
-    views = []
+    views = {}
     for name in names:
         axis = VIEW_AXIS[name]
         planes = [flows_2d(plane) for plane in np.moveaxis(labels, axis, 0)]
-        views.append(ViewPrediction(name, np.stack(planes, axis + 1), logit_of(labels)))
+        views[name] = np.stack([*np.stack(planes, axis + 1), logit_of(labels)])
     return views
 
 
@@ -91,11 +92,9 @@ def test_exact_flows_of_three_views_give_back_all_touching_nuclei(anisotropy: fl
     flow, logit = fuse_views(exact_views(isotropic))
     if grid == "native":
         flow = np.stack([resize_linear(part, truth.shape) for part in flow])
-        logit = resize_linear(logit, truth.shape)
-        labels, _ = masks_from_flows(flow, logit, voxel_size, DIAMETER, MaskSettings())
+        labels, _ = masks_from_flows(flow, resize_linear(logit, truth.shape), voxel_size)
     else:
-        labels, _ = masks_from_flows(flow, logit, VoxelSize(1, 1, 1), DIAMETER, MaskSettings())
-        labels = resize_nearest(labels, truth.shape).astype(np.uint32)
+        labels = resize_nearest(masks_from_flows(flow, logit)[0], truth.shape).astype(np.uint32)
     assert_nothing_is_lost(truth, labels)
 
 
@@ -103,7 +102,7 @@ def test_exact_flows_of_three_views_give_back_all_touching_nuclei(anisotropy: fl
 def test_two_exact_views_are_enough(names: tuple[View, View]) -> None:
     truth = touching_balls(1.0, seed=2)
     flow, logit = fuse_views(exact_views(truth, names))
-    labels, _ = masks_from_flows(flow, logit, VoxelSize(1, 1, 1), DIAMETER, MaskSettings())
+    labels, _ = masks_from_flows(flow, logit)
     assert_nothing_is_lost(truth, labels)
 
 
@@ -112,7 +111,7 @@ def test_labels_to_targets_to_dynamics_is_a_round_trip(anisotropy: float) -> Non
     truth = touching_balls(anisotropy, seed=3)
     voxel_size = VoxelSize(anisotropy * 0.3, 0.3, 0.3)
     labels, scores = masks_from_flows(
-        flows_3d(truth, voxel_size), logit_of(truth), voxel_size, DIAMETER * 0.3, MaskSettings()
+        flows_3d(truth, voxel_size), logit_of(truth), voxel_size, DIAMETER * 0.3
     )
     assert_nothing_is_lost(truth, labels)
     assert len(scores) == labels.max() + 1
@@ -123,19 +122,19 @@ def test_a_mirrored_volume_gives_the_mirrored_nuclei() -> None:
     truth = touching_balls(2.2, side=48, seed=4)[3:-2, 5:-8, 7:-4]
     voxel_size = VoxelSize(2.2, 1, 1)
     flow, logit = flows_3d(truth, voxel_size), logit_of(truth)
-    labels, _ = masks_from_flows(flow, logit, voxel_size, DIAMETER, MaskSettings())
+    labels, _ = masks_from_flows(flow, logit, voxel_size)
     for axis in range(3):
         mirrored = np.flip(flow, axis + 1).copy()
         mirrored[axis] *= -1
-        other, _ = masks_from_flows(mirrored, np.flip(logit, axis), voxel_size, DIAMETER, MaskSettings())
+        other, _ = masks_from_flows(mirrored, np.flip(logit, axis), voxel_size)
         assert ap(labels, np.flip(other, axis), 0.95) == 1
 
 
 def test_the_unit_of_length_does_not_matter() -> None:
     truth = touching_balls(5.75, side=48, seed=5)
     flow, logit = flows_3d(truth, VoxelSize(5.75, 1, 1)), logit_of(truth)
-    one, _ = masks_from_flows(flow, logit, VoxelSize(5.75, 1, 1), DIAMETER, MaskSettings())
-    quarter, _ = masks_from_flows(flow, logit, VoxelSize(5.75 / 4, 0.25, 0.25), DIAMETER / 4, MaskSettings())
+    one, _ = masks_from_flows(flow, logit, VoxelSize(5.75, 1, 1))
+    quarter, _ = masks_from_flows(flow, logit, VoxelSize(5.75 / 4, 0.25, 0.25), DIAMETER / 4)
     assert np.array_equal(one, quarter)
 
 
@@ -144,10 +143,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     voxel_size = VoxelSize(2.2, 1, 1)
     flow = flows_3d(truth, voxel_size) + np.random.default_rng(0).normal(0, 0.3, (3, *truth.shape))
     flow = flow.astype(np.float32)
-    results = [
-        masks_from_flows(flow, logit_of(truth), voxel_size, DIAMETER, MaskSettings(), threads=threads)
-        for threads in (1, 3)
-    ]
+    results = [masks_from_flows(flow, logit_of(truth), voxel_size, threads=threads) for threads in (1, 3)]
     assert np.array_equal(results[0][0], results[1][0])
     assert np.array_equal(results[0][1], results[1][1])
 
@@ -159,7 +155,7 @@ def test_noisy_short_flows_lose_no_nucleus_and_stay_whole() -> None:
     # What a trained network does: flows blurred, hence short near centres and borders, and noisy.
     flow = np.stack([ndimage.gaussian_filter(part, (0.7, 1.5, 1.5)) for part in flows_3d(truth, voxel_size)])
     flow = (flow + rng.normal(0, 0.15, flow.shape)).astype(np.float32)
-    labels, _ = masks_from_flows(flow, logit_of(truth), voxel_size, DIAMETER, MaskSettings())
+    labels, _ = masks_from_flows(flow, logit_of(truth), voxel_size)
     assert ap(truth, labels, 0.5) == 1
     for number in range(1, int(labels.max()) + 1):
         nucleus = labels == number
@@ -172,13 +168,13 @@ def ball(radius: float = 9.0) -> tuple[NDArray[np.uint32], NDArray[np.float32], 
     """A lone ball with its exact flow and logit."""
     grid = np.indices((25, 25, 25)) - 12
     labels = ((grid**2).sum(0) < radius**2).astype(np.uint32)
-    return labels, flows_3d(labels, VoxelSize(1, 1, 1)), logit_of(labels)
+    return labels, flows_3d(labels, CUBIC), logit_of(labels)
 
 
 def test_holes_in_the_foreground_are_filled() -> None:
     truth, flow, logit = ball()
     logit[10:13, 15:18, 12:14] = -5
-    labels, _ = masks_from_flows(flow, logit, VoxelSize(1, 1, 1), 18, MaskSettings())
+    labels, _ = masks_from_flows(flow, logit, CUBIC, 18)
     assert np.array_equal(labels, truth)
 
 
@@ -197,9 +193,9 @@ def test_the_score_is_probability_times_consistency() -> None:
     _, flow, _ = ball()
     inside = (flow**2).sum(0) > 0.5
     logit = np.where(inside, 1.5, -5).astype(np.float32)
-    _, scores = masks_from_flows(flow, logit, VoxelSize(1, 1, 1), 18, MaskSettings())
+    _, scores = masks_from_flows(flow, logit, CUBIC, 18)
     assert scores[1] == pytest.approx(1 / (1 + np.exp(-1.5)), rel=0.02)
-    _, scores = masks_from_flows(0.5 * flow, logit, VoxelSize(1, 1, 1), 18, MaskSettings())
+    _, scores = masks_from_flows(0.5 * flow, logit, CUBIC, 18)
     assert scores[1] == pytest.approx(0.75 / (1 + np.exp(-1.5)), rel=0.02)
 
 
@@ -207,9 +203,9 @@ def test_the_score_leaves_out_a_component_that_no_view_shows() -> None:
     truth, _, logit = ball()
     flow = np.zeros((3, *truth.shape), np.float32)
     flow[1:] = np.stack([flows_2d(plane) for plane in truth], axis=1)
-    scores = score_labels(truth, find_boxes(truth), FlowField.of(flow, logit, VoxelSize(1, 1, 1)))
+    scores = score_labels(truth, find_boxes(truth), FlowField.of(flow, logit, CUBIC))
     assert scores[1] > 0.9
-    scores = score_labels(truth, find_boxes(truth), FlowField.of(0 * flow, logit, VoxelSize(1, 1, 1)))
+    scores = score_labels(truth, find_boxes(truth), FlowField.of(0 * flow, logit, CUBIC))
     assert scores[1] == 0
 
 
@@ -219,10 +215,10 @@ def test_the_score_filter_drops_blobs_with_a_poor_flow() -> None:
     noise = np.random.default_rng(2).normal(0, 0.15, flow.shape)
     noise += 0.6 * flow + np.array([0.4, 0, 0]).reshape(3, 1, 1, 1)
     flows = np.concatenate([flow, noise.astype(np.float32)], axis=1)
-    unfiltered, scores = masks_from_flows(flows, both, VoxelSize(1, 1, 1), 18, MaskSettings())
+    unfiltered, scores = masks_from_flows(flows, both, CUBIC, 18)
     assert unfiltered[25:].any()
     assert scores[1] > 0.9 > 0.8 > scores[2:].max()
-    labels, kept = masks_from_flows(flows, both, VoxelSize(1, 1, 1), 18, MaskSettings(score_threshold=0.8))
+    labels, kept = masks_from_flows(flows, both, CUBIC, 18, MaskSettings(score_threshold=0.8))
     assert np.array_equal(labels[:25], truth)
     assert not labels[25:].any()
     assert len(kept) == 2
@@ -232,7 +228,7 @@ def test_the_threshold_acts_on_the_logit() -> None:
     truth, flow, _ = ball()
     depth = ndimage.distance_transform_edt(truth)
     labels, _ = masks_from_flows(
-        flow, depth.astype(np.float32), VoxelSize(1, 1, 1), 18, MaskSettings(cellprob_threshold=2.5)
+        flow, depth.astype(np.float32), CUBIC, 18, MaskSettings(cellprob_threshold=2.5)
     )
     assert np.array_equal(labels > 0, depth > 2.5)
 
@@ -244,7 +240,7 @@ def test_volumes_without_nuclei_give_a_valid_result(shape: tuple[int, int, int],
     logit = np.full(shape, {"empty": -9.0, "saturated": 9.0, "nan": np.nan}[kind], np.float32)
     if kind == "nan":
         flow[:] = np.nan
-    labels, scores = masks_from_flows(flow, logit, VoxelSize(2, 1, 1), 12, MaskSettings())
+    labels, scores = masks_from_flows(flow, logit, VoxelSize(2, 1, 1), 12)
     assert labels.shape == shape
     assert labels.dtype == np.uint32
     assert not labels.any()
@@ -264,6 +260,6 @@ def test_planes_are_segmented_by_the_same_dynamics() -> None:
 def test_shapes_and_diameters_that_make_no_sense_are_refused() -> None:
     flow, logit = np.zeros((3, 4, 5, 6), np.float32), np.zeros((4, 5, 6), np.float32)
     with pytest.raises(InputError, match="do not fit"):
-        masks_from_flows(flow, logit[:2], VoxelSize(1, 1, 1), 5, MaskSettings())
+        masks_from_flows(flow, logit[:2], CUBIC, 5)
     with pytest.raises(InputError, match="diameter"):
-        masks_from_flows(flow, logit, VoxelSize(1, 1, 1), 0, MaskSettings())
+        masks_from_flows(flow, logit, CUBIC, 0)

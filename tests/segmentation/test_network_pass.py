@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracle_network import TINY, OracleNetwork, VolumeOracle, ball_labels
 from torch import nn
 
 from nuclei3d.errors import InputError
@@ -25,7 +24,7 @@ from nuclei3d.segmentation.network_pass import (
 from nuclei3d.segmentation.network_runner import MAX_VOXELS
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
-from solid_oracle import SPEC, SolidOracle
+from oracle_network import SPEC, TINY, OracleNetwork, VolumeOracle, separate_balls
 from volumes_fixture import draw_volume
 
 CPU = torch.device("cpu")
@@ -43,6 +42,10 @@ def flows_of(image, size, network, settings, volume=None):
     return predict_flows(image, size, Networks(network, volume=volume), settings, CPU)[0]
 
 
+def exact_network(anisotropy, patch=(8, 16, 16)):
+    return VolumeOracle(VolumeSpec(TINY, anisotropy, patch), separate=False)
+
+
 def drawn_labels(voxel_size, shape, nuclei=6, seed=0):
     return draw_volume(np.random.default_rng(seed), voxel_size, shape, nuclei)[1]
 
@@ -55,7 +58,7 @@ def ap_of(truth, labels):
 def test_exact_flows_give_every_nucleus_back(anisotropy):
     size = VoxelSize(anisotropy, 1.0, 1.0)
     truth = drawn_labels(size, (round(44 / anisotropy), 44, 50))
-    result = Segmenter(VolumeOracle(anisotropy), SETTINGS, CPU).segment(truth.astype(np.float32), size)
+    result = Segmenter(exact_network(anisotropy), SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
@@ -65,7 +68,7 @@ def test_patches_are_blended_into_the_same_nuclei(monkeypatch):
     size = VoxelSize(2.0, 1.0, 1.0)
     truth = drawn_labels(size, (40, 70, 66), nuclei=14)
     monkeypatch.setitem(MAX_VOXELS, "cpu", 20 * 40 * 40)
-    network = VolumeOracle(2.0, patch=(12, 24, 24))
+    network = exact_network(2.0, patch=(12, 24, 24))
     result = Segmenter(network, SETTINGS, CPU).segment(truth.astype(np.float32), size)
     assert len(network.shapes) > 4
     assert ap_of(truth, result.labels) == 1.0
@@ -100,7 +103,7 @@ def test_planes_closer_than_in_training_are_found_all_the_same():
     settings = replace(SETTINGS, intensity_range=IntensityRange(0.0, 1.0))
     # one nucleus value for all, so that averaging planes invents no labels
     truth[truth > 1] = 0
-    result = Segmenter(VolumeOracle(2.0), settings, CPU).segment(truth.astype(np.float32), size)
+    result = Segmenter(exact_network(2.0), settings, CPU).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
 
 
@@ -108,7 +111,7 @@ def test_empty_space_is_not_computed():
     size = VoxelSize(2.0, 1.0, 1.0)
     image = np.zeros((30, 120, 120), np.float32)
     image[4:8, 10:22, 10:22] = 1
-    network = VolumeOracle(2.0)
+    network = exact_network(2.0)
     flows = flows_of(image, size, network, SETTINGS)
     assert np.prod(network.shapes[0]) < image.size / 4
     assert flows.logit[29, 110, 110] == EMPTY_LOGIT
@@ -132,12 +135,6 @@ def test_flips_average_to_a_network_that_does_not_care_about_sides():
     assert not np.allclose(alone.flow, plain.flow, atol=2e-3)
 
 
-def test_training_mode_is_left_as_it_was():
-    network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 16, 16)), 0).train()
-    flows_of(np.ones((8, 16, 16)), VoxelSize(2.0, 1.0, 1.0), network, SETTINGS)
-    assert network.training
-
-
 def test_tanh_of_the_distance_leads_to_the_centre():
     size = VoxelSize(3.0, 1.0, 1.0)
     at = np.stack(np.indices((7, 21, 21))).astype(np.float32)
@@ -152,48 +149,19 @@ def test_tanh_of_the_distance_leads_to_the_centre():
     assert not flow[:, 3, 10, 10].any()
 
 
-@pytest.mark.parametrize(
-    ("network", "mode", "message"),
-    [
-        (lambda: new_network(12.0, 0), "full3d", "3D network.*use ortho or stitch"),
-        (lambda: VolumeOracle(2.0), "ortho", "2D network.*use full3d"),
-        (lambda: VolumeOracle(2.0), "stitch", "2D network.*use full3d"),
-    ],
-)
-def test_a_mode_for_another_kind_of_network_is_refused_in_one_line(network, mode, message):
-    with pytest.raises(InputError, match=message) as raised:
-        Segmenter(network(), replace(SETTINGS, mode=mode), CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
-    assert "\n" not in str(raised.value)
-
-
-def test_the_engine_for_planes_is_refused():
-    with pytest.raises(InputError, match="openvino"):
-        Segmenter(VolumeOracle(2.0), replace(SETTINGS, engine="openvino"), CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
-
-
 @pytest.mark.parametrize("fusion", ["mean", "consensus"])
 @pytest.mark.parametrize("anisotropy", [1.0, 2.2, 5.75])
 def test_exact_flows_of_both_give_every_touching_nucleus_back(anisotropy, fusion):
     size = VoxelSize(anisotropy, 1.0, 1.0)
-    truth = draw_volume(np.random.default_rng(0), size, (round(44 / anisotropy), 44, 50), 6)[1]
+    truth = drawn_labels(size, (round(44 / anisotropy), 44, 50))
     result = Segmenter(
-        Networks(OracleNetwork(separate=False), volume=VolumeOracle(anisotropy)),
+        Networks(OracleNetwork(separate=False), volume=exact_network(anisotropy)),
         replace(MIXED, fusion=fusion),
         CPU,
     ).segment(truth.astype(np.float32), size)
     assert ap_of(truth, result.labels) == 1.0
     assert len(result.nuclei) == truth.max()
     assert {"network", "views", "masks", "total"} <= set(result.seconds)
-
-
-def separate_balls(edges: tuple[float, float, float]) -> np.ndarray:
-    shape = (int(60 / edges[0]), 60, 64)
-    centres = np.array([(30, 15, 15), (30, 15, 45), (28, 44, 20), (33, 44, 48)], float)
-    return ball_labels(shape, centres, np.array([11, 10, 12, 11.5]), edges)
 
 
 @pytest.mark.parametrize(("anisotropy", "scale"), [(2.0, 1.3), (2.0, 0.7), (5.0, 1.0), (1.0, 0.8)])
@@ -204,7 +172,7 @@ def test_networks_of_other_scale_and_other_planes_meet_on_the_grid_of_the_views(
     settings = replace(MIXED, diameter_px=22.0, nucleus_diameter_um=22.0)
     solid = replace(SETTINGS, diameter_px=22.0 * scale, nucleus_diameter_um=22.0)
     image = (truth > 0).astype(np.float32)
-    networks = (OracleNetwork(separate=True), SolidOracle(SPEC))
+    networks = (OracleNetwork(separate=True), VolumeOracle())
     settings = replace(settings, volume=solid)
     flows = flows_of(image, size, networks[0], settings, networks[1])
     alone = flows_of(image, size, networks[0], replace(settings, mode="ortho", volume=None))
@@ -216,9 +184,9 @@ def test_networks_of_other_scale_and_other_planes_meet_on_the_grid_of_the_views(
 
 def test_the_3d_network_gives_the_way_in_z_that_xy_planes_do_not_show():
     size = VoxelSize(2.0, 1.0, 1.0)
-    truth = draw_volume(np.random.default_rng(1), size, (22, 44, 44), 6)[1]
+    truth = drawn_labels(size, (22, 44, 44), seed=1)
     image, settings = truth.astype(np.float32), replace(MIXED, views=("xy",))
-    flat, solid = OracleNetwork(separate=False), VolumeOracle(2.0)
+    flat, solid = OracleNetwork(separate=False), exact_network(2.0)
     flow = flows_of(image, size, flat, settings, solid).flow
     alone = flows_of(image, size, flat, replace(settings, mode="ortho", volume=None)).flow
     exact = flows_3d(truth.astype(np.int32), size)
@@ -262,15 +230,18 @@ def test_each_network_sees_the_image_normalised_as_in_its_own_training():
 @pytest.mark.parametrize(
     ("network", "volume", "settings", "message"),
     [
+        (new_network(12.0, 0), None, SETTINGS, "3D network.*use ortho or stitch"),
+        (VolumeOracle(), None, replace(SETTINGS, mode="ortho"), "2D network.*use full3d"),
+        (VolumeOracle(), None, replace(SETTINGS, mode="stitch"), "2D network.*use full3d"),
+        (VolumeOracle(), None, replace(SETTINGS, engine="openvino"), "openvino"),
         (OracleNetwork(separate=True), None, MIXED, "needs a 3D network beside"),
         (OracleNetwork(separate=True), OracleNetwork(separate=True), MIXED, "needs a 3D network beside"),
-        (OracleNetwork(separate=True), SolidOracle(SPEC), replace(MIXED, volume=None), "needs a 3D network"),
-        (SolidOracle(SPEC), SolidOracle(SPEC), MIXED, "needs a 2D network"),
+        (OracleNetwork(separate=True), VolumeOracle(), replace(MIXED, volume=None), "needs a 3D network"),
+        (VolumeOracle(), VolumeOracle(), MIXED, "needs a 2D network"),
     ],
 )
-def test_what_does_not_mix_is_refused_in_one_line(network, volume, settings, message):
+def test_networks_and_modes_that_do_not_go_together_are_refused(network, volume, settings, message):
+    segmenter = Segmenter(Networks(network, volume=volume), settings, CPU)
     with pytest.raises(InputError, match=message) as raised:
-        Segmenter(Networks(network, volume=volume), settings, CPU).segment(
-            np.zeros((8, 32, 32)), VoxelSize(2, 1, 1)
-        )
+        segmenter.segment(np.zeros((8, 32, 32)), VoxelSize(2, 1, 1))
     assert "\n" not in str(raised.value)

@@ -3,7 +3,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from local_network import LocalNetwork
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
@@ -18,6 +17,7 @@ from nuclei3d.segmentation.network_runner import (
     tile_plane,
     tile_volume,
 )
+from oracle_network import LocalNetwork
 
 CPU = torch.device("cpu")
 

@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from oracle_network import OracleNetwork
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.segmentation.network_runner import NetworkRunner
-from nuclei3d.segmentation.openvino_network import compile_cpnet, has_openvino
+from nuclei3d.segmentation.network_runner import NetworkRunner, compile_cpnet, has_openvino
+from oracle_network import OracleNetwork
 
 CPU = torch.device("cpu")
 needs_openvino = pytest.mark.skipif(not has_openvino(), reason="openvino is not installed (extra 'fast')")

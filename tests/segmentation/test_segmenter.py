@@ -3,16 +3,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracle_network import OracleNetwork, ball_labels
 
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, save_model
-from nuclei3d.scoring.matching import match, overlap_table
+from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
+from oracle_network import OracleNetwork, ball_labels, separate_balls
 
 CPU = torch.device("cpu")
 CUBIC = VoxelSize(1, 1, 1)
@@ -20,9 +20,7 @@ RAW = IntensityRange(0.0, 1.0)
 
 
 def ap(truth: np.ndarray, labels: np.ndarray, threshold: float) -> float:
-    table = overlap_table(truth, labels)
-    hits = match(table, threshold).tp
-    return hits / (table.n_true + table.n_pred - hits)
+    return float(average_precision(overlap_table(truth, labels), (threshold,))[0])
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +54,7 @@ def test_exact_flows_give_back_every_touching_nucleus(touching, settings, fusion
 def test_anisotropic_frames_at_any_network_scale(anisotropy, step, scale):
     """The network's scale need not be the frame's: planes are resampled there and labels back."""
     edges = (anisotropy, 1.0, 1.0)
-    shape = (int(60 / anisotropy), 60, 64)
-    centres = np.array([(30, 15, 15), (30, 15, 45), (28, 44, 20), (33, 44, 48)], float)
-    truth = ball_labels(shape, centres, np.array([11, 10, 12, 11.5]), edges)
+    truth = separate_balls(edges)
     result = Segmenter(
         OracleNetwork(separate=True),
         SegmentationSettings(
@@ -66,7 +62,6 @@ def test_anisotropic_frames_at_any_network_scale(anisotropy, step, scale):
         ),
         CPU,
     ).segment((truth > 0).astype(np.float32), VoxelSize.of(edges))
-    assert result.labels.shape == shape
     assert ap(truth, result.labels, 0.75) == 1.0
 
 

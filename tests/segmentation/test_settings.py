@@ -14,23 +14,20 @@ from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_se
 INFO = ModelInfo(
     diameter_px=17, nucleus_diameter_um=12, cellprob_threshold=-0.5, score_threshold=0.4, min_volume_um3=50
 )
+THRESHOLDS = ("cellprob_threshold", "score_threshold", "min_volume_um3")
 
 
-def test_the_model_decides_what_the_user_leaves_open():
-    settings = segmentation_settings(INFO, PredictParams())
-    assert settings.nucleus_diameter_um == 12
-    assert settings.masks.cellprob_threshold == -0.5
-    assert settings.masks.score_threshold == 0.4
-    assert settings.masks.min_volume_um3 == 50
-
-
-def test_the_user_wins_also_with_zero():
-    wishes = PredictParams(diameter_um=9, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
-    settings = segmentation_settings(INFO, wishes)
-    assert settings.nucleus_diameter_um == 9
-    assert settings.masks.cellprob_threshold == 0
-    assert settings.masks.score_threshold == 0
-    assert settings.masks.min_volume_um3 == 0
+@pytest.mark.parametrize(
+    ("wishes", "diameter_um", "thresholds"),
+    [
+        ({}, 12, (-0.5, 0.4, 50)),
+        ({"diameter_um": 9, **dict.fromkeys(THRESHOLDS, 0.0)}, 9, (0, 0, 0)),
+    ],
+)
+def test_the_model_decides_what_the_user_leaves_open(wishes, diameter_um, thresholds):
+    settings = segmentation_settings(INFO, PredictParams(**wishes))
+    assert settings.nucleus_diameter_um == diameter_um
+    assert tuple(getattr(settings.masks, name) for name in THRESHOLDS) == thresholds
 
 
 def test_an_unknown_diameter_is_asked_for():
@@ -43,24 +40,6 @@ def test_an_unknown_diameter_is_asked_for():
 SPEC = VolumeSpec(plan_architecture(2.2, "small"), 2.2, (32, 64, 64))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("views2d", "ortho"), ("full3d", "full3d")])
-def test_mode_auto_is_that_of_the_model(kind, mode):
-    info = ModelInfo(
-        kind=kind, diameter_px=17, nucleus_diameter_um=12, full3d=SPEC if kind == "full3d" else None
-    )
-    assert segmentation_settings(info, PredictParams()).mode == mode
-    assert segmentation_settings(info, PredictParams(mode=mode)).as_parameters()["mode"] == mode
-
-
-@pytest.mark.parametrize(("kind", "mode"), [("views2d", "full3d"), ("full3d", "ortho"), ("full3d", "stitch")])
-def test_modes_must_fit_the_kind_of_model(kind, mode):
-    info = ModelInfo(
-        kind=kind, diameter_px=17, nucleus_diameter_um=12, full3d=SPEC if kind == "full3d" else None
-    )
-    with pytest.raises(InputError, match="is not for the model"):
-        segmentation_settings(info, PredictParams(mode=mode))
-
-
 SOLID = ModelInfo(
     name="solid",
     kind="full3d",
@@ -70,6 +49,22 @@ SOLID = ModelInfo(
     upper_percentile=99.0,
     score_threshold=0.9,
 )
+
+
+@pytest.mark.parametrize(("info", "mode"), [(INFO, "ortho"), (SOLID, "full3d")])
+def test_mode_auto_is_that_of_the_model(info, mode):
+    assert segmentation_settings(info, PredictParams()).mode == mode
+    assert segmentation_settings(info, PredictParams(mode=mode)).as_parameters()["mode"] == mode
+
+
+@pytest.mark.parametrize(
+    ("info", "mode", "hint"),
+    [(INFO, "full3d", "ortho"), (SOLID, "ortho", "full3d"), (SOLID, "stitch", "full3d")],
+)
+def test_modes_must_fit_the_kind_of_model(info, mode, hint):
+    with pytest.raises(InputError, match=rf"is not for the model.*use {hint}") as raised:
+        segmentation_settings(info, PredictParams(mode=mode))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("mode", ["auto", "mixed"])

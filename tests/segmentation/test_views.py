@@ -4,15 +4,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from local_network import LocalNetwork, PositionNetwork
-from oracle_network import OracleNetwork, ball_labels
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import IntensityRange
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.foreground import everywhere, find_occupied, occupied_space
-from nuclei3d.segmentation.fusion import ViewPrediction, VolumeView, add_views, fuse_views
+from nuclei3d.segmentation.fusion import VolumeView, add_views, fuse_views
 from nuclei3d.segmentation.network_pass import (
     Networks,
     compute_view,
@@ -24,6 +22,7 @@ from nuclei3d.segmentation.network_runner import NetworkRunner
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.views import VIEW_AXIS, VIEWS
+from oracle_network import LocalNetwork, OracleNetwork, PositionNetwork, ball_labels
 
 CPU = torch.device("cpu")
 
@@ -97,10 +96,9 @@ def test_the_sum_plane_by_plane_is_the_mean_fusion_of_whole_views(trust, weight)
     planes = {view: planes_of(image, view, runner, depth=11) for view in VIEWS}
     weights = dict(zip(VIEWS, trust or (1.0, 1.0, 1.0), strict=True))
     add_views(field, planes.__getitem__, weights, volume)
-    whole = []
+    whole = {}
     for view in VIEWS:
-        output = np.stack([output for _, output in planes[view]], axis=1 + VIEW_AXIS[view])
-        whole.append(ViewPrediction(view, output[:2], output[2]))
+        whole[view] = np.stack([output for _, output in planes[view]], axis=1 + VIEW_AXIS[view])
     flow, logit = fuse_views(whole, "mean", weights if trust else None, volume)
     np.testing.assert_allclose(field.flow, flow, atol=2e-4)
     np.testing.assert_allclose(field.logit, logit, atol=2e-3)

@@ -19,8 +19,8 @@ import uvicorn
 
 from nuclei3d.config.sections import ServeParams
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, open_frame
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.serve import Service, make_app
 
 

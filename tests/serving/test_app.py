@@ -14,8 +14,8 @@ import pytest
 import requests
 import tifffile
 
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -131,9 +131,7 @@ def test_a_token_is_asked_for_where_one_is_set(serving: Serving, volume: str) ->
         assert requests.get(f"{running.url}/ping", timeout=5).status_code == 200
 
 
-def test_a_full_line_answers_503_with_retry_after_and_health_stays_quick(
-    serving: Serving, volume: str
-) -> None:
+def test_a_full_line_answers_503_with_retry_after_and_health_stays_quick(serving, volume):
     with serving(queue=1) as running:
         running.model.go.clear()
         first, second = running.post_later(records(volume)), running.post_later(records(volume))
@@ -193,9 +191,7 @@ def test_a_request_that_takes_too_long_is_stopped(serving: Serving, volume: str)
         assert running.post(records(volume)).status_code == 200
 
 
-def test_a_stopping_service_finishes_what_it_computes_and_sends_the_others_away(
-    serving: Serving, volume: str
-) -> None:
+def test_a_stopping_service_finishes_what_it_computes_and_sends_the_others_away(serving, volume):
     with serving(queue=2) as running:
         running.model.go.clear()
         first = running.post_later(records(volume))
@@ -211,9 +207,7 @@ def test_a_stopping_service_finishes_what_it_computes_and_sends_the_others_away(
         assert first[0].status_code == 200
 
 
-def test_a_fault_of_ours_is_500_and_the_service_goes_on(
-    serving: Serving, volume: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_ours_is_500_and_the_service_goes_on(serving, volume, monkeypatch):
     with serving() as running:
         real = running.model.segment_file
 
@@ -228,9 +222,7 @@ def test_a_fault_of_ours_is_500_and_the_service_goes_on(
         assert running.post(records(volume)).status_code == 200
 
 
-def test_several_rows_are_answered_in_order(
-    serving: Serving, volume: str, image: Image, tmp_path: Path
-) -> None:
+def test_several_rows_are_answered_in_order(serving, volume, image, tmp_path):
     other = tmp_path / "other.tif"
     write_image(other, 200 - image, VoxelSize(2, 1, 1))
     second = base64.b64encode(other.read_bytes()).decode()

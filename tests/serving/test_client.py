@@ -41,9 +41,7 @@ def test_a_volume_of_three_planes_is_not_taken_for_a_colour_picture(serving: Ser
     np.testing.assert_array_equal(found.labels, image > 100)
 
 
-def test_the_token_comes_from_the_environment(
-    serving: Serving, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_comes_from_the_environment(serving, image, monkeypatch):
     with serving(token="sesame") as running:
         monkeypatch.setenv("NUCLEI3D_TOKEN", "sesame")
         RemoteModel(running.url).segment(image, VOXEL_SIZE)

@@ -1,11 +1,11 @@
-"""Jobs wait in a line of limited length, are computed one at a time, and not at all if abandoned."""
+"""Jobs are computed one at a time and stop if abandoned; test_app.py has the line seen from outside."""
 
 import threading
 from concurrent.futures import Future
 
 import pytest
 
-from nuclei3d.serve import AbandonedError, ClosedError, JobQueue, QueueFullError
+from nuclei3d.serve import AbandonedError, ClosedError, JobQueue
 
 
 class Job:
@@ -34,33 +34,6 @@ def test_one_is_computed_at_a_time_and_in_order() -> None:
     queue.close()
 
 
-def test_a_full_line_says_when_to_come_again() -> None:
-    queue = JobQueue(waiting=1)
-    places = [queue.take_place(), queue.take_place()]
-    assert not queue.accepting
-    with pytest.raises(QueueFullError) as caught:
-        queue.take_place()
-    assert caught.value.retry_after_s >= 1
-    queue.leave(places[0])
-    assert queue.accepting
-    queue.take_place()
-
-
-def test_an_abandoned_job_is_never_begun() -> None:
-    queue = JobQueue(waiting=2)
-    first, second, third = Job(), Job(), Job()
-    queue.compute(queue.take_place(), first)
-    place = queue.take_place()
-    queue.compute(place, second)
-    last = queue.compute(queue.take_place(), third)
-    assert first.running.wait(10)
-    queue.leave(place)
-    first.go.set()
-    third.go.set()
-    assert last.result(10) == "done"
-    assert not second.running.is_set()
-
-
 def test_an_abandoned_job_that_runs_stops_at_its_next_step() -> None:
     queue = JobQueue(waiting=0)
     job, place = Job(), queue.take_place()
@@ -84,18 +57,3 @@ def test_closing_finishes_what_runs_and_sends_the_others_away() -> None:
         queue.take_place()
     first.go.set()
     assert running.result(10) == "done"
-
-
-def test_a_job_that_fails_does_not_stop_the_next() -> None:
-    queue = JobQueue(waiting=1)
-
-    def broken(_progress) -> None:
-        raise RuntimeError("out of memory")
-
-    job = Job()
-    job.go.set()
-    failed = queue.compute(queue.take_place(), broken)
-    after = queue.compute(queue.take_place(), job)
-    with pytest.raises(RuntimeError, match="memory"):
-        failed.result(10)
-    assert after.result(10) == "done"

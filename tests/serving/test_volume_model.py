@@ -12,10 +12,10 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.experiment import serving_model
 from nuclei3d.experiment.registry import load_served_model
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.stages.predict import predict
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 
 Serving = Callable[..., AbstractContextManager[Any]]
 PARAMS = load_params(None, ["predict.device=cpu"])
@@ -40,9 +40,7 @@ def frame(tmp_path: Path) -> Path:
     return tmp_path / "embryo.tif"
 
 
-def test_a_service_gives_the_files_of_prediction_here(
-    serving: Serving, model: Path, frame: Path, tmp_path: Path
-) -> None:
+def test_a_service_gives_the_files_of_prediction_here(serving, model, frame, tmp_path):
     local = predict(PARAMS, [frame], str(model), tmp_path / "local").frames[0]
     with serving(model=load_served_model(str(model), PARAMS)) as running:
         remote = predict(Params(), [frame], running.url, tmp_path / "remote").frames[0]
@@ -52,9 +50,7 @@ def test_a_service_gives_the_files_of_prediction_here(
 
 
 @pytest.mark.parametrize("mode", ["ortho", "stitch", "cellpose"])
-def test_a_mode_of_planes_is_refused_in_one_line(
-    serving: Serving, model: Path, frame: Path, tmp_path: Path, mode: str
-) -> None:
+def test_a_mode_of_planes_is_refused_in_one_line(serving, model, frame, tmp_path, mode):
     wishes = load_params(None, [f"predict.mode={mode}"])
     with (
         serving(model=load_served_model(str(model), PARAMS)) as running,

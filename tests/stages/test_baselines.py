@@ -44,9 +44,7 @@ def crown(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     monkeypatch.setattr("nuclei3d.experiment.registry.fetch_model", lambda uri, params: folder)
 
 
-def test_another_model_that_is_champion_is_a_baseline(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_another_model_that_is_champion_is_a_baseline(calls, monkeypatch, tmp_path):
     crown(monkeypatch, write_model(tmp_path / "champion", "old"))
     model = write_model(tmp_path / "model", "new")
     out = tmp_path / "baselines"
@@ -59,9 +57,7 @@ def test_another_model_that_is_champion_is_a_baseline(
     assert not (out / "champion_3").exists()
 
 
-def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(calls, monkeypatch, tmp_path):
     crown(monkeypatch, write_model(tmp_path / "a", "old", kind="full3d", full3d=SPEC))
     predict_baselines(
         load_params(None, ["evaluate.baselines=[champion]"]),
@@ -75,9 +71,7 @@ def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(
     assert [mode for _, mode, _ in calls] == ["full3d", "ortho"]
 
 
-def test_beside_a_mixed_prediction_each_network_stands_by_itself(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_beside_a_mixed_prediction_each_network_stands_by_itself(calls, monkeypatch, tmp_path):
     crown(monkeypatch, write_model(tmp_path / "a", "old"))
     model = write_model(tmp_path / "model", "new")
     mixed = ["predict.mode=mixed", "predict.volume_model=solid"]
@@ -96,9 +90,7 @@ def test_beside_a_mixed_prediction_each_network_stands_by_itself(
     assert seen == [None, None]
 
 
-def test_cellposes_fusion_is_left_out_beside_a_3d_model(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cellposes_fusion_is_left_out_beside_a_3d_model(calls, monkeypatch, tmp_path):
     crown(monkeypatch, None)
     params = load_params(None, ["evaluate.baselines=[stock_fusion]"])
     solid = write_model(tmp_path / "solid", "new", kind="full3d", full3d=SPEC)
@@ -108,9 +100,7 @@ def test_cellposes_fusion_is_left_out_beside_a_3d_model(
     assert [mode for _, mode, _ in calls] == ["cellpose"]
 
 
-def test_the_champion_itself_and_no_champion_are_no_baselines(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_champion_itself_and_no_champion_are_no_baselines(calls, monkeypatch, tmp_path):
     model = write_model(tmp_path / "model", "same")
     for champion in (None, write_model(tmp_path / "champion", "same")):
         crown(monkeypatch, champion)
@@ -120,9 +110,7 @@ def test_the_champion_itself_and_no_champion_are_no_baselines(
     assert (tmp_path / "baselines").is_dir()
 
 
-def test_beside_the_champion_stands_the_one_before_it(
-    calls: list[tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_beside_the_champion_stands_the_one_before_it(calls, monkeypatch, tmp_path):
     model = write_model(tmp_path / "model", "same")
     folders = {"4": write_model(tmp_path / "champion", "same"), "3": write_model(tmp_path / "older", "old")}
     monkeypatch.setattr("nuclei3d.experiment.registry.champions", lambda params: list(folders))

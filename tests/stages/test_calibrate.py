@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from nuclei3d.config import load_params
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, load_model, save_model
 from nuclei3d.stages.calibrate import calibrate
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import load_oracle, save_oracle
 from volumes_fixture import draw_volume
 
 INFO = ModelInfo(name="silent", diameter_px=12, nucleus_diameter_um=12)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_labels
 from nuclei3d.stages.compare import compare
 from nuclei3d.stages.evaluate import evaluate
 
@@ -75,9 +75,7 @@ def test_equal_and_mixed_results_are_no_real_difference(outs: dict[str, Path]) -
     assert compare(PARAMS, outs["worse"], outs["mixed"]).verdict.startswith("no real difference")
 
 
-def test_pairing_makes_the_interval_of_the_difference_narrower_than_those_of_the_methods(
-    outs: dict[str, Path],
-) -> None:
+def test_pairing_makes_the_interval_of_the_difference_narrower_than_those_of_the_methods(outs):
     result = compare(PARAMS, outs["mixed"], outs["good"])
     metrics = json.loads((outs["mixed"] / "metrics.json").read_text())
     gap = result.differences["ap_0.50"]
@@ -96,9 +94,7 @@ def test_only_shared_volumes_count_and_the_reader_is_told(outs: dict[str, Path],
     assert (tmp_path / "result.json").is_file()
 
 
-def test_another_truth_no_shared_volume_and_files_of_another_kind_are_refused(
-    outs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_another_truth_no_shared_volume_and_files_of_another_kind_are_refused(outs, tmp_path):
     tree = json.loads((outs["good"] / "metrics.json").read_text())
     tree["volumes"]["E3/t0"]["truth_digest"] = "0"
     changed = tmp_path / "changed.json"

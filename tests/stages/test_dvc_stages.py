@@ -23,7 +23,7 @@ ENTRIES = {
     "assess": ("stages.assess", "stages.predict", "stages.evaluate"),
 }
 # What cannot change a result: messages, records of it, a service elsewhere, and the wrappers of every stage.
-OUTSIDE = {"console", "errors", "experiment", "client", "stages.tracked", "stages.register"}
+OUTSIDE = {"console", "errors", "experiment", "client", "stages.tracked"}
 
 
 def module_file(name: str) -> Path | None:
@@ -120,3 +120,15 @@ def test_derived_outputs_are_never_pushed() -> None:
         for out in (*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])):
             (settings,) = out.values() if isinstance(out, dict) else ({},)
             assert settings.get("push") is False or settings.get("cache") is False, out
+
+
+@pytest.mark.skipif(not (PROJECT / ".dvc").is_dir(), reason="not a checkout of the project")
+def test_dvc_sees_each_file_that_says_what_it_tracks() -> None:
+    """What it does not see (a pattern of .gitignore may hide it) `dvc checkout` deletes."""
+    from dvc.repo import Repo
+
+    tracked = {path for path in PROJECT.glob("**/*.dvc") if path.is_file() and ".venv" not in path.parts}
+    assert tracked
+    with Repo(PROJECT) as repo:
+        seen = {Path(stage.path) for stage in repo.index.stages}
+    assert tracked <= seen

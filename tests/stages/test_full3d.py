@@ -14,12 +14,11 @@ from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
 from nuclei3d.images.frames import read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.networks.unet3d import VolumeNetwork
 from nuclei3d.stages.augment import write_augmentation_sheet
-from nuclei3d.stages.predict import predict
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
 from nuclei3d.stages.training_data import load_samples, read_slices
@@ -170,14 +169,6 @@ def test_a_training_can_start_from_a_3d_model_of_its_shape_only(volumes, model, 
     other["full3d"] = {"profile": "small", "style": True, "patch": [8, 16, 16]}
     with pytest.raises(InputError, match="another network"):
         train(params_of(train=other), volumes, tmp_path / "other")
-
-
-@pytest.mark.parametrize("mode", ["ortho", "stitch"])
-def test_a_2d_mode_is_refused_in_one_line(data, model, tmp_path, mode):
-    params = params_of(predict={"mode": mode})
-    with pytest.raises(InputError, match="use full3d") as raised:
-        predict(params, [data / "ec" / "images" / "t0.tif"], str(model), tmp_path / "p")
-    assert "\n" not in str(raised.value)
 
 
 def test_planes_and_volumes_are_not_mixed_up(data, volumes, tmp_path):

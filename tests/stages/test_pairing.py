@@ -22,7 +22,9 @@ def write(root: Path, *names: str) -> Path:
 
 def paired(truth: Path, pred: Path) -> list[tuple[str, str]]:
     pairs = pair_entries(find_label_entries(truth), find_label_entries(pred))
-    return [(str(a.frame.path.relative_to(truth)), str(b.frame.path.relative_to(pred))) for a, b in pairs]
+    return [
+        (str(a.frame.path.relative_to(truth)), str(b.frame.path.relative_to(pred))) for a, b in pairs.items()
+    ]
 
 
 def test_equal_stems_pair_in_natural_order(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_frames_of_a_film_pair_with_masks_by_time(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "film_labels.tif", film, metadata={"axes": "TZYX"}, imagej=True)
     pred = write(tmp_path / "pred", *(f"film_t{k:03d}_masks.ome.tif" for k in range(3)))
     pairs = pair_entries(find_label_entries(tmp_path / "film_labels.tif"), find_label_entries(pred))
-    assert [(a.frame.time, b.frame.path.name) for a, b in pairs] == [
+    assert [(a.frame.time, b.frame.path.name) for a, b in pairs.items()] == [
         (k, f"film_t{k:03d}_masks.ome.tif") for k in range(3)
     ]
 

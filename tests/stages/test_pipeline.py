@@ -13,8 +13,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.experiment.registry import Registered
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.assess import headline
 from nuclei3d.stages.run import PipelineResult, run_pipeline
 from nuclei3d.stages.simulate import simulate
@@ -95,8 +95,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fakes = Stages()
-    for stage in ("prepare", "train", "predict", "evaluate", "register"):
+    for stage in ("prepare", "train", "predict", "evaluate"):
         monkeypatch.setattr(f"nuclei3d.stages.{stage}.{stage}", getattr(fakes, stage))
+    monkeypatch.setattr("nuclei3d.experiment.registry.register", fakes.register)
     return fakes
 
 
@@ -122,9 +123,7 @@ def settings(own_store: str) -> list[str]:
 ALL = ["prepare", "train", "predict", "evaluate", "register"]
 
 
-def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
-    stages: Stages, data: Path, settings: list[str], tmp_path: Path
-) -> None:
+def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(stages, data, settings, tmp_path):
     out = tmp_path / "out"
 
     def do(*more: str) -> PipelineResult:
@@ -159,9 +158,7 @@ def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
 
 
 @pytest.mark.slow  # trains, segments and registers
-def test_a_job_that_was_stopped_or_had_ended_ends_the_same(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_was_stopped_or_had_ended_ends_the_same(settings, tmp_path, monkeypatch):
     small = ["simulate.embryos=[a, b, c]", "simulate.frames=1", "simulate.shape=[8, 64, 64]"]
     quick = ["train.epochs=1", "train.crops_per_epoch=4", "train.batch_size=2", "calibrate.volumes=0"]
     quick += ["evaluate.bootstrap=20", "evaluate.report=false"]
@@ -185,9 +182,7 @@ def test_a_job_that_was_stopped_or_had_ended_ends_the_same(
     assert (tmp_path / "out" / "models" / "nuclei_3d" / "nuclei_3d").read_bytes() == model
 
 
-def test_masks_of_frames_that_are_no_longer_held_out_are_removed(
-    stages: Stages, data: Path, settings: list[str], tmp_path: Path
-) -> None:
+def test_masks_of_frames_that_are_no_longer_held_out_are_removed(stages, data, settings, tmp_path):
     off = [*settings, "tracking.enabled=false"]
     run_pipeline(load_params(None, off), data, tmp_path / "out")
     other = [*off, "data.split.test=[b]", "data.split.validation=[c]"]
@@ -215,9 +210,7 @@ def test_stock_fusion_is_predicted_with_the_same_network_and_evaluated_beside_it
     assert not folder.exists()
 
 
-def test_missing_data_and_a_bad_output_folder_are_told(
-    data: Path, settings: list[str], tmp_path: Path
-) -> None:
+def test_missing_data_and_a_bad_output_folder_are_told(data, settings, tmp_path):
     params = load_params(None, settings)
     with pytest.raises(InputError, match="no data set at"):
         run_pipeline(params, tmp_path / "absent", tmp_path / "out")

@@ -8,17 +8,13 @@ import cloudpickle
 import dask
 import numpy as np
 import pytest
-import torch
-from scipy import ndimage
-from torch import nn
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.flows import flows_2d
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.intensity import measure_range, sampled_planes
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
@@ -26,29 +22,25 @@ from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.stages import predict_blocks
 from nuclei3d.stages.predict import predict
-from solid_oracle import load_oracle, save_oracle
+from oracle_network import OracleNetwork, load_oracle, save_oracle
 
 VOXELS = VoxelSize(2.0, 1.0, 1.0)
 INFO = ModelInfo(name="oracle", diameter_px=12, nucleus_diameter_um=12)
 
 
-class Oracle(nn.Module):
-    def forward(self, stack: torch.Tensor) -> torch.Tensor:
-        output = np.empty((len(stack), 3, *stack.shape[2:]), np.float32)
-        for i, plane in enumerate(stack[:, 0].float().numpy()):
-            labels = ndimage.label(plane > 0.5)[0]
-            output[i, :2] = 5 * flows_2d(labels)
-            output[i, 2] = np.where(labels > 0, 6, -6)
-        return torch.from_numpy(output)
-
-
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder that loads as the oracle; blocks may use next to nothing beside their voxels."""
+    """A model folder that loads as the oracle, and beside it "solid", one in 3D.
+
+    Blocks may use next to nothing beside their voxels.
+    """
     save_model(tmp_path / "model", new_network(12, 0), INFO, "oracle")
+    save_oracle(tmp_path / "solid")
 
     def load(path: Path) -> Model:
-        return Model(Oracle(), INFO, path if path.is_file() else path / "oracle")
+        if "solid" in path.parts:
+            return load_oracle(path)
+        return Model(OracleNetwork(separate=True), INFO, path if path.is_file() else path / "oracle")
 
     monkeypatch.setattr("nuclei3d.networks.folder.load_model", load)
     monkeypatch.setattr(predict_blocks, "load_model", load)
@@ -77,71 +69,41 @@ def frame(image: np.ndarray, tmp_path: Path) -> Path:
     return tmp_path / "embryo.tif"
 
 
-@pytest.fixture
-def solid_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder that loads as the oracle in 3D."""
-    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load_oracle)
-    monkeypatch.setattr(predict_blocks, "load_model", load_oracle)
-    monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
-    predict_blocks._network.cache_clear()
-    return save_oracle(tmp_path / "solid")
+SEGMENT = predict_blocks.segment_block
+CLUSTERS: list[object] = []
 
 
 def in_blocks(*overrides: str) -> Params:
     return load_params(None, ["predict.memory_gb=0.0085", *overrides])
 
 
-def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys):
-    whole = predict(Params(), [frame], str(model), tmp_path / "whole").frames[0]
-    cut = predict(in_blocks(), [frame], str(model), tmp_path / "cut").frames[0]
+@pytest.mark.parametrize(
+    ("name", "wishes", "memory_gb"),
+    [
+        ("model", [], 0.0085),
+        ("solid", ["predict.mode=full3d"], 0.0085),
+        ("model", ["predict.volume_model={}/solid", "predict.fusion=mean"], 0.0105),
+        ("model", ["predict.volume_model={}/solid", "predict.fusion=consensus"], 0.018),
+    ],
+)
+def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys, name, wishes, memory_gb):
+    wishes = [wish.format(tmp_path) for wish in wishes]
+    whole, cut = (
+        predict(load_params(None, [*wishes, *more]), [frame], str(tmp_path / name), tmp_path / out).frames[0]
+        for out, more in (("whole", []), ("cut", [f"predict.memory_gb={memory_gb}"]))
+    )
     blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
     assert blocks is not None
     assert int(blocks[1]) >= 4
-    truth, joined = read_labels(whole.masks), read_labels(cut.masks)
     assert cut.masks.name == "embryo_masks.ome.zarr"
     assert find_frames(cut.masks)[0].voxel_size == VOXELS
-    table = overlap_table(truth, joined)
+    table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
     assert table.n_true == table.n_pred == cut.nuclei
     assert (table.best_true_iou > 0.95).all()
     rows = [path.read_text().splitlines() for path in (whole.table, cut.table)]
     volumes = [sorted(float(row.split(",")[4]) for row in table[1:]) for table in rows]
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.05)
     assert not list((tmp_path / "cut").glob(".embryo_blocks"))
-
-
-def test_blocks_of_a_3d_network_give_the_nuclei_of_the_whole(frame, solid_model, tmp_path, capsys):
-    whole = predict(Params(), [frame], str(solid_model), tmp_path / "whole").frames[0]
-    cut = predict(in_blocks("predict.mode=full3d"), [frame], str(solid_model), tmp_path / "cut").frames[0]
-    blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
-    assert blocks is not None
-    assert int(blocks[1]) >= 4
-    table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
-    assert table.n_true == table.n_pred == cut.nuclei
-    assert (table.best_true_iou > 0.95).all()
-
-
-@pytest.mark.parametrize("fusion", ["mean", "consensus"])
-def test_blocks_of_two_networks_give_the_nuclei_of_the_whole(
-    frame, model, tmp_path, monkeypatch, capsys, fusion
-):
-    solid = save_oracle(tmp_path / "solid")
-    flat = predict_blocks.load_model
-
-    def load(path: Path) -> Model:
-        return load_oracle(path) if "solid" in path.parts else flat(path)
-
-    monkeypatch.setattr("nuclei3d.networks.folder.load_model", load)
-    monkeypatch.setattr(predict_blocks, "load_model", load)
-    wishes = [f"predict.volume_model={solid}", f"predict.fusion={fusion}"]
-    whole = predict(load_params(None, wishes), [frame], str(model), tmp_path / "whole").frames[0]
-    wishes.append("predict.memory_gb=0.018" if fusion == "consensus" else "predict.memory_gb=0.0105")
-    cut = predict(load_params(None, wishes), [frame], str(model), tmp_path / "cut").frames[0]
-    blocks = re.search(r"embryo: (\d+) blocks", capsys.readouterr().err)
-    assert blocks is not None
-    assert int(blocks[1]) >= 4
-    table = overlap_table(read_labels(whole.masks), read_labels(cut.masks))
-    assert table.n_true == table.n_pred == cut.nuclei
-    assert (table.best_true_iou > 0.95).all()
 
 
 def test_two_networks_need_the_field_of_one_beside_the_other(frame):
@@ -157,12 +119,13 @@ def test_two_networks_need_the_field_of_one_beside_the_other(frame):
     assert predict_blocks.required_gb(found, fine) == predict_blocks.required_gb(found, fine.volume)
 
 
-def test_each_network_gets_the_range_of_the_whole_that_it_was_trained_on(image, frame):
+def test_blocks_are_normalised_exactly_as_the_whole_and_for_each_network(image, frame):
     (found,) = find_frames(frame)
     volume = SegmentationSettings(mode="full3d", upper_percentile=90.0)
     settings = predict_blocks._with_ranges(found, SegmentationSettings(mode="mixed", volume=volume))
     assert settings.intensity_range == measure_range(image)
     assert settings.volume.intensity_range == measure_range(image, upper_percentile=90.0)
+    assert len(sampled_planes((100, 2000, 2000))) < 10
 
 
 def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tmp_path):
@@ -174,42 +137,41 @@ def test_blocks_read_from_ome_zarr_equal_those_from_tiff(frame, image, model, tm
     assert a.table.read_text() == b.table.read_text()
 
 
-def test_blocks_are_normalised_exactly_as_the_whole(image, frame):
-    (found,) = find_frames(frame)
-    with_range = predict_blocks._with_ranges(found, SegmentationSettings())
-    assert with_range.intensity_range == measure_range(image)
-    assert len(sampled_planes((100, 2000, 2000))) < 10
+def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def stops(task: predict_blocks.BlockTask) -> int:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return SEGMENT(task)
+
+    monkeypatch.setattr(predict_blocks, "segment_block", stops)
+    with pytest.raises(KeyboardInterrupt):
+        predict(in_blocks(), [frame], str(model), out)
+    monkeypatch.setattr(predict_blocks, "segment_block", SEGMENT)
 
 
 def test_a_killed_run_goes_on_with_the_missing_blocks(frame, model, tmp_path, monkeypatch):
-    done: list[str] = []
-    original = predict_blocks.segment_block
-
-    def counts(task: predict_blocks.BlockTask) -> int:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(task.labels_file.name)
-        return original(task)
-
-    monkeypatch.setattr(predict_blocks, "segment_block", counts)
-    with pytest.raises(KeyboardInterrupt):
-        predict(in_blocks(), [frame], str(model), tmp_path / "out")
+    stopped_after_two_blocks(frame, model, tmp_path / "out", monkeypatch)
+    done = {path.name for path in (tmp_path / "out").rglob("?????.npy")}
+    assert len(done) == 2
     again: list[str] = []
     monkeypatch.setattr(
-        predict_blocks, "segment_block", lambda task: (again.append(task.labels_file.name), original(task))[1]
+        predict_blocks, "segment_block", lambda task: (again.append(task.labels_file.name), SEGMENT(task))[1]
     )
     resumed = predict(in_blocks(), [frame], str(model), tmp_path / "out").frames[0]
-    assert not set(again) & set(done)
+    assert not set(again) & done
     straight = predict(in_blocks(), [frame], str(model), tmp_path / "straight").frames[0]
     np.testing.assert_array_equal(read_labels(resumed.masks), read_labels(straight.masks))
 
 
-@pytest.mark.parametrize("kind", ["model", "solid_model"])
-def test_a_cluster_gives_the_same_as_this_process(frame, kind, request, tmp_path):
+@pytest.mark.parametrize("name", ["model", "solid"])
+def test_a_cluster_gives_the_same_as_this_process(frame, model, name, tmp_path):
     """Workers of a scheduler that is already there, here threads of this process, which see the oracle."""
     from distributed import LocalCluster
 
-    model = request.getfixturevalue(kind)
+    model = tmp_path / name
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
         there = predict(
             in_blocks(f"predict.scheduler={cluster.scheduler_address}"), [frame], str(model), tmp_path / "a"
@@ -225,10 +187,6 @@ def test_a_scheduler_that_is_not_there_is_named(frame, model, tmp_path, monkeypa
         predict(params, [frame], str(model), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
     assert not list((tmp_path / "out").glob(".*"))
-
-
-SEGMENT = predict_blocks.segment_block
-CLUSTERS: list[object] = []
 
 
 def stops_the_scheduler(task: predict_blocks.BlockTask) -> int:
@@ -271,7 +229,7 @@ def test_workers_elsewhere_get_whole_paths(frame, model, tmp_path, monkeypatch):
         predict(in_blocks(), [Path("embryo.tif")], "model", Path("out"))
     (task,) = tasks
     assert task.frame.path == frame.resolve()
-    assert all(path.is_absolute() for path in (task.weights, task.labels_file))
+    assert all(path.is_absolute() for path in (*task.weights.values(), task.labels_file))
 
 
 def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
@@ -279,22 +237,6 @@ def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
         predict(in_blocks(), [frame], str(model), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*_masks*"))
-
-
-def stopped_after_two_blocks(frame: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = predict_blocks.segment_block
-    done: list[int] = []
-
-    def stops(task: predict_blocks.BlockTask) -> int:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(1)
-        return original(task)
-
-    monkeypatch.setattr(predict_blocks, "segment_block", stops)
-    with pytest.raises(KeyboardInterrupt):
-        predict(in_blocks(), [frame], str(model), out)
-    monkeypatch.setattr(predict_blocks, "segment_block", original)
 
 
 @pytest.mark.parametrize(("memory", "kept"), [("0.0085", True), ("0.014", True), ("0.006", False)])

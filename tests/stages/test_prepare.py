@@ -13,13 +13,14 @@ from scipy.ndimage import gaussian_filter
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.export import export
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.training_data import load_samples, read_slices
 
 VOXEL_SIZE = VoxelSize(2.0, 0.5, 0.5)
+WITH_FILES = "prepare.cellpose_files=true"
 
 
 def write_embryo(folder: Path, seed: int, frames: int = 1) -> None:
@@ -47,22 +48,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def params() -> Params:
-    return load_params(
-        None,
-        [
-            "data.split={by: embryo, train: [a], validation: [b], test: [c]}",
-            "prepare.downsample_xy=1",
-            "prepare.workers=1",
-        ],
-    )
+def params_of(*overrides: str) -> Params:
+    split = "data.split={by: embryo, train: [a], validation: [b], test: [c]}"
+    return load_params(None, [split, "prepare.downsample_xy=1", "prepare.workers=1", *overrides])
 
 
 @pytest.fixture(scope="module")
-def slices(data: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slices(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("slices") / "slices"
-    prepare(params, data, out)
+    prepare(params_of(), data, out)
     return out
 
 
@@ -74,12 +68,8 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_repeating_it_with_two_workers_gives_the_same_bytes(
-    slices: Path, data: Path, params: Params, tmp_path: Path
-) -> None:
-    two = load_params(None, ["prepare.workers=2"]).prepare.workers
-    again = params.model_copy(update={"prepare": params.prepare.model_copy(update={"workers": two})})
-    prepare(again, data, tmp_path / "slices")
+def test_repeating_it_with_two_workers_gives_the_same_bytes(slices: Path, data: Path, tmp_path: Path) -> None:
+    prepare(params_of("prepare.workers=2"), data, tmp_path / "slices")
     assert digests(tmp_path / "slices") == digests(slices)
 
 
@@ -112,20 +102,17 @@ def test_nuclei_are_measured_in_3d(slices: Path) -> None:
     assert summary["frames"] == {"train": 2, "validation": 1, "test": 1}
 
 
-def test_labels_below_a_volume_are_left_out_and_counted(data: Path, params: Params, tmp_path: Path) -> None:
-    chosen = params.prepare.model_copy(update={"min_volume_um3": 1e6})
+def test_labels_below_a_volume_are_left_out_and_counted(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nuclei"):
-        prepare(params.model_copy(update={"prepare": chosen}), data, tmp_path / "none")
-    chosen = params.prepare.model_copy(update={"min_volume_um3": 10.0})
-    result = prepare(params.model_copy(update={"prepare": chosen}), data, tmp_path / "all")
+        prepare(params_of("prepare.min_volume_um3=1e+6"), data, tmp_path / "none")
+    result = prepare(params_of("prepare.min_volume_um3=10"), data, tmp_path / "all")
     assert result.summary["labels_left_out"] == 0
 
 
 @pytest.fixture(scope="module")
-def with_files(data: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    wanted = params.prepare.model_copy(update={"cellpose_files": True})
+def with_files(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("slices") / "slices"
-    prepare(params.model_copy(update={"prepare": wanted}), data, out)
+    prepare(params_of(WITH_FILES), data, out)
     return out
 
 
@@ -174,16 +161,13 @@ def test_exported_files_are_those_that_prepare_writes(slices: Path, with_files: 
     }
 
 
-def test_images_of_floats_are_exported_to_the_step_of_their_storage(
-    data: Path, params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_floats_are_exported_to_the_step_of_their_storage(data, tmp_path, capsys):
     for path in data.rglob("*.tif"):
         volume = tifffile.imread(path)
         target = tmp_path / "data" / path.relative_to(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_image(target, volume / np.float32(7) if path.parent.name == "images" else volume, VOXEL_SIZE)
-    wanted = params.prepare.model_copy(update={"cellpose_files": True})
-    prepare(params.model_copy(update={"prepare": wanted}), tmp_path / "data", tmp_path / "slices")
+    prepare(params_of(WITH_FILES), tmp_path / "data", tmp_path / "slices")
     (written,) = export(load_params(None), tmp_path / "out", slices=tmp_path / "slices").files.values()
     assert "come rounded" in capsys.readouterr().err
     for path in written:
@@ -195,14 +179,10 @@ def test_images_of_floats_are_exported_to_the_step_of_their_storage(
         np.testing.assert_allclose(ours, exact, atol=0.51 * np.ptp(exact) / 65535)
 
 
-def test_volumes_are_no_files_for_cellpose(data: Path, params: Params, tmp_path: Path) -> None:
-    wanted = {
-        "prepare": params.prepare.model_copy(update={"cellpose_files": True}),
-        "train": params.train.model_copy(update={"network": "full3d"}),
-    }
+def test_volumes_are_no_files_for_cellpose(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cellpose_files is for planes"):
-        prepare(params.model_copy(update=wanted), data, tmp_path / "slices")
-    prepare(params.model_copy(update={"train": wanted["train"]}), data, tmp_path / "slices")
+        prepare(params_of("train.network=full3d", WITH_FILES), data, tmp_path / "slices")
+    prepare(params_of("train.network=full3d"), data, tmp_path / "slices")
     with pytest.raises(InputError, match="planes only"):
         export(load_params(None), tmp_path / "out", slices=tmp_path / "slices")
     assert not (tmp_path / "out").exists()
@@ -213,19 +193,18 @@ def test_no_embryo_is_on_both_sides(slices: Path) -> None:
     assert embryos == {"train": ["a"], "validation": ["b"], "test": ["c"]}
 
 
-def test_a_folder_of_something_else_is_not_replaced(data: Path, params: Params, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_replaced(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="precious"):
-        prepare(params, data, out)
+        prepare(params_of(), data, out)
     assert (out / "thesis.txt").read_text() == "mine"
 
 
-def test_too_few_nuclei_everywhere_says_what_to_change(data: Path, params: Params, tmp_path: Path) -> None:
-    greedy = params.model_copy(update={"prepare": params.prepare.model_copy(update={"min_nuclei": 99})})
+def test_too_few_nuclei_everywhere_says_what_to_change(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="min_nuclei"):
-        prepare(greedy, data, tmp_path / "slices")
+        prepare(params_of("prepare.min_nuclei=99"), data, tmp_path / "slices")
     assert not (tmp_path / "slices").exists()
 
 
@@ -235,15 +214,7 @@ def test_real_embryos_give_planes_with_outlines(bbbc050: Path, tmp_path: Path) -
         for kind in ("images", "labels"):
             (small / name / kind).mkdir(parents=True)
             (small / name / kind / "t501.tif").symlink_to(bbbc050 / name / kind / "t501.tif")
-    params = load_params(
-        None,
-        [
-            "data.split={by: embryo, train: [Emb01], validation: [Emb10], test: [Emb11]}",
-            "prepare.step_xy=4",
-            "prepare.downsample_xy=1",
-            "prepare.workers=1",
-        ],
-    )
-    result = prepare(params, small, tmp_path / "slices")
+    split = "data.split={by: embryo, train: [Emb01], validation: [Emb10], test: [Emb11]}"
+    result = prepare(params_of(split, "prepare.step_xy=4"), small, tmp_path / "slices")
     assert 8 < result.summary["nucleus_diameter_um"] < 20
     assert (tmp_path / "slices" / "slices.png").stat().st_size > 10_000

@@ -78,7 +78,7 @@ def test_an_earlier_simulation_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"holds files and is no earlier simulation"):
+    with pytest.raises(InputError, match=r"exists and is no earlier simulation"):
         simulate(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -14,8 +14,8 @@ from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track import TrackResult, track

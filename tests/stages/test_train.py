@@ -14,8 +14,8 @@ import torch
 
 from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.augment import write_augmentation_sheet
 from nuclei3d.stages.train import train
@@ -165,23 +165,13 @@ def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
 
 def test_changed_parameters_or_slices_start_afresh_and_say_so(slices, tmp_path, capsys):
     train(params_of(epochs=1), slices, tmp_path / "m")
-    epochs = []
-    train(
-        params_of(epochs=1, learning_rate=0.01),
-        slices,
-        tmp_path / "m",
-        on_epoch=lambda r: epochs.append(r.epoch),
-    )
+    epochs, other = [], params_of(epochs=1, learning_rate=0.01)
+    train(other, slices, tmp_path / "m", on_epoch=lambda r: epochs.append(r.epoch))
     assert epochs == [1]
     assert "afresh" in capsys.readouterr().err
     manifest = slices / "manifest.csv"
     manifest.write_text(manifest.read_text().replace("450.0", "440.0"))
-    train(
-        params_of(epochs=1, learning_rate=0.01),
-        slices,
-        tmp_path / "m",
-        on_epoch=lambda r: epochs.append(r.epoch),
-    )
+    train(other, slices, tmp_path / "m", on_epoch=lambda r: epochs.append(r.epoch))
     assert epochs == [1, 1]
 
 
@@ -208,13 +198,8 @@ def test_a_damaged_checkpoint_starts_afresh(slices, tmp_path, capsys):
 
 def test_training_starts_from_a_weights_file(slices, tmp_path):
     train(params_of(epochs=1), slices, tmp_path / "first")
-    train(
-        params_of(
-            epochs=1, start_from=str(tmp_path / "first" / "small"), learning_rate=1e-12, weight_decay=0.0
-        ),
-        slices,
-        tmp_path / "second",
-    )
+    start = {"start_from": str(tmp_path / "first" / "small"), "learning_rate": 1e-12, "weight_decay": 0.0}
+    train(params_of(epochs=1, **start), slices, tmp_path / "second")
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     name = "output.2.weight"
     torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0)

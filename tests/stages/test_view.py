@@ -8,8 +8,8 @@ import pytest
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.stages.view import choose_layers, view
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
@@ -42,9 +42,7 @@ def test_masks_of_other_images_are_refused(folder: Path) -> None:
         choose_layers(folder / "Emb", [folder / "other"])
 
 
-def test_without_napari_the_user_is_told_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_napari_the_user_is_told_what_to_install(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"nuclei3d\[view\]"):
         view(Params(), folder / "Emb")

@@ -9,7 +9,7 @@ from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.crops import CropGrid, draw_crop
-from nuclei3d.training.examples import NO_AUGMENTATION, BatchStream, CropMaker, validation_batches
+from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker, stream_batches, validation_batches
 from nuclei3d.training.samples import quantise_image
 from slices_fixture import make_planes
 from volumes_fixture import make_volumes
@@ -84,10 +84,10 @@ def test_validation_crops_are_the_same_every_time_and_from_all_views_and_volumes
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 5), (3, 4), (2, 12)])
 def test_crops_depend_neither_on_workers_nor_on_batches(workers, batch_size):
     def stream(batch_size, workers):
-        with BatchStream(
-            maker(), lambda epoch: (np.arange(12) + epoch) % 6, range(3, 5), batch_size, workers
-        ) as batches:
-            return joined(batches)
+        def order_of(epoch):
+            return (np.arange(12) + epoch) % 6
+
+        return joined(stream_batches(maker(), order_of, range(3, 5), batch_size, workers))
 
     images, flows = stream(batch_size, workers)
     expected_images, expected_flows = stream(12, 1)

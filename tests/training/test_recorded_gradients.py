@@ -6,10 +6,7 @@ from nuclei3d.training.examples import Batch
 from nuclei3d.training.learner import RecordedGradients
 from nuclei3d.training.losses import network_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def random_batch(count: int, seed: int, *, weighted: bool) -> Batch:

@@ -5,7 +5,7 @@ import pytest
 
 from nuclei3d.config.sections import LossParams, SamplingParams
 from nuclei3d.errors import InputError
-from nuclei3d.training.sampling import epoch_order, nucleus_weights, plane_contrasts, sample_weights
+from nuclei3d.training.samples import epoch_order, nucleus_weights, plane_contrasts, sample_weights
 from slices_fixture import make_planes
 from volumes_fixture import make_volumes
 

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 from nuclei3d.errors import InputError
+from nuclei3d.images.embryos import LabelledVolume
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import (
-    IsotropicVolume,
     cut_planes,
+    downsample,
     drop_slivers,
     drop_small_labels,
     sphere_diameter_um,
-    to_isotropic,
 )
 
 
@@ -22,10 +22,15 @@ def columns_of_nuclei(shape: tuple[int, int, int], count: int) -> np.ndarray:
     return labels
 
 
+def labelled(labels: np.ndarray, *zyx: float) -> LabelledVolume:
+    return LabelledVolume(labels.astype(np.uint16), labels, VoxelSize(*(zyx or (1, 1, 1))))
+
+
 def test_the_recipe_gives_the_number_of_planes_that_its_rule_predicts() -> None:
     # shaped like the recipe's at a quarter of its width: anisotropy 11.5, 2x down in xy, 5.75x up in z
     labels = columns_of_nuclei((12, 128, 128), 4)
-    volume = to_isotropic(labels.astype(np.uint16), labels, VoxelSize(2.0, 0.174, 0.174), 2.0)
+    volume = labelled(labels, 2.0, 0.174, 0.174)
+    volume = downsample(volume, 2.0, isotropic=True)
     assert volume.labels.shape == (69, 64, 64)
     planes = list(cut_planes(volume, {"xy": 1, "xz": 12, "yz": 12}, min_nuclei=3, min_area_px=15))
     by_view = {view: sum(plane.view == view for plane in planes) for view in ("xy", "xz", "yz")}
@@ -37,7 +42,8 @@ def test_the_recipe_gives_the_number_of_planes_that_its_rule_predicts() -> None:
 
 def test_a_linear_ramp_stays_linear_through_the_resampling() -> None:
     ramp = np.broadcast_to(np.arange(10, dtype=np.float32)[:, None, None], (10, 8, 8))
-    volume = to_isotropic(ramp, np.zeros((10, 8, 8), np.uint16), VoxelSize(3.0, 1.0, 1.0), 1.0)
+    volume = LabelledVolume(ramp, np.zeros((10, 8, 8), np.uint32), VoxelSize(3.0, 1.0, 1.0))
+    volume = downsample(volume, 1.0, isotropic=True)
     assert volume.image.shape == (30, 8, 8)
     inner = volume.image[2:-2, 4, 4]
     np.testing.assert_allclose(np.diff(inner), 1 / 3, atol=1e-5)
@@ -61,7 +67,7 @@ def test_a_plane_without_background_keeps_its_labels() -> None:
 
 def test_sparse_planes_are_kept_in_their_share() -> None:
     labels = np.zeros((40, 8, 8), np.uint32)
-    volume = IsotropicVolume(labels.astype(np.uint16), labels, 1.0)
+    volume = labelled(labels)
     planes = list(
         cut_planes(volume, {"xy": 1, "xz": 0, "yz": 0}, min_nuclei=3, min_area_px=1, sparse_share=0.25)
     )
@@ -71,7 +77,7 @@ def test_sparse_planes_are_kept_in_their_share() -> None:
 
 def test_step_zero_means_no_plane() -> None:
     labels = np.zeros((5, 8, 8), np.uint32)
-    volume = IsotropicVolume(labels.astype(np.uint16), labels, 1.0)
+    volume = labelled(labels)
     planes = cut_planes(volume, {"xy": 1, "xz": 0}, min_nuclei=0, min_area_px=1)
     assert [(plane.view, plane.index) for plane in planes] == [("xy", k) for k in range(5)]
 
@@ -87,7 +93,7 @@ def test_small_labels_become_background_and_the_others_keep_their_numbers() -> N
 
 def test_downsampling_to_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="downsample_xy"):
-        to_isotropic(np.zeros((4, 8, 8), np.uint16), np.zeros((4, 8, 8), np.uint16), VoxelSize(1, 1, 1), 100)
+        downsample(labelled(np.zeros((4, 8, 8), np.uint32)), 100, isotropic=True)
 
 
 def test_the_diameter_of_a_sphere_of_known_volume() -> None:

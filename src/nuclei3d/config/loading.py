@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,33 +21,36 @@ from nuclei3d.outputs import whole_file
 
 
 def load_params(path: Path | None, overrides: Iterable[str] = ()) -> Params:
-    """Load parameters from a YAML file, apply overrides, validate.
+    """Load parameters from a YAML file (None: the defaults, the recipe's), apply overrides, validate.
 
-    Parameters
-    ----------
-    path
-        The file; None means all defaults (the recipe's).
-    overrides
-        Texts such as ``train.epochs=5``; the value is read as YAML.
+    Overrides are texts such as ``train.epochs=5``; the value is read as YAML.
     """
     tree = _read_yaml(path) if path is not None else {}
-    for override in overrides:
-        _apply_override(tree, override)
-    source = str(path) if path is not None else "the command line"
-    return validate_params(tree, source)
+    changed = [_apply_override(tree, override) for override in overrides]
+    return validate_params(tree, str(path) if path is not None else "the defaults", changed)
 
 
-def validate_params(tree: Mapping[str, Any], source: str) -> Params:
-    """Validate a nested mapping; `source` is named in the error."""
+def validate_params(tree: Mapping[str, Any], source: str, changed: Sequence[str] = ()) -> Params:
+    """Validate a nested mapping; `source` is named in the error, or --set for the names that it `changed`."""
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{source}: " + "; ".join(_explain(error))) from None
+        raise InputError("; ".join(_explain(error, source, changed))) from None
 
 
 def params_as_dict(params: BaseModel) -> dict[str, Any]:
     """Give the parameters as plain nested data, ready for YAML or JSON."""
     return params.model_dump(mode="json")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested parameters under dotted names, such as ``train.augment.flips``."""
+    flattened: dict[str, Any] = {}
+    for name, value in tree.items():
+        flattened |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        )
+    return flattened
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put one override into the tree, and give its dotted name."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -86,6 +90,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {name}: '{key}' is a value, not a section")
         node = child
     node[keys[-1]] = value
+    return ".".join(keys)
 
 
 def _number_or_text(text: str) -> float | str:
@@ -96,17 +101,25 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, source: str, changed: Sequence[str]) -> list[str]:
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
+        # the rule of a section concerns whatever was changed in it
+        concerned = [
+            each for each in changed if f"{name}.".startswith(f"{each}.") or f"{each}.".startswith(f"{name}.")
+        ]
+        origin = "--set" if concerned else source
         if problem["type"] == "extra_forbidden":
             known = _known_names(problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-            lines.append(f"unknown parameter '{name}'; {hint}")
+            lines.append(f"{origin}: unknown parameter '{name}'; {hint}")
         else:
-            lines.append(f"parameter '{name}' is {problem['input']!r}: {problem['msg']}")
+            hint = ""
+            if problem["type"] == "tuple_type" and isinstance(problem["input"], str):
+                hint = f"; write it in brackets: [{problem['input'].strip('()')}]"
+            lines.append(f"{origin}: parameter '{name}' is {problem['input']!r}: {problem['msg']}{hint}")
     return lines
 
 

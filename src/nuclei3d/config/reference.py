@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
-import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ _HEAD = """# Parameters
 Made from the classes in src/nuclei3d/config by `nuclei3d params`; a test holds them to each other. Each value
 may stand in params.yaml or be given as `--set section.key=value`; what is left out has the default.
 """
+_COLUMNS = "| parameter | default | values | meaning |\n|---|---|---|---|"
 _WORDS = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {
     "minimum": "at least",
@@ -53,30 +55,29 @@ def _sections(name: str, kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
 
 def _page(name: str, kind: type[BaseModel]) -> str:
     schema = kind.model_json_schema()
+    family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
+    prose = "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family)
+    meanings = {key: text for each in family for key, text in _meanings(each).items()}
     rows = [
         f"| `{key}` | `{_as_text(schema['properties'][key].get('default'))}` "
-        f"| {_allowed(schema['properties'][key], schema)} |"
+        f"| {_allowed(schema['properties'][key], schema)} | {meanings.get(key, '')} |"
         for key, field in kind.model_fields.items()
         if field.annotation not in _sections("", kind).values()
     ]
     title = f"## {name}" if name else "## At the top"
-    return "\n".join(
-        [title, "", _prose(kind), "", "| parameter | default | values |", "|---|---|---|", *rows, ""]
-    )
+    return "\n".join([title, "", prose, "", _COLUMNS, *rows, ""]).replace("``", "`")
 
 
-def _prose(kind: type[BaseModel]) -> str:
-    """Give the docstrings of a class and its parents, their lists of attributes as lists in Markdown."""
-    family = [each for each in reversed(kind.__mro__) if issubclass(each, Section) and each is not Section]
-    text = "\n\n".join(inspect.cleandoc(each.__doc__ or "") for each in family)
-    text = re.sub(r"\n*Attributes\n-+\n", "\n\n", text)
-    lines: list[str] = []
-    for line in text.replace("``", "`").splitlines():
-        if re.fullmatch(r"[a-z][a-z0-9_]*(, [a-z][a-z0-9_]*)*", line):
-            lines.append(f"- {', '.join(f'`{name}`' for name in line.split(', '))}:")
-        else:
-            lines.append(line.replace("    ", "  ", 1) if line.startswith("    ") else line)
-    return "\n".join(lines)
+def _meanings(kind: type[BaseModel]) -> dict[str, str]:
+    """Give the texts that stand below the fields of a class; pydantic would read them at every import."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def _as_text(value: Any) -> str:

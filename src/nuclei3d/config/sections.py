@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """A section of params.yaml: unknown names are refused, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,14 +48,12 @@ class SplitParams(Section):
 
 
 class DataParams(Section):
-    """Where voxel sizes and channels come from, and how embryos are split.
-
-    `voxel_size_um` (z, y, x) wins over what the files say; None reads it from them. `channel` is the name or
-    the number, from 0, of the nuclear channel; None where the files hold one.
-    """
+    """Where voxel sizes and channels come from, and how embryos are split."""
 
     voxel_size_um: Triple | None = None
+    """(z, y, x), wins over what the files say; None reads it from them."""
     channel: str | int | None = None
+    """Name or number, from 0, of the nuclear channel; None where the files hold one."""
     split: SplitParams = SplitParams()
 
 
@@ -68,64 +68,59 @@ class SimulateParams(Section):
 
     The defaults make embryos in the likeness of light-sheet data after twofold downsampling in xy:
     voxels 2 x 0.348 x 0.348 um, anisotropy 5.75. Lengths are in um, light in photons per voxel.
-
-    embryos
-        Names, each a folder of the data set.
-    frames
-        Frames of each embryo: one number for all, or one per embryo.
-    shape, voxel_size_um
-        Planes, rows and columns of a frame; edges of a voxel (z, y, x). Anisotropy follows from these.
-    nuclei, nucleus_diameter_um, size_variation, shape_variation
-        Mean number of nuclei in the first frame; their mean diameter; its spread (of the logarithm);
-        strength of the smooth deformation of the ellipsoids.
-    minutes_per_frame, cell_cycle_minutes
-        Time between frames and between divisions; the quotient says how fast the number grows.
-    closeness
-        1: every nucleus may touch its neighbours; 0: each keeps a coat of cytoplasm around it.
-    photons, brightness_variation, faint_share, faintest_contrast
-        Light of the typical nucleus; spread of the logarithm from nucleus to nucleus; share of nuclei
-        in the faint tail; no labelled nucleus is dimmer than this many sigmas of the background's noise.
-    texture
-        Contrast of the chromatin inside a nucleus, as a share of its mean.
-    attenuation_um
-        Depth in which the light falls to 1/e.
-    background_photons, unevenness, haze
-        Light outside nuclei; how much it differs across the field (share); light of the cytoplasm as
-        a share of `photons`.
-    psf_um
-        Standard deviations of the point spread function (z, y, x).
-    camera_gain, camera_offset, camera_noise, camera_bits
-        Counts per photon; counts without light; read noise in counts; bit depth.
-    debris
-        Mean number of polar bodies and fragments in an embryo: seen, not labelled.
     """
 
     embryos: Annotated[tuple[str, ...], Field(min_length=1)] = ("embryo_a", "embryo_b", "embryo_c")
+    """Names, each a folder of the data set."""
     frames: tuple[FrameCount, ...] = (6, 3, 3)
+    """Frames of each embryo: one number for all, or one per embryo."""
     shape: tuple[Extent, Extent, Extent] = (24, 128, 128)
+    """Planes, rows and columns of a frame."""
     voxel_size_um: Triple = (2.0, 0.348, 0.348)
+    """Edges of a voxel (z, y, x); anisotropy follows from these."""
     nuclei: Annotated[int, Field(ge=1, le=2000)] = 22
+    """Mean number of nuclei in the first frame."""
     nucleus_diameter_um: PositiveFloat = 9.5
+    """Their mean diameter."""
     size_variation: Spread = 0.08
+    """Spread of the logarithm of the diameter."""
     shape_variation: Spread = 0.09
+    """Strength of the smooth deformation of the ellipsoids."""
     minutes_per_frame: PositiveFloat = 40.0
     cell_cycle_minutes: PositiveFloat = 300.0
+    """Time between divisions; over `minutes_per_frame` it says how fast the number grows."""
     closeness: Share = 0.95
+    """1: every nucleus may touch its neighbours; 0: each keeps a coat of cytoplasm around it."""
     photons: PositiveFloat = 30.0
+    """Light of the typical nucleus."""
     brightness_variation: Spread = 0.4
+    """Spread of the logarithm of the light from nucleus to nucleus."""
     faint_share: Share = 0.15
+    """Share of nuclei in the faint tail."""
     faintest_contrast: NonNegativeFloat = 2.5
+    """No labelled nucleus is dimmer than this many sigmas of the background's noise."""
     texture: Spread = 0.4
+    """Contrast of the chromatin inside a nucleus, as a share of its mean."""
     attenuation_um: PositiveFloat = 60.0
+    """Depth in which the light falls to 1/e."""
     background_photons: NonNegativeFloat = 2.5
+    """Light outside nuclei."""
     unevenness: Share = 0.4
+    """How much the light outside nuclei differs across the field (share)."""
     haze: Share = 0.1
+    """Light of the cytoplasm as a share of `photons`."""
     psf_um: Triple = (1.0, 0.3, 0.3)
+    """Standard deviations of the point spread function (z, y, x)."""
     camera_gain: PositiveFloat = 4.0
+    """Counts per photon."""
     camera_offset: NonNegativeFloat = 100.0
+    """Counts without light."""
     camera_noise: NonNegativeFloat = 3.0
+    """Read noise in counts."""
     camera_bits: Annotated[int, Field(ge=8, le=16)] = 12
+    """Bit depth."""
     debris: NonNegativeFloat = 2.0
+    """Mean number of polar bodies and fragments in an embryo: seen, not labelled."""
 
     @field_validator("frames", mode="before")
     @classmethod
@@ -160,15 +155,13 @@ Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
 class NormalizationParams(Section):
-    """Percentiles of the whole volume that become 0 and 1.
-
-    Their distance is never taken below `noise_floor` times the noise's standard deviation, so that the
-    noise of a frame with hardly a nucleus is not blown up into objects.
-    """
+    """Percentiles of the whole volume that become 0 and 1."""
 
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0)] = 10.0
+    """Their distance is never taken below so many standard deviations of the noise, so that the noise of a
+    frame with hardly a nucleus is not blown up into objects."""
 
     @model_validator(mode="after")
     def _in_order(self) -> NormalizationParams:
@@ -180,72 +173,66 @@ class NormalizationParams(Section):
 class PrepareParams(Section):
     """How embryos become training data; the defaults are the recipe's.
 
-    Volumes are downsampled `downsample_xy` times in x and y, then upsampled in z to cubic voxels
-    (linear; labels by nearest neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is
-    kept if it shows at least `min_nuclei` nuclei, counted after dropping slivers below `min_area_px`.
-    Labels below `min_volume_um3` in 3D, the debris of hand labelling, become background before (0: none).
-    `sparse_share` is the share of the planes with fewer nuclei that is kept all the same (0: the recipe).
-    For a 3D network (train.network: full3d) each frame is kept as a volume instead: downsampled in x and y,
-    with its own planes, and `targets` says which flows it gets: ``heat`` (unit vectors in um from heat
-    diffusion) or ``tanh`` (of the distance to the centre over 5 voxels, as in Cellpose3D, for comparison).
-    `cellpose_files` writes the planes as TIFF pairs beside, for stock Cellpose's training; they are seldom
-    needed and take longer to write than all else (export --format cellpose-training makes them later).
-    `workers` None takes every core.
+    Volumes are downsampled in x and y, then upsampled in z to cubic voxels (linear; labels by nearest
+    neighbour). Every `step_xy`-th, `step_xz`-th and `step_yz`-th plane is kept (0: none) if it shows enough
+    nuclei. For a 3D network (train.network: full3d) each frame is kept as a volume instead: downsampled in x
+    and y, with its own planes.
     """
 
     downsample_xy: PositiveFloat = 2.0
+    """How many times x and y are downsampled."""
     step_xy: Annotated[int, Field(ge=0)] = 1
     step_xz: Annotated[int, Field(ge=0)] = 12
     step_yz: Annotated[int, Field(ge=0)] = 12
     min_nuclei: Annotated[int, Field(ge=0)] = 3
+    """Least number of nuclei that a plane shows, slivers not counted."""
     min_volume_um3: NonNegativeFloat = 0.0
+    """Labels below this in 3D, the debris of hand labelling, become background before (0: none)."""
     min_area_px: Annotated[int, Field(ge=0)] = 15
+    """Slivers of nuclei below this are dropped from a plane."""
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the planes with fewer nuclei that is kept all the same (0: the recipe)."""
     targets: Literal["heat", "tanh"] = "heat"
+    """Flows of a volume: ``heat`` (unit vectors in um from heat diffusion) or ``tanh`` (of the distance to
+    the centre over 5 voxels, as in Cellpose3D, for comparison)."""
     cellpose_files: bool = False
+    """Write the planes as TIFF pairs beside, for stock Cellpose's training; they are seldom needed and take
+    longer to write than all else (export --format cellpose-training makes them later)."""
     workers: PositiveInt | None = None
+    """Processes; None takes every core."""
 
 
 Size = Annotated[int, Field(ge=4)]
 
 
 class Full3dParams(Section):
-    """The 3D network (train.network: full3d): its shape, its patches, its loss.
-
-    Attributes
-    ----------
-    profile
-        ``default``: about 6 M parameters; ``small``: about 0.5 M, for two processor cores.
-    pooling
-        ``spacing``: an axis is pooled and convolved along once its spacing is at most twice the finest;
-        ``isotropic``: all axes alike, whatever the voxel size.
-    style
-        Feed the mean of the deepest features to the way up, as Cellpose does.
-    patch
-        Shape (z, y, x) of the patches in voxels of the network's grid; None: `patch_diameters` of a nucleus.
-    patch_diameters
-        Edge of the patches in diameters of a nucleus.
-    nucleus_centred, faint_centred
-        Shares of the patches that are drawn around a nucleus, and around one of the faintest fifth; the
-        others lie anywhere.
-    flow_weight, probability_weight, dice_weight
-        Weights in the loss: of the mean squared error of the flows inside nuclei, of the foreground's
-        cross-entropy, and of its Dice loss.
-    balance_axes
-        Divide each axis' error by the variance of its target, so that z, which has less, is learned as well.
-    """
+    """The 3D network (train.network: full3d): its shape, its patches, its loss."""
 
     profile: Literal["default", "small"] = "default"
+    """``default``: about 6 M parameters; ``small``: about 0.5 M, for two processor cores."""
     pooling: Literal["spacing", "isotropic"] = "spacing"
+    """``spacing``: an axis is pooled and convolved along once its spacing is at most twice the finest;
+    ``isotropic``: all axes alike, whatever the voxel size."""
     style: bool = False
+    """Feed the mean of the deepest features to the way up, as Cellpose does."""
     patch: tuple[Size, Size, Size] | None = None
+    """Shape (z, y, x) of the patches in voxels of the network's grid; None: `patch_diameters` of a nucleus.
+    """
     patch_diameters: PositiveFloat = 4.0
+    """Edge of the patches in diameters of a nucleus."""
     nucleus_centred: Share = 0.6
+    """Share of the patches that are drawn around a nucleus."""
     faint_centred: Share = 0.2
+    """Share of those around one of the faintest fifth; the others lie anywhere."""
     flow_weight: NonNegativeFloat = 5.0
+    """Weight in the loss of the mean squared error of the flows inside nuclei."""
     probability_weight: NonNegativeFloat = 1.0
+    """Weight of the foreground's cross-entropy."""
     dice_weight: NonNegativeFloat = 1.0
+    """Weight of its Dice loss."""
     balance_axes: bool = True
+    """Divide each axis' error by the variance of its target, so that z, which has less, is learned as well.
+    """
 
 
 Rotation = Literal["none", "quarter", "free"]
@@ -256,55 +243,44 @@ class AugmentParams(Section):
 
     Each has random numbers of its own, so switching one on or off leaves the draws of the others as they
     were. Intensities are those after normalisation: 0 is background, about 1 the brightest nuclei.
-
-    Attributes
-    ----------
-    flips
-        Mirror both axes of a plane, each with probability 1/2.
-    flip_z
-        Whether z is mirrored too. False lets the network learn what differs between up and down (light that
-        fades with depth, labels that lag behind the image); xz and yz planes then cannot be rotated.
-    rotation, side_rotation
-        Rotation of xy planes, and of xz and yz planes: ``none``, ``quarter`` (multiples of 90 degrees) or
-        ``free`` (any angle, as stock Cellpose does in all views).
-    rescale_range
-        Width of the range of random scales around 1, as in Cellpose: 0.5 is 0.75 to 1.25.
-    brightness_linear
-        Half-width b of the gain (1 - b to 1 + b) and a tenth of b for the offset.
-    brightness_gamma
-        Exponents are exp(-g) to exp(g).
-    dim_share, dim_min, dim_noise, psf_px
-        Share of nuclei that are dimmed, the least factor (log-uniform up to 1), how much of the shot noise
-        that dimming removes is put back (1: all), and the width (Gaussian sigma, pixels at the network's
-        scale) of the blur of a nucleus' edge.
-    depth_attenuation
-        Greatest optical depth of a plane: light falls by exp(-a), along z in xz and yz, as a whole in xy.
-    blur_px, blur_anisotropy
-        Greatest sigma of a Gaussian blur in xy, and how many times wider it is along z.
-    noise
-        Greatest standard deviation of added noise at intensity 1: half of it as read noise, all as shot
-        noise.
-    low_resolution
-        Share of crops that are averaged over up to `low_resolution_factor` pixels (along z in xz and yz,
-        along both axes in xy) and interpolated back.
     """
 
     flips: bool = True
+    """Mirror both axes of a plane, each with probability 1/2."""
     flip_z: bool = True
+    """Whether z is mirrored too. False lets the network learn what differs between up and down (light that
+    fades with depth, labels that lag behind the image); xz and yz planes then cannot be rotated."""
     rotation: Rotation = "quarter"
+    """Of xy planes: ``none``, ``quarter`` (multiples of 90 degrees) or ``free`` (any angle, as stock Cellpose
+    does in all views)."""
     side_rotation: Rotation = "quarter"
+    """The same of xz and yz planes."""
     rescale_range: Annotated[float, Field(ge=0, lt=2)] = 0.5
+    """Width of the range of random scales around 1, as in Cellpose: 0.5 is 0.75 to 1.25."""
     brightness_linear: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Half-width b of the gain (1 - b to 1 + b) and a tenth of b for the offset."""
     brightness_gamma: NonNegativeFloat = 0.0
+    """Exponents are exp(-g) to exp(g)."""
     dim_share: Share = 0.0
+    """Share of nuclei that are dimmed."""
     dim_min: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The least factor that dims (log-uniform up to 1)."""
     dim_noise: NonNegativeFloat = 1.0
+    """How much of the shot noise that dimming removes is put back (1: all)."""
     psf_px: NonNegativeFloat = 1.0
+    """Width of the blur of a dimmed nucleus' edge: Gaussian sigma in pixels at the network's scale."""
     depth_attenuation: NonNegativeFloat = 0.0
+    """Greatest optical depth of a plane: light falls by exp(-a), along z in xz and yz, as a whole in xy."""
     blur_px: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Greatest sigma of a Gaussian blur in xy."""
     blur_anisotropy: PositiveFloat = 2.0
+    """How many times wider the blur is along z."""
     noise: NonNegativeFloat = 0.0
+    """Greatest standard deviation of added noise at intensity 1: half of it as read noise, all as shot noise.
+    """
     low_resolution: Share = 0.0
+    """Share of crops that are averaged over up to `low_resolution_factor` pixels (along z in xz and yz, along
+    both axes in xy) and interpolated back."""
     low_resolution_factor: Annotated[float, Field(ge=1, le=16)] = 4.0
 
     @model_validator(mode="after")
@@ -317,130 +293,92 @@ class AugmentParams(Section):
 class SamplingParams(Section):
     """How often planes are drawn; the defaults draw all alike, as the recipe does.
 
-    The weights multiply. A weight of 0 leaves planes out.
-
-    Attributes
-    ----------
-    xy, xz, yz
-        Weight of the planes of a view.
-    nuclei_power
-        Weight (number of nuclei)**power; planes without nuclei count as one.
-    sparse
-        Weight of planes with fewer than `train.min_train_masks` nuclei. prepare writes such planes only where
-        prepare.sparse_share asks for them; 0 is stock Cellpose's rule, which never draws them.
-    contrast_power
-        Weight (contrast of the faintest nucleus / median over planes)**-power, held within 1/4 to 4.
-    balance
-        ``embryos``: every embryo, or ``frames``: every frame (stage), is drawn alike often whatever its
-        number of planes.
-    nucleus_centred
-        Share of the crops that are placed around a pixel of a nucleus instead of anywhere.
+    The weights multiply; 0 leaves planes out. `xy`, `xz` and `yz` are those of the planes of a view.
     """
 
     xy: NonNegativeFloat = 1.0
     xz: NonNegativeFloat = 1.0
     yz: NonNegativeFloat = 1.0
     nuclei_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Weight (number of nuclei)**power; planes without nuclei count as one."""
     sparse: NonNegativeFloat = 1.0
+    """Weight of planes with fewer than `train.min_train_masks` nuclei. prepare writes such planes only where
+    prepare.sparse_share asks for them; 0 is stock Cellpose's rule, which never draws them."""
     contrast_power: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Weight (contrast of the faintest nucleus / median over planes)**-power, held within 1/4 to 4."""
     balance: Literal["none", "embryos", "frames"] = "none"
+    """``embryos``: every embryo, or ``frames``: every frame (stage), is drawn alike often whatever its number
+    of planes."""
     nucleus_centred: Share = 0.0
+    """Share of the crops that are placed around a pixel of a nucleus instead of anywhere."""
 
 
 class LossParams(Section):
-    """Weights of nuclei in the loss; the background always has weight 1.
-
-    Attributes
-    ----------
-    weight_by
-        ``contrast``: (contrast / median)**-power; ``size``: (area / median)**-power; ``none``: 1.
-    power
-        See above.
-    max_weight
-        Weights are held within 1/max_weight and max_weight.
-    """
+    """Weights of nuclei in the loss; the background always has weight 1."""
 
     weight_by: Literal["none", "contrast", "size"] = "none"
+    """``contrast``: (contrast / median)**-power; ``size``: (area / median)**-power; ``none``: 1."""
     power: Annotated[float, Field(ge=0, le=2)] = 0.5
     max_weight: Annotated[float, Field(ge=1)] = 4.0
+    """Weights are held within 1/max_weight and max_weight."""
 
 
 class TrainParams(Section):
-    """Training of the network; the defaults are the recipe's.
-
-    Attributes
-    ----------
-    network
-        ``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
-        makes what it needs, so a change asks for a new data set.
-    name
-        Of the model: the weights file, and what Cellpose shows.
-    start_from
-        A model folder or weights file to start from; None: from scratch.
-    diameter_px
-        Diameter of a typical nucleus at the network's scale.
-    epochs, batch_size, crops_per_epoch, crop_px
-        Length of the training, in crops of crop_px x crop_px pixels (full3d: in patches); crops_per_epoch
-        None: one per plane drawn (full3d: one per nucleus).
-    optimizer, learning_rate, weight_decay, momentum
-        momentum is SGD's. The default rate is that of Cellpose's own trainer; of 1e-3, 2e-3 and 5e-3 it gave
-        the lowest validation loss after 240 steps of 8 and 120 steps of 32 crops.
-    schedule, warmup_steps
-        ``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at
-        the end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number
-        of epochs, so that a training can be prolonged.
-    min_train_masks
-        Planes with fewer nuclei count as sparse and are drawn with the weight sampling.sparse (0: never).
-    validation_crops
-        Number of fixed crops on which the validation loss is computed.
-    validate_volumes_every, validation_volumes
-        Every how many epochs the average precision is computed in 3D (0: never), and on how many volumes.
-    patience
-        Stop after so many epochs without a better validation loss.
-    select
-        Whether the ``best`` or the ``last`` epoch becomes the model.
-    ema
-        Decay of an exponential mean of the weights, which is then what is validated and kept (0: off).
-    gradient_clip
-        Greatest norm of the gradient (0: off).
-    precision
-        ``auto``: bfloat16 where the processor computes with it (CUDA from Ampere on, CPUs with AVX512-BF16 or
-        AMX), else float32. Weights, loss and optimiser are always float32.
-    cuda_graph
-        On a GPU, record a step once and replay it: the same numbers, faster for small batches.
-    workers
-        Threads that cut crops; None: one on a CPU, up to eight beside a GPU.
-    memory_limit_gb
-        Planes that take more than this are read from disk as they are needed.
-    """
+    """Training of the network; the defaults are the recipe's."""
 
     network: Literal["views2d", "full3d"] = "views2d"
+    """``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
+    makes what it needs, so a change asks for a new data set."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
+    """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
+    """A model folder or weights file to start from; None: from scratch."""
     diameter_px: PositiveFloat = 30.0
+    """Diameter of a typical nucleus at the network's scale."""
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 32
     crops_per_epoch: PositiveInt | None = None
+    """Crops (full3d: patches) of an epoch; None: one per plane drawn (full3d: one per nucleus)."""
     crop_px: Annotated[int, Field(ge=32, multiple_of=16)] = 224
+    """Edge of the crops."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 5e-3
+    """The default is that of Cellpose's own trainer; of 1e-3, 2e-3 and 5e-3 it gave the lowest validation
+    loss after 240 steps of 8 and 120 steps of 32 crops."""
     weight_decay: NonNegativeFloat = 1e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's."""
     schedule: Literal["constant", "warmup_cosine", "cellpose"] = "warmup_cosine"
+    """``constant`` and ``warmup_cosine`` rise linearly over warmup_steps; the cosine falls to a hundredth at
+    the end; ``cellpose`` is stock's schedule by epochs. Only ``constant`` does not depend on the number of
+    epochs, so that a training can be prolonged."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     min_train_masks: Annotated[int, Field(ge=0)] = 3
+    """Planes with fewer nuclei count as sparse and are drawn with the weight sampling.sparse (0: never)."""
     validation_crops: Annotated[int, Field(ge=0)] = 64
+    """Number of fixed crops on which the validation loss is computed."""
     validate_volumes_every: Annotated[int, Field(ge=0)] = 0
+    """Every how many epochs the average precision is computed in 3D (0: never)."""
     validation_volumes: PositiveInt = 3
+    """Number of volumes on which it is computed."""
     patience: PositiveInt | None = None
+    """Stop after so many epochs without a better validation loss."""
     select: Literal["best", "last"] = "best"
+    """Whether the ``best`` or the ``last`` epoch becomes the model."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential mean of the weights, which is then what is validated and kept (0: off)."""
     gradient_clip: NonNegativeFloat = 0.0
+    """Greatest norm of the gradient (0: off)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 where the processor computes with it (CUDA from Ampere on, CPUs with AVX512-BF16 or
+    AMX), else float32. Weights, loss and optimiser are always float32."""
     channels_last: bool = True
     cuda_graph: bool = True
+    """On a GPU, record a step once and replay it: the same numbers, faster for small batches."""
     workers: PositiveInt | None = None
+    """Threads that cut crops; None: one on a CPU, up to eight beside a GPU."""
     memory_limit_gb: PositiveFloat = 2.0
+    """Planes that take more than this are read from disk as they are needed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sampling: SamplingParams = SamplingParams()
     loss: LossParams = LossParams()
@@ -452,26 +390,18 @@ Iou = Annotated[float, Field(ge=0.5, lt=1)]
 
 
 class CalibrateParams(Section):
-    """How thresholds are chosen on validation embryos after a training.
-
-    Attributes
-    ----------
-    volumes
-        Validation frames that are segmented, spread evenly; 0 leaves the thresholds at their defaults, null
-        takes all.
-    cellprob
-        Thresholds of the logit that are tried.
-    iou
-        The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
-        alone counts nuclei.
-    volume_fractions
-        Least volumes that are tried, as fractions of a typical nucleus.
-    """
+    """How thresholds are chosen on validation embryos after a training."""
 
     volumes: Annotated[int, Field(ge=0)] | None = 6
+    """Validation frames that are segmented, spread evenly; 0 leaves the thresholds at their defaults, null
+    takes all."""
     cellprob: Annotated[tuple[float, ...], Field(min_length=1)] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
+    """Thresholds of the logit that are tried."""
     iou: Annotated[tuple[Iou, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8)
+    """The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
+    alone counts nuclei."""
     volume_fractions: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0, 0.02, 0.05, 0.1)
+    """Least volumes that are tried, as fractions of a typical nucleus."""
 
 
 Mode = Literal["auto", "ortho", "stitch", "cellpose", "full3d", "mixed"]
@@ -482,54 +412,56 @@ Engine = Literal["auto", "torch", "openvino"]
 
 
 class SegmentationParams(Section):
-    """How a volume is segmented; what a request to a service may set. None: the value stored with the model.
-
-    `mode` auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`.
-    `views` are the planes that modes ortho and mixed look at, `view_weights` the trust in each (None: equal).
-    `fusion` consensus trusts, place by place, the view whose flow varies least; mean trusts all alike.
-    `orthogonal_step` computes every n-th xz and yz plane only and interpolates between. `flip_average`
-    averages over the four flips of each plane (four times the work). `precision` auto takes bfloat16 where
-    the hardware computes it. `stitch_min_iou` is the least overlap at which mode stitch links masks of
-    neighbouring planes; `stitch_max_gap` is the number of planes in which a nucleus may be missing.
-    `flow3d_smooth` is stock Cellpose's option, for mode cellpose only.
-    """
+    """How a volume is segmented; what a request may set. None: the value stored with the model."""
 
     mode: Mode = "auto"
+    """auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`."""
     diameter_um: PositiveFloat | None = None
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("xy", "xz", "yz")
+    """The planes that modes ortho and mixed look at."""
     view_weights: tuple[PositiveFloat, ...] | None = None
+    """The trust in each view (None: equal)."""
     fusion: Fusion = "mean"
+    """consensus trusts, place by place, the view whose flow varies least; mean trusts all alike."""
     orthogonal_step: PositiveInt = 1
+    """Compute every n-th xz and yz plane only and interpolate between."""
     cellprob_threshold: float | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     min_volume_um3: Annotated[float, Field(ge=0)] | None = None
     max_volume_um3: PositiveFloat | None = None
     flip_average: bool = False
+    """Average over the four flips of each plane (four times the work)."""
     precision: Precision = "auto"
+    """auto takes bfloat16 where the hardware computes it."""
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """The least overlap at which mode stitch links masks of neighbouring planes."""
     stitch_max_gap: Annotated[int, Field(ge=0)] = 1
+    """Number of planes in which mode stitch lets a nucleus be missing."""
     flow3d_smooth: Annotated[float, Field(ge=0)] = 0.0
+    """Stock Cellpose's option, for mode cellpose only."""
 
 
 class PredictParams(SegmentationParams):
     """What is said of a segmentation, further models, and the machine that computes it.
 
-    `orthogonal_model` is another 2D model for xz and yz, of the same `diameter_px`. `volume_model` is a 3D
-    model beside a 2D one: mode mixed fuses its flows with those of the views; `volume_weight` is the trust in
-    it, where a view has 1 unless `view_weights` says otherwise. Both are for predictions on this machine (the
-    commands predict, calibrate and assess); a training or a search looks at its network alone.
-    `engine` auto takes OpenVINO where it is installed (CPU only). A volume that would need more than
-    `memory_gb` is cut into blocks, which Dask runs: on `workers` processes of this machine, or on the cluster
-    whose `scheduler` is named (tcp://host:port).
+    The further models are for predictions on this machine (the commands predict, calibrate and assess); a
+    training or a search looks at its network alone.
     """
 
     orthogonal_model: Path | None = None
+    """Another 2D model for xz and yz, of the same `diameter_px`."""
     volume_model: Path | None = None
+    """A 3D model beside a 2D one: mode mixed fuses its flows with those of the views."""
     volume_weight: PositiveFloat = 1.0
+    """The trust in it, where a view has 1 unless `view_weights` says otherwise."""
     engine: Engine = "auto"
+    """auto takes OpenVINO where it is installed (CPU only)."""
     memory_gb: PositiveFloat | None = None
+    """A volume that would need more is cut into blocks, which Dask runs."""
     workers: PositiveInt = 1
+    """Processes of this machine that run the blocks."""
     scheduler: str | None = None
+    """The cluster that runs them instead (tcp://host:port)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
@@ -562,33 +494,31 @@ class PredictParams(SegmentationParams):
 
 
 class EvaluateParams(Section):
-    """Thresholds, contrast bins, bootstrap and report of the evaluation.
-
-    `resample` says what the bootstrap draws: whole embryos, blocks of time within embryos, or (auto)
-    embryos where there are at least four. `viewer_megabytes` bounds the volumes shown in the report; larger
-    data are shown in part and at a lower resolution. True labels below `min_true_volume_um3`, the debris of
-    hand labelling, become background; predictions are all counted.
-
-    `baselines` are put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a
-    distance-transform watershed, where there are images) and, where held-out frames are predicted (assess,
-    run), ``stock_fusion`` (the same network with Cellpose's own do_3D; on a CPU it takes several times as
-    long as the model, and many times the memory of a volume) and ``champion`` (the registered one, if there
-    is one and it is another model).
-    """
+    """Thresholds, contrast bins, bootstrap and report of the evaluation."""
 
     thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
     contrast_bins: Annotated[int, Field(ge=2)] = 5
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     resample: Literal["auto", "embryo", "time"] = "auto"
+    """What the bootstrap draws: whole embryos, blocks of time within embryos, or (auto) embryos where there
+    are at least four."""
     baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = (
         "otsu",
         "stock_fusion",
         "champion",
     )
+    """Put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a distance-transform
+    watershed, where there are images) and, where held-out frames are predicted (assess, run),
+    ``stock_fusion`` (the same network with Cellpose's own do_3D; on a CPU it takes several times as long as
+    the model, and many times the memory of a volume) and ``champion`` (the registered one, if there is one
+    and it is another model)."""
     min_true_volume_um3: NonNegativeFloat = 0.0
+    """True labels below this, the debris of hand labelling, become background; predictions are all counted.
+    """
     surface_distances: bool = True
     report: bool = True
     viewer_megabytes: PositiveFloat = 8.0
+    """Bounds the volumes shown in the report; larger data are shown in part and at a lower resolution."""
 
     @field_validator("thresholds")
     @classmethod
@@ -643,66 +573,50 @@ _RECIPE_RANGES = {
 class SearchParams(Section):
     """What is searched, for what, and when a trial is given up.
 
-    Attributes
-    ----------
-    study
-        Name of the search in its storage; null: that of the folder it writes.
-    objective
-        What is maximised on the validation volumes in 3D: ``ap``, the average precision at IoU 0.5, or
-        ``faint_recall``, the recall of the faintest fifth of the nuclei where the precision is `precision`.
-    precision
-        The precision at which ``faint_recall`` is read off; a model that reaches it nowhere scores below 0.
-    volumes
-        Number of validation volumes that are segmented, spread evenly over them; null: all.
-    epochs, batch_size, learning_rate, weight_decay
-        Ranges of these parameters of the section train; null leaves one as it is.
-    more
-        Ranges of further parameters by their dotted name, such as ``train.augment.dim_share``.
-    prune
-        Give unpromising trials up on the way, by asynchronous successive halving (ASHA).
-    prune_on
-        What is compared on the way, after every epoch that has it: the validation ``loss``, or the ``ap`` in
-        3D (then `train.validate_volumes_every` says after which epochs it is computed).
-    first_rung, reduction
-        Trials are compared when `first_rung` of their own epochs are done, and again each time that share
-        has grown `reduction` times; about one in `reduction` goes on.
-    startup_trials
-        Trials drawn at random before the sampler (TPE) starts to learn; null: a third of all, at most ten.
-    confirm_top, confirm_seeds
-        After the search, train the best `confirm_top` trials and the starting values again with
-        `confirm_seeds` other seeds; the best mean wins. 0 seeds: no confirmation.
-    keep_models
-        Model folders of so many best trials stay on disk.
-    max_retries
-        How often a trial whose process died is run again.
-    max_failures
-        After so many trials that failed with an error the search stops.
-    heartbeat_s, grace_s
-        With PostgreSQL: seconds between two signs of life of a worker, and the silence after which it
-        counts as dead.
+    `epochs`, `batch_size`, `learning_rate` and `weight_decay` are ranges of these parameters of the section
+    train; null leaves one as it is.
     """
 
     study: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the search in its storage; null: that of the folder it writes."""
     objective: Literal["ap", "faint_recall"] = "ap"
+    """What is maximised on the validation volumes in 3D: ``ap``, the average precision at IoU 0.5, or
+    ``faint_recall``, the recall of the faintest fifth of the nuclei where the precision is `precision`."""
     precision: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """The precision at which ``faint_recall`` is read off; a model that reaches it nowhere scores below 0."""
     volumes: PositiveInt | None = None
+    """Number of validation volumes that are segmented, spread evenly over them; null: all."""
     epochs: Range | None = _RECIPE_RANGES["epochs"]
     batch_size: Range | None = _RECIPE_RANGES["batch_size"]
     learning_rate: Range | None = _RECIPE_RANGES["learning_rate"]
     weight_decay: Range | None = _RECIPE_RANGES["weight_decay"]
     more: Mapping[str, Range] = Field(default_factory=dict)
+    """Ranges of further parameters by their dotted name, such as ``train.augment.dim_share``."""
     prune: bool = True
+    """Give unpromising trials up on the way, by asynchronous successive halving (ASHA)."""
     prune_on: Literal["loss", "ap"] = "loss"
+    """What is compared on the way, after every epoch that has it: the validation ``loss``, or the ``ap`` in
+    3D (then `train.validate_volumes_every` says after which epochs it is computed)."""
     first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    """Trials are compared when this share of their own epochs is done."""
     reduction: Annotated[int, Field(ge=2)] = 2
+    """They are compared again each time that share has grown so many times; about one in so many goes on."""
     startup_trials: PositiveInt | None = None
+    """Trials drawn at random before the sampler (TPE) starts to learn; null: a third of all, at most ten."""
     confirm_top: PositiveInt = 3
+    """So many best trials and the starting values are trained again after the search; the best mean wins."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 0
+    """With how many other seeds. 0: no confirmation."""
     keep_models: PositiveInt = 3
+    """Model folders of so many best trials stay on disk."""
     max_retries: Annotated[int, Field(ge=0)] = 5
+    """How often a trial whose process died is run again."""
     max_failures: PositiveInt = 3
+    """After so many trials that failed with an error the search stops."""
     heartbeat_s: PositiveInt = 30
+    """With PostgreSQL: seconds between two signs of life of a worker."""
     grace_s: Annotated[int, Field(ge=2)] = 120
+    """The silence after which it counts as dead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -772,51 +686,39 @@ class TracksParams(Section):
 
 
 class TrackingParams(Section):
-    """Where runs and models go.
-
-    `uri` None means the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the project directory.
-    Runs are grouped in `experiment`; models are registered as `registered_name`. With `enabled` false
-    nothing is recorded.
-    """
+    """Where runs and models go."""
 
     enabled: bool = True
+    """False: nothing is recorded."""
     uri: str | None = None
+    """None means the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the project directory."""
     experiment: Annotated[str, Field(min_length=1)] = "nuclei3d"
+    """What runs are grouped in."""
     registered_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] = "nuclei_3d"
+    """The name under which models are registered."""
 
 
 class ServeParams(Section):
-    """Limits of the service around a model.
-
-    Attributes
-    ----------
-    root
-        Folder below which requests may name files by path; None refuses paths.
-    queue
-        Requests that may wait while one is computed; the next is answered 503.
-    max_body_mb
-        Largest body of a request.
-    max_voxels
-        Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
-        of one such volume fits the memory.
-    timeout_s
-        Longest time from a request's arrival to its answer.
-    shutdown_s
-        How long a stopping service lets the request that is being computed finish.
-    token_variable
-        Environment variable with the bearer token that requests must carry; no token is asked for where
-        it is unset. The token itself is never written into a file.
-    """
+    """Limits of the service around a model."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 5050
     root: str | None = None
+    """Folder below which requests may name files by path; None refuses paths."""
     queue: Annotated[int, Field(ge=0)] = 16
+    """Requests that may wait while one is computed; the next is answered 503."""
     max_body_mb: PositiveInt = 512
+    """Largest body of a request."""
     max_voxels: PositiveInt = 100_000_000
+    """Largest volume, by what its header declares, before anything is read. Choose it so that the prediction
+    of one such volume fits the memory."""
     timeout_s: PositiveFloat = 1800.0
+    """Longest time from a request's arrival to its answer."""
     shutdown_s: PositiveFloat = 60.0
+    """How long a stopping service lets the request that is being computed finish."""
     token_variable: str = "NUCLEI3D_TOKEN"
+    """Environment variable with the bearer token that requests must carry; no token is asked for where it is
+    unset. The token itself is never written into a file."""
 
 
 class Params(Section):

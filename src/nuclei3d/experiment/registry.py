@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +16,15 @@ import numpy as np
 
 import nuclei3d
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.config.sections import PredictParams, SegmentationParams
+from nuclei3d.config.sections import PredictParams
+from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.experiment.invocation import MAX_VOXELS, RequestParams, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
-from nuclei3d.experiment.runs import StageRun
-from nuclei3d.experiment.store import no_progress_bars, open_store
+from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.store import open_store
+from nuclei3d.images.tiff import write_image
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo, read_info
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.metrics import Tally
@@ -112,8 +115,23 @@ class Verdict:
     high: float | None = None
 
 
-def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
-    """Find what would make `register_model` fail before anything is written."""
+def register(params: Params, folder: Path, metrics: Path, *, force: bool = False) -> Registered:
+    """Register a model folder as the newest version: the challenger, and champion if it is better.
+
+    The champion moves if there is none yet, if the challenger is better on the same held-out embryos (see
+    `judge`), or by `force`. The reason is written on the version, as its description and as the tag
+    ``nuclei3d.reason``. No version is made twice of one model with the same scores per volume: one that is
+    registered is told again, and one that a killed process began is gone on with.
+
+    Parameters
+    ----------
+    params
+        `tracking` names the store and the registered model, `predict` gives the defaults of the service.
+    folder
+        A model folder.
+    metrics
+        metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    """
     refuse_second_model(params.predict)
     if not params.tracking.enabled:
         raise InputError("a model cannot be registered with tracking switched off; set tracking.enabled=true")
@@ -121,65 +139,40 @@ def check_registrable(params: Params, folder: Path, metrics: Path) -> None:
         raise missing(
             folder, f"{folder} is no model folder; give the folder that holds model.json and the weights"
         )
-    read_info(folder / "model.json")
-    read_metrics(metrics)
-
-
-def find_registered(params: Params, folder: Path, metrics: Path) -> Registered | None:
-    """Find the version of a model folder that was registered before with the same scores per volume."""
-    client = open_store(params.tracking)
-    name = params.tracking.registered_name
-    found = _version_of(client, name, _digest(folder, read_metrics(metrics)))
-    if found is None or _COMPLETE_TAG not in found.tags:
-        return None
-    champion = _alias(client, name, CHAMPION)
-    reason = found.tags[_REASON_TAG]
-    return Registered(name, str(found.version), champion, reason, found.run_id, done_before=True)
-
-
-def register_model(
-    params: Params, folder: Path, metrics: Path, run: StageRun, *, force: bool = False
-) -> Registered:
-    """Register a model folder as the challenger, and as the champion if it earned that.
-
-    The champion moves if there is none yet, if the challenger is better on the same held-out embryos (see
-    `judge`), or by `force`. The reason is written on the version, as its description and as the tag
-    ``nuclei3d.reason``. A version of the same model and scores is gone on with: none is made twice.
-
-    Parameters
-    ----------
-    params
-        `tracking` names the store and the registered model, `predict` gives the defaults of the service.
-    folder, metrics
-        A model folder and the metrics.json of its evaluation, both seen by `check_registrable`.
-    run
-        The open MLflow run of the stage; the model is logged there.
-    """
-    assert run.run_id is not None
     info = read_info(folder / "model.json")
+    metrics = metrics / _METRICS_FILE if metrics.is_dir() else metrics
     result = read_metrics(metrics)
     client = open_store(params.tracking)
     name = params.tracking.registered_name
-    before = _alias(client, name, CHAMPION)
     digest = _digest(folder, result)
     found = _version_of(client, name, digest)
-    version = None if found is None else str(found.version)
-    if found is not None and version == before:
-        # Killed after it had become champion: the verdict stands.
-        verdict = Verdict(True, found.tags[_REASON_TAG])
+    before, _ = _champion(client, name)
+    done_before = found is not None and _COMPLETE_TAG in found.tags and not force
+    if found is not None and done_before:
+        version, champion, reason, run_id = str(found.version), before, found.tags[_REASON_TAG], found.run_id
     else:
-        verdict = _compare_with_champion(client, name, before, result, params, force)
-    if version is None:
-        with no_progress_bars():
-            logged = log_served_model(folder, metrics, info, params.predict)
-        version = _create_version(client, name, logged, run.run_id, digest)
-    _describe(client, name, version, info, result, verdict)
-    client.set_registered_model_alias(name, CHALLENGER, version)
-    if verdict.better and before != version:
-        _promote(client, name, version, before)
-    client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
-    run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: verdict.reason})
-    return Registered(name, version, version if verdict.better else before, verdict.reason, run.run_id)
+        with stage_run("register", params, inputs={"model": folder, "metrics": metrics}) as run:
+            if found is not None and str(found.version) == before:
+                # Killed after it had become champion: the verdict stands.
+                verdict = Verdict(True, found.tags[_REASON_TAG])
+            else:
+                verdict = _compare_with_champion(client, name, before, result, params, force)
+            if found is None:
+                found = _create_version(
+                    client, name, log_served_model(folder, metrics, info, params.predict), run.run_id, digest
+                )
+            version, reason, run_id = str(found.version), verdict.reason, run.run_id
+            champion = version if verdict.better else before
+            _describe(client, name, version, info, result, verdict)
+            client.set_registered_model_alias(name, CHALLENGER, version)
+            if champion != before:
+                _promote(client, name, version, before)
+            client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
+            run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: reason})
+    say(f"registered{' before' if done_before else ''} {name} version {version}: {reason}")
+    if champion is not None:
+        say(f"champion of {name} is version {champion}")
+    return Registered(name, version, champion, reason, run_id, done_before)
 
 
 def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
@@ -231,16 +224,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
             ]
         ),
         outputs=Schema([ColSpec(DataType.string, "labels"), ColSpec(Array(nucleus), "nuclei")]),
-        params=ParamSchema([_parameter(name, info, predict) for name in _request_order()]),
+        params=ParamSchema([_parameter(name, info, predict) for name in RequestParams.model_fields]),
     )
-
-
-def _request_order() -> list[str]:
-    """Name what a request may set; what is said of the image follows the diameter."""
-    shared = list(SegmentationParams.model_fields)
-    own = [name for name in RequestParams.model_fields if name not in shared]
-    after = shared.index("diameter_um") + 1
-    return [*shared[:after], *own, *shared[after:]]
 
 
 _MLFLOW_TYPES = {"string": "string", "number": "double", "integer": "long", "boolean": "boolean"}
@@ -264,7 +249,6 @@ def _parameter(name: str, info: ModelInfo, predict: PredictParams) -> ParamSpec:
 def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Give a small request that works: two bright balls of the model's diameter in a box."""
     import pandas as pd
-    import tifffile
 
     diameter = info.nucleus_diameter_um or 10.0
     step = diameter / 8
@@ -273,62 +257,48 @@ def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
     for centre in ((4, 12, 8), (4, 12, 24)):
         squared = (2 * (z - centre[0])) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
         image += 1000 * np.exp(-squared / 18)
-    file = io.BytesIO()
-    tifffile.imwrite(
-        file,
-        image.astype(np.uint16),
-        ome=True,
-        compression="zlib",
-        metadata={
-            "axes": "ZYX",
-            "PhysicalSizeZ": 2 * step,
-            "PhysicalSizeY": step,
-            "PhysicalSizeX": step,
-            "PhysicalSizeZUnit": "µm",
-            "PhysicalSizeYUnit": "µm",
-            "PhysicalSizeXUnit": "µm",
-            "UUID": "00000000-0000-5000-8000-000000000000",
-        },
-    )
-    return pd.DataFrame({"volume": [file.getvalue()]}), {"mode": "auto"}
+    with tempfile.TemporaryDirectory(prefix="nuclei3d-") as scratch:
+        file = Path(scratch) / "example.ome.tif"
+        write_image(file, image.astype(np.uint16), VoxelSize(2 * step, step, step))
+        return pd.DataFrame({"volume": [file.read_bytes()]}), {"mode": "auto"}
 
 
 def roll_back(params: Params, version: str | None = None) -> Registered:
-    """Give the champion's place back to the version that had it before, or to `version`."""
+    """Make an earlier version the champion again: the one that was it before, or `version`."""
     client = open_store(params.tracking)
     name = params.tracking.registered_name
-    now = _alias(client, name, CHAMPION)
-    history = _history(client, name)
+    known = _versions(client, name)
+    now, history = _champion(client, name)
+    if not known:
+        raise InputError(f"the registry has no model '{name}' yet; nuclei3d register makes it")
     if version is None:
         earlier = [item for item in history if item != now]
         if not earlier:
             raise InputError(f"{name} has no earlier champion to go back to; name a version")
         version = earlier[-1]
-    known = _versions(client, name)
     if version not in known:
-        raise InputError(f"{name} has no version {version}; known: {', '.join(known) or 'none'}")
+        raise InputError(f"{name} has no version {version}; known: {', '.join(known)}")
     reason = f"rolled back from version {now}" if now else "made champion by hand"
     while version in history:
         history.pop()
     client.set_registered_model_alias(name, CHAMPION, version)
     client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
     client.set_model_version_tag(name, version, _REASON_TAG, reason)
+    say(f"champion of {name} is version {version} again ({reason})")
     return Registered(name, version, version, reason)
 
 
 def champions(params: Params) -> list[str]:
-    """Give the champion's version, then those before it, the latest first; none with tracking switched
-    off.
-    """
+    """Give the champion's version, then those before it, the latest first; none without tracking."""
     if not params.tracking.enabled:
         return []
     client = open_store(params.tracking)
     name = params.tracking.registered_name
-    now = _alias(client, name, CHAMPION)
+    now, history = _champion(client, name)
     if now is None:
         return []
     known = _versions(client, name)
-    return list(dict.fromkeys([now, *(item for item in reversed(_history(client, name)) if item in known)]))
+    return list(dict.fromkeys([now, *(item for item in reversed(history) if item in known)]))
 
 
 def is_registered(model: str) -> bool:
@@ -371,24 +341,19 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a metrics.json."""
-    if path.is_dir():
-        path = path / _METRICS_FILE
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result["volumes"] and all("counts" in item for item in result["volumes"].values()):
+            return result
     except OSError as error:
         raise InputError(
             f"cannot read the metrics {path}: {error.strerror}; nuclei3d evaluate writes it"
         ) from None
-    except ValueError:
-        raise InputError(
-            f"{path} is not valid JSON; expected the metrics.json of nuclei3d evaluate"
-        ) from None
-    volumes = result.get("volumes") if isinstance(result, dict) else None
-    if not isinstance(volumes, dict) or not volumes or not all("counts" in item for item in volumes.values()):
-        raise InputError(
-            f"{path} has no scores per volume under 'volumes'; expected what nuclei3d evaluate writes"
-        )
-    return dict(result)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(
+        f"{path} has no scores per volume under 'volumes'; expected the metrics.json of nuclei3d evaluate"
+    )
 
 
 def judge(
@@ -472,16 +437,17 @@ def _download(client: MlflowClient, uri: str) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    with no_progress_bars():
-        try:
-            return Path(download_artifacts(artifact_uri=uri))
-        except (MlflowException, OSError) as error:
-            names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
+    try:
+        return Path(download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
 
 
-def _create_version(client: MlflowClient, name: str, logged: LoggedModel, run_id: str, digest: str) -> str:
+def _create_version(
+    client: MlflowClient, name: str, logged: LoggedModel, run_id: str | None, digest: str
+) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -491,10 +457,9 @@ def _create_version(client: MlflowClient, name: str, logged: LoggedModel, run_id
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(
+    return client.create_model_version(
         name, logged.model_uri, run_id=run_id, tags={_DIGEST_TAG: digest}, model_id=logged.model_id
     )
-    return str(made.version)
 
 
 def _describe(
@@ -527,7 +492,7 @@ def _describe(
 
 def _promote(client: MlflowClient, name: str, version: str, before: str | None) -> None:
     client.set_registered_model_alias(name, CHAMPION, version)
-    history = _history(client, name)
+    _, history = _champion(client, name)
     if before is not None and (not history or history[-1] != before):
         history.append(before)
     client.set_registered_model_tag(name, _HISTORY_TAG, ",".join([*history, version]))
@@ -536,23 +501,17 @@ def _promote(client: MlflowClient, name: str, version: str, before: str | None) 
     )
 
 
-def _alias(client: MlflowClient, name: str, alias: str) -> str | None:
+def _champion(client: MlflowClient, name: str) -> tuple[str | None, list[str]]:
+    """Give the champion's version, None if there is none, and all that were champion, in their order."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(client.get_model_version_by_alias(name, alias).version)
+        model = client.get_registered_model(name)
     except MlflowException:
-        return None
-
-
-def _history(client: MlflowClient, name: str) -> list[str]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        tags = client.get_registered_model(name).tags
-    except MlflowException:
-        raise InputError(f"the registry has no model '{name}' yet; nuclei3d register makes it") from None
-    return [item for item in tags.get(_HISTORY_TAG, "").split(",") if item]
+        return None, []
+    now = model.aliases.get(CHAMPION)
+    history = [item for item in model.tags.get(_HISTORY_TAG, "").split(",") if item]
+    return None if now is None else str(now), history
 
 
 def _versions(client: MlflowClient, name: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config.loading import flat
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.provenance import environment_listing, trace_provenance
@@ -27,7 +28,7 @@ from nuclei3d.experiment.store import (
 )
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow import ActiveRun, MlflowClient
 
 # The sections of params.yaml whose values are logged as parameters of a stage's run; the whole file is
 # always kept as an artifact.
@@ -45,6 +46,7 @@ _MAX_VALUE_LENGTH = 5000
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 _PROCESS_TAG = "nuclei3d.process"
 _JOB_TAG = "nuclei3d.job"
+_FAILURE_TAG = "nuclei3d.failure"
 
 
 class StageRun:
@@ -55,7 +57,7 @@ class StageRun:
     """
 
     def __init__(self, client: MlflowClient | None, run_id: str | None, stage: str = "") -> None:
-        self._client = client
+        self.client = client
         self.stage = stage
         self._unsent: list[Callable[[], None]] = []
         self._told = False
@@ -102,7 +104,7 @@ class StageRun:
         say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
 
     def _log(self, kind: str, entity: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        if self._client is None:
+        if self.client is None:
             return
         from mlflow import entities
 
@@ -111,9 +113,9 @@ class StageRun:
             self._send("log_batch", **{kind: made[first : first + _MAX_ENTRIES_IN_BATCH]})
 
     def _send(self, method: str, *values: Any, **named: Any) -> None:
-        if self._client is None:
+        if self.client is None:
             return
-        client = self._client
+        client = self.client
         self._unsent.append(lambda: getattr(client, method)(self.run_id, *values, **named))
         if not self._flush() and not self._told:
             self._told = True
@@ -147,6 +149,7 @@ def stage_run(
     inputs: Mapping[str, Path],
     name: str | None = None,
     job: str | None = None,
+    earlier: str | None = None,
 ) -> Iterator[StageRun]:
     """Open the MLflow run of a stage, log where its result comes from, and close it with its outcome.
 
@@ -165,6 +168,9 @@ def stage_run(
         Of the run, where it says more than the stage's.
     job
         What tells this job from all others; the last run of it, unless it finished, is gone on with.
+    earlier
+        Id of a run to go on with whatever its end, with the parameters that it has; one that the store does
+        not know (another tracking.uri, a deleted database) is replaced by a new one.
     """
     if not params.tracking.enabled:
         yield StageRun(None, None)
@@ -175,22 +181,23 @@ def stage_run(
     client = open_store(params.tracking)
     provenance = trace_provenance(params, inputs, device=_device_of(stage, params))
     close_abandoned(client)
-    run_id = _begin(client, params, name or stage, job)
+    run_id = _begin(client, params, name or stage, job, earlier)
     run = StageRun(client, run_id, stage)
     _open_runs.append(run)
     try:
         run.tags({"nuclei3d.stage": stage, _PROCESS_TAG: _process(), **provenance.as_tags()})
         if job is not None:
             run.tags({_JOB_TAG: job})
-        run.params(_stage_params(stage, params))
-        listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
-        run.text(without_passwords(listing), "lineage/params.yaml")
-        run.text(json.dumps(asdict(provenance), indent=2), "lineage/lineage.json")
-        run.text(environment_listing(), "lineage/environment.txt")
+        if run_id != earlier:
+            run.params(_stage_params(stage, params))
+            listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
+            run.text(without_passwords(listing), "lineage/params.yaml")
+            run.text(json.dumps(asdict(provenance), indent=2), "lineage/lineage.json")
+            run.text(environment_listing(), "lineage/environment.txt")
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-        run.tags({"nuclei3d.failure": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        run.tags({_FAILURE_TAG: f"{type(error).__name__}: {' '.join(str(error).split())}"})
         run.finish()
         _end("KILLED" if stopped else "FAILED")
         raise
@@ -227,7 +234,7 @@ def close_abandoned(client: MlflowClient) -> None:
         except (psutil.Error, ValueError):
             alive = False
         if not alive:
-            client.set_tag(run.info.run_id, "nuclei3d.failure", "its process was killed")
+            client.set_tag(run.info.run_id, _FAILURE_TAG, "its process was killed")
             client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -250,13 +257,18 @@ def _unfinished_run(client: MlflowClient, params: Params, job: str | None) -> st
     return next((str(run.info.run_id) for run in found if run.info.status != "FINISHED"), None)
 
 
-def _begin(client: MlflowClient, params: Params, name: str, job: str | None) -> str:
+def _begin(client: MlflowClient, params: Params, name: str, job: str | None, earlier: str | None) -> str:
     """Start, adopt or go on with the run and give its id."""
     import mlflow
 
     around = mlflow.active_run()
     adopted = os.environ.get("MLFLOW_RUN_ID")
-    if around is not None:
+    if earlier is not None and is_known(client, earlier):
+        if adopted and adopted != earlier and is_known(client, adopted):
+            # `mlflow run` made a run for this start, too; it says where the results are
+            client.set_tag(adopted, "nuclei3d.continues", earlier)
+        run = _go_on(client, earlier)
+    elif around is not None:
         # parent_run_id is given although MLflow could find it: nested runs under `mlflow run` have been
         # seen to overwrite their parent (mlflow#15713).
         run = mlflow.start_run(
@@ -277,10 +289,20 @@ def _begin(client: MlflowClient, params: Params, name: str, job: str | None) -> 
         client.set_tag(run.info.run_id, "mlflow.runName", name)
         show_as_training(client, run.info.experiment_id)
     elif unfinished := _unfinished_run(client, params, job):
-        run = mlflow.start_run(run_id=unfinished)
+        run = _go_on(client, unfinished)
     else:
         run = mlflow.start_run(experiment_id=experiment_id(client, params.tracking), run_name=name)
     return str(run.info.run_id)
+
+
+def _go_on(client: MlflowClient, run_id: str) -> ActiveRun:
+    import mlflow
+
+    run = mlflow.start_run(run_id=run_id, nested=True)
+    if _FAILURE_TAG in run.data.tags:
+        # of an earlier start, which this one makes good
+        client.delete_tag(run_id, _FAILURE_TAG)
+    return run
 
 
 def _end(status: str) -> None:
@@ -295,19 +317,10 @@ def _end(status: str) -> None:
 
 def _stage_params(stage: str, params: Params) -> dict[str, object]:
     """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
-    tree = params_as_dict(params)
-    sections = _SECTIONS.get(stage, tuple(tree))
-    flat: dict[str, object] = {"run.seed": params.seed}
-
-    def walk(prefix: str, node: Mapping[str, object]) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = without_passwords(value) if isinstance(value, str) else value
-
-    walk("", {name: tree[name] for name in sections if isinstance(tree[name], dict)})
-    return flat
+    tree = {name: section for name, section in params_as_dict(params).items() if isinstance(section, dict)}
+    values = flat({name: tree[name] for name in _SECTIONS.get(stage, tree)})
+    shown = {name: without_passwords(v) if isinstance(v, str) else v for name, v in values.items()}
+    return {"run.seed": params.seed, **shown}
 
 
 def _device_of(stage: str, params: Params) -> str | None:

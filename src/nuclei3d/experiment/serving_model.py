@@ -31,7 +31,7 @@ from nuclei3d.experiment.invocation import (
     volume_on_disk,
 )
 from nuclei3d.images.frames import check_image
-from nuclei3d.images.writing import write_labels
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import load_model
 from nuclei3d.segmentation.masks import Nucleus

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -113,21 +113,6 @@ def show_as_training(client: MlflowClient, experiment: str) -> None:
         client.set_experiment_tag(experiment, *_KIND)
 
 
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch off MLflow's progress bars for a few files."""
-    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def without_passwords(text: str) -> str:
     """Blot out the passwords of addresses such as ``postgresql://me:secret@host/runs``."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
@@ -160,20 +145,13 @@ def _check_reachable(uri: str) -> None:
 def _check_sqlite(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            database.execute("BEGIN IMMEDIATE")
+    except (OSError, sqlite3.Error) as error:
         raise InputError(
-            f"cannot make the folder {path.parent} for the tracking store: {error.strerror}"
+            f"the tracking store {path} is no SQLite database that can be written ({error}); "
+            "tracking.uri must name a file such as mlflow.db"
         ) from None
-    if path.is_dir():
-        raise InputError(
-            f"the tracking store {path} is a folder; tracking.uri must name a file such as mlflow.db"
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"cannot write the tracking store {path}; give another place with tracking.uri")
-    if _has_content(path):
-        with path.open("rb") as file:
-            if not file.read(16).startswith(b"SQLite format 3"):
-                raise InputError(f"{path} is no SQLite database; give another place with tracking.uri")
 
 
 def _make_database(path: Path) -> None:

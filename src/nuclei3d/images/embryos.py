@@ -81,8 +81,6 @@ class LabelledVolume:
     image: NDArray[Any]
     labels: NDArray[np.uint32]
     voxel_size: VoxelSize
-    embryo: str
-    frame: str
 
 
 def find_embryos(data: Path) -> list[Embryo]:
@@ -90,12 +88,8 @@ def find_embryos(data: Path) -> list[Embryo]:
 
     Embryos and frames come in natural order (t2 before t10); for frames that is the order of time. Labels
     belong to the image of the same name; a frame without is unlabelled. Only names are looked at, no file is
-    opened.
-
-    Raises
-    ------
-    InputError
-        If there is no embryo, an embryo has no image, two images have one name, or a label has no image.
+    opened. InputError is raised if there is no embryo, an embryo has no image, two images have one name, or a
+    label has no image.
     """
     data = Path(data)
     if not data.is_dir():
@@ -115,13 +109,9 @@ def find_embryos(data: Path) -> list[Embryo]:
 def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     """Read a frame and its labels and check that they fit.
 
-    Labels that are all 0 are allowed (an empty frame teaches too), but the user is told.
-
-    Raises
-    ------
-    InputError
-        If there are no labels, the shapes or voxel sizes differ, no voxel size is known, or a file is not
-        what it should be (NaN, float or negative labels, 2D, several time points).
+    Labels that are all 0 are allowed (an empty frame teaches too), but the user is told. InputError is raised
+    if there are no labels, the shapes or voxel sizes differ, no voxel size is known, or a file is not what it
+    should be (NaN, float or negative labels, 2D, several time points).
     """
     if frame.label_path is None:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
@@ -135,7 +125,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     labels = to_labels(label_frame.read(), str(frame.label_path))
     if not labels.any():
         say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
-    return LabelledVolume(image, labels, voxel_size, frame.embryo, frame.frame)
+    return LabelledVolume(image, labels, voxel_size)
 
 
 def _find_embryo(folder: Path) -> Embryo:
@@ -186,23 +176,15 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def split_embryos(embryos: Sequence[Embryo], params: SplitParams) -> Split:
-    """Split labelled frames by embryo, or by contiguous blocks of time.
+    """Split labelled frames by embryo, or by contiguous blocks of time, as `SplitParams` says.
 
-    By embryo: the lists name embryos. `train` left empty takes every embryo that no other list names. Where
-    only `train` is named, nothing is held out, and the user is told. With all three empty and at least three
-    labelled embryos, the last in natural order tests, the second last validates, the others train.
+    By embryo, where only `train` is named, nothing is held out, and the user is told. By time, more than
+    `gap` steps of time lie between two parts.
 
-    By time: in every embryo the first labelled frames train, later ones validate, the last ones test; between
-    two parts, frames are left out so that more than `gap` steps of time lie between them.
-
-    Training is never empty; validation is empty only where nothing but `train` is named; the test is
-    empty only where lists by embryo leave it so.
-
-    Raises
-    ------
-    InputError
-        If a name is unknown or in two parts, an embryo has no labels, one embryo is to be split by embryo,
-        or an embryo has too few frames for blocks with gaps.
+    Training is never empty; validation is empty only where nothing but `train` is named; the test is empty
+    only where lists by embryo leave it so. InputError is raised if a name is unknown or in two parts, an
+    embryo has no labels, one embryo is to be split by embryo, or an embryo has too few frames for blocks with
+    gaps.
     """
     labelled = [embryo for embryo in embryos if embryo.labelled]
     if not labelled:
@@ -265,9 +247,10 @@ def _check_names(
         parts = [part for part, names in lists.items() if name in names]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            hint = f"did you mean '{close[0]}'? " if close else ""
             raise InputError(
-                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; {hint}"
+                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; "
+                f"{hint}known: {', '.join(known)}"
             )
         if len(parts) > 1:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,8 @@ class Frame:
     """One volume on disk, read when asked.
 
     A frame is cheap: it holds where the volume lies, not the volume, and can be sent to another process.
-
-    Attributes
-    ----------
-    path
-        The TIFF file or OME-Zarr folder.
-    name
-        Stem for the names of outputs, unique within a listing.
-    shape
-        Number of voxels (z, y, x).
-    voxel_size
-        Given by the user or read from the file; None where neither says it.
-    time
-        Index on the time axis of the file; None where the file holds one time point.
+    `name` is a stem for the names of outputs, unique within a listing; `voxel_size` was given by the user or
+    read from the file; `time` is the index on the time axis of the file. These are None where there is none.
     """
 
     path: Path
@@ -124,20 +114,11 @@ def find_frames(
 ) -> list[Frame]:
     """List the frames of a file or folder: one per file and time point; never none.
 
-    Parameters
-    ----------
-    source
-        A TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder of
-        such, taken in natural order (t2 before t10). Hidden files are passed over.
-    channel
-        Name or number (from 0) of the channel to read where there are several.
-    voxel_size
-        Wins over what the files say; where they say something else, the user is told once.
-
-    Raises
-    ------
-    InputError
-        If there is nothing to read, or a file is damaged, not 3D, or leaves the channel open.
+    `source` is a TIFF file (plain, ImageJ, OME), an OME-Zarr folder (0.4, 0.5; level 0 is read), or a folder
+    of such, taken in natural order (t2 before t10); hidden files are passed over. `channel` is a name or
+    number (from 0) where there are several. `voxel_size` wins over what the files say; where they say
+    something else, the user is told once. InputError is raised if there is nothing to read, or a file is
+    damaged, not 3D, or leaves the channel open.
     """
     listing = volume_paths(Path(source))
     frames: list[Frame] = []
@@ -257,8 +238,8 @@ def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
         raise InputError(f"{where} holds no finite number; NaN may stand around an image, not for all of it")
 
 
-def _open(path: Path) -> TiffArray | ZarrArray:
-    return ZarrArray(path) if is_zarr(path) else TiffArray(path)
+def _open(path: Path) -> AbstractContextManager[TiffArray | ZarrArray]:
+    return nullcontext(ZarrArray(path)) if is_zarr(path) else TiffArray(path)
 
 
 def _frames_of(path: Path, layout: Layout, channel: str | int | None) -> Iterable[Frame]:

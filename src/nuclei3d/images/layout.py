@@ -14,21 +14,13 @@ from nuclei3d.images.voxel_size import VoxelSize
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes, type and scale of an array in a file.
+    """The axes, type (native byte order) and scale of an array in a file.
 
-    Attributes
-    ----------
-    axes
-        One letter per axis in stored order: Z, Y, X, T (time), C (channel), S (colour sample); any other
-        letter is an axis of unknown meaning.
-    shape, dtype
-        Length of each axis; type of a voxel in native byte order.
-    voxel_size, scale_note
-        From the file's metadata; None where they do not give all three edges, and then why, if known.
-    channels
-        Names of the channels, or empty where the file does not name them.
-    companions
-        Names of the files that share this array (a multi-file OME-TIFF), this file included; else empty.
+    `axes` has one letter per axis in stored order: Z, Y, X, T (time), C (channel), S (colour sample); any
+    other is an axis of unknown meaning. `voxel_size` is None where the metadata do not give all three edges,
+    and `scale_note` then says why, if known. `channels` is empty where the file does not name them,
+    `companions` unless this is a multi-file OME-TIFF: then it names all the files that share the array, this
+    one included.
     """
 
     axes: str
@@ -72,12 +64,8 @@ class FrameAxes:
 def lay_out_frames(layout: Layout, where: str, channel: str | int | None) -> list[FrameAxes]:
     """Find the frames in a stored array: one per time point, of one channel (None: there is one only).
 
-    `where` is the name of the file for messages.
-
-    Raises
-    ------
-    InputError
-        If the array is not 3D, an axis has no meaning, or the channel is missing, unknown or ambiguous.
+    `where` is the name of the file for messages. InputError is raised if the array is not 3D, an axis has no
+    meaning, or the channel is missing, unknown or ambiguous.
     """
     axes = _name_unknown_axis(layout, where)
     length = dict(zip(axes, layout.shape, strict=True))

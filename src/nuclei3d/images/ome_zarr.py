@@ -23,22 +23,13 @@ _OLD_AXES = ("t", "c", "z", "y", "x")
 class ZarrArray:
     """The full-resolution array of an OME-Zarr image, or a bare zarr array (z, y, x).
 
-    Raises
-    ------
-    InputError
-        If the folder is missing or no zarr, or its metadata are not those of one image.
+    InputError is raised if the folder is missing or no zarr, or its metadata are not those of one image.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.array, attributes = _open_array(path)
         self.layout = _read_layout(self.array, attributes, path)
-
-    def __enter__(self) -> ZarrArray:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def read(self, index: tuple[int | slice, ...]) -> NDArray[Any]:
         """Read a part of the array (one integer or slice of step 1 per stored axis) as a copy."""
@@ -68,16 +59,9 @@ def create_zarr(
 ) -> zarr.Array[Any]:
     """Create an OME-Zarr 0.5 image of one level, filled with 0, to be filled chunk by chunk.
 
-    The array is created at `path` at once; write inside `whole_folder` to have it appear whole.
-
-    Parameters
-    ----------
-    shape, chunks
-        Voxels of the volume and of a chunk (z, y, x). Chunks are stored one file each.
-    voxel_size
-        Goes into the metadata, so that Fiji and napari open it at the right scale.
-    labels
-        Mark the image as labels (``image-label``).
+    The array is created at `path` at once; write inside `whole_folder` to have it appear whole. `shape` and
+    `chunks` are voxels (z, y, x); chunks are stored one file each. The voxel size goes into the metadata, so
+    that Fiji and napari open it at the right scale; `labels` marks the image as labels (``image-label``).
     """
     import zarr
 

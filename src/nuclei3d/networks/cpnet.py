@@ -44,19 +44,11 @@ def choose_precision(wish: str, device: torch.device) -> torch.dtype:
     if wish not in ("auto", "float32", "bfloat16"):
         raise InputError(f"precision '{wish}' is unknown; choose auto, float32 or bfloat16")
     if wish == "auto":
-        computes = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else _cpu_computes_bfloat16()
-        )
+        if device.type == "cuda":
+            computes = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # torch offers these questions under private names only
+            questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            computes = any(getattr(torch.cpu, question, bool)() for question in questions)
         return torch.bfloat16 if computes else torch.float32
     return torch.bfloat16 if wish == "bfloat16" else torch.float32
-
-
-def _cpu_computes_bfloat16() -> bool:
-    # torch offers these questions under private names only.
-    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        ask = getattr(torch.cpu, question, None)
-        if ask is not None and ask():
-            return True
-    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -30,10 +31,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 class ModelInfo(BaseModel):
     """A model's kind, scale, normalisation, thresholds and origin.
 
@@ -42,15 +39,14 @@ class ModelInfo(BaseModel):
     kind
         ``views2d``: Cellpose's 2D CNN run over planes; ``full3d``: a 3D network.
     name
-        Name of the weights file in the folder, the name that Cellpose shows.
+        Of the weights file in the folder; Cellpose shows it.
     diameter_px
         Diameter of a typical nucleus in pixels at the network's scale.
-    nucleus_diameter_um
-        Diameter of a typical nucleus of the training embryos; None if unknown (bare Cellpose weights).
-    voxel_size_um
-        Voxel size (z, y, x) of the training embryos.
+    nucleus_diameter_um, voxel_size_um
+        Diameter of a typical nucleus and voxel size (z, y, x) of the training embryos; None if unknown (bare
+        Cellpose weights).
     lower_percentile, upper_percentile, noise_floor
-        Normalisation (`nuclei3d.grid`).
+        Normalisation (`nuclei3d.intensity`).
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3
@@ -75,7 +71,9 @@ class ModelInfo(BaseModel):
     min_volume_um3: Annotated[float, Field(ge=0)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)
     lineage: dict[str, str] = Field(default_factory=dict)
-    created: str = Field(default_factory=_now)
+    created: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
 
     @model_validator(mode="after")
     def _check_kind(self) -> ModelInfo:
@@ -113,8 +111,7 @@ def save_model(
     Parameters
     ----------
     network
-        A 3D network, or one whose state is that of a Cellpose 3 CNN; it is saved from the CPU, the latter as
-        ``cellpose.models.CellposeModel`` loads it.
+        A 3D network, or a Cellpose 3 CNN, whose weights ``cellpose.models.CellposeModel`` loads.
     info
         Becomes model.json; ``info.name`` is the name of the weights file.
     card
@@ -155,24 +152,23 @@ def load_model(path: str | PathLike[str]) -> Model:
     """
     path = Path(path)
     require_model(path)
-    info: ModelInfo | None = None
-    if path.is_dir():
-        info = read_info(path / INFO_FILE)
-        weights = path / info.name
-    elif path.name in (INFO_FILE, CARD_FILE):
+    if path.name in (INFO_FILE, CARD_FILE):
         raise InputError(
             f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
         )
-    else:
-        weights = path
-        info_file = path.parent / INFO_FILE
-        if info_file.is_file() and (found := read_info(info_file)).name == path.name:
-            info = found
+    info: ModelInfo | None = None
+    weights, described = path, path.parent / INFO_FILE
+    if path.is_dir():
+        info = read_info(path / INFO_FILE)
+        weights = path / info.name
+    elif described.is_file() and (found := read_info(described)).name == path.name:
+        info = found
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
         diameter = float(network.get_parameter("diam_mean").item())
-        info = ModelInfo(name=_valid_name(weights.name), diameter_px=diameter)
+        name = re.sub("[^A-Za-z0-9_.-]", "_", weights.name)
+        info = ModelInfo(name=name, diameter_px=diameter)
         say(
             f"{weights}: bare Cellpose weights without {INFO_FILE}; using their diameter of {diameter:g} px "
             "and default normalisation and thresholds"
@@ -241,7 +237,3 @@ def _half(kernel: Tensor) -> Tensor:
     """Round to float16; a value beyond its range, which no trained kernel has, keeps the tensor as it is."""
     rounded = kernel.half()
     return rounded if bool(torch.isfinite(rounded).all()) else kernel
-
-
-def _valid_name(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "weights"

@@ -28,7 +28,7 @@ _MAX_ANISOTROPY = 100.0
 def plan_architecture(
     anisotropy: float, profile: str = "default", pooling: Pooling = "spacing", style: bool = False
 ) -> Architecture:
-    """Choose pooling and kernels from the voxel size.
+    """Choose pooling and kernels from the voxel size; `style` as in `Architecture`.
 
     Parameters
     ----------
@@ -38,16 +38,12 @@ def plan_architecture(
         ``default`` (about 6 M parameters) or ``small`` (about 0.4 M, for two processor cores).
     pooling
         ``spacing``: nnU-Net's rule; ``isotropic``: every axis alike, whatever the voxel size.
-    style
-        See `Architecture`.
     """
     if not 0 < anisotropy <= _MAX_ANISOTROPY:
         raise InputError(
             f"voxels {anisotropy:g} times as long in z as in x: no 3D network is made for that; check the "
             "voxel size (data.voxel_size_um)"
         )
-    if profile not in PROFILES:
-        raise InputError(f"train.full3d.profile '{profile}' is unknown; choose {' or '.join(PROFILES)}")
     channels, convolutions = PROFILES[profile]
     spacing = [anisotropy, 1.0, 1.0]
     kernels: list[Triple] = []

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.charts import OUTLINES, style_of
-from nuclei3d.report.tables import NucleusRow
+from nuclei3d.report.charts import OUTLINES, draw_ap, draw_bins
 from nuclei3d.report.viewer import Arrays, ShownVolume
 from nuclei3d.views import VIEWS
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from nuclei3d.training.samples import SampleSet
 
 OUTLINE = "#e69f00"
-_MARKERS = "os^Dx"
 _WORST_SHOWN = 8
 _LEGEND = "blue: true, found   yellow dashed: predicted   orange: missed   pink dashed: false"
 
@@ -30,20 +29,20 @@ def draw_figures(
     folder: Path,
     methods: Mapping[str, Mapping[str, Any]],
     volumes: Sequence[ShownVolume],
-    rows: Sequence[NucleusRow],
+    nuclei: pd.DataFrame,
 ) -> None:
     """Draw scores.png, overlay.png (the volume with the most errors) and worst_nuclei.png into a new folder.
 
-    `methods` has the metrics.json by method, the model first; `rows` are all lines of nuclei.csv.
+    `methods` has the metrics.json by method, the model first; `nuclei` is all of nuclei.csv.
     """
     folder.mkdir()
     draw_scores(methods, folder / "scores.png")
     busiest = max(volumes, key=lambda volume: volume.errors)
-    draw_overlay(busiest, [row for row in rows if row.volume == busiest.name], folder / "overlay.png")
+    draw_overlay(busiest, nuclei[nuclei["volume"] == busiest.name], folder / "overlay.png")
     # the lowest best IoU; among equals the highest contrast first
-    true = [row for row in rows if row.outcome != "false"]
-    worst = sorted(true, key=lambda row: (row.best_iou, -np.nan_to_num(row.contrast)))[:_WORST_SHOWN]
-    if worst:
+    order = np.lexsort([-nuclei["contrast"].fillna(0), nuclei["best_iou"]])
+    worst = nuclei.iloc[order][lambda table: table["outcome"] != "false"][:_WORST_SHOWN]
+    if len(worst):
         draw_nuclei(worst, {volume.name: volume for volume in volumes}, folder / "worst_nuclei.png")
 
 
@@ -54,29 +53,22 @@ def draw_scores(methods: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     bins = len(next(iter(methods.values()))["recall_by_contrast"])
     figure = Figure(figsize=(10 if bins else 5, 3.6), layout="constrained")
     panels = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
-    for place, (name, scores) in enumerate(methods.items()):
-        style = style_of(place)
-        ap = {float(key): value for key, value in scores["ap"].items() if value is not None}
-        panels[0].plot(
-            list(ap), list(ap.values()), color=style.color, marker=_MARKERS[place % len(_MARKERS)], label=name
-        )
-        if bins:
-            _draw_bins(panels[1], scores["recall_by_contrast"], name, place, len(methods))
-    panels[0].set(xlabel="IoU that a match needs", ylabel="average precision", ylim=(0, 1))
+    draw_ap(panels[0], methods)
     panels[0].legend(frameon=False)
     if bins:
-        panels[1].set(xlabel="contrast bin, faintest first", ylabel="recall", ylim=(0, 1.02))
-        panels[1].set_xticks(range(bins), [str(k + 1) for k in range(bins)])
+        draw_bins(panels[1], methods, "recall_by_contrast", "recall", "contrast, faintest true nuclei left")
     _save(figure, out)
 
 
-def draw_overlay(volume: ShownVolume, rows: Sequence[NucleusRow], out: Path) -> None:
+def draw_overlay(volume: ShownVolume, nuclei: pd.DataFrame, out: Path) -> None:
     """Draw the three planes through the first error, else nucleus, else the middle, with all outlines."""
     from matplotlib.figure import Figure
 
     arrays = volume.read()
-    shown = [row for row in rows if row.outcome != "found"] or rows
-    centre = _voxel_of(shown[0], volume.voxel_size) if shown else [n // 2 for n in arrays[1].shape]
+    errors_first = nuclei.iloc[np.argsort(nuclei["outcome"] == "found", kind="stable")]
+    centre = [n // 2 for n in arrays[1].shape]
+    if len(nuclei):
+        centre = _voxel_of(next(errors_first.itertuples()), volume.voxel_size)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     for axis, panel in enumerate(figure.subplots(1, 3)):
         _draw_plane(panel, volume, arrays, axis, centre[axis], [slice(None)] * 3)
@@ -85,15 +77,16 @@ def draw_overlay(volume: ShownVolume, rows: Sequence[NucleusRow], out: Path) -> 
     _save(figure, out)
 
 
-def draw_nuclei(rows: Sequence[NucleusRow], volumes: Mapping[str, ShownVolume], out: Path) -> None:
+def draw_nuclei(nuclei: pd.DataFrame, volumes: Mapping[str, ShownVolume], out: Path) -> None:
     """Draw nuclei, one a column, in xy (above) and xz (below), with outlines, into a PNG."""
     from matplotlib.figure import Figure
 
     # half the width of the shown region: a diameter of these nuclei
-    radius_um = float(np.median([(6 / np.pi * row.volume_um3) ** (1 / 3) for row in rows]))
-    arrays = {name: volumes[name].read() for name in dict.fromkeys(row.volume for row in rows)}
-    figure = Figure(figsize=(1.9 * max(len(rows), 2), 4.2), layout="constrained")
-    panels = figure.subplots(2, len(rows), squeeze=False)
+    radius_um = float(np.median((6 / np.pi * nuclei["volume_um3"]) ** (1 / 3)))
+    arrays = {name: volumes[name].read() for name in nuclei["volume"].unique()}
+    figure = Figure(figsize=(1.9 * max(len(nuclei), 2), 4.2), layout="constrained")
+    panels = figure.subplots(2, len(nuclei), squeeze=False)
+    rows: Iterable[Any] = nuclei.itertuples()
     for column, row in enumerate(rows):
         volume = volumes[row.volume]
         centre = _voxel_of(row, volume.voxel_size)
@@ -111,29 +104,9 @@ def draw_nuclei(rows: Sequence[NucleusRow], volumes: Mapping[str, ShownVolume], 
     _save(figure, out)
 
 
-def _voxel_of(row: NucleusRow, voxel_size: VoxelSize) -> list[int]:
+def _voxel_of(row: Any, voxel_size: VoxelSize) -> list[int]:
     place_um = (row.z_um, row.y_um, row.x_um)
     return [round(place / edge) for place, edge in zip(place_um, voxel_size.zyx, strict=True)]
-
-
-def _draw_bins(panel: Axes, bins: Sequence[Mapping[str, Any]], name: str, place: int, methods: int) -> None:
-    shift = (place - (methods - 1) / 2) * 0.1
-    known = [(k, entry) for k, entry in enumerate(bins) if entry["recall"] is not None]
-    recall = np.array([entry["recall"] for _, entry in known])
-    bounds = np.array([entry["interval"] or [entry["recall"]] * 2 for _, entry in known]).reshape(-1, 2)
-    # The bounds of a percentile interval need not hold the estimate itself.
-    errors = np.maximum([recall - bounds[:, 0], bounds[:, 1] - recall], 0)
-    style = style_of(place)
-    panel.errorbar(
-        [k + shift for k, _ in known],
-        recall,
-        errors,
-        color=style.color,
-        marker=_MARKERS[place % len(_MARKERS)],
-        linestyle="",
-        capsize=3,
-        label=name,
-    )
 
 
 def _draw_plane(

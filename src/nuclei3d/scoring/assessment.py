@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,6 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, 
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.bootstrap import (
-    Units,
     bootstrap_weights,
     percentile_interval,
     resampling_units,
@@ -24,7 +24,6 @@ from nuclei3d.scoring.metrics import (
     COUNTS,
     MATCH_IOU,
     THRESHOLDS,
-    Metrics,
     Tally,
     number_or_none,
     ratio,
@@ -112,45 +111,49 @@ def assess_volume(
     table = overlap_table(true_labels, pred_labels)
     matching = match(table, MATCH_IOU)
     true_at, pred_at = matching.true_index, matching.pred_index
-
-    def spread(values: Floats, at: Integers, count: int) -> Floats:
-        column = np.full(count, np.nan)
-        column[at] = values
-        return column
-
-    def partners(names: Integers, own: Integers, other: Integers, count: int) -> Integers:
-        index = np.zeros(count, dtype=np.int64)
-        index[own] = other + 1
-        return names[index]
-
-    def contrast_of(labels: Labels, count: int) -> Floats:
-        return np.full(count, np.nan) if image is None else nucleus_contrast(image, labels, voxel_size)[1:]
-
-    pairs = np.stack([true_at + 1, pred_at + 1], axis=1)
-    surface = np.full(len(pairs), np.nan)
+    surface = np.full(len(true_at), np.nan)
     if surfaces:
+        pairs = np.stack([true_at + 1, pred_at + 1], axis=1)
         surface = surface_distances_um(true_labels, pred_labels, pairs, voxel_size)
     given = scores or {}
     pred_score = np.array([given.get(int(name), np.nan) for name in pred_names[1:]], dtype=np.float64)
+
+    def spread(values: NDArray[Any], at: Integers, count: int, unmatched: float = np.nan) -> NDArray[Any]:
+        column = np.full(count, unmatched, values.dtype)
+        column[at] = values
+        return column
+
+    def describe(
+        labels: Labels,
+        names: Integers,
+        sizes: Integers,
+        at: Integers,
+        partner: Integers,
+        contrast: Floats | None,
+    ) -> dict[str, Any]:
+        n = len(sizes)
+        if contrast is None and image is not None:
+            contrast = nucleus_contrast(image, labels, voxel_size)[1:]
+        return {
+            "label": names[1:],
+            "place_um": centroids_um(labels, np.arange(1, n + 1), voxel_size),
+            "volume_um3": sizes * voxel_size.volume_um3,
+            "contrast": np.full(n, np.nan) if contrast is None else contrast,
+            "partner": spread(partner, at, n, 0),
+            "surface_um": spread(surface, at, n),
+        }
+
     true = NucleusTable(
-        label=true_names[1:],
-        place_um=centroids_um(true_labels, table.true_labels, voxel_size),
-        volume_um3=table.true_sizes * voxel_size.volume_um3,
-        contrast=contrast_of(true_labels, table.n_true) if true_contrast is None else true_contrast,
+        **describe(
+            true_labels, true_names, table.true_sizes, true_at, pred_names[pred_at + 1], true_contrast
+        ),
         best_iou=table.best_true_iou,
-        partner=partners(pred_names, true_at, pred_at, table.n_true),
         score=spread(pred_score[pred_at], true_at, table.n_true),
-        surface_um=spread(surface, true_at, table.n_true),
     )
     pred = NucleusTable(
-        label=pred_names[1:],
-        place_um=centroids_um(pred_labels, table.pred_labels, voxel_size),
-        volume_um3=table.pred_sizes * voxel_size.volume_um3,
-        contrast=contrast_of(pred_labels, table.n_pred),
+        **describe(pred_labels, pred_names, table.pred_sizes, pred_at, true_names[true_at + 1], None),
         best_iou=table.best_pred_iou,
-        partner=partners(true_names, pred_at, true_at, table.n_pred),
         score=pred_score,
-        surface_um=spread(surface, pred_at, table.n_pred),
     )
     apart_um = np.linalg.norm(true.place_um[true_at] - pred.place_um[pred_at], axis=1)
     return Assessment(tally_of(table, thresholds), true, pred, apart_um)
@@ -213,102 +216,81 @@ class BinCounts:
     right: Floats
 
 
-@dataclass(frozen=True)
-class BinScore:
-    """Recall and precision of one bin, each with its 95 % interval; nan where there is nothing to count."""
-
-    n: int
-    recall: float
-    recall_interval: tuple[float, float]
-    n_pred: int
-    precision: float
-    precision_interval: tuple[float, float]
-
-
 def count_by_contrast(assessments: Sequence[Assessment], edges: Sequence[float]) -> BinCounts:
     """Count nuclei by contrast, faintest bin first; those without a contrast are left out."""
-    return _count(assessments, len(edges) + 1, lambda table: contrast_bin(table.contrast, edges))
+    return _count(assessments, edges, lambda table: table.contrast)
 
 
 def count_by_depth(assessments: Sequence[Assessment], edges_um: Sequence[float]) -> BinCounts:
     """Count nuclei by the z of their centroid; `edges_um` are the inner edges."""
-    edges = np.asarray(edges_um, dtype=np.float64)
-    return _count(
-        assessments,
-        len(edges) + 1,
-        lambda table: np.searchsorted(edges, table.place_um[:, 0], side="right"),
-    )
+    return _count(assessments, edges_um, lambda table: table.place_um[:, 0])
 
 
 def _count(
-    assessments: Sequence[Assessment], bins: int, bin_of: Callable[[NucleusTable], Integers]
+    assessments: Sequence[Assessment], edges: Sequence[float], value_of: Callable[[NucleusTable], Floats]
 ) -> BinCounts:
-    def tabulate(tables: Sequence[NucleusTable]) -> tuple[Floats, Floats]:
-        placed = [(bin_of(table), table.matched) for table in tables]
-        totals = [np.bincount(b[b >= 0], minlength=bins) for b, _ in placed]
-        hits = [np.bincount(b[(b >= 0) & matched], minlength=bins) for b, matched in placed]
-        return np.array(totals, dtype=np.float64), np.array(hits, dtype=np.float64)
+    counts = []
+    for tables in ([a.true for a in assessments], [a.pred for a in assessments]):
+        placed = [(contrast_bin(value_of(table), edges), table.matched) for table in tables]
+        for kept in ([b[b >= 0] for b, _ in placed], [b[(b >= 0) & matched] for b, matched in placed]):
+            counts.append(np.array([np.bincount(b, minlength=len(edges) + 1) for b in kept], np.float64))
+    return BinCounts(*counts)
 
-    return BinCounts(*tabulate([a.true for a in assessments]), *tabulate([a.pred for a in assessments]))
 
+def score_bins(counts: BinCounts, edges: Sequence[float], weights: Floats | None) -> list[dict[str, Any]]:
+    """Turn counts into recall and precision, with intervals by bootstrap weights (replicates, volumes).
 
-def score_bins(counts: BinCounts, weights: Floats | None) -> list[BinScore]:
-    """Turn counts into recall and precision with intervals by bootstrap weights (replicates, volumes).
-
-    Without weights, for a single unit, the intervals are Wilson's over nuclei.
+    Without weights, for a single unit, the intervals are Wilson's over nuclei. The bins are those of
+    metrics.json, with their bounds, None where open.
     """
 
-    def share(part: Floats, whole: Floats) -> tuple[int, float, tuple[float, float]]:
+    def share(part: Floats, whole: Floats) -> tuple[int, float | None, list[float] | None]:
         n, value = whole.sum(), ratio(part.sum(), whole.sum())
         if weights is None:
-            return int(n), float(value), wilson_interval(float(part.sum()), float(n))
-        low, high = percentile_interval(ratio(weights @ part, weights @ whole))
-        return int(n), float(value), (float(low), float(high))
+            interval = interval_as_json(wilson_interval(float(part.sum()), float(n)))
+        else:
+            interval = interval_as_json(percentile_interval(ratio(weights @ part, weights @ whole)))
+        return int(n), number_or_none(value), interval
 
-    return [
-        BinScore(
-            *share(counts.found[:, index], counts.true[:, index]),
-            *share(counts.right[:, index], counts.pred[:, index]),
+    bounds, bins = [None, *edges, None], []
+    for index, (low, high) in enumerate(pairwise(bounds)):
+        n, recall, interval = share(counts.found[:, index], counts.true[:, index])
+        n_pred, precision, precision_interval = share(counts.right[:, index], counts.pred[:, index])
+        bins.append(
+            {
+                "from": low,
+                "to": high,
+                "n": n,
+                "recall": recall,
+                "interval": interval,
+                "n_pred": n_pred,
+                "precision": precision,
+                "precision_interval": precision_interval,
+            }
         )
-        for index in range(counts.true.shape[1])
-    ]
+    return bins
 
 
 def recall_at_precision(
     assessments: Sequence[Assessment],
     target: float,
+    weights: Floats | None = None,
     *,
     edges: Sequence[float] | None = None,
-) -> tuple[float, float] | None:
+) -> tuple[Floats, Floats]:
     """Give recall and cut if only predictions from a score on are kept, the lowest with that precision.
 
-    The precision is pooled over the volumes; the recall is that of the faintest bin of contrast, given its
-    inner edges, else of all true nuclei. None if a prediction has no score, no score reaches the precision,
-    or there is nothing to find.
+    The precision is pooled over the volumes, resampled by weights (replicates, volumes), the cut chosen anew
+    in each replicate; without weights, each volume counts once and there is one replicate. The recall is that
+    of the faintest bin of contrast, given its inner edges, else of all true nuclei. Both, (replicates,), are
+    nan if a prediction has no score, no score reaches the precision, or there is nothing to find. A score of
+    a volume that was not drawn may be the cut, which leaves the recall as it is.
     """
-    once = np.ones((1, len(assessments)))
-    found = resampled_recall_at_precision(assessments, target, once, edges=edges)
-    if found is None or np.isnan(found[0][0]):
-        return None
-    return float(found[0][0]), float(found[1][0])
-
-
-def resampled_recall_at_precision(
-    assessments: Sequence[Assessment],
-    target: float,
-    weights: Floats,
-    *,
-    edges: Sequence[float] | None = None,
-) -> tuple[Floats, Floats] | None:
-    """Give the same for volumes resampled by weights (replicates, volumes), the cut chosen anew in each.
-
-    Recall and cut, (replicates,), are nan where no score reaches the precision or there is nothing to find. A
-    score of a volume that was not drawn may be the cut, which leaves the recall as it is. None if a
-    prediction has no score, or there is none.
-    """
+    weights = np.ones((1, len(assessments))) if weights is None else weights
+    recall, cut = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     scores = np.concatenate([a.pred.score for a in assessments])
     if not len(scores) or np.isnan(scores).any():
-        return None
+        return recall, cut
     order = np.argsort(-scores, kind="stable")
     right = np.concatenate([a.pred.matched for a in assessments])[order]
     volume_of_pred = np.repeat(np.arange(len(assessments)), [len(a.pred.score) for a in assessments])[order]
@@ -320,7 +302,6 @@ def resampled_recall_at_precision(
     if edges is not None:
         faintest = np.concatenate([contrast_bin(a.true.contrast, edges) for a in assessments]) == 0
         true_score, volume_of_true = true_score[faintest], volume_of_true[faintest]
-    recall, cut = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
     for replicate, weight in enumerate(weights):
         of_pred, of_true = weight[volume_of_pred], weight[volume_of_true]
         kept = np.cumsum(of_pred)
@@ -329,71 +310,6 @@ def resampled_recall_at_precision(
             cut[replicate] = scores[np.flatnonzero(good)[-1]]
             recall[replicate] = of_true[true_score >= cut[replicate]].sum() / of_true.sum()
     return recall, cut
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Scores of one method over some volumes.
-
-    Attributes
-    ----------
-    pooled
-        Scores of the summed counts.
-    intervals
-        95 % interval of each scalar of `pooled` that is no count, by name; empty if there is only one unit.
-    units
-        What was resampled.
-    volume_mean
-        Mean over volumes of each scalar that is no count, undefined ones left out.
-    contrast_edges, contrast, contrast_counts
-        Inner edges, scores and counts of the contrast bins, faintest first; None without images.
-    depth_edges_um, depth
-        Inner edges of the z bins and their scores, nearest to the first plane first.
-    recall_at_precision
-        Per target precision: recall of the faintest bin and of all nuclei, each with its interval, and the
-        score to cut at; None where the model gives no scores, or no score reaches the precision.
-    centre_um, surface_um
-        Mean distance of the centres and of the surfaces of matched nuclei; nan where there are none.
-    """
-
-    pooled: Metrics
-    intervals: dict[str, tuple[float, float]]
-    units: Units
-    volume_mean: dict[str, float]
-    contrast_edges: tuple[float, ...] | None
-    contrast: list[BinScore] | None
-    contrast_counts: BinCounts | None
-    depth_edges_um: tuple[float, ...]
-    depth: list[BinScore]
-    recall_at_precision: dict[str, dict[str, Any] | None]
-    centre_um: float
-    surface_um: float
-
-    @property
-    def recall_faint(self) -> float:
-        """Recall of the faintest bin; nan without images."""
-        return self.contrast[0].recall if self.contrast else float("nan")
-
-    @property
-    def recall_bright(self) -> float:
-        """Recall of the brightest bin; nan without images."""
-        return self.contrast[-1].recall if self.contrast else float("nan")
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the summary in the shape of metrics.json."""
-        return {
-            **self.pooled.as_json(),
-            "recall_by_contrast": bins_as_json(self.contrast, self.contrast_edges),
-            "recall_faint": number_or_none(self.recall_faint),
-            "recall_bright": number_or_none(self.recall_bright),
-            "recall_at_precision": self.recall_at_precision,
-            "recall_by_depth_um": bins_as_json(self.depth, self.depth_edges_um),
-            "centre_distance_um": number_or_none(self.centre_um),
-            "surface_distance_um": number_or_none(self.surface_um),
-            "intervals": {name: interval_as_json(bounds) for name, bounds in self.intervals.items()},
-            "intervals_over": self.units.words if self.intervals else None,
-            "volume_mean": {name: number_or_none(value) for name, value in self.volume_mean.items()},
-        }
 
 
 def summarise(
@@ -405,7 +321,7 @@ def summarise(
     replicates: int = 1000,
     over: Literal["auto", "embryo", "time"] = "auto",
     rng: np.random.Generator,
-) -> Summary:
+) -> dict[str, Any]:
     """Pool assessed volumes and resample them.
 
     Parameters
@@ -416,89 +332,80 @@ def summarise(
         Inner edges of the contrast bins; None where contrasts were not measured.
     replicates, over
         Bootstrap replicates (0 for no intervals), and of what; see `resampling_units`.
+
+    Returns
+    -------
+    summary
+        The scores of one method in metrics.json, undefined ones None: those of the summed counts; by bin of
+        contrast (empty without edges; the faintest first) and of depth (nearest to the first plane first),
+        also at high precisions; mean distances of matched nuclei in um; the 95 % interval of each scalar that
+        is no count (none for a single unit), and its mean over the volumes.
     """
     tallies = stack_tallies([assessment.tally for assessment in assessments])
-    pooled = score(tallies.total(), thresholds)
     each = score(tallies, thresholds).by_name()
     units = resampling_units(embryos, over)
     weights = None
     intervals = {}
     if replicates and units.count > 1:
         weights = bootstrap_weights(units, replicates, rng)
-        for name, samples in score(tallies.total(weights), thresholds).by_name().items():
-            if name not in COUNTS:
-                low, high = percentile_interval(samples)
-                intervals[name] = (float(low), float(high))
-    counts = None if contrast_edges is None else count_by_contrast(assessments, contrast_edges)
+        intervals = {
+            name: interval_as_json(percentile_interval(samples))
+            for name, samples in score(tallies.total(weights), thresholds).by_name().items()
+            if name not in COUNTS
+        }
+    by_contrast = []
+    if contrast_edges is not None:
+        counts = count_by_contrast(assessments, contrast_edges)
+        by_contrast = score_bins(counts, [float(edge) for edge in contrast_edges], weights)
     depth_edges = _depth_edges(assessments)
-    return Summary(
-        pooled=pooled,
-        intervals=intervals,
-        units=units,
-        volume_mean={name: _mean(values) for name, values in each.items() if name not in COUNTS},
-        contrast_edges=None if contrast_edges is None else tuple(float(edge) for edge in contrast_edges),
-        contrast=None if counts is None else score_bins(counts, weights),
-        contrast_counts=counts,
-        depth_edges_um=depth_edges,
-        depth=score_bins(count_by_depth(assessments, depth_edges), weights),
-        recall_at_precision={
+    return {
+        **score(tallies.total(), thresholds).as_json(),
+        "recall_by_contrast": by_contrast,
+        "recall_faint": by_contrast[0]["recall"] if by_contrast else None,
+        "recall_bright": by_contrast[-1]["recall"] if by_contrast else None,
+        "recall_at_precision": {
             f"{target:.2f}": _recall_at(assessments, target, contrast_edges, weights)
             for target in TARGET_PRECISIONS
         },
-        centre_um=_mean(np.concatenate([assessment.centre_distance_um for assessment in assessments])),
-        surface_um=_mean(np.concatenate([assessment.true.surface_um for assessment in assessments])),
-    )
+        "recall_by_depth_um": score_bins(count_by_depth(assessments, depth_edges), depth_edges, weights),
+        "centre_distance_um": _mean(np.concatenate([a.centre_distance_um for a in assessments])),
+        "surface_distance_um": _mean(np.concatenate([a.true.surface_um for a in assessments])),
+        "intervals": intervals,
+        "intervals_over": units.words if intervals else None,
+        "volume_mean": {name: _mean(values) for name, values in each.items() if name not in COUNTS},
+    }
 
 
 def by_embryo(
     assessments: Sequence[Assessment], embryos: Sequence[str], thresholds: Sequence[float]
-) -> dict[str, Metrics]:
+) -> dict[str, Any]:
     """Pool the volumes of each embryo."""
-    return {
-        name: _pool([a for a, embryo in zip(assessments, embryos, strict=True) if embryo == name], thresholds)
-        for name in dict.fromkeys(embryos)
-    }
+    return _pools(dict.fromkeys(embryos), assessments, embryos, thresholds)
 
 
-def by_stage(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> dict[str, Metrics]:
+def by_stage(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> dict[str, Any]:
     """Pool volumes of about as many nuclei; the names tell how many, such as ``8-31``."""
+    names = [*(f"{first}-{after - 1}" for first, after in pairwise(STAGES)), f"{STAGES[-1]}+"]
+    numbers = [int(assessment.tally.n_true) for assessment in assessments]
+    places = np.searchsorted(STAGES, numbers, side="right") - 1
+    return _pools(names, assessments, [names[place] for place in places], thresholds)
+
+
+def _pools(
+    names: Iterable[str], assessments: Sequence[Assessment], group: Sequence[str], thresholds: Sequence[float]
+) -> dict[str, Any]:
+    """Pool the volumes of each group, as in metrics.json, in the order of the names."""
     pools = {}
-    for first, after in zip(STAGES, (*STAGES[1:], None), strict=True):
-        members = [
-            a for a in assessments if a.tally.n_true >= first and (after is None or a.tally.n_true < after)
-        ]
-        if members:
-            pools[f"{first}-{after - 1}" if after else f"{first}+"] = _pool(members, thresholds)
+    for name in names:
+        tallies = [a.tally for a, other in zip(assessments, group, strict=True) if other == name]
+        if tallies:
+            pools[name] = score(stack_tallies(tallies).total(), thresholds).as_json()
     return pools
 
 
-def bins_as_json(bins: Sequence[BinScore] | None, edges: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Give bins with their bounds (None where open) as plain data; empty if there are none."""
-    if bins is None or edges is None:
-        return []
-    bounds = [None, *edges, None]
-    return [
-        {
-            "from": bounds[index],
-            "to": bounds[index + 1],
-            "n": scored.n,
-            "recall": number_or_none(scored.recall),
-            "interval": interval_as_json(scored.recall_interval),
-            "n_pred": scored.n_pred,
-            "precision": number_or_none(scored.precision),
-            "precision_interval": interval_as_json(scored.precision_interval),
-        }
-        for index, scored in enumerate(bins)
-    ]
-
-
-def interval_as_json(bounds: tuple[float, float]) -> list[float] | None:
+def interval_as_json(bounds: tuple[Any, Any]) -> list[float] | None:
     """Give an interval as a list of two, or None where it is undefined."""
-    return None if np.isnan(bounds).any() else [float(bounds[0]), float(bounds[1])]
-
-
-def _pool(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> Metrics:
-    return score(stack_tallies([assessment.tally for assessment in assessments]).total(), thresholds)
+    return None if np.isnan(bounds).any() else [float(bound) for bound in bounds]
 
 
 def _depth_edges(assessments: Sequence[Assessment]) -> tuple[float, ...]:
@@ -516,28 +423,28 @@ def _recall_at(
     edges: Sequence[float] | None,
     weights: Floats | None,
 ) -> dict[str, Any] | None:
-    everywhere = recall_at_precision(assessments, target)
-    if everywhere is None:
+    """Give the recall of the faintest bin and of all nuclei, and the cut; None where it is out of reach."""
+
+    def reach(edges: Sequence[float] | None) -> tuple[float | None, list[float] | None, float]:
+        (recall,), (cut,) = recall_at_precision(assessments, target, edges=edges)
+        if weights is None or np.isnan(recall):
+            return number_or_none(recall), None, float(cut)
+        drawn, _ = recall_at_precision(assessments, target, weights, edges=edges)
+        return float(recall), interval_as_json(percentile_interval(drawn)), float(cut)
+
+    recall, interval, cut = reach(None)
+    if recall is None:
         return None
-    faint = None if edges is None else recall_at_precision(assessments, target, edges=edges)
-
-    def interval(edges: Sequence[float] | None) -> list[float] | None:
-        if weights is None:
-            return None
-        drawn = resampled_recall_at_precision(assessments, target, weights, edges=edges)
-        assert drawn is not None  # the scores are there, or there would be no recall
-        low, high = percentile_interval(drawn[0])
-        return interval_as_json((float(low), float(high)))
-
+    faint, faint_interval, _ = (None, None, 0.0) if edges is None else reach(edges)
     return {
-        "recall_faint": faint[0] if faint else None,
-        "recall_faint_interval": interval(edges) if faint else None,
-        "recall": everywhere[0],
-        "recall_interval": interval(None),
-        "score": everywhere[1],
+        "recall_faint": faint,
+        "recall_faint_interval": faint_interval,
+        "recall": recall,
+        "recall_interval": interval,
+        "score": cut,
     }
 
 
-def _mean(values: Floats) -> float:
+def _mean(values: Floats) -> float | None:
     finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
+    return float(finite.mean()) if len(finite) else None

@@ -30,7 +30,7 @@ def otsu_watershed(
         raise InputError(f"the watershed wants a volume (Z, Y, X), got shape {image.shape}")
     if image.size == 0:
         return np.zeros(image.shape, dtype=np.uint32)
-    image, outside = measure_range(image).without_fill(image)
+    image, outside = measure_range(image).clean(image)
     low, high = np.percentile(image.astype(np.float32), (1, 99.8))
     # Rounding to single precision may leave the darkest voxels a hair below the percentile.
     above = np.clip(image.astype(np.float32), low, high) - np.float32(low)

@@ -34,47 +34,28 @@ _SAME_IOU = 0.5
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a volume.
-
-    Attributes
-    ----------
-    core
-        The voxels whose labels it decides; the cores of all blocks partition the volume.
-    outer
-        What is segmented: the core and a margin, cut at the volume's borders.
-    shape
-        Of the whole volume.
-    """
+    """A part of a volume of some shape: it decides its core, and what is segmented is its outer box."""
 
     index: int
     core: Box
     outer: Box
     shape: tuple[int, int, int]
 
-    def shared(self, other: Block) -> Box | None:
-        """Give the box (in voxels of the volume) that both blocks segment, if there is one."""
-        return _meet(self.outer, other.outer)
-
     @property
     def voxels(self) -> int:
         """Number of voxels of the outer box."""
         return math.prod(part.stop - part.start for part in self.outer)
 
-    def within(self, box: Box) -> Box:
-        """Express a box of the volume in voxels of this block's outer box."""
-        return _within(box, self.outer)
 
-
-def _meet(first: Box, second: Box) -> Box | None:
+def meet(first: Box, second: Box) -> Box | None:
+    """Give the voxels that two boxes share, if there are any."""
     z, y, x = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(first, second, strict=True))
     return (z, y, x) if all(part.stop > part.start for part in (z, y, x)) else None
 
 
-def _within(box: Box, outer: Box) -> Box:
-    z, y, x = (
-        slice(part.start - whole.start, part.stop - whole.start)
-        for part, whole in zip(box, outer, strict=True)
-    )
+def within(box: Box, outer: Box) -> Box:
+    """Express a box in voxels of a box around it."""
+    z, y, x = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))
     return z, y, x
 
 
@@ -87,15 +68,9 @@ def plan_blocks(
 ) -> list[Block]:
     """Cut a volume into as few blocks as fit into memory.
 
-    Parameters
-    ----------
-    margin_um
-        How far the outer box reaches beyond the core.
-    max_voxels
-        Most voxels that an outer box may have.
-    pixels
-        Pixels of the network (or of each of several) per voxel along (z, y, x): outer boxes then start on
-        its lattice (`network_runner`), and are wider than the margin by up to two squares of it.
+    Outer boxes reach `margin_um` beyond the core and have `max_voxels` at most. `pixels` are those of the
+    network (or of each of several) per voxel along (z, y, x): outer boxes then start on its lattice
+    (`network_runner`), and are wider than the margin by up to two squares of it.
 
     Raises
     ------
@@ -158,19 +133,12 @@ def count_blocks(blocks: Sequence[Block]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class BlockNuclei:
-    """Where the nuclei of one block lie; row 0 of each array is unused.
+    """Where the nuclei of one block lie: a row for each label; row 0 is unused.
 
-    Attributes
-    ----------
-    centres
-        float64 (n + 1, 3) in voxels of the volume.
-    in_core
-        bool (n + 1,): whether the centre lies in the core.
-    near_core
-        bool (n + 1,): whether it lies in the core or an eighth of the margin around it. Two blocks may each
-        see the centre of a nucleus on a face on the other's side; fragments at cut faces lie farther out.
-    depth_um
-        float64 (n + 1,): distance of the centre from the nearest face at which the volume was cut.
+    `centres` (n + 1, 3) are in voxels of the volume; `depth_um` is their distance from the nearest face at
+    which the volume was cut. `near_core` says whether they lie in the core or an eighth of the margin around
+    it: two blocks may each see the centre of a nucleus on a face on the other's side; fragments at cut faces
+    lie farther out.
     """
 
     block: Block
@@ -232,16 +200,11 @@ def match_shared(
 def choose_owners(
     nuclei: Sequence[BlockNuclei], matches: Mapping[tuple[int, int], Sequence[tuple[int, int]]]
 ) -> list[NDArray[np.uint32]]:
-    """Decide which block's mask each nucleus gets, and number the nuclei.
+    """Decide which block's mask each nucleus gets, and number the nuclei 1..n over all blocks.
 
     `matches` are, per pair of blocks, the labels that are the same nucleus; blocks in the order of their
-    indices.
-
-    Returns
-    -------
-    list of uint32 arrays (n + 1,)
-        Per block: final label of each of its labels; 0 for those that are dropped or that another block owns.
-        Over all blocks the final labels are 1..n.
+    indices. Gives, per block, the final label of each of its labels, uint32 (n + 1,): 0 for those that are
+    dropped or that another block owns.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -282,10 +245,10 @@ def assemble_core(
     """
     result = np.zeros([part.stop - part.start for part in block.core], np.uint32)
     for source, labels, final in sources:
-        shared = _meet(block.core, source.outer)
+        shared = meet(block.core, source.outer)
         if shared is not None:
-            target = result[_within(shared, block.core)]
-            np.copyto(target, final[labels[source.within(shared)]], where=target == 0)
+            target = result[within(shared, block.core)]
+            np.copyto(target, final[labels[within(shared, source.outer)]], where=target == 0)
     return result
 
 

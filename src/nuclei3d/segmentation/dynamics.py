@@ -186,24 +186,12 @@ def _parents(
     return parents
 
 
-@njit(cache=True, nogil=True)
 def _number_roots(parents: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Number the roots of a forest 1, 2, ... and give every member the number of its root."""
-    numbers = np.zeros(len(parents), np.uint32)
-    following = np.uint32(0)
-    for i in range(len(parents)):
-        if parents[i] == i:
-            following += np.uint32(1)
-            numbers[i] = following
-    for i in range(len(parents)):
-        root = i
-        while parents[root] != root:
-            root = parents[root]
-        at = i
-        while parents[at] != root:
-            parents[at], at = root, parents[at]
-        numbers[i] = numbers[root]
-    return numbers
+    roots = parents
+    while (roots[roots] != roots).any():
+        roots = roots[roots]
+    return np.cumsum(parents == np.arange(len(parents)), dtype=np.uint32)[roots]
 
 
 def _group_sinks(
@@ -232,12 +220,7 @@ def label_flows(
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Bring a flow to labels on the image's grid: followed in 3D, or (mode ``stitch``) plane by plane.
 
-    Returns
-    -------
-    labels : uint32 array of the image's shape (z, y, x)
-        1..n without gaps.
-    scores : float32 array (n + 1,)
-        Score of each nucleus; entry 0 is 0.
+    Labels are uint32 of the image's shape (z, y, x), 1..n without gaps; scores float32 (n + 1,) by label.
     """
     diameter_um = settings.nucleus_diameter_um
     if settings.mode == "stitch":
@@ -253,8 +236,7 @@ def label_flows(
     present = np.zeros(len(scores), np.bool_)
     present[np.unique(resized)] = True
     present[0] = True
-    if not present.all():
-        keep_labels(resized, present)
+    keep_labels(resized, present)
     return resized, scores[present]
 
 
@@ -276,12 +258,8 @@ def masks_from_field(
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Segment nuclei from their flow, with all processors unless `threads` are given.
 
-    Returns
-    -------
-    labels : uint32 array, shape (Z, Y, X)
-        Nuclei 1..n, each one 6-connected piece without holes; 0 is background.
-    scores : float32 array, shape (n + 1,)
-        Score in 0..1 by label; entry 0 is 0.
+    Labels are uint32 (Z, Y, X), nuclei 1..n, each one 6-connected piece without holes; scores, in 0..1 by
+    label, float32 (n + 1,).
     """
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")

@@ -38,13 +38,8 @@ _LONGEST = 1.5
 class FlowField:
     """Flow and logit of a volume.
 
-    Attributes
-    ----------
-    packed
-        int16 (z, y, x, 4): the flow's components z, y, x in units of 1 / `FLOW_UNITS`, about unit vectors in
-        physical space; the logit of being inside a nucleus in units of 1 / `LOGIT_UNITS`.
-    voxel_size
-        Of the grid.
+    `packed` is int16 (z, y, x, 4): the flow's components z, y, x in units of 1 / `FLOW_UNITS`, about unit
+    vectors in physical space; the logit of being inside a nucleus in units of 1 / `LOGIT_UNITS`.
     """
 
     packed: NDArray[np.int16]

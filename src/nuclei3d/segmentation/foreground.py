@@ -111,15 +111,15 @@ def find_occupied(
     Parameters
     ----------
     image
-        Normalised volume (z, y, x): 0 and 1 are its robust range.
-    noise
-        Standard deviation of a voxel's noise in the same units.
+        Normalised volume (z, y, x); `noise`, the standard deviation of a voxel's, is in the same units.
     diameter_voxels
         Diameter of a nucleus in voxels along (z, y, x).
     darkest
         If even the darkest part is brighter than this, the image is a piece from the midst of an embryo,
         nothing says what empty space would look like, and all of it counts as occupied.
     """
+    from scipy.ndimage import distance_transform_edt
+
     edges = []
     for size, diameter in zip(image.shape, diameter_voxels, strict=True):
         count = max(1, min(size, round(4 * size / diameter)))
@@ -140,17 +140,7 @@ def find_occupied(
             for size, diameter, cuts in zip(image.shape, diameter_voxels, edges, strict=True)
         ]
     )
-    occupied = _within(occupied, reach)
+    if occupied.any():
+        # An ellipsoid, not a box: a box's corners lie 1.7 diameters away, and every plane would pay for them.
+        occupied = np.asarray(distance_transform_edt(~occupied, sampling=1 / reach) <= 1)
     return OccupiedSpace(occupied, (edges[0], edges[1], edges[2]))
-
-
-def _within(occupied: NDArray[np.bool_], reach: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Give the blocks that lie within an ellipsoid, of semi-axes in blocks, around an occupied one.
-
-    An ellipsoid, not a box: the corners of a box lie 1.7 diameters away, and every plane would pay for them.
-    """
-    from scipy.ndimage import distance_transform_edt
-
-    if not occupied.any():
-        return occupied
-    return np.asarray(distance_transform_edt(~occupied, sampling=1 / reach) <= 1)

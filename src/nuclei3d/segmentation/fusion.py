@@ -35,19 +35,10 @@ _VARIANCE_FLOOR = 0.1
 class VolumeView:
     """What a 3D network says of a volume, read on the grid of the views of planes.
 
-    Its field lies on a grid of its own: another scale in x and y, planes as far apart as in its training. The
-    dynamics follow the flow on the grid of the views, so the field is resampled to that, linearly. Flows are
-    in physical directions and the grids' axes are parallel: resampling does not turn them. It is read a few
-    planes at a time and stays packed; a resampled copy of the whole is never held.
-
-    Attributes
-    ----------
-    field
-        On its own grid.
-    shape
-        Of the grid of the views (z, y, x), which covers the same box.
-    weight
-        Trust in it; a view has 1 unless it is given another.
+    Its field lies on a grid of its own: another scale in x and y, planes as far apart as in its training. It
+    is read, a few planes at a time, resampled linearly to the grid of the views, of `shape` (z, y, x); a copy
+    of the whole is never held. Flows are in physical directions and the grids' axes are parallel: resampling
+    does not turn them. Its `weight` is relative to those of the views.
     """
 
     field: FlowField
@@ -75,10 +66,11 @@ class VolumeView:
         values /= np.float32(LOGIT_UNITS if component == LOGIT else FLOW_UNITS)
         return values
 
-    def slabs(self) -> Iterator[slice]:
-        """Give the planes of the grid of the views, a few at a time."""
-        for start in range(0, self.shape[0], _SLAB):
-            yield slice(start, min(start + _SLAB, self.shape[0]))
+
+def _slabs(depth: int) -> Iterator[slice]:
+    """Give the planes of a volume, a few at a time."""
+    for start in range(0, depth, _SLAB):
+        yield slice(start, min(start + _SLAB, depth))
 
 
 def component_weights(weights: Mapping[View, float], volume_weight: float = 0.0) -> list[float]:
@@ -96,25 +88,15 @@ def add_views(
     weights: Mapping[View, float],
     volume: VolumeView | None = None,
 ) -> None:
-    """Add the mean of all views of a volume to a field, plane by plane, without holding any.
+    """Add the mean of all views of a volume to a field of zeros, plane by plane, without holding any.
 
-    Equal to `fuse_views` with method ``mean`` (a test holds that).
-
-    Parameters
-    ----------
-    field
-        Of the view grid, all zeros; gets the sum.
-    planes_of
-        Gives the planes of a view: number, and (3, rows, columns), flow along the plane's axes and logit.
-    weights
-        The views that are added, and the relative trust in each.
-    volume
-        What a 3D network says.
+    Equal to `fuse_views` with method ``mean`` (a test holds that). `planes_of` gives the planes of a view:
+    number, and (3, rows, columns), flow along the plane's axes and logit.
     """
     trust = 0.0 if volume is None else volume.weight
     seen = component_weights(weights, trust)
     if volume is not None:
-        for planes in volume.slabs():
+        for planes in _slabs(field.shape[0]):
             box = (planes, slice(0, field.shape[1]), slice(0, field.shape[2]))
             for component, total in enumerate(seen):
                 field.add(box, component, volume.planes(component, planes), trust / total)
@@ -128,34 +110,19 @@ def add_views(
                 field.add((part[0], part[1], part[2]), component, np.expand_dims(values, axis), share)
 
 
-@dataclass(frozen=True)
-class ViewPrediction:
-    """What the network says about all planes of a view, on the grid common to all views.
+def keep_planes(
+    view: View, planes: Iterable[tuple[int, NDArray[np.float32]]], shape: tuple[int, int, int]
+) -> NDArray[np.float16]:
+    """Keep all planes of a view (number, and (3, rows, columns)) for `fuse_views`, in half precision."""
+    kept = np.empty((3, *shape), np.float16)
+    by_plane = np.moveaxis(kept, 1 + VIEW_AXIS[view], 0)
+    for index, output in planes:
+        by_plane[index] = output
+    return kept
 
-    `flow` is (2, Z, Y, X), its components in the order of the plane's axes, about 1 long; `logit` (Z, Y, X).
-    """
 
-    view: View
-    flow: NDArray[np.floating[Any]]
-    logit: NDArray[np.floating[Any]]
-
-    @classmethod
-    def of_planes(
-        cls, view: View, planes: Iterable[tuple[int, NDArray[np.float32]]], shape: tuple[int, int, int]
-    ) -> ViewPrediction:
-        """Keep all planes of a view in half precision; each is its number and (3, rows, columns)."""
-        flow, logit = np.empty((2, *shape), np.float16), np.empty(shape, np.float16)
-        for index, output in planes:
-            place: list[Any] = [slice(None)] * 3
-            place[VIEW_AXIS[view]] = index
-            flow[(slice(None), *place)] = output[:2]
-            logit[tuple(place)] = output[2]
-        return cls(view, flow, logit)
-
-    def planes(self, component: int, planes: slice) -> NDArray[np.float32]:
-        """Read a component that the view shows of planes z."""
-        own = self.logit if component == LOGIT else self.flow[VIEW_AXES[self.view].index(component)]
-        return own[planes].astype(np.float32)
+def _read_planes(shown: NDArray[np.floating[Any]], planes: slice) -> NDArray[np.float32]:
+    return shown[planes].astype(np.float32)
 
 
 _Source = tuple[Callable[[slice], NDArray[np.float32]], float]
@@ -163,19 +130,21 @@ _Source = tuple[Callable[[slice], NDArray[np.float32]], float]
 
 
 def fuse_views(
-    views: Sequence[ViewPrediction],
+    views: Mapping[View, NDArray[np.floating[Any]]],
     method: Literal["mean", "consensus"] = "mean",
     weights: Mapping[View, float] | None = None,
     volume: VolumeView | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Fuse one, two or three views, and what a 3D network says, into a 3D flow and a logit.
 
-    A component that nobody shows (z, if there are only xy planes) is 0. Two views show all three.
+    The flow is float32 (3, Z, Y, X), components (z, y, x) of about unit vectors in physical space, the logit
+    (Z, Y, X). A component that nobody shows (z, if there are only xy planes) is 0.
 
     Parameters
     ----------
     views
-        Any subset of the three, each at most once, all of the same shape.
+        What the network says of all planes of a view, (3, Z, Y, X): flow along the plane's axes, about 1
+        long, and logit.
     method
         Consensus divides the weight of a view by (v + 0.1), v the variance of the flow's component in the
         5 x 5 x 5 voxels around. The logit is the mean in either case.
@@ -183,36 +152,29 @@ def fuse_views(
         Relative trust in each view, in flows and logits; 1 where not given.
     volume
         What a 3D network says, on the grid of the views, with its own weight.
-
-    Returns
-    -------
-    flow : float32 array, shape (3, Z, Y, X)
-        Components (z, y, x), about unit vectors in physical space.
-    logit : float32 array, shape (Z, Y, X)
     """
-    shape = views[0].logit.shape
+    shape = next(iter(views.values())).shape[1:]
     flow, logit = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
     for component, out in enumerate((*flow, logit)):
         sources: list[_Source] = [
-            (partial(view.planes, component), (weights or {}).get(view.view, 1.0))
-            for view in views
-            if component in (*VIEW_AXES[view.view], LOGIT)
+            (partial(_read_planes, own), (weights or {}).get(view, 1.0))
+            for view, planes in views.items()
+            for shown, own in zip((*VIEW_AXES[view], LOGIT), planes, strict=True)
+            if shown == component
         ]
         if volume is not None:
             sources.append((partial(volume.planes, component), volume.weight))
-        _fuse(sources, out, by_variance=method == "consensus" and component != LOGIT and len(sources) > 1)
+        if sources:
+            _fuse(sources, out, by_variance=method == "consensus" and component != LOGIT and len(sources) > 1)
     return flow, logit
 
 
 def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: bool) -> None:
-    """Write the weighted mean of the sources slab by slab; what has none stays as it is."""
-    if not sources:
-        return
+    """Write the weighted mean of the sources slab by slab."""
     depth = out.shape[0]
     margin = _VARIANCE_WINDOW // 2 if by_variance else 0
-    for start in range(0, depth, _SLAB):
-        stop = min(start + _SLAB, depth)
-        low, high = max(start - margin, 0), min(stop + margin, depth)
+    for slab in _slabs(depth):
+        low, high = max(slab.start - margin, 0), min(slab.stop + margin, depth)
         fused = np.zeros((high - low, *out.shape[1:]), np.float32)
         total = np.zeros_like(fused)
         for planes, trust in sources:
@@ -223,7 +185,7 @@ def _fuse(sources: Sequence[_Source], out: NDArray[np.float32], *, by_variance: 
             fused += weight * values
             total += weight
         fused /= total
-        out[start:stop] = fused[start - low : stop - low]
+        out[slab] = fused[slab.start - low : slab.stop - low]
 
 
 def _local_variance(values: NDArray[np.float32]) -> NDArray[np.float32]:

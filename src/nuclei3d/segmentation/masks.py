@@ -148,9 +148,8 @@ def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
 
     `keep` is (highest label + 1,); entry 0 (background) is ignored.
     """
-    kept = keep.copy()
-    kept[0] = False
-    table = np.where(kept, np.cumsum(kept), 0).astype(np.uint32)
+    table = np.zeros(len(keep), np.uint32)
+    table[1:] = np.where(keep[1:], np.cumsum(keep[1:]), 0)
     renumber_labels(labels, table)
 
 
@@ -165,17 +164,14 @@ def clean_labels(
     Those smaller or larger than the bounds, after filling, are dropped. Gives boxes and sizes of the others.
     """
     where = find_boxes(labels)
-    share_labels(
-        lambda chosen: _keep_largest_pieces(labels, chosen, where.boxes), where.present, where.voxels, threads
-    )
+    share_labels(lambda chosen: _keep_largest_pieces(labels, chosen, where.boxes), where, threads)
     where = find_boxes(labels)
-    share_labels(
-        lambda chosen: _fill_holes(labels, chosen, where.boxes), where.present, where.voxels, threads
-    )
+    share_labels(lambda chosen: _fill_holes(labels, chosen, where.boxes), where, threads)
     where = find_boxes(labels)
     keep = (where.voxels >= max(min_voxels, 1)) & (where.voxels <= max_voxels)
     keep_labels(labels, keep)
-    kept = np.concatenate([[0], np.flatnonzero(keep[1:]) + 1])
+    keep[0] = True
+    kept = np.flatnonzero(keep)
     return LabelBoxes(where.boxes[kept], where.voxels[kept])
 
 
@@ -191,11 +187,7 @@ def score_labels(
     the squared difference between the given flow and the one computed from the mask alone. It is 1 for a
     perfect nucleus and 0 where the flow is absent or has nothing to do with the mask. A component that is 0
     all over a nucleus (z, where only xy planes were seen) is left out on both sides.
-
-    Returns
-    -------
-    float32 array, shape (n + 1,)
-        In 0..1; entry 0 (background) is 0.
+    Scores are float32 (n + 1,), in 0..1 by label; that of the background is 0.
     """
     scores = np.zeros(len(where.voxels), np.float32)
     edges = np.array(field.voxel_size.zyx) / min(field.voxel_size.zyx)
@@ -206,7 +198,7 @@ def score_labels(
             box = (slice(z0, z1 + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
             scores[label] = _score(labels[box].copy(), label, edges, *field.unpack(box))
 
-    share_labels(work, where.present, where.voxels, threads)
+    share_labels(work, where, threads)
     return scores
 
 
@@ -220,12 +212,8 @@ def finish_labels(
     """Make labels (Z, Y, X) whole, score them and drop those that are no nuclei, in place.
 
     Afterwards they are 1..n, each one 6-connected piece without holes. Least and largest volume are
-    `bounds_um3`; labels with a score below the threshold, or below 0.01, are dropped.
-
-    Returns
-    -------
-    float32 array, shape (n + 1,)
-        Score in 0..1 by label; entry 0 is 0.
+    `bounds_um3`; labels with a score below the threshold, or below 0.01, are dropped. Gives the scores of the
+    others (`score_labels`).
     """
     least, most = (bound / field.voxel_size.volume_um3 for bound in bounds_um3)
     where = clean_labels(labels, least, most, threads)
@@ -295,18 +283,8 @@ def measure_nuclei(
     sums = np.zeros((count, 5))
     native = values.dtype.newbyteorder("=")
     _sum_up(np.ascontiguousarray(labels, dtype=np.uint32), np.ascontiguousarray(values, dtype=native), sums)
-    nuclei = []
-    for label in np.flatnonzero(sums[:, 0]):
-        voxels, z, y, x, intensity = sums[label]
-        nuclei.append(
-            Nucleus(
-                label=int(label),
-                z_um=float(z / voxels * voxel_size.z),
-                y_um=float(y / voxels * voxel_size.y),
-                x_um=float(x / voxels * voxel_size.x),
-                volume_um3=float(voxels * voxel_size.volume_um3),
-                mean_intensity=float(intensity / voxels),
-                score=float(scores[label]),
-            )
-        )
-    return nuclei
+    present = np.flatnonzero(sums[:, 0])
+    voxels = sums[present, :1]
+    z, y, x, intensity = (sums[present, 1:] / voxels * (*voxel_size.zyx, 1.0)).T
+    rows = np.stack([z, y, x, voxels[:, 0] * voxel_size.volume_um3, intensity, scores[present]], axis=1)
+    return [Nucleus(label, *row) for label, row in zip(present.tolist(), rows.tolist(), strict=True)]

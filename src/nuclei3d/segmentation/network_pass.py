@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.networks.unet3d import Triple, VolumeNetwork
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, MOST_UNITS, FlowField
 from nuclei3d.segmentation.foreground import OccupiedSpace, occupied_space
-from nuclei3d.segmentation.fusion import ViewPrediction, VolumeView, add_views, component_weights, fuse_views
+from nuclei3d.segmentation.fusion import VolumeView, add_views, component_weights, fuse_views, keep_planes
 from nuclei3d.segmentation.network_runner import (
     MAX_VOXELS,
     NetworkRunner,
@@ -65,14 +64,8 @@ Progress = Callable[[float], None]
 class Networks:
     """The networks that see a volume.
 
-    Attributes
-    ----------
-    main
-        A 2D network such as CPnet; in mode ``full3d`` a `VolumeNetwork`.
-    orthogonal
-        Another 2D network for the xz and yz planes.
-    volume
-        The `VolumeNetwork` of mode ``mixed``.
+    `main` is a 2D network such as CPnet, or in mode ``full3d`` a `VolumeNetwork`; `orthogonal` another 2D
+    network for the xz and yz planes; `volume` the `VolumeNetwork` of mode ``mixed``.
     """
 
     main: nn.Module
@@ -82,17 +75,6 @@ class Networks:
     def of(self, view: View) -> nn.Module:
         """Give the 2D network of a view."""
         return self.main if view == "xy" or self.orthogonal is None else self.orthogonal
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Leave the training mode of all networks as it is now at the end."""
-        networks = [each for each in (self.main, self.orthogonal, self.volume) if each is not None]
-        modes = [(each, each.training) for each in networks]
-        try:
-            yield
-        finally:
-            for each, training in modes:
-                each.train(training)
 
 
 def predict_flows(
@@ -105,16 +87,15 @@ def predict_flows(
 ) -> tuple[FlowField, dict[str, float]]:
     """Run the networks over a volume.
 
-    What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there.
+    What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there. The networks are
+    moved to the device; their training mode is left as it was.
 
     Parameters
     ----------
     image
         (z, y, x), any real dtype; what is not finite is fill.
-    networks
-        Those that the mode needs; they are moved to `device`, their training mode is left as it was.
     settings
-        What to do, in any mode but ``cellpose``.
+        In any mode but ``cellpose``.
     progress
         Called with the share done, below 1: the last hundredth is for the masks.
 
@@ -135,14 +116,16 @@ def predict_flows(
         check_scale(image.shape, voxel_size, each)
     settings = with_ranges(settings, image)
     assert settings.intensity_range is not None
-    image, outside = settings.intensity_range.without_fill(image)
+    image, outside = settings.intensity_range.clean(image)
     solid = _volume_network(networks, settings)
     views = () if settings.mode == "full3d" else settings.seen_views
     # The 3D network counts as a view in the progress; how long each takes depends on the networks.
     share = 1 / (1 + len(views)) if solid is not None else 0.0
     report = _part_of(progress or (lambda share: None), 0.0, 0.99)
     field, spent = None, 0.0
-    with networks.evaluating():
+    used = [each for each in (networks.main, networks.orthogonal, networks.volume) if each is not None]
+    training = [each.training for each in used]
+    try:
         if solid is not None:
             field, spent = _predict_patches(image, voxel_size, *solid, device, _part_of(report, 0.0, share))
         if views:
@@ -150,6 +133,9 @@ def predict_flows(
                 image, voxel_size, networks, settings, device, _part_of(report, share, 1.0), field
             )
             spent += spent_on_views
+    finally:
+        for network, mode in zip(used, training, strict=True):
+            network.train(mode)
     assert field is not None
     if outside is not None:
         field.exclude(outside)
@@ -160,16 +146,14 @@ def _volume_network(
     networks: Networks, settings: SegmentationSettings
 ) -> tuple[VolumeNetwork, SegmentationSettings] | None:
     """Give the 3D network that takes part, and its settings; check that mode and networks fit."""
-    if settings.mode == "full3d":
-        if not isinstance(networks.main, VolumeNetwork):
-            raise InputError(
-                "mode 'full3d' needs a 3D network; this model has a 2D network: use ortho or stitch"
-            )
-        return networks.main, settings
-    if isinstance(networks.main, VolumeNetwork):
+    solid = settings.mode == "full3d"
+    if solid != isinstance(networks.main, VolumeNetwork):
+        wanted, found, use = ("3D", "2D", "ortho or stitch") if solid else ("2D", "3D", "full3d")
         raise InputError(
-            f"mode '{settings.mode}' needs a 2D network; this model has a 3D network: use full3d"
+            f"mode '{settings.mode}' needs a {wanted} network; this model has a {found} network: use {use}"
         )
+    if isinstance(networks.main, VolumeNetwork):
+        return networks.main, settings
     if settings.mode != "mixed":
         return None
     if settings.volume is None or not isinstance(networks.volume, VolumeNetwork):
@@ -314,7 +298,7 @@ def _predict_views(
         return whole_planes(computed(view), view, shape)
 
     if settings.fusion != "mean":
-        kept = [ViewPrediction.of_planes(view, planes_of(view), shape) for view in views]
+        kept = {view: keep_planes(view, planes_of(view), shape) for view in views}
         field = FlowField.of(*fuse_views(kept, settings.fusion, weights, volume_view), grid_voxel_size)
     elif on_device:
         field = sum_on_device(computed, weights, steps, shape, grid_voxel_size, device)
@@ -347,16 +331,10 @@ class PlaneBox:
 
 @dataclass(frozen=True)
 class ComputedPlanes:
-    """What the network says of some planes of a view.
+    """What the network says of some planes of a view, in the box of each that was computed.
 
-    Attributes
-    ----------
-    indices
-        Numbers of the planes.
-    box
-        The part of each that was computed; None if nothing can be in them.
-    output
-        float32 (n, 3, rows, columns) of that box, on the view grid: flow along the plane's axes, logit.
+    `output` is float32 (n, 3, rows, columns) on the view grid: flow along the plane's axes, logit. Box and
+    output are None if nothing can be in the planes.
     """
 
     indices: Sequence[int]
@@ -373,20 +351,11 @@ def compute_view(
     step: int = 1,
     report: Progress = lambda share: None,
 ) -> Iterator[ComputedPlanes]:
-    """Run a network over the planes of one view, and yield them in order.
+    """Run a network over the planes of one view, every `step`-th, and yield them in order.
 
-    Parameters
-    ----------
-    volume
-        Normalised float32 (z, y, x) on the view grid, on any device, which the results are on too.
-    occupied
-        Where nuclei can be; planes and margins outside are not computed.
-    stretched_depth
-        Number of cubic voxels along z at the network's scale.
-    step
-        Every how many planes one is computed.
-    report
-        Called with the share of the planes that were dealt with.
+    The volume is normalised, float32 (z, y, x) on the view grid, on any device, which the results are on too;
+    `stretched_depth` is its number of cubic voxels along z at the network's scale. Planes and margins that
+    are not `occupied` are not computed.
     """
     axis = VIEW_AXIS[view]
     planes = volume.movedim(axis, 0)
@@ -511,14 +480,8 @@ def sum_on_device(
 ) -> FlowField:
     """Sum up the mean of the views where they were computed, and fetch it packed.
 
-    It is the field that `add_views` sums up on the host, up to the rounding of a unit or two.
-
-    Parameters
-    ----------
-    computed
-        Gives what was computed of a view (`compute_view`), on the device.
-    weights, steps
-        Relative trust in each view, and every how many of its planes one is computed.
+    It is the field that `add_views` sums up on the host, up to the rounding of a unit or two. `computed`
+    gives what was computed of a view (`compute_view`), on the device.
     """
     seen = component_weights(weights)
     total = torch.zeros((4, *shape), device=device)

@@ -6,6 +6,8 @@ come with the first `Segmenter`.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,30 +58,6 @@ class Segmentation:
         return self._measure()
 
 
-@dataclass(frozen=True)
-class Models:
-    """A model, and those that a prediction joins with it.
-
-    Attributes
-    ----------
-    main
-        A 2D or a 3D model.
-    orthogonal
-        Another 2D model, for the xz and yz planes.
-    volume
-        A 3D model, whose flows are fused with those of the views.
-    """
-
-    main: Model
-    orthogonal: Model | None = None
-    volume: Model | None = None
-
-    @property
-    def loaded(self) -> list[Model]:
-        """Those that there are, the main one first."""
-        return [each for each in (self.main, self.orthogonal, self.volume) if each is not None]
-
-
 class Segmenter:
     """Segments nuclei in 3D.
 
@@ -100,8 +78,8 @@ class Segmenter:
     settings : SegmentationSettings
         As resolved.
     device : torch.device
-    models : Models or None
-        What was loaded; None for networks by themselves.
+    models : dict
+        What was loaded, by the names that `Networks` gives; empty for networks by themselves.
 
     Raises
     ------
@@ -142,29 +120,24 @@ class Segmenter:
 
         if isinstance(model, str | os.PathLike):
             model = load_model(model)
-        self.models: Models | None = None
+        self.models: dict[str, Model] = {}
         if isinstance(settings, SegmentationSettings):
             self.settings = settings
-            if isinstance(model, Model):
-                self.models = Models(model)
-                model = model.network
-            self._networks = model if isinstance(model, Networks) else Networks(model)
+            self.models = {"main": model} if isinstance(model, Model) else {}
+        elif not isinstance(model, Model):
+            raise InputError("networks by themselves need SegmentationSettings; give these, or a model")
         else:
-            if not isinstance(model, Model):
-                raise InputError("networks by themselves need SegmentationSettings; give these, or a model")
             if not isinstance(settings, PredictParams):
                 settings = validate_params({"predict": dict(settings or {})}, "settings").predict
             self.models = load_models(model, settings)
-            orthogonal, volume = self.models.orthogonal, self.models.volume
+            volume = self.models.get("volume")
             self.settings = segmentation_settings(
                 model.info, settings, volume=volume.info if volume else None
             )
-            self._networks = Networks(
-                model.network,
-                orthogonal.network if orthogonal else None,
-                volume.network if volume else None,  # type: ignore[arg-type]
-            )
             device = device or settings.device
+        if self.models:
+            model = Networks(**{part: each.network for part, each in self.models.items()})  # type: ignore[arg-type]
+        self._networks = model if isinstance(model, Networks) else Networks(model)  # type: ignore[arg-type]
         self.device = device if isinstance(device, torch.device) else choose_device(device or "auto")
 
     def segment(
@@ -195,12 +168,11 @@ class Segmenter:
         from nuclei3d.segmentation.masks import measure_nuclei
         from nuclei3d.segmentation.network_pass import predict_flows
         from nuclei3d.segmentation.settings import check_scale
-        from nuclei3d.segmentation.stock import segment_with_cellpose
 
         started = time.perf_counter()
         voxel_size = _voxel_size(voxel_size_um)
         seconds: dict[str, float] = {}
-        if self.settings.is_stock:
+        if self.settings.mode == "cellpose":
             check_scale(image.shape, voxel_size, self.settings)
             labels = segment_with_cellpose(image, voxel_size, self._networks.main, self.settings, self.device)
             scores = np.full(int(labels.max(initial=0)) + 1, np.nan, np.float32)
@@ -229,7 +201,7 @@ class Segmenter:
         """Run the networks over a volume, for `label`; parameters and errors as `segment`."""
         from nuclei3d.segmentation.network_pass import predict_flows
 
-        if self.settings.is_stock:
+        if self.settings.mode == "cellpose":
             raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
         voxel_size = _voxel_size(voxel_size_um)
         return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)[0]
@@ -253,15 +225,27 @@ def _voxel_size(edges: VoxelSize | Sequence[float]) -> VoxelSize:
     return edges if isinstance(edges, VoxelSize) else VoxelSize.of(edges)
 
 
-def load_models(model: Model, predict: PredictParams) -> Models:
+def load_models(model: Model, predict: PredictParams) -> dict[str, Model]:
     """Load the further models that a prediction names, and check that they go with a model."""
     from nuclei3d.networks.folder import load_model, require_model
 
-    orthogonal = volume = None
+    models = {"main": model}
     if predict.orthogonal_model is not None:
         require_model(predict.orthogonal_model, "predict.orthogonal_model")
         orthogonal = load_model(predict.orthogonal_model)
-        _check_orthogonal(model, orthogonal)
+        for info in (model.info, orthogonal.info):
+            if info.kind != "views2d":
+                raise InputError(
+                    f"predict.orthogonal_model is for 2D models; '{info.name}' is of kind '{info.kind}'"
+                )
+        # one image scale is to suit both networks
+        sizes = [each.info.diameter_px for each in (model, orthogonal)]
+        if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+            raise InputError(
+                f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
+                f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
+            )
+        models["orthogonal"] = orthogonal
     if predict.volume_model is not None:
         require_model(predict.volume_model, "predict.volume_model")
         volume = load_model(predict.volume_model)
@@ -270,19 +254,46 @@ def load_models(model: Model, predict: PredictParams) -> Models:
                 f"predict.volume_model takes a 3D model; '{volume.info.name}' in {volume.path.parent} is of "
                 f"kind '{volume.info.kind}': give one that was trained with train.network=full3d"
             )
-    return Models(model, orthogonal, volume)
+        models["volume"] = volume
+    return models
 
 
-def _check_orthogonal(model: Model, orthogonal: Model) -> None:
-    """Check that one image scale suits both networks."""
-    for each in (model, orthogonal):
-        if each.info.kind != "views2d":
-            raise InputError(
-                f"predict.orthogonal_model is for 2D models; '{each.info.name}' is of kind '{each.info.kind}'"
-            )
-    sizes = [each.info.diameter_px for each in (model, orthogonal)]
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise InputError(
-            f"the network of '{orthogonal.info.name}' sees nuclei of {sizes[1]:g} pixels, that of "
-            f"'{model.info.name}' {sizes[0]:g}; an orthogonal model must have the same diameter_px"
-        )
+def segment_with_cellpose(
+    image: NDArray[Any],
+    voxel_size: VoxelSize,
+    network: nn.Module,
+    settings: SegmentationSettings,
+    device: torch.device,
+) -> NDArray[np.uint32]:
+    """Segment a volume with stock ``CellposeModel.eval(do_3D=True)``: uint32 labels (z, y, x), 1..n.
+
+    Diameter, anisotropy, percentiles and the threshold on the logit are those of the settings (Cellpose sums
+    three logits where this package takes their mean, so that threshold is multiplied by three); all else
+    is Cellpose's default.
+    """
+    import numpy as np
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
+        from cellpose.models import CellposeModel
+
+    state = network.state_dict()
+    diameter = float(state["diam_mean"].item())
+    model = CellposeModel(
+        gpu=device.type == "cuda", pretrained_model=False, device=device, diam_mean=diameter
+    )
+    model.net.load_state_dict(state)
+    model.net.eval()
+    # Cellpose sets this only where it loads a file.
+    model.net_ortho = None
+    masks, _, _ = model.eval(
+        image,
+        channels=[0, 0],
+        z_axis=0,
+        do_3D=True,
+        diameter=settings.nucleus_diameter_um / voxel_size.x * model.diam_mean / settings.diameter_px,
+        anisotropy=voxel_size.anisotropy,
+        normalize={"percentile": [settings.lower_percentile, settings.upper_percentile]},
+        cellprob_threshold=3 * settings.masks.cellprob_threshold,
+        flow3D_smooth=settings.flow3d_smooth,
+    )
+    return np.asarray(np.asarray(masks).reshape(image.shape), dtype=np.uint32)

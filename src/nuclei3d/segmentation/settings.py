@@ -73,15 +73,13 @@ class SegmentationSettings:
         ``ortho``: the planes of `views`, fused in 3D; ``stitch``: xy planes, segmented one by one and linked;
         ``full3d``: a 3D network; ``mixed``: as ``ortho``, and a 3D network is fused with the views;
         ``cellpose``: stock Cellpose's do_3D with the same weights, for comparison.
-    diameter_px
-        Diameter of a nucleus in pixels at the network's scale.
-    nucleus_diameter_um
-        Diameter of a typical nucleus in the volume.
+    diameter_px, nucleus_diameter_um
+        Diameter of a typical nucleus in pixels at the network's scale, and in the volume.
     volume
         How the 3D network of mode ``mixed`` sees the volume: settings of mode ``full3d`` with its own scale
         and normalisation, for a network knows images only as it was trained on them.
     lower_percentile, upper_percentile, noise_floor
-        Normalisation (`nuclei3d.grid`).
+        Normalisation (`nuclei3d.intensity`).
     intensity_range
         Given for a block of a larger volume: the range of the whole.
     skip_empty
@@ -116,16 +114,6 @@ class SegmentationSettings:
         return ("xy",) if self.mode == "stitch" else self.views
 
     @property
-    def is_3d(self) -> bool:
-        """Whether the network sees the volume as a whole, not its planes."""
-        return self.mode == "full3d"
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether Cellpose itself segments."""
-        return self.mode == "cellpose"
-
-    @property
     def network_voxel_um(self) -> float:
         """Edge of a voxel at the network's scale."""
         return self.nucleus_diameter_um / self.diameter_px
@@ -153,15 +141,9 @@ _MOST_UNEQUAL = 3.0
 def view_grid(
     shape: tuple[int, ...], voxel_size: VoxelSize, settings: SegmentationSettings
 ) -> tuple[tuple[int, int, int], VoxelSize, int]:
-    """Choose the view grid.
+    """Choose the view grid: its shape, its voxel size, and how many voxels z has at the network's scale.
 
-    Returns
-    -------
-    shape : tuple of int
-        x and y at the network's scale; z as in the image, or at the network's scale if that is coarser.
-    voxel_size : VoxelSize
-    stretched_depth : int
-        Number of voxels along z at the network's scale.
+    x and y are at the network's scale; z as in the image, or at the network's scale if that is coarser.
     """
     depth, height, width = isotropic_shape(shape, voxel_size, settings.network_voxel_um)
     grid = (min(shape[0], depth), height, width)
@@ -174,10 +156,7 @@ def with_ranges(
 ) -> SegmentationSettings:
     """Add the intensity range of a whole volume, for each network as it was trained, unless it is given.
 
-    Parameters
-    ----------
-    image
-        (z, y, x); with `sampled` those planes of it that `nuclei3d.intensity.sampled_planes` names.
+    `image` is (z, y, x), or those planes of it that `nuclei3d.intensity.sampled_planes` names (`sampled`).
     """
     volume = None if settings.volume is None else with_ranges(settings.volume, image, sampled=sampled)
     found = settings.intensity_range or measure_range(

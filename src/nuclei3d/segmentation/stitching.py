@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,18 +32,8 @@ MIN_AREA_AT_GAP = 0.5
 Chain = list[int]
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Overlapping masks of two planes: their numbers, the pixels shared, and the IoU."""
-
-    lower: NDArray[np.int64]
-    upper: NDArray[np.int64]
-    shared: NDArray[np.int64]
-    iou: NDArray[np.float64]
-
-    def where(self, good: NDArray[np.bool_]) -> _Pairs:
-        """Give the pairs for which `good` is true."""
-        return _Pairs(self.lower[good], self.upper[good], self.shared[good], self.iou[good])
+_Pairs = np.recarray[Any, np.dtype[Any]]
+"""Overlapping masks of two planes: their numbers (`lower`, `upper`), the pixels `shared`, and the `iou`."""
 
 
 def stitch_planes(
@@ -52,15 +41,9 @@ def stitch_planes(
 ) -> NDArray[np.uint32]:
     """Link the masks of successive planes into 3D labels 1..n, uint32 (Z, Y, X), each one 6-connected piece.
 
-    Parameters
-    ----------
-    planes
-        Labels of each plane on its own; equal numbers in different planes mean nothing. A 2D label on
-        several pieces counts as several masks.
-    min_iou
-        Masks of neighbouring planes are linked if their IoU is at least this.
-    max_gap
-        Number of successive planes in which a nucleus may be missing.
+    Equal numbers in different planes mean nothing, and a 2D label on several pieces counts as several masks.
+    Masks of neighbouring planes are linked if their IoU is at least `min_iou`; a nucleus may be missing in
+    `max_gap` successive planes.
     """
     masks = _number_masks(planes)
     areas = np.bincount(masks.ravel())
@@ -94,7 +77,9 @@ def _overlaps(lower: NDArray[np.int64], upper: NDArray[np.int64], areas: NDArray
     both = (lower > 0) & (upper > 0)
     keys, shared = np.unique(lower[both] * len(areas) + upper[both], return_counts=True)
     low, up = np.divmod(keys, len(areas))
-    return _Pairs(low, up, shared, shared / (areas[low] + areas[up] - shared))
+    iou = shared / (areas[low] + areas[up] - shared)
+    kinds = [("lower", np.int64), ("upper", np.int64), ("shared", np.int64), ("iou", np.float64)]
+    return np.rec.fromarrays([low, up, shared, iou], dtype=kinds)
 
 
 def _assign(pairs: _Pairs) -> list[tuple[int, int]]:
@@ -131,7 +116,7 @@ def _link_neighbours(pairs: list[_Pairs], areas: NDArray[np.int64], min_iou: flo
     """Link masks of neighbouring planes into chains, from bottom to top, and cut the chains at necks."""
     above: dict[int, int] = {}
     for table in pairs:
-        above.update(_assign(table.where(table.iou >= min_iou)))
+        above.update(_assign(table[table.iou >= min_iou]))
     continued = set(above.values())
     chains: list[Chain] = []
     for start in range(1, len(areas)):
@@ -218,7 +203,7 @@ def _join_across(
             np.where(np.isin(masks[after], bottoms), masks[after], 0),
             areas,
         )
-        for low, up in _assign(table.where(table.iou >= min_iou)):
+        for low, up in _assign(table[table.iou >= min_iou]):
             if _bridge(masks, low, up, before, after):
                 continues[top[low]] = bottom[up]
     followers = set(continues.values())

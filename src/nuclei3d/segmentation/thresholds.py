@@ -72,6 +72,11 @@ def choose_thresholds(
 ) -> Thresholds:
     """Choose the thresholds of logit, score and least volume with the best average precision.
 
+    Among equals those nearest to the defaults are taken; of the scores the lowest whose average precision is
+    within one standard error of the best (Breiman et al. 1984). That rule is for the score alone: a few dozen
+    nuclei of one embryo hardly tell a threshold from the next, and too high a one costs the faint nuclei of
+    other embryos.
+
     Parameters
     ----------
     volumes
@@ -84,14 +89,6 @@ def choose_thresholds(
         Overlaps, each at least .5, over which the average precision is averaged.
     volume_fractions
         Least volumes to try, as fractions of the volume of a typical nucleus.
-
-    Returns
-    -------
-    Thresholds
-        The logit threshold and least volume with the best average precision, among equals those nearest to
-        the defaults; of the scores the lowest whose average precision is within one standard error of the
-        best (Breiman et al. 1984). That rule is for the score alone: a few dozen nuclei of one embryo hardly
-        tell a threshold from the next, and too high a one costs the faint nuclei of other embryos.
     """
     default = settings.masks.cellprob_threshold
     typical_um3 = float(np.pi / 6 * settings.nucleus_diameter_um**3)
@@ -109,14 +106,9 @@ def choose_thresholds(
                     best = Thresholds(threshold, score, fraction * typical_um3, ap, ap_default)
                     candidates = found
     assert best is not None
-    return _lowest_score(best, candidates, ious)
-
-
-def _lowest_score(best: Thresholds, found: _Candidates, ious: Sequence[float]) -> Thresholds:
-    """Lower the score threshold as far as the standard error of the average precision allows."""
-    error = float(np.sqrt(best.ap * (1 - best.ap) / max(found.n_true, 1)))
-    for score in _scores_to_try(found):
-        ap = found.ap(ious, score, best.min_volume_um3)
+    error = float(np.sqrt(best.ap * (1 - best.ap) / max(candidates.n_true, 1)))
+    for score in _scores_to_try(candidates):
+        ap = candidates.ap(ious, score, best.min_volume_um3)
         if ap >= best.ap - error:
             return replace(best, score=float(score), ap=ap)
     return best

@@ -179,23 +179,18 @@ def predict_baselines(
 
 
 def _wanted(params: Params, model: str) -> list[_Baseline]:
+    from nuclei3d.networks.folder import INFO_FILE, read_info
+
     wanted = []
     if "stock_fusion" in params.evaluate.baselines and params.predict.mode != "cellpose":
-        if _is_3d(params, model):
+        file = Path(model) / INFO_FILE
+        if params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d"):
             say("Cellpose has no fusion for a 3D network: that baseline is left out")
         else:
             wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):
         wanted.append(champion)
     return wanted
-
-
-def _is_3d(params: Params, model: str) -> bool:
-    """Say whether the model that is evaluated has a 3D network, as far as the mode or its folder tells."""
-    from nuclei3d.networks.folder import INFO_FILE, read_info
-
-    file = Path(model) / INFO_FILE
-    return params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d")
 
 
 def _find_champion(params: Params, model: str) -> _Baseline | None:

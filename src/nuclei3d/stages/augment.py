@@ -52,30 +52,15 @@ def draw_augmentation_sheet(
 ) -> Figure:
     """Draw one plane a row: left a crop without augmentation, then the augmented crops of as many epochs.
 
-    Each is shown twice, without and with the outlines of its labels. The planes are drawn by the sampling
-    weights, the crops are those that a training with these parameters sees.
-
-    Parameters
-    ----------
-    planes
-        Training planes.
-    planes_diameter_px
-        Diameter of a typical nucleus on them.
-    params
-        The section train and the seed.
-    rows, columns
-        Number of planes, and of pictures of each.
-
-    Raises
-    ------
-    InputError
-        If there is no plane to draw.
+    Each is shown twice, without and with the outlines of its labels. The planes, on which a typical nucleus
+    measures `planes_diameter_px`, are drawn by the sampling weights; the crops are those that a training with
+    these parameters sees. InputError is raised if there is no plane to draw.
     """
     from matplotlib.figure import Figure
 
     from nuclei3d.training.crops import CropGrid
     from nuclei3d.training.examples import NO_AUGMENTATION, CropMaker
-    from nuclei3d.training.sampling import epoch_order, sample_weights
+    from nuclei3d.training.samples import epoch_order, sample_weights
 
     settings = params.train
     if not len(planes):

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import CalibrateParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled, split_embryos
+from nuclei3d.networks.folder import INFO_FILE, ModelInfo
 from nuclei3d.outputs import whole_file
+from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
-
-if TYPE_CHECKING:
-    from nuclei3d.networks.folder import ModelInfo
-    from nuclei3d.segmentation.settings import SegmentationSettings
-    from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds
-    from nuclei3d.stages.training_data import Slices
+from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
+from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds, choose_thresholds
+from nuclei3d.stages.training_data import Slices
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,6 @@ def _read_spread(frames: Sequence[EmbryoFrame], wanted: int | None, params: Para
 
 def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float:
     """Segment labelled volumes; give the average precision at IoU 0.5, counts pooled."""
-    from nuclei3d.scoring.matching import match, overlap_table
-
     true = predicted = hits = 0
     for volume in volumes:
         labels = segmenter.segment(volume.image, volume.voxel_size).labels
@@ -88,8 +85,6 @@ def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float
 
 def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings:
     """Give the settings that judge and calibrate a network: those of a prediction with it alone."""
-    from nuclei3d.segmentation.settings import segmentation_settings
-
     return segmentation_settings(info, params.predict.model_copy(update={"mode": "auto"}))
 
 
@@ -112,8 +107,6 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     Where the section predict names further models, the thresholds are for this one with those: a prediction
     takes them from this one. The model must not have been trained on these embryos.
     """
-    from nuclei3d.networks.folder import INFO_FILE
-
     segmenter = Segmenter(model, params.predict.model_copy(update={"mode": "auto"}))
     volumes = read_calibration_volumes(params, data)
     if not volumes:
@@ -121,8 +114,7 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
             "calibrate.volumes above 0"
         )
-    assert segmenter.models is not None
-    main, *others = segmenter.models.loaded
+    main, *others = segmenter.models.values()
     if others:
         joined = "' and '".join(each.info.name for each in others)
         say(f"the thresholds are for '{main.info.name}' with '{joined}' beside it")
@@ -141,8 +133,6 @@ def with_thresholds(
 
 def predict_labelled(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> list[LabelledFlow]:
     """Run the networks over labelled volumes; give what they say, and the truth."""
-    from nuclei3d.segmentation.thresholds import LabelledFlow
-
     seen = []
     with progress_bar("calibrate", total=len(volumes)) as bar:
         for volume in volumes:
@@ -156,8 +146,6 @@ def choose_for(
     info: ModelInfo, params: CalibrateParams, settings: SegmentationSettings, seen: Sequence[LabelledFlow]
 ) -> tuple[ModelInfo, Thresholds]:
     """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
-    from nuclei3d.segmentation.thresholds import choose_thresholds
-
     # they are chosen against the defaults of the package, whatever the settings have
     masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
     chosen = choose_thresholds(

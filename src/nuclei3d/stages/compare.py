@@ -56,14 +56,6 @@ class CompareResult:
         return {**vars(self), "notes": list(self.notes), "differences": rows}
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    path: Path
-    thresholds: tuple[str, ...]
-    edges: tuple[float, ...] | None
-    volumes: Mapping[str, Any]
-
-
 def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> CompareResult:
     """Compare two evaluations, each a metrics.json or its folder, volume by volume.
 
@@ -77,26 +69,28 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     InputError
         If a file is no metrics.json, the two share no volume, or a shared volume has another truth.
     """
+    a, b = (path / "metrics.json" if path.is_dir() else path for path in (a, b))
     first, second = _read(a), _read(b)
-    names = [name for name in first.volumes if name in second.volumes]
+    names = [name for name in first["volumes"] if name in second["volumes"]]
     if not names:
-        raise InputError(f"{first.path} and {second.path} share no volume; evaluate both on the same embryos")
+        raise InputError(f"{a} and {b} share no volume; evaluate both on the same embryos")
     for name in names:
-        if first.volumes[name]["truth_digest"] != second.volumes[name]["truth_digest"]:
+        if first["volumes"][name]["truth_digest"] != second["volumes"][name]["truth_digest"]:
             raise InputError(
-                f"volume {name} has other true labels in {first.path} than in {second.path}; evaluate both "
-                "against the same truth"
+                f"volume {name} has other true labels in {a} than in {b}; evaluate both against the same "
+                "truth"
             )
     notes = []
-    left_out = len(set(first.volumes) ^ set(second.volumes))
+    left_out = len(first["volumes"].keys() ^ second["volumes"].keys())
     if left_out:
         notes.append(f"{left_out} volumes are in one of the two only and are left out")
-    same_bins = first.edges is None or second.edges is None or first.edges == second.edges
-    thresholds = [threshold for threshold in first.thresholds if threshold in second.thresholds]
+    edges = [evaluation.get("contrast_edges") for evaluation in (first, second)]
+    same_bins = None in edges or edges[0] == edges[1]
+    thresholds = [threshold for threshold in first["ap"] if threshold in second["ap"]]
     compared = compare_paired(
         _statistics(first, names, thresholds, same_bins),
         _statistics(second, names, thresholds, same_bins),
-        [first.volumes[name]["embryo"] for name in names],
+        [first["volumes"][name]["embryo"] for name in names],
         replicates=params.evaluate.bootstrap,
         over=params.evaluate.resample,
         rng=np.random.default_rng(params.seed),
@@ -108,8 +102,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     if not same_bins:
         notes.append("the contrast bins differ, so recall by contrast is not compared")
     result = CompareResult(
-        a=str(first.path),
-        b=str(second.path),
+        a=str(a),
+        b=str(b),
         volumes=len(names),
         resampled=compared.units.words if compared.resampled else "nothing",
         verdict=_verdict(compared.differences),
@@ -124,8 +118,7 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     return result
 
 
-def _read(path: Path) -> _Evaluation:
-    file = path / "metrics.json" if path.is_dir() else path
+def _read(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -134,25 +127,25 @@ def _read(path: Path) -> _Evaluation:
             f"cannot read {file}: {fault}; give the metrics.json or folder of nuclei3d evaluate"
         ) from None
     try:
-        volumes = tree["volumes"]
-        for volume in volumes.values():
+        _ = [float(threshold) for threshold in tree["ap"]]
+        for volume in tree["volumes"].values():
             Tally.from_json(volume["counts"])
             _ = volume["embryo"], volume["truth_digest"]
-        edges = tree.get("contrast_edges")
-        return _Evaluation(file, tuple(tree["ap"]), None if edges is None else tuple(edges), volumes)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
             f"{file} lacks the counts per volume; write it again with nuclei3d evaluate of this version"
         ) from None
+    return dict(tree)
 
 
 def _statistics(
-    evaluation: _Evaluation, names: Sequence[str], thresholds: Sequence[str], bins: bool
+    evaluation: Mapping[str, Any], names: Sequence[str], thresholds: Sequence[str], bins: bool
 ) -> Statistics:
     """Pool each metric over the volumes, and with `bins` the recall of the outer bins of contrast."""
-    tallies = stack_tallies([Tally.from_json(evaluation.volumes[name]["counts"]) for name in names])
-    own = tuple(float(threshold) for threshold in evaluation.thresholds)
-    counts = [evaluation.volumes[name].get("contrast_counts") for name in names]
+    volumes = [evaluation["volumes"][name] for name in names]
+    tallies = stack_tallies([Tally.from_json(volume["counts"]) for volume in volumes])
+    own = [float(threshold) for threshold in evaluation["ap"]]
+    counts = [volume.get("contrast_counts") for volume in volumes]
 
     def pool(weights: Floats | None) -> dict[str, Floats]:
         values = {

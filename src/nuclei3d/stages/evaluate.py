@@ -25,9 +25,16 @@ from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
-from nuclei3d.report.tables import nucleus_rows, write_nuclei, write_plot_data
-from nuclei3d.report.viewer import ShownVolume, pack_volumes
-from nuclei3d.scoring.assessment import Assessment, Summary, assess_volume, by_embryo, by_stage, summarise
+from nuclei3d.report.tables import nucleus_table, write_plot_data
+from nuclei3d.report.viewer import Arrays, ShownVolume, pack_volumes
+from nuclei3d.scoring.assessment import (
+    Assessment,
+    assess_volume,
+    by_embryo,
+    by_stage,
+    count_by_contrast,
+    summarise,
+)
 from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
@@ -124,14 +131,19 @@ def evaluate(
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
-    facts = read_training_facts(summary)
+    edges, diameter_um = _training_facts(summary)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     if alone := pairing.truths_alone:
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
-    assessed, digests = _assess(params, pairing.pairs, facts, method)
-    edges, edges_from = _contrast_edges(params, assessed[method], facts)
+    assessed, digests = _assess(params, pairing.pairs, diameter_um, method)
+    contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
+    edges_from: str | None = "true labels" if edges is None else "training labels"
+    if not np.isfinite(contrast).any():
+        edges = edges_from = None
+    elif edges is None:
+        edges = contrast_edges(contrast, params.evaluate.contrast_bins).tolist()
     summaries = {
         name: summarise(
             assessments,
@@ -145,10 +157,12 @@ def evaluate(
         )
         for name, assessments in assessed.items()
     }
-    metrics = _metrics(params, pairing.pairs, assessed, summaries, digests, method)
-    metrics["contrast_edges"] = None if edges is None else list(edges)
-    metrics["contrast_edges_from"] = edges_from
-    metrics["unpaired"] = {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone}
+    metrics = {
+        **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
+        "contrast_edges": edges,
+        "contrast_edges_from": edges_from,
+        "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
+    }
     if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
         metrics["tracks"] = found
     with whole_folder(out) as folder:
@@ -174,30 +188,22 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
     return baselines
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What summary.json of a slice data set fixes for the evaluation; None where it is not known."""
-
-    contrast_edges: tuple[float, ...] | None = None
-    nucleus_diameter_um: float | None = None
-
-
-def read_training_facts(summary: Path | None) -> TrainingFacts:
-    """Read the bins of contrast and the diameter of nuclei from a slice data set or its summary.json."""
+def _training_facts(summary: Path | None) -> tuple[list[float] | None, float | None]:
+    """Read the bins of contrast and the diameter (um) of nuclei from a slice data set or its summary.json."""
     if summary is None:
-        return TrainingFacts()
+        return None, None
     path = summary / "summary.json" if summary.is_dir() else summary
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        edges = tuple(float(edge) for edge in tree["contrast_quintiles"])
+        edges = [float(edge) for edge in tree["contrast_quintiles"]]
         diameter_um = float(tree["nucleus_diameter_um"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; nuclei3d prepare writes it") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no summary.json of nuclei3d prepare") from None
-    if list(edges) != sorted(edges) or diameter_um <= 0:
+    if edges != sorted(edges) or diameter_um <= 0:
         raise InputError(f"{path}: contrast_quintiles must ascend and nucleus_diameter_um be positive")
-    return TrainingFacts(edges, diameter_um)
+    return edges, diameter_um
 
 
 def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | None:
@@ -221,7 +227,7 @@ def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | 
 
 
 def _assess(
-    params: Params, pairs: Sequence[VolumePair], facts: TrainingFacts, method: str
+    params: Params, pairs: Sequence[VolumePair], diameter_um: float | None, method: str
 ) -> tuple[dict[str, list[Assessment]], list[str]]:
     """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
 
@@ -232,7 +238,9 @@ def _assess(
     results = map_in_processes("evaluate", partial(_assess_methods, params, method), pairs, workers=workers)
     digests = [digest for digest, _ in results]
     assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
-    diameter_um = facts.nucleus_diameter_um or _median_diameter_um(assessed[method])
+    volumes_um3 = np.concatenate([own.true.volume_um3 for own in assessed[method]])
+    if diameter_um is None and len(volumes_um3):
+        diameter_um = float((6 / np.pi * np.median(volumes_um3)) ** (1 / 3))
     possible = all(pair.physical and pair.image is not None for pair in pairs)
     if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
         contrasts = [own.true.contrast for own in assessed[method]]
@@ -259,14 +267,12 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
     return _digest_of(true), found
 
 
-def _read_shown(
-    pair: VolumePair,
-) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
+def _read_shown(pair: VolumePair) -> Arrays:
     """Read a pair for a picture: background in the place of fill."""
-    image, truth, pred = pair.read()
+    image, truth = pair.read_image(), pair.read_truth()
     if image is not None:
-        image, _ = measure_range(image).without_fill(image)
-    return image, truth, pred
+        image, _ = measure_range(image).clean(image)
+    return image, truth, pair.read_prediction(pair.pred, truth.shape)
 
 
 def _assess_otsu(
@@ -292,46 +298,36 @@ def _digest_of(labels: NDArray[np.uint32]) -> str:
     return digest.hexdigest()
 
 
-def _median_diameter_um(assessments: Sequence[Assessment]) -> float | None:
-    volumes = np.concatenate([assessment.true.volume_um3 for assessment in assessments])
-    return float((6 / np.pi * np.median(volumes)) ** (1 / 3)) if len(volumes) else None
-
-
-def _contrast_edges(
-    params: Params, assessments: Sequence[Assessment], facts: TrainingFacts
-) -> tuple[tuple[float, ...] | None, str | None]:
-    contrast = np.concatenate([assessment.true.contrast for assessment in assessments])
-    if not np.isfinite(contrast).any():
-        return None, None
-    if facts.contrast_edges is not None:
-        return facts.contrast_edges, "training labels"
-    return tuple(float(e) for e in contrast_edges(contrast, params.evaluate.contrast_bins)), "true labels"
-
-
 def _metrics(
     params: Params,
     pairs: Sequence[VolumePair],
     assessed: Mapping[str, Sequence[Assessment]],
-    summaries: Mapping[str, Summary],
+    summaries: Mapping[str, Mapping[str, Any]],
     digests: Sequence[str],
     method: str,
+    edges: Sequence[float] | None,
 ) -> dict[str, Any]:
     """Put metrics.json together; the layout is the contract of the project."""
     thresholds, embryos = params.evaluate.thresholds, [pair.embryo for pair in pairs]
-    own, counts = assessed[method], summaries[method].contrast_counts
-    volumes = {}
-    for index, (pair, assessment) in enumerate(zip(pairs, own, strict=True)):
-        binned = None
-        if counts is not None:
-            binned = {name: part[index].astype(int).tolist() for name, part in vars(counts).items()}
-        volumes[pair.name] = {
+    own = assessed[method]
+
+    def counts_by_contrast(assessment: Assessment) -> dict[str, list[int]] | None:
+        if edges is None:
+            return None
+        counts = vars(count_by_contrast([assessment], edges))
+        return {name: part[0].astype(int).tolist() for name, part in counts.items()}
+
+    volumes = {
+        pair.name: {
             **score(assessment.tally, thresholds).as_json(),
             "embryo": pair.embryo,
             "frame": pair.frame,
-            "truth_digest": digests[index],
+            "truth_digest": digest,
             "counts": assessment.tally.as_json(),
-            "contrast_counts": binned,
+            "contrast_counts": counts_by_contrast(assessment),
         }
+        for pair, assessment, digest in zip(pairs, own, digests, strict=True)
+    }
 
     def lead(rival: Sequence[Assessment]) -> dict[str, Any] | None:
         """Give the lead of the model in AP at .5 over a baseline."""
@@ -350,11 +346,11 @@ def _metrics(
 
     return {
         "nuclei3d": __version__,
-        **summaries[method].as_json(),
-        "by_embryo": {name: pool.as_json() for name, pool in by_embryo(own, embryos, thresholds).items()},
-        "by_stage": {name: pool.as_json() for name, pool in by_stage(own, thresholds).items()},
+        **summaries[method],
+        "by_embryo": by_embryo(own, embryos, thresholds),
+        "by_stage": by_stage(own, thresholds),
         "baselines": {
-            name: {**item.as_json(), "behind_model": lead(assessed[name])}
+            name: {**item, "behind_model": lead(assessed[name])}
             for name, item in summaries.items()
             if name != method
         },
@@ -371,24 +367,26 @@ def _write(
     method: str,
     history: Path | None,
 ) -> None:
+    import pandas as pd
+
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
-    rows = [
-        row
+    tables = [
+        nucleus_table(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
         for pair, assessment in zip(pairs, assessments, strict=True)
-        for row in nucleus_rows(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
     ]
-    write_nuclei(folder / "nuclei.csv", rows)
+    nuclei = pd.concat(tables, ignore_index=True)
+    nuclei.to_csv(folder / "nuclei.csv", index=False, float_format="%.4f", lineterminator="\n")
     write_plot_data(folder / "plots", metrics)
     volumes = [
         ShownVolume(pair.name, pair.voxel_size, assessment, partial(_read_shown, pair))
         for pair, assessment in zip(pairs, assessments, strict=True)
     ]
-    draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, rows)
+    draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, nuclei)
     if params.evaluate.report:
         page = build_page(
             metrics,
-            rows,
+            nuclei,
             pack_volumes(volumes, params.evaluate.viewer_megabytes),
             method=method,
             unit="um" if all(pair.physical for pair in pairs) else "voxels",
@@ -397,14 +395,14 @@ def _write(
         (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _say_result(summaries: Mapping[str, Summary], method: str, volumes: int, out: Path) -> None:
-    for name, item in summaries.items():
-        scores = {
-            "AP .5": item.pooled.ap[0],
-            "precision": item.pooled.precision,
-            "recall": item.pooled.recall,
-            "recall of the faintest": item.recall_faint,
+def _say_result(summaries: Mapping[str, Mapping[str, Any]], method: str, volumes: int, out: Path) -> None:
+    for name, scores in summaries.items():
+        told = {
+            "AP .5": next(iter(scores["ap"].values())),
+            "precision": scores["precision"],
+            "recall": scores["recall"],
+            "recall of the faintest": scores["recall_faint"],
         }
-        words = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not np.isnan(value))
+        words = ", ".join(f"{key} {value:.3f}" for key, value in told.items() if value is not None)
         say(f"{name}: {words}" if name != method else f"{name}, {volumes} volumes: {words}")
     say(f"evaluation in {out}")

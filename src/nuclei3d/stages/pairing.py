@@ -38,7 +38,7 @@ _CONTAINERS = frozenset({"labels", "images", "masks", "predictions"})
 _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
@@ -103,8 +103,8 @@ def find_image_entries(source: Path, channel: str | int | None = None) -> list[E
 
 def pair_entries(
     first: Sequence[Entry], second: Sequence[Entry], *, by_name_only: bool = False
-) -> list[tuple[Entry, Entry]]:
-    """Pair the entries of two folders that stand for the same frame, in the order of the first.
+) -> dict[Entry, Entry]:
+    """Give the entries of a folder, in their order, the one of another that stands for the same frame.
 
     In turn, what is not yet paired is compared by folders and stem, by these with the name of either root
     before them, and, where at least one side has no folders, by the stem alone. A name that stands for two
@@ -112,35 +112,33 @@ def pair_entries(
     both lie in folders of their own or `by_name_only`.
     """
     if len(first) == len(second) == 1 and not by_name_only and not (first[0].folders and second[0].folders):
-        return [(first[0], second[0])]
+        return {first[0]: second[0]}
 
     ways = [("key", "key"), ("rooted_key", "key"), ("key", "rooted_key")]
     if not all(entry.folders for entry in (*first, *second)):
         ways.append(("stem", "stem"))
-    partner: dict[int, int] = {}
+    partner: dict[Entry, Entry] = {}
     for first_name, second_name in ways:
         left = _unique(first, first_name, set(partner))
         right = _unique(second, second_name, set(partner.values()))
-        partner.update({left[name]: right[name] for name in left.keys() & right.keys()})
-    return [(first[i], second[partner[i]]) for i in sorted(partner)]
+        partner |= {left[name]: right[name] for name in left.keys() & right.keys()}
+    return {entry: partner[entry] for entry in first if entry in partner}
 
 
-def refuse_doubt(
-    first: Sequence[Entry], second: Sequence[Entry], pairs: Sequence[tuple[Entry, Entry]]
-) -> None:
+def refuse_doubt(first: Sequence[Entry], second: Sequence[Entry], pairs: Mapping[Entry, Entry]) -> None:
     """Refuse true and predicted volumes, paired by `pair_entries`, that may be of different embryos.
 
     So it is if a frame without an embryo's folder has the name of frames of several embryos, or a pair lies
     in folders named after different embryos of one data set.
     """
-    for one, other in pairs:
+    for one, other in pairs.items():
         if _of_different_embryos(one, other) or _of_different_embryos(other, one):
             raise InputError(
                 f"{other.frame.path} and {one.frame.path} are called alike but lie in the folders of "
                 f"different embryos, {other.home.name} and {one.home.name}; give those of one embryo"
             )
-    paired = {id(entry) for pair in pairs for entry in pair}
-    left, right = ([e for e in entries if id(e) not in paired] for entries in (first, second))
+    paired = {*pairs, *pairs.values()}
+    left, right = ([entry for entry in entries if entry not in paired] for entries in (first, second))
     for lone, others in ((left, right), (right, left)):
         for entry in lone:
             alike = [other for other in others if other.stem == entry.stem]
@@ -158,11 +156,11 @@ def _of_different_embryos(one: Entry, other: Entry) -> bool:
     return one.home.name != other.home.name and sibling.is_dir() and not sibling.samefile(other.home)
 
 
-def _unique(entries: Sequence[Entry], name: str, taken: Collection[int]) -> dict[str, int]:
-    """Give the places of the entries that are not taken by their names, of those with a name of their own."""
-    names = {place: getattr(entry, name) for place, entry in enumerate(entries) if place not in taken}
-    count = Counter(names.values())
-    return {name: place for place, name in names.items() if count[name] == 1}
+def _unique(entries: Sequence[Entry], name: str, taken: Collection[Entry]) -> dict[str, Entry]:
+    """Give the entries that are not taken by their names, of those with a name of their own."""
+    named = [(getattr(entry, name), entry) for entry in entries if entry not in taken]
+    count = Counter(name for name, _ in named)
+    return {name: entry for name, entry in named if count[name] == 1}
 
 
 def _find_entries(
@@ -260,11 +258,6 @@ class VolumePair:
         _check_shape(labels.shape, shape, method, self.truth)
         return labels
 
-    def read(self) -> tuple[NDArray[Any] | None, NDArray[np.uint32], NDArray[np.uint32]]:
-        """Read the image, the truth and the prediction of the model."""
-        truth = self.read_truth()
-        return self.read_image(), truth, self.read_prediction(self.pred, truth.shape)
-
     def read_image(self) -> NDArray[Any] | None:
         """Read and check the image; None where there is none."""
         if self.image is None:
@@ -315,21 +308,21 @@ def pair_volumes(
             "end, and lies in a folder of the embryo's name or has that name before its own"
         )
     image_of = _find_images(truths, truth, images, params.data.channel)
-    others = {name: _by_truth(truths, find_label_entries(path)) for name, path in baselines.items()}
+    others = {name: pair_entries(truths, find_label_entries(path)) for name, path in baselines.items()}
     for name, found in others.items():
-        lacking = [entry for entry, _ in matched if id(entry) not in found]
+        lacking = [entry for entry in matched if entry not in found]
         if lacking:
             raise InputError(
                 f"the baseline '{name}' ({baselines[name]}) has no volume for {_examples(lacking)}; "
                 "baselines must hold all volumes that are evaluated"
             )
     given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
-    names = Counter(f"{entry.embryo}/{entry.short}" for entry, _ in matched)
+    names = Counter(f"{entry.embryo}/{entry.short}" for entry in matched)
     pairs = []
-    for entry, prediction in matched:
+    for entry, prediction in matched.items():
         name = f"{entry.embryo}/{entry.short}"
         name = name if names[name] == 1 else entry.key
-        image = image_of.get(id(entry))
+        image = image_of.get(entry)
         size = given or first_voxel_size(entry, image, prediction)
         if size is None and params.evaluate.min_true_volume_um3:
             raise InputError(
@@ -346,25 +339,25 @@ def pair_volumes(
                 image=image,
                 voxel_size=size or VoxelSize(1, 1, 1),
                 physical=size is not None,
-                baselines={method: found[id(entry)] for method, found in others.items()},
+                baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
             )
         )
     _say_voxel_sizes(pairs, given)
     order = list(dict.fromkeys(pair.embryo for pair in pairs))
-    paired = {id(entry) for pair in matched for entry in pair}
+    paired = {*matched, *matched.values()}
     return Pairing(
         sorted(pairs, key=lambda pair: order.index(pair.embryo)),
-        [entry.key for entry in truths if id(entry) not in paired],
-        [entry.key for entry in predictions if id(entry) not in paired],
+        [entry.key for entry in truths if entry not in paired],
+        [entry.key for entry in predictions if entry not in paired],
     )
 
 
 def _find_images(
     truths: Sequence[Entry], truth: Path, images: Path | None, channel: str | int | None
-) -> dict[int, Entry]:
+) -> dict[Entry, Entry]:
     if images is not None:
-        found = _by_truth(truths, find_image_entries(images, channel))
+        found = pair_entries(truths, find_image_entries(images, channel))
         if not found:
             raise InputError(
                 f"no image of {images} has the name of a true volume such as {_examples(truths)}; images are "
@@ -382,14 +375,7 @@ def _find_images(
     except InputError:
         # Nobody named these files as images: what cannot be read among them is not ours to judge.
         return {}
-    return _by_truth(truths, siblings, by_name_only=True)
-
-
-def _by_truth(
-    truths: Sequence[Entry], others: Sequence[Entry], *, by_name_only: bool = False
-) -> dict[int, Entry]:
-    pairs = pair_entries(truths, others, by_name_only=by_name_only)
-    return {id(entry): other for entry, other in pairs}
+    return pair_entries(truths, siblings, by_name_only=True)
 
 
 def first_voxel_size(*entries: Entry | None) -> VoxelSize | None:

@@ -77,7 +77,6 @@ def predict(
     """
     frames = find_all(inputs, params)
     predictor = open_model(params, model)
-    record = PredictionRecord(out)
     done: list[PredictedFrame] = []
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
@@ -86,13 +85,13 @@ def predict(
     with progress_bar("predict", total=len(frames)) as bar:
         for frame in frames:
             fingerprint = fingerprint_of(frame, predictor.identity)
-            finished = None if overwrite else record.find(frame.name, fingerprint)
+            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
             if finished is not None:
                 bar.advance(1)
             else:
                 bar.note(frame.name)
                 finished = _predict_frame(frame, predictor, out, bar.advance)
-                record.add(finished, fingerprint)
+                _note_done(out, finished, fingerprint)
             done.append(finished)
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
@@ -110,7 +109,7 @@ def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progr
         shown = share
 
     try:
-        masks, nuclei = predictor.write_masks(frame, out, progress)
+        masks, nuclei = _write_masks(predictor, frame, out, progress)
     except InputError as error:
         if str(frame.path) in str(error):
             raise
@@ -159,35 +158,31 @@ class Predictor:
     params: PredictParams
     identity: Mapping[str, Any]
 
-    def write_masks(self, frame: Frame, out: Path, progress: Progress) -> tuple[Path, list[Nucleus]]:
-        """Segment a frame, in blocks if it is larger than the memory; give file of masks and nuclei."""
-        if isinstance(self.model, RemoteModel):
-            return _write_whole(self.model, frame, out, progress)
-        return self._write_here(self.model, frame, out, progress)
 
-    def _write_here(
-        self, segmenter: Segmenter, frame: Frame, out: Path, progress: Progress
-    ) -> tuple[Path, list[Nucleus]]:
-        import torch
+def _write_masks(
+    predictor: Predictor, frame: Frame, out: Path, progress: Progress
+) -> tuple[Path, list[Nucleus]]:
+    """Segment a frame, in blocks if it is larger than the memory; give file of masks and nuclei."""
+    model = predictor.model
+    if isinstance(model, RemoteModel):
+        return _write_whole(model, frame, out, progress)
+    import torch
 
-        from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
 
-        settings, run = segmenter.settings, BlockRun.of(self.params)
-        needed = required_gb(frame, settings)
-        if needed > run.worker_gb and not settings.is_stock:
-            say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
-            masks = out / f"{frame.name}_masks.ome.zarr"
-            fingerprint = fingerprint_of(frame, self.identity)
-            assert segmenter.models is not None
-            return masks, predict_in_blocks(
-                frame, segmenter.models, settings, run, fingerprint, masks, progress
-            )
-        try:
-            return _write_whole(segmenter, frame, out, progress)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise MachineError(
-                f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
-            ) from None
+    settings, run = model.settings, BlockRun.of(predictor.params)
+    needed = required_gb(frame, settings)
+    if needed > run.worker_gb and settings.mode != "cellpose":
+        say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
+        masks = out / f"{frame.name}_masks.ome.zarr"
+        fingerprint = fingerprint_of(frame, predictor.identity)
+        return masks, predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
+    try:
+        return _write_whole(model, frame, out, progress)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise MachineError(
+            f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
+        ) from None
 
 
 def open_model(params: Params, model: str) -> Predictor:
@@ -199,20 +194,19 @@ def open_model(params: Params, model: str) -> Predictor:
 
     path = fetch_model(model, params) if is_registered(model) else Path(model)
     segmenter = Segmenter(path, params.predict)
-    assert segmenter.models is not None
-    models = segmenter.models.loaded
+    models = segmenter.models
     identity = {
-        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models],
+        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
         "settings": asdict(segmenter.settings),
     }
-    say(f"model {models[0].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
+    say(f"model {models['main'].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
     return Predictor(segmenter, params.predict, identity)
 
 
 def _write_whole(
     model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
 ) -> tuple[Path, list[Nucleus]]:
-    from nuclei3d.images.writing import write_labels
+    from nuclei3d.images.tiff import write_labels
 
     image = frame.read()
     check_image(image, str(frame.path))
@@ -253,39 +247,30 @@ def fingerprint_of(frame: Frame, identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class PredictionRecord:
-    """Which frames are finished, and what they were made from.
+def _record_file(out: Path, name: str) -> Path:
+    """Say where it is noted that a frame is finished: a file each, so several jobs can fill one folder."""
+    return out / _RECORD_FOLDER / f"{name}.json"
 
-    One small file per frame in a hidden folder among the outputs: so several jobs can fill one folder.
-    """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
-
-    def find(self, name: str, fingerprint: str) -> PredictedFrame | None:
-        """Give the frame if it was finished from the same things and its files are there."""
-        try:
-            entry = json.loads(self._file(name).read_text(encoding="utf-8"))
-            if entry["fingerprint"] != fingerprint:
-                return None
-            masks, table = self._out / Path(entry["masks"]).name, _table_path(self._out, name)
-            if not masks.exists() or not table.is_file():
-                return None
-            return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
-        except (OSError, ValueError, KeyError, TypeError):
-            # A record that cannot be read only means that the frame is done again.
+def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
+    """Give the frame if it was finished from the same things and its files are there."""
+    try:
+        entry = json.loads(_record_file(out, name).read_text(encoding="utf-8"))
+        masks, table = out / Path(entry["masks"]).name, _table_path(out, name)
+        if entry["fingerprint"] != fingerprint or not masks.exists() or not table.is_file():
             return None
+        return PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+    except (OSError, ValueError, KeyError, TypeError):
+        # A record that cannot be read only means that the frame is done again.
+        return None
 
-    def add(self, frame: PredictedFrame, fingerprint: str) -> None:
-        """Write down that a frame is finished."""
-        entry = {
-            "masks": frame.masks.name,
-            "nuclei": frame.nuclei,
-            "seconds": frame.seconds,
-            "fingerprint": fingerprint,
-        }
-        with whole_file(self._file(frame.name)) as partial:
-            partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
-    def _file(self, name: str) -> Path:
-        return self._out / _RECORD_FOLDER / f"{name}.json"
+def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
+    entry = {
+        "masks": frame.masks.name,
+        "nuclei": frame.nuclei,
+        "seconds": frame.seconds,
+        "fingerprint": fingerprint,
+    }
+    with whole_file(_record_file(out, frame.name)) as partial:
+        partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")

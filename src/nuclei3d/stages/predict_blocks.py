@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,26 +29,26 @@ from nuclei3d.errors import InputError, MachineError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
-from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import sampled_planes
-from nuclei3d.networks.folder import load_model
+from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.outputs import whole_file, whole_folder
 from nuclei3d.segmentation.blocks import (
     MARGIN_DIAMETERS,
     Block,
-    Box,
     assemble_core,
     choose_owners,
     count_blocks,
     lay_blocks,
     locate_nuclei,
     match_shared,
+    meet,
     merge_nuclei,
     plan_blocks,
+    within,
 )
 from nuclei3d.segmentation.masks import Nucleus, measure_nuclei
 from nuclei3d.segmentation.network_pass import Networks
-from nuclei3d.segmentation.segmenter import Models, Segmenter
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, view_grid, with_ranges
 
 if TYPE_CHECKING:
@@ -74,18 +74,10 @@ _ANSWER_S = 10
 
 @dataclass(frozen=True)
 class BlockRun:
-    """How blocks are run.
+    """How blocks are run: the parameters of the prediction, with a limit of the memory.
 
-    Attributes
-    ----------
-    memory_gb
-        What all workers on this machine together may use (on a cluster: each worker).
-    workers
-        Processes on this machine; 1 means this process.
-    scheduler
-        Address of a Dask scheduler that is already there; None for none.
-    slack
-        By how much blocks of a run before may exceed that limit: above 1 where nobody asked for it.
+    `memory_gb` is for all workers on this machine together (on a cluster: for each). Blocks of a run before
+    may exceed it by `slack`: above 1 where nobody asked for a limit.
     """
 
     memory_gb: float
@@ -130,8 +122,9 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     voxel_size = frame.require_voxel_size()
     voxel_bytes = _voxel_bytes(frame, settings)
     pixels = list(zip(*(_pixels(frame, each) for each in settings.passes), strict=True))
-    counts = _read_counts(folder / _PLAN_FILE)
-    if counts is not None:
+    plan, counts = folder / _PLAN_FILE, None
+    if plan.is_file():
+        counts = tuple(json.loads(plan.read_text(encoding="utf-8")))
         blocks = lay_blocks(frame.shape, voxel_size, margin_um, counts, pixels)
         room = run.slack * run.worker_gb * 1e9 - _PROCESS_BYTES
         if max(block.voxels for block in blocks) * voxel_bytes <= room:
@@ -141,24 +134,16 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     if count_blocks(blocks) != counts:
         for result in folder.glob("*.npy"):
             result.unlink()
-        with whole_file(folder / _PLAN_FILE) as partial:
+        with whole_file(plan) as partial:
             partial.write_text(json.dumps(count_blocks(blocks)), encoding="utf-8")
     return blocks
-
-
-def _read_counts(file: Path) -> tuple[int, int, int] | None:
-    try:
-        z, y, x = (int(count) for count in json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return (z, y, x) if min(z, y, x) > 0 else None
 
 
 def _pixels(frame: Frame, settings: SegmentationSettings) -> tuple[float, ...]:
     """Give the network's pixels per voxel of the frame along (z, y, x)."""
     (_, height, width), _, depth = view_grid(frame.shape, frame.require_voxel_size(), settings)
     # a 3D network pools the image's own planes
-    depth = frame.shape[0] if settings.is_3d else depth
+    depth = frame.shape[0] if settings.mode == "full3d" else depth
     return tuple(new / old for new, old in zip((depth, height, width), frame.shape, strict=True))
 
 
@@ -167,7 +152,7 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
     for each in settings.passes:
         grid, _, _ = view_grid(frame.shape, frame.require_voxel_size(), each)
         share = float(np.prod(grid)) / float(np.prod(frame.shape))
-        consensus = each.fusion == "consensus" and not each.is_3d
+        consensus = each.fusion == "consensus" and each.mode != "full3d"
         bytes_of_pass.append((_GRID_BYTES + (_CONSENSUS_BYTES if consensus else 0)) * share)
     if settings.volume is not None:
         # share is that of the 3D network, whose field is kept while the views are computed
@@ -177,25 +162,15 @@ def _voxel_bytes(frame: Frame, settings: SegmentationSettings) -> float:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """All that a worker needs for one block, and where its results are.
+    """All that a worker needs for one block.
 
-    Attributes
-    ----------
-    outer
-        The box of the frame that is read and segmented.
-    settings
-        With the range of intensities of the whole frame.
-    threads
-        For torch; None for all.
-    labels_file
-        Appears when the block is done.
+    `weights` are files by the names that `Networks` gives; the settings hold the range of intensities of the
+    whole frame; `threads` are torch's, None for all.
     """
 
     frame: Frame
-    outer: Box
-    weights: Path
-    orthogonal_weights: Path | None
-    volume_weights: Path | None
+    block: Block
+    weights: Mapping[str, Path]
     settings: SegmentationSettings
     device: str
     threads: int | None
@@ -221,14 +196,13 @@ def segment_block(task: BlockTask) -> int:
     """Segment one block, write its labels and scores, and give the number of nuclei; runs in a worker."""
     if task.threads is not None:
         torch.set_num_threads(task.threads)
-    image = task.frame.read_block(task.outer)
+    image = task.frame.read_block(task.block.outer)
     check_image(image, str(task.frame.path), part=True)
-    networks = Networks(
-        _network(task.weights),
-        _network(task.orthogonal_weights) if task.orthogonal_weights else None,
-        _network(task.volume_weights) if task.volume_weights else None,
-    )
-    found = Segmenter(networks, task.settings, task.device).segment(image, task.frame.require_voxel_size())
+    networks = Networks(**{part: _network(weights) for part, weights in task.weights.items()})
+    intensity = task.settings.intensity_range
+    assert intensity is not None
+    settings = replace(task.settings, intensity_range=intensity.of_part(*task.block.outer[1:]))
+    found = Segmenter(networks, settings, task.device).segment(image, task.frame.require_voxel_size())
     for path, array in ((task.scores_file, found.scores), (task.labels_file, found.labels)):
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
@@ -240,20 +214,18 @@ def _network(weights: Path) -> Any:
     return load_model(weights).network
 
 
-def join_blocks(
-    frame: Frame, blocks: Sequence[Block], tasks: Sequence[BlockTask], masks: Path
-) -> list[Nucleus]:
-    """Join the nuclei of all blocks (one task each) and write the masks, OME-Zarr, core by core."""
+def join_blocks(tasks: Sequence[BlockTask], masks: Path) -> list[Nucleus]:
+    """Join the nuclei of all blocks of a frame and write the masks, OME-Zarr, core by core."""
+    frame, blocks = tasks[0].frame, [task.block for task in tasks]
     voxel_size = frame.require_voxel_size()
-    located = [
-        locate_nuclei(block, np.asarray(task.open_labels()), voxel_size)
-        for block, task in zip(blocks, tasks, strict=True)
-    ]
+    located = [locate_nuclei(task.block, np.asarray(task.open_labels()), voxel_size) for task in tasks]
     matches: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for a, b in itertools.combinations(range(len(blocks)), 2):
-        shared = blocks[a].shared(blocks[b])
+        shared = meet(blocks[a].outer, blocks[b].outer)
         if shared is not None:
-            first, second = (np.asarray(tasks[i].open_labels()[blocks[i].within(shared)]) for i in (a, b))
+            first, second = (
+                np.asarray(tasks[i].open_labels()[within(shared, blocks[i].outer)]) for i in (a, b)
+            )
             matches[a, b] = match_shared(located[a], located[b], first, second, shared)
     final = choose_owners(located, matches)
     scores: dict[int, float] = {}
@@ -266,23 +238,21 @@ def join_blocks(
         dtype = np.uint16 if count < 2**16 else np.uint32
         array = create_zarr(partial, frame.shape, dtype, voxel_size, _CHUNK, labels=True)
         for block in blocks:
-            others = [b for b in blocks if b.index != block.index and b.shared(block) is not None]
-            sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in [block, *others]]
+            order = [block, *(b for b in blocks if b is not block and meet(b.outer, block.core) is not None)]
+            sources = [(b, tasks[b.index].open_labels(), final[b.index]) for b in order]
             labels = assemble_core(block, sources)
             array[block.core] = labels.astype(dtype)
-            parts.append(_measure_core(frame, block, labels, voxel_size, count))
+            z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
+            measured = measure_nuclei(
+                labels, frame.read_block(block.core), voxel_size, np.zeros(count + 1, np.float32)
+            )
+            parts.append(
+                [
+                    replace(each, z_um=each.z_um + z, y_um=each.y_um + y, x_um=each.x_um + x)
+                    for each in measured
+                ]
+            )
     return merge_nuclei(parts, scores)
-
-
-def _measure_core(
-    frame: Frame, block: Block, labels: NDArray[np.uint32], voxel_size: VoxelSize, count: int
-) -> list[Nucleus]:
-    image = frame.read_block(block.core)
-    z, y, x = (part.start * edge for part, edge in zip(block.core, voxel_size.zyx, strict=True))
-    return [
-        replace(nucleus, z_um=nucleus.z_um + z, y_um=nucleus.y_um + y, x_um=nucleus.x_um + x)
-        for nucleus in measure_nuclei(labels, image, voxel_size, np.zeros(count + 1, np.float32))
-    ]
 
 
 def run_tasks(tasks: Sequence[BlockTask], run: BlockRun) -> Iterator[int]:
@@ -326,9 +296,7 @@ def _client(run: BlockRun) -> Iterator[Client]:
     logging.getLogger("distributed").setLevel(logging.ERROR)
     if run.scheduler is not None:
         try:
-            client = Client(  # type: ignore[no-untyped-call]
-                run.scheduler, timeout=f"{_ANSWER_S}s"
-            )
+            client = Client(run.scheduler, timeout=f"{_ANSWER_S}s")  # type: ignore[no-untyped-call]
         except (OSError, ValueError, TimeoutError) as error:
             reason = " ".join(str(error).split()) or f"no answer within {_ANSWER_S} s"
             raise InputError(
@@ -362,23 +330,16 @@ def _client(run: BlockRun) -> Iterator[Client]:
 
 def predict_in_blocks(
     frame: Frame,
-    models: Models,
+    models: Mapping[str, Model],
     settings: SegmentationSettings,
     run: BlockRun,
     fingerprint: str,
     masks: Path,
     progress: Callable[[float], None],
 ) -> list[Nucleus]:
-    """Segment a frame block by block, in any mode but ``cellpose``, and give its nuclei.
+    """Segment a frame block by block, in any mode but ``cellpose``, write its masks and give its nuclei.
 
-    Parameters
-    ----------
-    fingerprint
-        Of frame, models and settings: results of a run before with another are not used.
-    masks
-        OME-Zarr folder to write, whole or not at all.
-    progress
-        Called with the share done.
+    `fingerprint` is of frame, models and settings: results of a run before with another are not used.
 
     Raises
     ------
@@ -393,20 +354,17 @@ def predict_in_blocks(
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
     try:
-        blocks = cut_frame(frame, settings, run, folder)
         tasks = [
             BlockTask(
                 frame=frame,
-                outer=block.outer,
-                weights=models.main.path.resolve(),
-                orthogonal_weights=models.orthogonal.path.resolve() if models.orthogonal else None,
-                volume_weights=models.volume.path.resolve() if models.volume else None,
+                block=block,
+                weights={part: model.path.resolve() for part, model in models.items()},
                 settings=settings,
                 device=run.device,
                 threads=run.threads_per_worker,
                 labels_file=folder.resolve() / f"{block.index:05d}.npy",
             )
-            for block in blocks
+            for block in cut_frame(frame, settings, run, folder)
         ]
         missing = [task for task in tasks if not task.is_done]
         before = len(tasks) - len(missing)
@@ -414,7 +372,7 @@ def predict_in_blocks(
         progress(0.95 * before / len(tasks))
         for done, _ in enumerate(run_tasks(missing, run), start=before + 1):
             progress(0.95 * done / len(tasks))
-        nuclei = join_blocks(frame, blocks, tasks, masks)
+        nuclei = join_blocks(tasks, masks)
     except InputError:
         if not any(folder.glob("*.npy")):
             _close_folder(folder)
@@ -426,8 +384,10 @@ def predict_in_blocks(
 def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
     """Add the range of the whole frame, from the planes that `measure_range` would take, and no others."""
     _, height, width = frame.shape
-    whole_plane = (slice(0, height), slice(0, width))
-    planes = [frame.read_block((slice(z, z + 1), *whole_plane)) for z in sampled_planes(frame.shape)]
+    planes = [
+        frame.read_block((slice(z, z + 1), slice(0, height), slice(0, width)))
+        for z in sampled_planes(frame.shape)
+    ]
     return with_ranges(settings, np.concatenate(planes), sampled=True)
 
 

@@ -21,7 +21,6 @@ from nuclei3d.config.sections import PrepareParams
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
-from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
 from nuclei3d.images.embryos import (
     PARTS,
     EmbryoFrame,
@@ -44,13 +43,15 @@ from nuclei3d.stages.training_data import (
     read_slices,
     store_sample,
 )
-from nuclei3d.training.samples import SampleInfo, SampleView
+from nuclei3d.training.samples import SampleInfo
 from nuclei3d.training.slicing import (
+    Cut,
     cut_planes,
+    cut_volume,
+    downsample,
     drop_small_labels,
     nucleus_volumes_um3,
     sphere_diameter_um,
-    to_isotropic,
 )
 
 
@@ -69,19 +70,13 @@ class PrepareResult:
 def prepare(params: Params, data: Path, out: Path) -> PrepareResult:
     """Cut every labelled frame of a data set into planes and write them with their flows.
 
-    For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead.
+    For a 3D network (train.network: full3d) every frame is written as a volume with 3D flows instead. Frames
+    are read, cut and written one at a time in each of `prepare.workers` processes, so memory does not grow
+    with their number. The same input gives the same bytes.
 
-    Frames are read, cut and written one at a time in each of `prepare.workers` processes, so memory does
-    not grow with their number. The same input gives the same bytes.
-
-    Parameters
-    ----------
-    data
-        ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``.
-    out
-        The folder to write: ``train``, ``validation`` and ``test`` with the samples, manifest.csv,
-        summary.json and slices.png (volumes: nuclei.csv). It appears when all is done; one that is there is
-        replaced.
+    `data` has ``<embryo>/images/<frame>.tif`` and ``<embryo>/labels/<frame>.tif``. `out` gets ``train``,
+    ``validation`` and ``test`` with the samples, manifest.csv, summary.json and slices.png (volumes:
+    nuclei.csv); it appears when all is done, and one that is there is replaced.
     """
     refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
     solid = params.train.network == "full3d"
@@ -128,38 +123,21 @@ class PreparedFrame:
     labels_left_out: int
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A sample that was cut from a frame: arrays (Z, Y, X) with labels 1..n, flows (components, Z, Y, X).
-
-    `label_of` has the frame's label behind each of 0..n.
-    """
-
-    view: SampleView
-    index: int
-    image: NDArray[np.generic]
-    labels: NDArray[np.unsignedinteger[Any]]
-    flows: NDArray[np.floating[Any]]
-    label_of: NDArray[np.integer[Any]]
-    voxel_size: VoxelSize
-
-
 def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -> PreparedFrame:
     """Cut one frame and write its samples into ``folder/<part>``."""
     part, frame = task
     volume = read_labelled(frame, params.data)
     norm = params.normalization
     intensity = measure_range(volume.image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
-    image, outside = intensity.without_fill(volume.image)
+    image, outside = intensity.clean(volume.image)
     if outside is not None:
         volume = replace(volume, image=image, labels=np.where(outside, 0, volume.labels))
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
     volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
     volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
     contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size)
-    cut = _cut_volume if params.train.network == "full3d" else _cut_planes
     samples = []
-    for sample in cut(volume, params.prepare):
+    for sample in _cut(volume, params):
         name = f"{frame.embryo}_{frame.frame}"
         if sample.view != "volume":
             name += f"_{sample.view}_{sample.index:04d}"
@@ -174,7 +152,7 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
             index=sample.index,
             shape=(depth, height, width),
             voxel_size=sample.voxel_size,
-            nuclei=len(of_sample),
+            nuclei=sample.nuclei,
             min_contrast=round(float(known.min()), 4) if len(known) else float("nan"),
             norm_low=intensity.low,
             norm_high=intensity.high,
@@ -182,7 +160,8 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
         nuclei = None
         if sample.view == "volume":
             nuclei = _measure_nuclei(sample.labels, sample.voxel_size, of_sample)
-        samples.append(store_sample(folder, part, info, sample.image, sample.labels, sample.flows, nuclei))
+        flows = _flows_of(sample, params.prepare)
+        samples.append(store_sample(folder, part, info, sample.image, sample.labels, flows, nuclei))
         if params.prepare.cellpose_files:
             from nuclei3d.stages.export.cellpose import write_training_files
 
@@ -196,49 +175,28 @@ def prepare_frame(task: tuple[str, EmbryoFrame], params: Params, folder: Path) -
     )
 
 
-def _cut_planes(volume: LabelledVolume, wanted: PrepareParams) -> Iterator[_Cut]:
-    isotropic = to_isotropic(volume.image, volume.labels, volume.voxel_size, wanted.downsample_xy)
-    voxel_size = VoxelSize.of([isotropic.voxel_um] * 3)
-    for plane in cut_planes(
-        isotropic,
+def _cut(volume: LabelledVolume, params: Params) -> Iterator[Cut]:
+    wanted = params.prepare
+    solid = params.train.network == "full3d"
+    volume = downsample(volume, wanted.downsample_xy, isotropic=not solid)
+    if solid:
+        return iter((cut_volume(volume),))
+    return cut_planes(
+        volume,
         {"xy": wanted.step_xy, "xz": wanted.step_xz, "yz": wanted.step_yz},
         min_nuclei=wanted.min_nuclei,
         min_area_px=wanted.min_area_px,
         sparse_share=wanted.sparse_share,
-    ):
-        flows = plane_flows(plane.labels)[:, None]
-        arrays = (plane.image[None], plane.labels[None], flows)
-        yield _Cut(plane.view, plane.index, *arrays, plane.label_of, voxel_size)
-
-
-def _cut_volume(volume: LabelledVolume, wanted: PrepareParams) -> Iterator[_Cut]:
-    """Downsample x and y; z keeps its planes unless they lie closer than x and y then do."""
-    old = volume.image.shape
-    edge = volume.voxel_size.x * wanted.downsample_xy
-    depth, height, width = isotropic_shape(old, volume.voxel_size, edge)
-    shape = (min(old[0], depth), height, width)
-    if min(shape) < 2:
-        raise InputError(
-            f"prepare.downsample_xy = {wanted.downsample_xy:g} shrinks a volume of shape {old} to {shape}; "
-            "give a smaller number"
-        )
-    voxel_size = VoxelSize.of(
-        size * before / after for size, before, after in zip(volume.voxel_size.zyx, old, shape, strict=True)
     )
-    image: NDArray[np.generic] = resize_linear(volume.image, shape)
-    if np.issubdtype(volume.image.dtype, np.unsignedinteger) and volume.image.dtype.itemsize <= 2:
-        image = np.rint(image).astype(np.uint16)
-    labels = resize_nearest(volume.labels, shape).astype(np.uint32, copy=False)
-    label_of = np.union1d([0], labels)
-    # gaps go: the table of nuclei has one row for each of 1..n
-    number_of = np.zeros(int(label_of[-1]) + 1, np.uint32)
-    number_of[label_of] = np.arange(len(label_of))
-    labels = number_of[labels]
+
+
+def _flows_of(sample: Cut, wanted: PrepareParams) -> NDArray[np.floating[Any]]:
+    """Compute the flows (components, Z, Y, X)."""
+    if sample.view != "volume":
+        return plane_flows(sample.labels[0])[:, None]
     if wanted.targets == "tanh":
-        flows = tanh_flows_3d(labels)
-    else:
-        flows = flows_3d(labels, voxel_size, threads=None if wanted.workers == 1 else 1)
-    yield _Cut("volume", 0, image, labels, flows, label_of, voxel_size)
+        return tanh_flows_3d(sample.labels)
+    return flows_3d(sample.labels, sample.voxel_size, threads=None if wanted.workers == 1 else 1)
 
 
 def _measure_nuclei(
@@ -247,12 +205,8 @@ def _measure_nuclei(
     """Give centre (z, y, x) in voxels, volume in um3 and contrast of the labels 1..n: (n, 5)."""
     flat, count = labels.ravel(), len(contrasts) + 1
     voxels = np.bincount(flat, minlength=count)[1:]
-    columns = []
-    for axis, size in enumerate(labels.shape):
-        along = [1, 1, 1]
-        along[axis] = size
-        place = np.broadcast_to((np.arange(size) + 0.5).reshape(along), labels.shape)
-        columns.append(np.bincount(flat, weights=place.ravel(), minlength=count)[1:] / voxels)
+    places = np.broadcast_arrays(*np.ix_(*(np.arange(size) + 0.5 for size in labels.shape)))
+    columns = [np.bincount(flat, weights=each.ravel(), minlength=count)[1:] / voxels for each in places]
     return np.stack([*columns, voxels * voxel_size.volume_um3, contrasts], axis=1)
 
 

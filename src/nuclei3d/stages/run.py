@@ -6,14 +6,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     that was killed goes on where it was when it is started again, in the same MLflow run. Below `out` appear
     slices, models/<name>, predictions, baselines and evaluation.
     """
+    from nuclei3d.experiment.registry import register
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.assess import evaluate_held_out, headline, predict_held_out
-    from nuclei3d.stages.register import register
     from nuclei3d.stages.tracked import prepare_tracked
     from nuclei3d.stages.train import train
 
@@ -67,19 +64,13 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
             run.tags({"nuclei3d.registered": f"{registered.name} version {registered.version}"})
             note += f"\nRegistered {registered.name} version {registered.version}: {registered.reason}.\n"
         run.note(note + "\nThe report is an artifact of the child run *evaluate*.\n")
-    done_before = {
-        "train": trained.done_before,
-        "predict": predicted_before,
-        "register": registered is not None and registered.done_before,
-    }
+    made = {} if registered is None else vars(registered)
+    skipped = {"train": trained.done_before, "predict": predicted_before, "register": made.get("done_before")}
     result = PipelineResult(
         out=out,
         metrics=scores,
-        name=None if registered is None else registered.name,
-        version=None if registered is None else registered.version,
-        champion=None if registered is None else registered.champion,
-        reason=None if registered is None else registered.reason,
-        skipped=tuple(stage for stage, done in done_before.items() if done),
+        **{key: made.get(key) for key in ("name", "version", "champion", "reason")},
+        skipped=tuple(stage for stage, done in skipped.items() if done),
         run_id=run.run_id,
     )
     _say_result(result, model, evaluation)

@@ -11,12 +11,11 @@ import numpy as np
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.console import Bar, progress_bar, say
-from nuclei3d.errors import InputError
 from nuclei3d.images.frames import read_labels
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
-from nuclei3d.outputs import whole_folder
-from nuclei3d.simulation.embryo import simulate_embryo
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.simulation import simulate_embryo
 from nuclei3d.stages.track_files import TRUTH, mask_name, renumber, write_track_table
 from nuclei3d.tracks.nuclei import Tracks, trace_lineages
 
@@ -46,11 +45,7 @@ def simulate(params: Params, out: Path) -> SimulateResult:
     The true tracks lie beside, in ``<out>/<embryo>/tracks``, in the form of the Cell Tracking Challenge.
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise InputError(
-            f"{out} holds files and is no earlier simulation (no {RECORD} in it); "
-            "choose a new or an empty folder"
-        )
+    refuse_foreign_folder(out, RECORD, "earlier simulation")
     settings = params.simulate
     total = sum(settings.frames_of(index) for index in range(len(settings.embryos)))
     with whole_folder(out) as folder:

@@ -14,8 +14,8 @@ from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import check_image
+from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_labels
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.stages import Result
 from nuclei3d.stages.evaluate import read_scores
@@ -119,8 +119,7 @@ def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) ->
     pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
     if not pairs:
         raise InputError(f"no image of {images} has the name of a volume of masks such as {entries[0].key}")
-    partner = {id(entry): image for entry, image in pairs}
-    return [partner.get(id(entry)) for entry in entries]
+    return [pairs.get(entry) for entry in entries]
 
 
 def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> Nuclei:

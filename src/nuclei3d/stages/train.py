@@ -10,6 +10,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,7 @@ import torch
 from torch import nn
 
 from nuclei3d import __version__
-from nuclei3d.config import Params, params_as_dict
-from nuclei3d.config.sections import TrainParams
+from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -44,10 +44,15 @@ from nuclei3d.outputs import refuse_foreign_folder, whole_file
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
-from nuclei3d.training.loop import Callbacks, TrainingOutcome, train_network
-from nuclei3d.training.samples import SampleSet
-from nuclei3d.training.sampling import epoch_order
-from nuclei3d.training.state import METRICS, EpochReport, TrainingState
+from nuclei3d.training.loop import (
+    METRICS,
+    Callbacks,
+    EpochReport,
+    TrainingOutcome,
+    TrainingState,
+    train_network,
+)
+from nuclei3d.training.samples import SampleSet, epoch_order
 
 if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun
@@ -55,7 +60,6 @@ if TYPE_CHECKING:
 
 _NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")
 """Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
-_FINISHED = "finished.json"
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
 
@@ -63,16 +67,9 @@ _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 class TrainResult:
     """What `train` made.
 
-    Attributes
-    ----------
-    epochs, epoch
-        Epochs done, those before a kill included, and the one whose weights were kept.
-    stopped
-        Why the training ended early, or an empty text.
-    metrics
-        Figures of the kept epoch, and `crops_per_second`, the mean over all epochs.
-    done_before
-        Whether the same training had been finished before; its model was kept.
+    `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
+    `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
+    early, or is empty. `done_before`: the same training had been finished before; its model was kept.
     """
 
     model: Path
@@ -135,13 +132,12 @@ def train(
     described = read_slices(slices)
     refuse_foreign_folder(out, "model.json", "model folder")
     cause = _cause_of_model(params, described, data)
-    if resume and (finished := _find_finished(out, cause)) is not None:
+    checkpoints = Checkpoints(out)
+    if resume and (finished := checkpoints.find_finished(cause)) is not None:
         say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
         return finished
     training = open_training(params, described)
     network = training.network
-    fingerprint = training_fingerprint(params.train, params.seed, described.digest, training.start_digest)
-    checkpoints = Checkpoints(out, fingerprint)
     if not resume:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
@@ -181,8 +177,12 @@ def train(
     )
     result = TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
-        _note_finished(result, cause)
+        checkpoints.note_finished(result, cause)
     return result
+
+
+def _md5(cause: list[Any]) -> str:
+    return hashlib.md5(json.dumps(cause, default=str).encode(), usedforsecurity=False).hexdigest()
 
 
 def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str:
@@ -190,47 +190,22 @@ def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str
     from nuclei3d.experiment.provenance import md5_of_input
 
     machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler"}
-    sections = [
-        params_as_dict(section)
-        for section in (params.data, params.normalization, params.train, params.calibrate, params.predict)
-    ]
-    chosen = [{key: value for key, value in section.items() if key not in machine} for section in sections]
+    sections = (params.data, params.normalization, params.train, params.calibrate, params.predict)
+    chosen = [section.model_dump(mode="json", exclude=machine) for section in sections]
     start = params.train.start_from
     start_md5 = None if start is None else md5_of_input(Path(start))
-    cause = [__version__, chosen, params.seed, described.digest, start_md5, data and str(data.resolve())]
-    return hashlib.md5(json.dumps(cause, default=str).encode(), usedforsecurity=False).hexdigest()
-
-
-def _find_finished(out: Path, cause: str) -> TrainResult | None:
-    """Find the result of the training that left the model folder as it is now."""
-    from nuclei3d.experiment.provenance import md5_of_input
-
-    try:
-        record = json.loads((_checkpoint_folder(out) / _FINISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if record.get("cause") != cause or record.get("model_md5") != md5_of_input(out):
-        return None
-    return TrainResult(**{**record["result"], "model": out, "done_before": True})
-
-
-def _note_finished(result: TrainResult, cause: str) -> None:
-    from nuclei3d.experiment.provenance import md5_of_input
-
-    record = {"cause": cause, "model_md5": md5_of_input(result.model), "result": asdict(result)}
-    with whole_file(_checkpoint_folder(result.model) / _FINISHED) as partial:
-        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    return _md5([__version__, chosen, params.seed, described.digest, start_md5, data and str(data.resolve())])
 
 
 @dataclass(frozen=True)
 class Training:
-    """A network to train, a digest of where its weights come from, its examples, and what there is in words.
+    """A network to train, a digest of all that decides its weights, its examples, and what there is in words.
 
     `spec` is that of a 3D network, None for a 2D one.
     """
 
     network: nn.Module
-    start_digest: str
+    fingerprint: str
     spec: VolumeSpec | None
     examples: Examples
     samples: SampleSet
@@ -257,7 +232,13 @@ def open_training(params: Params, described: Slices) -> Training:
         )
     plan = f"{len(samples)} {kind}, {len(validation)} for validation"
     if spec is None:
-        _say_sparse(samples, params)
+        fewest, weight = settings.min_train_masks, settings.sampling.sparse
+        if sparse := sum(info.nuclei < fewest for info in samples.infos):
+            fate = f"drawn with weight {weight:g}" if weight else "left out"
+            say(
+                f"{sparse} of {len(samples)} planes show fewer than {fewest} nuclei; they are {fate} "
+                "(train.sampling.sparse)"
+            )
         grid = CropGrid.of_planes(settings, described.diameter_px)
     else:
         grid = CropGrid.of_volumes(settings, spec, float(described.summary["nucleus_diameter_um"]))
@@ -267,7 +248,8 @@ def open_training(params: Params, described: Slices) -> Training:
             f"({describe(spec.architecture)})"
         )
     examples = Examples(samples, validation, settings, grid, seed=params.seed)
-    return Training(network, digest, spec, examples, samples, plan)
+    fingerprint = _fingerprint(params, described, digest)
+    return Training(network, fingerprint, spec, examples, samples, plan)
 
 
 def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
@@ -322,23 +304,10 @@ def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
     return VolumeSpec(architecture, anisotropy, patch, targets)
 
 
-def _say_sparse(planes: SampleSet, params: Params) -> None:
-    settings = params.train
-    sparse = sum(info.nuclei < settings.min_train_masks for info in planes.infos)
-    if sparse:
-        weight = settings.sampling.sparse
-        say(
-            f"{sparse} of {len(planes)} planes show fewer than {settings.min_train_masks} nuclei"
-            + (f"; they are drawn with weight {weight:g}" if weight else "; they are left out")
-            + " (train.sampling.sparse)"
-        )
-
-
 def _say_plan(training: Training, params: Params, device: torch.device, described: Slices) -> None:
+    where = f"the CPU ({torch.get_num_threads()} threads)"
     if device.type == "cuda":
         where = f"the GPU ({torch.cuda.get_device_name(device)})"
-    else:
-        where = f"the CPU ({torch.get_num_threads()} threads)"
     precision = str(choose_precision(params.train.precision, device)).removeprefix("torch.")
     say(
         f"training on {where} in {precision}: {training.plan}; "
@@ -346,22 +315,14 @@ def _say_plan(training: Training, params: Params, device: torch.device, describe
     )
 
 
-def training_fingerprint(params: TrainParams, seed: int, slices_digest: str, start_digest: str) -> str:
+def _fingerprint(params: Params, described: Slices, start_digest: str) -> str:
     """Digest everything that decides the weights; a checkpoint is used only if its fingerprint is the same.
 
     With the constant schedule the number of epochs does not count, so that a training can be prolonged.
     """
-    chosen = params_as_dict(params)
-    for name in _NO_INFLUENCE:
-        del chosen[name]
-    if params.schedule == "constant":
-        del chosen["epochs"]
-    text = json.dumps([chosen, seed, slices_digest, start_digest], sort_keys=True)
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _checkpoint_folder(model: Path) -> Path:
-    return model.with_name(model.name + ".checkpoint")
+    ignored = {*_NO_INFLUENCE, "epochs"} if params.train.schedule == "constant" else {*_NO_INFLUENCE}
+    chosen = params.train.model_dump(mode="json", exclude=ignored)
+    return _md5([chosen, params.seed, described.digest, start_digest])
 
 
 class Checkpoints:
@@ -371,33 +332,54 @@ class Checkpoints:
     it was made from, and its result.
     """
 
-    def __init__(self, model: Path, fingerprint: str) -> None:
-        self.folder = _checkpoint_folder(model)
+    def __init__(self, model: Path) -> None:
+        self.folder = model.with_name(model.name + ".checkpoint")
+        self._model = model
         self._last = self.folder / "last.pt"
-        self._fingerprint = fingerprint
+        self._finished = self.folder / "finished.json"
+
+    def find_finished(self, cause: str) -> TrainResult | None:
+        """Find the result of the training that left the model folder as it is now."""
+        from nuclei3d.experiment.provenance import md5_of_input
+
+        try:
+            record = json.loads(self._finished.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if record.get("cause") != cause or record.get("model_md5") != md5_of_input(self._model):
+            return None
+        return TrainResult(**{**record["result"], "model": self._model, "done_before": True})
+
+    def note_finished(self, result: TrainResult, cause: str) -> None:
+        """Write what `find_finished` looks for."""
+        from nuclei3d.experiment.provenance import md5_of_input
+
+        record = {"cause": cause, "model_md5": md5_of_input(self._model), "result": asdict(result)}
+        with whole_file(self._finished) as partial:
+            partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best_{epoch:05d}.pt"
 
-    def save(self, state: TrainingState, is_best: bool) -> None:
+    def save(self, state: TrainingState, is_best: bool, fingerprint: str) -> None:
         """Write a state; at any moment last.pt and the best weights that it names are there."""
         if is_best:
             with whole_file(self._best(state.best_epoch)) as path:
                 torch.save(state.best, path)
         with whole_file(self._last) as path:
-            torch.save({"fingerprint": self._fingerprint, "state": state.as_plain()}, path)
+            torch.save({"fingerprint": fingerprint, "state": state.as_plain()}, path)
         for path in self.folder.glob("best_*.pt"):
             if path != self._best(state.best_epoch):
                 path.unlink()
         _write_history(self.folder / "history.csv", state.history)
 
-    def load(self) -> TrainingState | None:
+    def load(self, fingerprint: str) -> TrainingState | None:
         """Read the last state; None if there is none or (said aloud) it is unusable or out of date."""
         if not self._last.is_file():
             return None
         try:
             saved = torch.load(self._last, map_location="cpu", weights_only=True)
-            if saved["fingerprint"] != self._fingerprint:
+            if saved["fingerprint"] != fingerprint:
                 say(
                     f"the parameters or the slices changed since the checkpoint in {self.folder}; "
                     "training starts afresh"
@@ -434,7 +416,7 @@ def _train_epochs(
     on_epoch: Callable[[EpochReport], None] | None,
 ) -> TrainingOutcome:
     settings = params.train
-    start = checkpoints.load()
+    start = checkpoints.load(training.fingerprint)
     done = start.epoch if start is not None else 0
     if start is not None:
         say(f"going on after epoch {done} of {settings.epochs}, from {checkpoints.folder}")
@@ -464,7 +446,10 @@ def _train_epochs(
             device=device,
             start=start,
             callbacks=Callbacks(
-                save=checkpoints.save, validate_volumes=judge, on_epoch=epoch_done, on_step=step
+                save=partial(checkpoints.save, fingerprint=training.fingerprint),
+                validate_volumes=judge,
+                on_epoch=epoch_done,
+                on_step=step,
             ),
         )
 
@@ -498,13 +483,9 @@ def _describe_model(
     from nuclei3d.experiment.provenance import trace_provenance
 
     provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
-    origin: dict[str, str] = {
-        "git_commit": provenance.git_commit,
-        "git_dirty": str(provenance.git_dirty).lower(),
-        "seed": str(provenance.seed),
-        "device": provenance.device,
-        **{f"{name}_md5": md5 for name, md5 in provenance.input_md5.items()},
-    }
+    elsewhere = ("nuclei3d.host", "nuclei3d.environment", "mlflow.source.git.commit")
+    tags = {name: value for name, value in provenance.as_tags().items() if name not in elsewhere}
+    origin = {name.removeprefix("nuclei3d."): value for name, value in tags.items()}
     if run_id is not None:
         origin["run_id"] = run_id
     if params.train.start_from is not None:

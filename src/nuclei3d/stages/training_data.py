@@ -40,8 +40,6 @@ from nuclei3d.training.samples import (
 SUMMARY_FILE = "summary.json"
 MANIFEST_FILE = "manifest.csv"
 NUCLEI_FILE = "nuclei.csv"
-VOLUME = "volume"
-"""The view of a sample that is a whole volume."""
 
 _MEND = "make the data set again with 'nuclei3d prepare'"
 _HEADER = 5 * 8
@@ -57,15 +55,10 @@ _NUCLEI_COLUMNS = ("file", "label", "z", "y", "x", "volume_um3", "contrast")
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample that was written.
+    """A sample that was written; `md5` is that of the file.
 
-    Attributes
-    ----------
-    nuclei
-        float64 (n, 5): (z, y, x) of the centre in voxels, volume in um3, contrast (nan where unknown); empty
-        for planes.
-    step, offset, flow_power, md5
-        As stored; MD5 of the file.
+    `nuclei`, float64 (n, 5), has (z, y, x) of the centre in voxels, volume in um3, contrast (nan where
+    unknown); it is empty for planes.
     """
 
     part: str
@@ -81,12 +74,8 @@ class StoredSample:
 class Slices:
     """A data set's description.
 
-    Attributes
-    ----------
-    infos
-        Rows of manifest.csv by part.
-    digest
-        MD5 of the manifest, which holds the MD5 of every sample, and of the size of nuclei.
+    `infos` are the rows of manifest.csv by part; `digest` is the MD5 of the manifest, which holds the MD5 of
+    every sample, and of the size of nuclei.
     """
 
     folder: Path
@@ -257,12 +246,9 @@ def _label_type(info: SampleInfo) -> str:
     return "<u2" if info.nuclei < 2**16 else "<u4"
 
 
-def _components(info: SampleInfo) -> int:
-    return 2 if info.is_plane else 3
-
-
 def _stored_bytes(info: SampleInfo) -> int:
-    return _HEADER + math.prod(info.shape) * (np.dtype(_label_type(info)).itemsize + 2 + _components(info))
+    components = 2 if info.is_plane else 3
+    return _HEADER + math.prod(info.shape) * (np.dtype(_label_type(info)).itemsize + 2 + components)
 
 
 def _read_head(folder: Path, info: SampleInfo) -> NDArray[np.float64]:

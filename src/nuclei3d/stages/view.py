@@ -63,11 +63,8 @@ def choose_layers(
 ) -> tuple[Entry, list[tuple[str, Entry]]]:
     """Find the first image that every folder of masks knows, and those masks with a name for each."""
     images = find_image_entries(image, channel)
-    partners: list[dict[int, Entry]] = []
-    for path in masks:
-        pairs = pair_entries(images, find_label_entries(path))
-        partners.append({id(entry): other for entry, other in pairs})
+    partners = [pair_entries(images, find_label_entries(path)) for path in masks]
     for entry in images:
-        if all(id(entry) in found for found in partners):
-            return entry, [(path.name, found[id(entry)]) for path, found in zip(masks, partners, strict=True)]
+        if all(entry in found for found in partners):
+            return entry, [(path.name, found[entry]) for path, found in zip(masks, partners, strict=True)]
     raise InputError(f"no volume of {image} has masks of its name in {', '.join(map(str, masks))}")

@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.config.sections import AugmentParams
-from nuclei3d.training.crops import CropGrid, CropPlan, Stream
+from nuclei3d.training.crops import CropGrid, CropPlan, Stream, interpolate
 from nuclei3d.training.samples import SampleInfo
 
 Image = NDArray[np.float32]
@@ -31,18 +31,10 @@ Triple = tuple[float, float, float]
 class Appearance(NamedTuple):
     """How one crop is changed; the neutral values change nothing. Dimming is drawn nucleus by nucleus.
 
-    Attributes
-    ----------
-    attenuation
-        Optical depth; negative: light comes from the other side.
-    blur
-        Sigma across z in pixels; along z it is `AugmentParams.blur_anisotropy` times as wide.
-    coarse
-        Pixels averaged into one and interpolated back, along z where that is seen (1: none).
-    noise
-        Standard deviation of the shot noise at intensity 1; the read noise is half of it.
-    gain, offset, gamma
-        ``sign(I) |I|**gamma * gain + offset``.
+    `attenuation` is an optical depth (negative: light comes from the other side), `blur` the sigma across z
+    in pixels (along z it is `AugmentParams.blur_anisotropy` times as wide), `coarse` the pixels averaged into
+    one and interpolated back (1: none), `noise` the standard deviation of the shot noise at intensity 1, half
+    of which is the read noise. Brightness becomes ``sign(I) |I|**gamma * gain + offset``.
     """
 
     attenuation: float = 0.0
@@ -93,16 +85,8 @@ def change_crop(
 ) -> None:
     """Draw the changes of a crop and do them in place.
 
-    Parameters
-    ----------
-    image, labels
-        float32 and int32 (Z, Y, X), contiguous; the image is normalised.
-    generator_of
-        Gives the generator of a `nuclei3d.training.crops.Stream`.
-    plan, info, grid
-        Where the crop was cut, from which sample, and its grid.
-    largest_label
-        Up to which label dimming is drawn.
+    `image` and `labels` are float32 and int32 (Z, Y, X), contiguous, the image normalised; `generator_of`
+    gives the generator of a `nuclei3d.training.crops.Stream`; dimming is drawn up to `largest_label`.
     """
     appearance = draw_appearance(augment, generator_of(Stream.APPEARANCE))
     if augment.dim_share > 0:
@@ -177,11 +161,7 @@ def dim_nuclei(
     mask M blurred by the PSF (sigmas z, y, x). Noise, correlated as that of the plane's background is, is
     then added until its variance is that of an image taken at I'. `noise` is changed.
     """
-    lost = np.empty(image.shape, np.float32)
-    for k in range(lost.shape[0]):
-        for i in range(lost.shape[1]):
-            for j in range(lost.shape[2]):
-                lost[k, i, j] = 1.0 - keeps[labels[k, i, j]]
+    lost = (1.0 - np.take(keeps, labels)).astype(np.float32)
     if not lost.any():
         return
     blur(lost, psf)
@@ -428,6 +408,15 @@ def _gaussian(sigma: float) -> NDArray[np.float32]:
 
 
 @njit(cache=True, nogil=True)
+def _mirrored(index: int, length: int) -> int:
+    if index < 0:
+        index = -index - 1
+    if index >= length:
+        index = 2 * length - 1 - index
+    return min(max(index, 0), length - 1)
+
+
+@njit(cache=True, nogil=True)
 def _blur_columns(image: Image, sigma: float) -> None:
     """Blur (Y, X) along y, a row at a time."""
     if sigma <= 0.0:
@@ -440,12 +429,7 @@ def _blur_columns(image: Image, sigma: float) -> None:
         for j in range(width):
             image[i, j] = 0.0
         for k in range(2 * reach + 1):
-            row = i + k - reach
-            if row < 0:
-                row = -row - 1
-            if row >= height:
-                row = 2 * height - 1 - row
-            row = min(max(row, 0), height - 1)
+            row = _mirrored(i + k - reach, height)
             weight = kernel[k]
             for j in range(width):
                 image[i, j] += weight * source[row, j]
@@ -462,12 +446,7 @@ def _blur_rows(image: Image, sigma: float) -> None:
     padded = np.empty(width + 2 * reach, np.float32)
     for i in range(height):
         for j in range(width + 2 * reach):
-            column = j - reach
-            if column < 0:
-                column = -column - 1
-            if column >= width:
-                column = 2 * width - 1 - column
-            padded[j] = image[i, min(max(column, 0), width - 1)]
+            padded[j] = image[i, _mirrored(j - reach, width)]
         for j in range(width):
             total = np.float32(0.0)
             for k in range(2 * reach + 1):
@@ -500,37 +479,21 @@ def _coarsen_plane(image: Image, factor_y: float, factor_x: float) -> None:
             counts[row, column] += 1.0
     small /= counts
     for i in range(height):
-        y = min(max((i + 0.5) * rows / height - 0.5, 0.0), rows - 1.0)
-        y0 = min(int(y), max(rows - 2, 0))
-        y1 = min(y0 + 1, rows - 1)
-        fy = y - y0
+        y = (i + 0.5) * rows / height - 0.5
         for j in range(width):
-            x = min(max((j + 0.5) * columns / width - 0.5, 0.0), columns - 1.0)
-            x0 = min(int(x), max(columns - 2, 0))
-            x1 = min(x0 + 1, columns - 1)
-            fx = x - x0
-            upper = small[y0, x0] * (1 - fx) + small[y0, x1] * fx
-            lower = small[y1, x0] * (1 - fx) + small[y1, x1] * fx
-            image[i, j] = upper * (1 - fy) + lower * fy
+            image[i, j] = interpolate(small, y, (j + 0.5) * columns / width - 0.5)
 
 
 @njit(cache=True, nogil=True)
 def add_noise(image: Image, noise: Image, strength: float) -> None:
     """Add Poisson-Gaussian noise of variance ``strength**2 * (I + 1/4)``."""
-    for k in range(image.shape[0]):
-        for i in range(image.shape[1]):
-            for j in range(image.shape[2]):
-                value = image[k, i, j]
-                image[k, i, j] += strength * math.sqrt(max(value, 0.0) + 0.25) * noise[k, i, j]
+    image[:] = image + strength * np.sqrt(np.maximum(image, 0.0) + 0.25) * noise
 
 
 @njit(cache=True, nogil=True)
 def brighten(image: Image, gain: float, offset: float, gamma: float) -> None:
     """Change brightness: ``sign(I) |I|**gamma * gain + offset``."""
-    for k in range(image.shape[0]):
-        for i in range(image.shape[1]):
-            for j in range(image.shape[2]):
-                value = image[k, i, j]
-                if gamma != 1.0:
-                    value = math.copysign(abs(value) ** gamma, value)
-                image[k, i, j] = value * gain + offset
+    if gamma != 1.0:
+        image[:] = np.copysign(np.abs(image) ** gamma, image) * gain + offset
+    else:
+        image[:] = image * gain + offset

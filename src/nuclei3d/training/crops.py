@@ -49,14 +49,10 @@ class CropGrid:
 
     Attributes
     ----------
-    shape
-        (z, y, x) of the crops; (1, P, P) for planes.
-    diameter_px
-        Diameter of a nucleus in pixels of the crop.
-    voxel_size
-        Of the grid, in um; None for planes.
-    scale
-        For planes: crop pixels per pixel of the plane, the same for all.
+    shape, diameter_px
+        (z, y, x) of the crops, (1, P, P) for planes; diameter of a nucleus in pixels of the crop.
+    voxel_size, scale
+        Of the grid, in um, None for planes; for planes, crop pixels per pixel of the plane, the same for all.
     nucleus_centred, faint_centred
         Shares of the crops that are drawn around a nucleus (of a plane: a pixel), or one of the faintest.
     unit_flows
@@ -117,14 +113,9 @@ class CropGrid:
 class CropPlan(NamedTuple):
     """Where a crop lies in its sample.
 
-    Attributes
-    ----------
-    centre_z, centre_y, centre_x
-        Middle of the crop in voxels of the sample (voxel i covers i to i + 1).
-    flip_z, q00, q01, q10, q11
-        1 or -1, and the orthogonal matrix from directions (y, x) in the crop to directions in the sample.
-    scale_z, scale_y, scale_x
-        Voxels of the crop per voxel of the sample, along the sample's axes.
+    Its middle is in voxels of the sample (voxel i covers i to i + 1); `flip_z` is 1 or -1, q the orthogonal
+    matrix from directions (y, x) in the crop to directions in the sample, and the scales are voxels of the
+    crop per voxel of the sample, along the sample's axes.
     """
 
     centre_z: float
@@ -224,7 +215,7 @@ def _turn_matrix(
 
 
 @njit(cache=True, nogil=True)
-def _bilinear(pixels: NDArray[np.uint16], y: float, x: float) -> float:
+def interpolate(pixels: NDArray[Any], y: float, x: float) -> float:
     """Interpolate at (y, x), pixel centres at integers; held constant beyond the outermost centres."""
     height, width = pixels.shape
     y = min(max(y, 0.0), height - 1.0)
@@ -235,8 +226,10 @@ def _bilinear(pixels: NDArray[np.uint16], y: float, x: float) -> float:
     x1 = min(x0 + 1, width - 1)
     fy = y - y0
     fx = x - x0
-    upper = pixels[y0, x0] * (1 - fx) + pixels[y0, x1] * fx
-    lower = pixels[y1, x0] * (1 - fx) + pixels[y1, x1] * fx
+    # unsigned: numba then does not look for indices below 0
+    top, bottom, left, right = np.uintp(y0), np.uintp(y1), np.uintp(x0), np.uintp(x1)
+    upper = pixels[top, left] * (1 - fx) + pixels[top, right] * fx
+    lower = pixels[bottom, left] * (1 - fx) + pixels[bottom, right] * fx
     return float(upper * (1 - fy) + lower * fy)
 
 
@@ -263,19 +256,19 @@ def cut_crop(
     depth, height, width = pixels.shape
     size_z, size_y, size_x = image.shape
     solid = flows.shape[3] == 3
-    component_y = 1 if solid else 0
-    component_x = component_y + 1
+    component_y = np.uintp(1 if solid else 0)
+    component_x = np.uintp(2 if solid else 1)
     a00 = plan.q00 / plan.scale_y
     a01 = plan.q01 / plan.scale_y
     a10 = plan.q10 / plan.scale_x
     a11 = plan.q11 / plan.scale_x
     shrinking = min(plan.scale_y, plan.scale_x) < 0.95
-    image[:] = 0.0
-    crop_labels[:] = 0
-    crop_flows[:] = 0.0
     for k in range(size_z):
         z = plan.centre_z + plan.flip_z * (k + 0.5 - size_z / 2) / plan.scale_z - 0.5
         if z < -0.5 or z > depth - 0.5:
+            image[k] = 0.0
+            crop_labels[k] = 0
+            crop_flows[:, k] = 0.0
             continue
         within = min(max(z, 0.0), depth - 1.0)
         near_z = min(int(within), max(depth - 2, 0))
@@ -289,6 +282,12 @@ def cut_crop(
             dy = i + 0.5 - size_y / 2
             for j in range(size_x):
                 dx = j + 0.5 - size_x / 2
+                image[k, i, j] = 0.0
+                crop_labels[k, i, j] = 0
+                if solid:
+                    crop_flows[0, k, i, j] = 0.0
+                crop_flows[component_y, k, i, j] = 0.0
+                crop_flows[component_x, k, i, j] = 0.0
                 y = plan.centre_y + a00 * dy + a01 * dx - 0.5
                 x = plan.centre_x + a10 * dy + a11 * dx - 0.5
                 if y < -0.5 or x < -0.5 or y > height - 0.5 or x > width - 0.5:
@@ -299,19 +298,19 @@ def cut_crop(
                         for sub_x in (-0.25, 0.25):
                             at_y = y + a00 * sub_y + a01 * sub_x
                             at_x = x + a10 * sub_y + a11 * sub_x
-                            part = _bilinear(near, at_y, at_x)
+                            part = interpolate(near, at_y, at_x)
                             if share != 0.0:
-                                part = part * (1 - share) + _bilinear(far, at_y, at_x) * share
+                                part = part * (1 - share) + interpolate(far, at_y, at_x) * share
                             value += part
                     value *= 0.25
                 else:
-                    value = _bilinear(near, y, x)
+                    value = interpolate(near, y, x)
                     if share != 0.0:
-                        value = value * (1 - share) + _bilinear(far, y, x) * share
+                        value = value * (1 - share) + interpolate(far, y, x) * share
                 image[k, i, j] = value * gain + bias
                 row = min(max(math.floor(y + 0.5), 0), height - 1)
                 column = min(max(math.floor(x + 0.5), 0), width - 1)
-                label = labels[nearest_z, row, column]
+                label = labels[nearest_z, np.uintp(row), np.uintp(column)]
                 crop_labels[k, i, j] = label
                 if label == 0:
                     continue
@@ -323,17 +322,22 @@ def cut_crop(
                 total = 0.0
                 for nz in range(first_z, end_z):
                     weight_z = 1.0 - abs(z - nz)
-                    for ny in range(max(y0, 0), min(y0 + 2, height)):
+                    for ny in (y0, y0 + 1):
+                        if ny < 0 or ny >= height:
+                            continue
                         weight_y = weight_z * (1.0 - abs(y - ny))
-                        for nx in range(max(x0, 0), min(x0 + 2, width)):
-                            if labels[nz, ny, nx] != label:
+                        for nx in (x0, x0 + 1):
+                            if nx < 0 or nx >= width:
+                                continue
+                            in_z, in_y, in_x = np.uintp(nz), np.uintp(ny), np.uintp(nx)
+                            if labels[in_z, in_y, in_x] != label:
                                 continue
                             weight = weight_y * (1.0 - abs(x - nx))
                             total += weight
                             if solid:
-                                flow_z += weight * flows[nz, ny, nx, 0]
-                            flow_y += weight * flows[nz, ny, nx, component_y]
-                            flow_x += weight * flows[nz, ny, nx, component_x]
+                                flow_z += weight * flows[in_z, in_y, in_x, 0]
+                            flow_y += weight * flows[in_z, in_y, in_x, component_y]
+                            flow_x += weight * flows[in_z, in_y, in_x, component_x]
                 if total <= 0.0:
                     continue
                 length = total * FLOW_STEPS

@@ -6,10 +6,11 @@ Crops are cut ahead of the network in threads that hold no interpreter lock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,8 +29,7 @@ from nuclei3d.training.losses import (
     losses_of_crops,
     network_loss,
 )
-from nuclei3d.training.samples import SampleSet
-from nuclei3d.training.sampling import epoch_order, nucleus_weights, plane_contrasts, sample_weights
+from nuclei3d.training.samples import SampleSet, epoch_order, nucleus_weights, plane_contrasts, sample_weights
 
 if TYPE_CHECKING:
     from nuclei3d.training.learner import Arithmetic
@@ -46,19 +46,10 @@ _VALIDATION_EPOCH = 2**62
 class Batch:
     """Crops and targets, in 2D (B, ..., Y, X) or in 3D (B, ..., Z, Y, X).
 
-    Attributes
-    ----------
-    images
-        float32, normalised. In 2D two channels, of which the second is empty, as Cellpose's networks want it,
-        stored channels last; in 3D one channel.
-    foreground, labels
-        bool and int32 (0 is background), without channels.
-    flows
-        float32: (dy, dx) or (dz, dy, dx).
-    weights
-        float32 as `foreground`, loss weights, or None for all 1.
-    samples
-        int64 (B,): the sample that each crop was cut from.
+    `images` are float32, normalised: in 2D two channels, of which the second is empty, as Cellpose's networks
+    want it, stored channels last; in 3D one channel. `foreground` (bool), `labels` (int32, 0 is background)
+    and `weights` (float32, of the loss; None: all 1) have no channels, `flows` (float32) are (dy, dx) or (dz,
+    dy, dx). `samples`, int64 (B,), are those that the crops were cut from.
     """
 
     images: Tensor
@@ -92,7 +83,7 @@ class Batch:
 class CropMaker:
     """Cuts and augments crops; every crop depends on (seed, epoch, index, sample) and on nothing else.
 
-    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.sampling`), or is None.
+    `nucleus_weights` has the loss weight per label of each sample (`nuclei3d.training.samples`), or is None.
     """
 
     samples: SampleSet
@@ -173,83 +164,50 @@ def validation_batches(samples: SampleSet, count: int, grid: CropGrid, batch_siz
     ]
 
 
-class BatchStream:
-    """The batches of epoch after epoch, cut ahead by threads, also while the network is validated.
+def stream_batches(
+    maker: CropMaker,
+    order_of: Callable[[int], NDArray[np.int64]],
+    epochs: range,
+    batch_size: int,
+    workers: int,
+    *,
+    pinned: bool = False,
+) -> Generator[Batch]:
+    """Give the batches of epoch after epoch, cut ahead by threads, also while the network is validated.
 
-    Parameters
-    ----------
-    order_of
-        Gives the sample of each crop of an epoch (`nuclei3d.training.sampling.epoch_order`).
-    epochs
-        The epochs to make, in order; the last batch of each may be smaller.
-    workers
-        Threads; their number does not change the crops.
-    pinned
-        Whether the threads put batches in page-locked memory, from which a GPU fetches them.
+    `order_of` gives the sample of each crop of an epoch (`nuclei3d.training.samples.epoch_order`); the last
+    batch of each may be smaller. The number of threads (`workers`) does not change the crops; they end when
+    the generator is closed. `pinned` batches are put in page-locked memory, from which a GPU fetches them.
     """
 
-    def __init__(
-        self,
-        maker: CropMaker,
-        order_of: Callable[[int], NDArray[np.int64]],
-        epochs: range,
-        batch_size: int,
-        workers: int,
-        *,
-        pinned: bool = False,
-    ) -> None:
-        self._maker = maker
-        self._pinned = pinned
-        self._jobs = self._list_jobs(order_of, epochs, batch_size)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
-        self._waiting: deque[Future[Batch]] = deque()
-        self._ahead = 2 * workers
+    def make(samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
+        batch = maker.make_batch(samples, epoch, first)
+        return batch.copied(Tensor.pin_memory) if pinned else batch
 
-    @staticmethod
-    def _list_jobs(
-        order_of: Callable[[int], NDArray[np.int64]], epochs: range, batch_size: int
-    ) -> Iterator[tuple[NDArray[np.int64], int, int]]:
-        for epoch in epochs:
-            order = order_of(epoch)
-            for first in range(0, len(order), batch_size):
-                yield order[first : first + batch_size], epoch, first
-
-    def __iter__(self) -> BatchStream:
-        return self
-
-    def __next__(self) -> Batch:
-        while len(self._waiting) <= self._ahead and (job := next(self._jobs, None)) is not None:
-            self._waiting.append(self._pool.submit(self._make, *job))
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft().result()
-
-    def _make(self, samples: NDArray[np.int64], epoch: int, first: int) -> Batch:
-        batch = self._maker.make_batch(samples, epoch, first)
-        return batch.copied(Tensor.pin_memory) if self._pinned else batch
-
-    def close(self) -> None:
-        """Stop the threads; batches not taken are lost."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> BatchStream:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    jobs = (
+        (order[first : first + batch_size], epoch, first)
+        for epoch in epochs
+        for order in (order_of(epoch),)
+        for first in range(0, len(order), batch_size)
+    )
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            more = islice(jobs, 2 * workers + 1 - len(waiting))
+            waiting.extend([pool.submit(make, *job) for job in more])
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Examples:
     """Training and validation samples (planes, or volumes), cut into crops on the network's grid.
 
-    `seed` is that of all draws.
-
-    Attributes
-    ----------
-    weights
-        float64 (samples,): how often each is drawn.
-    crops
-        Number of crops an epoch.
+    `seed` is that of all draws; `weights`, float64 (samples,), say how often each is drawn, `crops` is the
+    number of crops an epoch.
     """
 
     def __init__(
@@ -270,16 +228,14 @@ class Examples:
         )
         self._seen = FlowFigures()
 
-    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> BatchStream:
-        """Open the stream of the batches of these epochs; parameters as `BatchStream`."""
-        return BatchStream(
-            self._maker,
-            lambda epoch: epoch_order(self.weights, self.crops, self._maker.seed, epoch),
-            epochs,
-            self._params.batch_size,
-            workers,
-            pinned=pinned,
+    def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> Generator[Batch]:
+        """Stream the batches of these epochs as `stream_batches` does."""
+        return stream_batches(
+            self._maker, self._order, epochs, self._params.batch_size, workers, pinned=pinned
         )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(self.weights, self.crops, self._maker.seed, epoch)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Compute the loss of the network's output on a batch; on a GPU, without waiting for it."""
@@ -294,7 +250,7 @@ class Examples:
     def validate(self, network: nn.Module, arithmetic: Arithmetic) -> dict[str, float]:
         """Judge a network on fixed crops of the validation samples; it is left in training mode if it was.
 
-        Gives names as in `nuclei3d.training.state.METRICS`: losses (of planes also by view), shares found by
+        Gives names as in `nuclei3d.training.loop.METRICS`: losses (of planes also by view), shares found by
         quintile of contrast, and of a 3D network the figures of each axis, in training as in validation.
         """
         figures = {f"train_{name}": value for name, value in self._seen.figures().items()}

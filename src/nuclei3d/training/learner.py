@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.training.examples import Batch
 from nuclei3d.training.losses import Loss
-from nuclei3d.training.state import TrainingState, WeightAverage, copy_state, copy_to_cpu
 
 
 def learning_rate(params: TrainParams, step: int, steps_per_epoch: int) -> float:
@@ -166,13 +165,13 @@ class Learner:
         self._loss_of = loss_of
         self._clip = params.gradient_clip
         self._optimizer = _new_optimizer(self.network, params)
-        self._average = WeightAverage(self.network, params.ema) if params.ema else None
+        self._average = average_weights(self.network, params.ema) if params.ema else None
         self._gradients: Callable[[Batch], tuple[Tensor, Tensor]] = self._compute_gradients
         if arithmetic.device.type == "cuda" and params.cuda_graph:
             self._gradients = RecordedGradients(self._compute_gradients, self.network)
 
-    def step(self, batch: Batch, rate: float, number: int) -> tuple[Tensor, Tensor]:
-        """Do one step, the `number`-th from 0 over the whole training, down the gradient of a batch.
+    def step(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+        """Do one step down the gradient of a batch.
 
         Gives the network's output before the step and the two parts of the loss, on the device; both are
         overwritten by the next step.
@@ -184,7 +183,7 @@ class Learner:
             nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
         self._optimizer.step()
         if self._average is not None:
-            self._average.update(number)
+            self._average.update_parameters(self.network)
         return output, values
 
     def _compute_gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -195,35 +194,55 @@ class Learner:
         loss.total.backward()  # type: ignore[no-untyped-call]
         return output.detach(), torch.stack([loss.flow.detach(), loss.probability.detach()])
 
-    def restore(self, state: TrainingState) -> None:
-        """Go back to a state, the random numbers of torch included."""
-        if not state.epoch:
-            return
-        self.network.load_state_dict(state.network)
-        self._optimizer.load_state_dict(state.optimizer)
-        if self._average is not None and state.average is not None:
-            self._average.load(state.average)
-        torch.set_rng_state(state.generator)
+    def state(self) -> dict[str, Any]:
+        """Copy all that the next step depends on to the CPU, the random numbers of torch included."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        return dict(copy_to_cpu(state))
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """Copy the state of the optimiser to the CPU."""
-        return dict(_on_cpu(self._optimizer.state_dict()))
-
-    def average_state(self) -> dict[str, Tensor] | None:
-        """Copy the mean of the weights to the CPU; None without one."""
-        return None if self._average is None else dict(_on_cpu(self._average.state()))
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state that `state` gave."""
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        torch.set_rng_state(state["generator"])
 
     def judged_network(self) -> nn.Module:
-        """Give the network that is validated: with the mean weights if there are."""
-        if self._average is None:
-            return self.network
-        judged = copy.deepcopy(self.network)
-        judged.load_state_dict(self._average.state())
-        return judged
+        """Give the network that is validated and kept: with the mean weights if there are."""
+        return self.network if self._average is None else self._average.module
 
     def kept_weights(self) -> dict[str, Tensor]:
         """Copy the weights that a model would have now to the CPU."""
-        return self.average_state() or copy_state(self.network)
+        return dict(copy_to_cpu(self.judged_network().state_dict()))
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def average_weights(network: nn.Module, decay: float) -> AveragedModel:
+    """Make an exponential mean of a network's weights; running means of batch norm are averaged alike.
+
+    The decay rises with the number of steps, ``min(decay, (1 + n) / (10 + n))`` after n of them, so that the
+    first weights are forgotten quickly.
+    """
+
+    def update(means: Tensors, values: Tensors, _: Tensor | int) -> None:
+        # all tensors in one call: one by one they would keep a GPU waiting
+        if means[0].is_floating_point():
+            # one more than the steps: at 0, torch would take the weights over as they are
+            seen = int(mean.n_averaged)
+            get_ema_multi_avg_fn(min(decay, seen / (9 + seen)))(means, values, None)  # type: ignore[no-untyped-call]
+        else:
+            torch._foreach_copy_(means, values)
+
+    mean = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+    mean.n_averaged.fill_(1)
+    return mean
 
 
 def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
@@ -239,12 +258,12 @@ def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optim
     return torch.optim.AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
 
 
-def _on_cpu(value: Any) -> Any:
+def copy_to_cpu(value: Any) -> Any:
     """Copy nested state to the CPU."""
     if isinstance(value, Tensor):
-        return copy_to_cpu(value)
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
+        return {key: copy_to_cpu(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_on_cpu(entry) for entry in value]
+        return [copy_to_cpu(entry) for entry in value]
     return value

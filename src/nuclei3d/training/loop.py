@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +21,114 @@ from nuclei3d.config.sections import TrainParams
 from nuclei3d.errors import InputError
 from nuclei3d.training.examples import Batch, Examples
 from nuclei3d.training.learner import Learner, choose_arithmetic, learning_rate
-from nuclei3d.training.state import EpochReport, TrainingState, copy_state
 
 _DIVERGED_FACTOR = 5.0
 _WORKERS_BESIDE_GPU = 8
+
+
+_FORMAT = 3
+
+_FIGURES = (*(f"flow_{figure}_{axis}" for figure in ("mse", "cosine") for axis in "zyx"), "dice")
+
+METRICS = (
+    "train_loss",
+    "train_flow_loss",
+    "train_probability_loss",
+    "validation_loss",
+    "validation_flow_loss",
+    "validation_probability_loss",
+    "validation_loss_xy",
+    "validation_loss_xz",
+    "validation_loss_yz",
+    *(f"train_{name}" for name in _FIGURES),
+    *(f"validation_{name}" for name in _FIGURES),
+    "found_faintest",
+    "found_faint",
+    "found_middle",
+    "found_bright",
+    "found_brightest",
+    "volume_ap",
+    "learning_rate",
+    "crops_per_second",
+    "seconds",
+    "waited_seconds",
+)
+"""What an epoch is measured by, in the order of history.csv.
+
+train_... are means over the crops of the epoch, validation_... over the fixed validation crops, also by view.
+The figures of the flow and `dice` are those of a 3D network (`nuclei3d.training.losses.FlowFigures`).
+found_... is the mean share of a nucleus' pixels that are called foreground, by quintile of the nuclei's
+contrast; volume_ap the average precision at IoU 0.5 on the validation volumes. The learning rate is that of
+the last step; crops_per_second is of training alone; waited_seconds is how much of `seconds`, the time of the
+whole epoch, the network waited for crops.
+"""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch, counted from 1, did: values by name (`METRICS`); what was not measured is absent or
+    nan.
+    """
+
+    epoch: int
+    measured: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """Give one value, nan if it was not measured."""
+        return self.measured.get(name, math.nan)
+
+    def metrics(self) -> dict[str, float]:
+        """Give the measured numbers by name, in the order of `METRICS`."""
+        return {name: self[name] for name in METRICS if not math.isnan(self[name])}
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the crops of the epoch."""
+        return self["train_loss"]
+
+    @property
+    def validation_loss(self) -> float:
+        """Mean loss on the validation crops, or nan."""
+        return self["validation_loss"]
+
+    @property
+    def volume_ap(self) -> float:
+        """Average precision on the validation volumes, or nan."""
+        return self["volume_ap"]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything after an epoch that the next one depends on.
+
+    `learner` is as `Learner.state` gives it; `best` are the weights of the best epoch so far (0: none), whose
+    score is the larger, the better.
+    """
+
+    learner: dict[str, Any]
+    history: tuple[EpochReport, ...] = ()
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs done."""
+        return len(self.history)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Give the state, without the best weights, as tensors, numbers, texts, lists and dictionaries."""
+        history = [asdict(report) for report in self.history]
+        return {**vars(self), "best": None, "history": history, "format": _FORMAT}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], best: dict[str, Tensor]) -> TrainingState:
+        """Restore what `as_plain` gave; KeyError or TypeError if it is something else."""
+        values = dict(plain)
+        if values.pop("format") != _FORMAT:
+            raise KeyError("format")
+        history = tuple(EpochReport(**report) for report in plain["history"])
+        return cls(**{**values, "history": history, "best": best})
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error
@@ -51,16 +157,10 @@ class TrainingOutcome:
 class Callbacks:
     """What happens around the loop; each may be left out.
 
-    Attributes
-    ----------
-    save, on_epoch
-        Called after each epoch, with the state and whether it is the best so far, and then with the report;
-        the
-        latter may raise `StopTraining`, or any exception, which ends the training.
-    validate_volumes
-        Segments the validation volumes with a network and gives the average precision.
-    on_step
-        Called after each step with the loss, the number of crops and the learning rate.
+    After each epoch `save` is called with the state and whether it is the best so far, then `on_epoch` with
+    the report; the latter may raise `StopTraining`, or any exception, which ends the training.
+    `validate_volumes` segments the validation volumes with a network and gives the average precision.
+    `on_step` is called after each step with the loss, the number of crops and the learning rate.
     """
 
     save: Callable[[TrainingState, bool], None] | None = None
@@ -78,21 +178,11 @@ def train_network(
     start: TrainingState | None = None,
     callbacks: Callbacks | None = None,
 ) -> TrainingOutcome:
-    """Train a network.
+    """Train a network, whose first output is what the examples' loss wants; it is moved and changed.
 
-    Parameters
-    ----------
-    network
-        It is moved to the device and changed. Its first output is what the examples' loss wants.
-    examples
-        What to learn and to be judged by; without validation data the training loss chooses the best epoch.
-    start
-        State to go on from.
-
-    Raises
-    ------
-    DivergedError
-        If the loss is not finite, or an epoch's is several times that of the first.
+    `examples` are what to learn and to be judged by; without validation data the training loss chooses the
+    best epoch. `start` is a state to go on from. DivergedError is raised if the loss is not finite, or an
+    epoch's is several times that of the first.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -112,13 +202,14 @@ class _Loop:
         return math.ceil(self.examples.crops / self.params.batch_size)
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
-        state = start or TrainingState({}, {}, None, torch.get_rng_state(), (), 0, -math.inf, {})
-        self.learner.restore(state)
+        state = start or TrainingState({})
+        if state.epoch:
+            self.learner.restore(state.learner)
         stopped = ""
         on_gpu = self.learner.arithmetic.device.type == "cuda"
         workers = self.params.workers or (_WORKERS_BESIDE_GPU if on_gpu else 1)
         epochs = range(state.epoch, self.params.epochs)
-        with self.examples.batches(epochs, workers, pinned=on_gpu) as batches:
+        with closing(self.examples.batches(epochs, workers, pinned=on_gpu)) as batches:
             while state.epoch < self.params.epochs:
                 stopped = self._why_stop(state)
                 if stopped:
@@ -164,14 +255,13 @@ class _Loop:
             more["volume_ap"] = validate_volumes(judged)
         more["seconds"] = time.perf_counter() - began
         report = EpochReport(report.epoch, {**report.measured, **more})
-        score = _score(report, in_volumes=validate_volumes is not None and every > 0)
+        # larger is better; an epoch that was not judged in 3D where others are, nan, is never the best
+        in_volumes = validate_volumes is not None and every > 0
+        score = report.volume_ap if in_volumes else -_loss_of(report)
         is_best = score > state.best_score
         return (
             TrainingState(
-                network=copy_state(self.learner.network),
-                optimizer=self.learner.optimizer_state(),
-                average=self.learner.average_state(),
-                generator=torch.get_rng_state(),
+                learner=self.learner.state(),
                 history=(*state.history, report),
                 best_epoch=report.epoch if is_best else state.best_epoch,
                 best_score=score if is_best else state.best_score,
@@ -198,7 +288,7 @@ class _Loop:
             waited += time.perf_counter() - asked
             rate = learning_rate(self.params, step, self.steps_per_epoch)
             batch = batch.to(device)
-            output, losses = learner.step(batch, rate, step)
+            output, losses = learner.step(batch, rate)
             self.examples.observe(output, batch)
             sums += losses.double() * len(batch.samples)
             unseen += len(batch.samples)
@@ -229,10 +319,3 @@ _MEND = "lower train.learning_rate, or set train.gradient_clip (try 5)"
 
 def _loss_of(report: EpochReport) -> float:
     return report.train_loss if math.isnan(report.validation_loss) else report.validation_loss
-
-
-def _score(report: EpochReport, *, in_volumes: bool) -> float:
-    """Larger is better: the average precision where epochs are judged in 3D, else minus the loss."""
-    if in_volumes:
-        return -math.inf if math.isnan(report.volume_ap) else report.volume_ap
-    return -_loss_of(report)

@@ -18,13 +18,9 @@ AXES = ("z", "y", "x")
 class LossTerms:
     """What the loss is made of; the defaults are Cellpose's (Stringer et al., Nature Methods 2021).
 
-    Attributes
-    ----------
-    flow, probability, dice
-        Weights of the error of the flows, of the foreground's cross-entropy, and of its Dice loss.
-    flow_axes
-        Weights of the axes of the flow, (z, y, x), whose error is then that inside nuclei. None: half the
-        mean squared error of 5 x flow everywhere, all axes alike.
+    `flow`, `probability` and `dice` weigh the error of the flows, the foreground's cross-entropy and its Dice
+    loss; `flow_axes` weigh the axes of the flow, (z, y, x), whose error is then that inside nuclei. None:
+    half the mean squared error of 5 x flow everywhere, all axes alike.
     """
 
     flow: float = 1.0
@@ -75,15 +71,10 @@ def network_loss(
 ) -> Loss:
     """Compute the loss of a batch; on a GPU, without waiting for it.
 
-    Parameters
-    ----------
-    output
-        (B, components + 1, ...): 5 x flow in (y, x) or (z, y, x), logit. Of any type; computed in float32.
-    flows, foreground
-        (B, components, ...), 0 on the background; bool (B, ...).
-    weights
-        (B, ...), factors of the errors of a pixel, or None. Means are over pixels, not over weights, so
-        heavier nuclei do not make the background lighter.
+    `output` is (B, components + 1, ...): 5 x flow in (y, x) or (z, y, x), logit; of any type, computed in
+    float32. `flows` are (B, components, ...), 0 on the background; `foreground`, bool, and `weights`, factors
+    of the errors of a pixel, are (B, ...). Means are over pixels, not over weights, so heavier nuclei do not
+    make the background lighter.
     """
     output = output.float()
     target = foreground.float()

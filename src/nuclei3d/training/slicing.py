@@ -1,6 +1,7 @@
-"""Cutting a labelled volume into planes of three views: the recipe's training data.
+"""Cutting a labelled volume into what a network is trained on: planes of three views, or the whole of it.
 
-A volume is brought to cubic voxels, then every n-th xy, xz and yz plane is taken if it shows enough nuclei.
+For the recipe's planes, a volume is brought to cubic voxels, then every n-th xy, xz and yz plane is taken if
+it shows enough nuclei.
 """
 
 from __future__ import annotations
@@ -14,57 +15,63 @@ from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
 from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest
+from nuclei3d.images.embryos import LabelledVolume
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.training.samples import SampleView
 from nuclei3d.views import VIEW_AXIS, VIEWS, View
 
 
 @dataclass(frozen=True)
-class IsotropicVolume:
-    """An image and its labels on cubic voxels of `voxel_um` micrometres, both (Z, Y, X)."""
+class Cut:
+    """A sample as it is cut from a frame; a plane has depth 1, whose rows are z in the views xz and yz.
 
-    image: NDArray[np.generic]
-    labels: NDArray[np.uint32]
-    voxel_um: float
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One plane: the image, its labels without slivers, and where it was cut.
-
-    `image` and `labels` have the shape (Z, X) for xz, (Z, Y) for yz, (Y, X) for xy.
+    `image` and `labels` are (Z, Y, X), labels 1..n; `label_of` has the frame's label behind each of 0..n.
     """
 
-    view: View
+    view: SampleView
     index: int
     image: NDArray[np.generic]
-    labels: NDArray[np.uint16]
-    label_of: NDArray[np.uint32]
-    """The volume's label behind each of the plane's labels 1..n (entry 0 is 0)."""
+    labels: NDArray[np.unsignedinteger[Any]]
+    label_of: NDArray[np.integer[Any]]
+    voxel_size: VoxelSize
 
     @property
     def nuclei(self) -> int:
-        """Number of nuclei that the plane shows."""
+        """Number of nuclei that the sample shows."""
         return len(self.label_of) - 1
 
 
-def to_isotropic(
-    image: NDArray[np.generic], labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, downsample_xy: float
-) -> IsotropicVolume:
-    """Bring image (linearly) and labels (nearest neighbour), both (Z, Y, X), to cubic voxels.
+def downsample(volume: LabelledVolume, factor: float, *, isotropic: bool) -> LabelledVolume:
+    """Bring image (linearly) and labels (nearest neighbour) to voxels `factor` times wider in x and y.
 
-    These are `downsample_xy` times wider than the input's in x.
+    Voxels become cubes, as wide as they then are in x; where `isotropic` is false, z keeps its planes unless
+    they lie closer.
     """
-    voxel_um = voxel_size.x * downsample_xy
-    shape = isotropic_shape(image.shape, voxel_size, voxel_um)
+    old = volume.image.shape
+    edge = volume.voxel_size.x * factor
+    shape = isotropic_shape(old, volume.voxel_size, edge)
+    if not isotropic:
+        shape = (min(old[0], shape[0]), *shape[1:])
     if min(shape) < 2:
         raise InputError(
-            f"prepare.downsample_xy = {downsample_xy:g} shrinks a volume of shape {image.shape} to {shape}; "
+            f"prepare.downsample_xy = {factor:g} shrinks a volume of shape {old} to {shape}; "
             "give a smaller number"
         )
-    resized = resize_linear(image, shape)
-    if np.issubdtype(image.dtype, np.unsignedinteger) and image.dtype.itemsize <= 2:
-        resized = np.rint(resized).astype(np.uint16)
-    return IsotropicVolume(resized, resize_nearest(labels, shape).astype(np.uint32, copy=False), voxel_um)
+    image = resize_linear(volume.image, shape)
+    if np.issubdtype(volume.image.dtype, np.unsignedinteger) and volume.image.dtype.itemsize <= 2:
+        image = np.rint(image).astype(np.uint16)
+    labels = resize_nearest(volume.labels, shape).astype(np.uint32, copy=False)
+    sizes = zip(volume.voxel_size.zyx, old, shape, strict=True)
+    edges = [edge] * 3 if isotropic else [size * before / after for size, before, after in sizes]
+    return LabelledVolume(image, labels, VoxelSize.of(edges))
+
+
+def cut_volume(volume: LabelledVolume) -> Cut:
+    """Take a whole volume; gaps in its labels go."""
+    label_of = np.union1d([0], volume.labels)
+    number_of = np.zeros(int(label_of[-1]) + 1, np.uint32)
+    number_of[label_of] = np.arange(len(label_of))
+    return Cut("volume", 0, volume.image, number_of[volume.labels], label_of, volume.voxel_size)
 
 
 def drop_slivers(
@@ -84,14 +91,14 @@ def drop_slivers(
 
 
 def cut_planes(
-    volume: IsotropicVolume,
+    volume: LabelledVolume,
     steps: Mapping[View, int],
     *,
     min_nuclei: int,
     min_area_px: int,
     sparse_share: float = 0.0,
-) -> Iterator[Plane]:
-    """Cut planes from the three views, of each every so many as `steps` says (0: none).
+) -> Iterator[Cut]:
+    """Cut planes of cubic voxels from the three views, of each every so many as `steps` says (0: none).
 
     A plane with fewer than `min_nuclei` nuclei of at least `min_area_px` pixels is left out, unless it
     belongs to the share `sparse_share` of these, taken evenly through the view.
@@ -108,7 +115,8 @@ def cut_planes(
                 passed_over += 1
                 if int(passed_over * sparse_share) == int((passed_over - 1) * sparse_share):
                     continue
-            yield Plane(view, index, np.take(volume.image, index, axis=axis), labels, label_of)
+            image = np.take(volume.image, index, axis=axis)
+            yield Cut(view, index, image[None], labels[None], label_of, volume.voxel_size)
 
 
 def drop_small_labels(

@@ -19,8 +19,8 @@ import yaml
 
 from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image, write_labels
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -170,38 +170,26 @@ def test_regions_for_imagej_lie_in_their_planes(embryo: Path) -> None:
     np.testing.assert_array_equal([polygon.min(), polygon.max()], [4.0, 14.0])
 
 
-def accepted(package: Path, scratch: Path) -> None:
-    """Have bioimage.io's own program test a package."""
-    program = Path(sys.executable).with_name("bioimageio")
-    report = scratch / "report.json"
+@pytest.mark.slow  # bioimageio.core imports torch and runs both kinds of weights at several sizes
+@pytest.mark.parametrize("kind", ["views2d", "full3d"])
+def test_bioimageio_accepts_the_package(model: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
+    folder = model if kind == "views2d" else volume_model(tmp_path / "solid", 11.5)
+    (package,) = run(tmp_path, model=str(folder), formats=["bioimageio"]).files["bioimageio"]
+    assert package.name == f"{folder.name}.zip"
+    if kind == "views2d":
+        names = zipfile.ZipFile(package).namelist()
+        assert {"rdf.yaml", "model.json", "README.md", "plane_network.py", "weights.pt"} <= set(names)
+    program, report = Path(sys.executable).with_name("bioimageio"), tmp_path / "report.json"
     done = subprocess.run(
         [str(program), "test", str(package), "--summary", str(report)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"BIOIMAGEIO_CACHE_PATH": str(scratch / "cache")},
+        env=os.environ | {"BIOIMAGEIO_CACHE_PATH": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert '"status":"passed"' in report.read_text().replace('": "', '":"')[:2000]
-
-
-@pytest.mark.slow  # bioimageio.core imports torch and runs both kinds of weights at several sizes
-def test_bioimageio_accepts_the_package(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
-    result = run(tmp_path, model=str(model), formats=["bioimageio"])
-    (package,) = result.files["bioimageio"]
-    assert package.name == "my_nuclei.zip"
-    names = zipfile.ZipFile(package).namelist()
-    assert {"rdf.yaml", "model.json", "README.md", "plane_network.py", "weights.pt"} <= set(names)
-    accepted(package, tmp_path)
-
-
-@pytest.mark.slow  # as above
-def test_bioimageio_accepts_the_package_of_a_3d_network(tmp_path: Path) -> None:
-    pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
-    folder = volume_model(tmp_path / "solid", 11.5)
-    (package,) = run(tmp_path, model=str(folder), formats=["bioimageio"]).files["bioimageio"]
-    accepted(package, tmp_path)
 
 
 def test_a_package_of_a_3d_network_runs_without_nuclei3d(tmp_path: Path) -> None:
@@ -288,9 +276,7 @@ def test_a_folder_that_holds_something_is_left_alone(embryo: Path) -> None:
     assert [path.name for path in (embryo / "exports").iterdir()] == ["mine.txt"]
 
 
-def test_without_bioimageio_the_way_to_it_is_told(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nuclei3d.stages.export.bioimageio.find_spec", lambda name: None)
+def test_without_bioimageio_the_way_to_it_is_told(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("nuclei3d.stages.export.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[export\]'"):
         run(tmp_path, model=str(model), formats=["bioimageio"])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log10, nan
+from pathlib import Path
 from typing import Any
 
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.objective import TrialJob
+
+HERE = Path(__file__).parent
 
 Report = Callable[[Any], None]
 
@@ -23,6 +28,16 @@ class ToyEpoch:
 
     def metrics(self) -> dict[str, float]:
         return {"validation_loss": self.validation_loss}
+
+
+def start_elsewhere(code: str, *arguments: object, epoch_s: float = 0.05) -> subprocess.Popen[bytes]:
+    """Run code that may import the tests in a process of its own, with trainings that take time."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "TOY_EPOCH_S": str(epoch_s),
+    }
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 def distance(job: TrialJob) -> float:

@@ -14,17 +14,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import requests
 import search_toys
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import Params, load_params
+from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
 from nuclei3d.stages.search.space import search_space
 from nuclei3d.stages.search.study import SearchResult, search
+from nuclei3d.stages.search.worker import new_pruner
 
-HERE = Path(__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
 
 
@@ -61,16 +66,16 @@ def test_the_values_of_the_parameters_are_the_first_trial(tmp_path: Path) -> Non
 def test_the_search_finds_better_values_than_it_starts_from(tmp_path: Path) -> None:
     result = run(tmp_path, "train.learning_rate=0.01", trials=12)
     assert result.start_value == pytest.approx(0.0)
-    assert result.best_value > 0.5
-    best = result.best_values["train.learning_rate"]
+    assert result.best.value > 0.5
+    best = result.best.values["train.learning_rate"]
     assert isinstance(best, float)
     assert 10**-3.5 < best < 10**-2.5
 
 
 def test_trials_are_counted_over_all_starts(tmp_path: Path) -> None:
-    assert (first := run(tmp_path, trials=3)).finished + first.pruned == 3
-    assert (again := run(tmp_path, trials=3)).finished + again.pruned == 3
-    assert (more := run(tmp_path, trials=5)).finished + more.pruned == 5
+    assert (first := run(tmp_path, trials=3)).trials["finished"] + first.trials["pruned"] == 3
+    assert (again := run(tmp_path, trials=3)).trials["finished"] + again.trials["pruned"] == 3
+    assert (more := run(tmp_path, trials=5)).trials["finished"] + more.trials["pruned"] == 5
     values = [json.dumps(row["values"]) for row in rows(tmp_path)]
     assert len(set(values)) == 5, "a restarted search drew the same values again"
 
@@ -87,17 +92,40 @@ def test_other_settings_do_not_enter_a_study(tmp_path: Path) -> None:
 def test_hopeless_trials_are_pruned_and_say_so(tmp_path: Path) -> None:
     result = run(tmp_path, "search.learning_rate={choices: [0.001, 0.1]}", trials=8)
     pruned = [row for row in rows(tmp_path) if row["state"] == "pruned"]
-    assert result.pruned == len(pruned) > 0
+    assert result.trials["pruned"] == len(pruned) > 0
     for row in pruned:
         assert "given up after epoch" in row["reason"]
         assert row["value"] is None
         assert len(row["curve"]) < row["values"]["train.epochs"]
-    assert run(tmp_path / "..", "search.prune=false", trials=4).pruned == 0
+    assert run(tmp_path / "..", "search.prune=false", trials=4).trials["pruned"] == 0
 
 
 def test_the_first_trial_is_never_given_up(tmp_path: Path) -> None:
     result = run(tmp_path, "train.learning_rate=0.01", "search.first_rung=0.2", trials=5, workers=2)
     assert result.start_value is not None
+
+
+def report_half(trial: optuna.Trial, value: float) -> bool:
+    """Report a value at the half of a trial's epochs; tell whether it is to be given up."""
+    trial.report(value, 500)
+    return trial.should_prune()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_that_was_put_back_is_counted_once() -> None:
+    """Of 3, 2 and 1 the two best would fill the upper half if the 3 counted three times."""
+    pruner = new_pruner(SearchParams(first_rung=0.5, reduction=2))
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    best = study.ask()
+    report_half(best, 3.0)
+    for _ in range(2):
+        study._storage.set_trial_state_values(best._trial_id, TrialState.WAITING)
+        again = study.ask()
+        assert again.number == best.number
+        assert not again.should_prune(), "it does not race against itself"
+    report_half(study.ask(), 1.0)
+    assert report_half(study.ask(), 0.5)
+    assert not report_half(study.ask(), 2.0), "2 is among the better half of 3, 2, 1, 0.5"
 
 
 def test_a_long_schedule_survives_the_comparison_with_short_ones(tmp_path: Path) -> None:
@@ -110,7 +138,7 @@ def test_a_long_schedule_survives_the_comparison_with_short_ones(tmp_path: Path)
     result = run(tmp_path, *overrides, objective=search_toys.annealed, trials=10)
     finished = {row["values"]["train.epochs"] for row in rows(tmp_path) if row["state"] == "finished"}
     assert 32 in finished
-    assert result.best_values["train.epochs"] == 32
+    assert result.best.values["train.epochs"] == 32
     pruned = {row["values"]["train.epochs"] for row in rows(tmp_path) if row["state"] == "pruned"}
     assert pruned, "the comparison must have cut something, or this shows nothing"
     assert pruned <= {4, 8}
@@ -118,11 +146,11 @@ def test_a_long_schedule_survives_the_comparison_with_short_ones(tmp_path: Path)
 
 def test_out_of_memory_prunes_the_trial_and_says_so(tmp_path: Path) -> None:
     result = run(tmp_path, "train.batch_size=8", objective=search_toys.memory_hungry, trials=8)
-    assert result.failed == 0
+    assert result.trials["failed"] == 0
     reasons = {row["values"]["train.batch_size"]: row["reason"] for row in rows(tmp_path)}
     assert all("out of memory" in reason for size, reason in reasons.items() if size > 16)
     assert any(size > 16 for size in reasons)
-    assert result.best_values["train.batch_size"] in (8, 16)
+    assert result.best.values["train.batch_size"] in (8, 16)
 
 
 def test_trials_with_errors_fail_and_too_many_stop_the_search(tmp_path: Path) -> None:
@@ -132,8 +160,8 @@ def test_trials_with_errors_fail_and_too_many_stop_the_search(tmp_path: Path) ->
     overrides = ["train.batch_size=8", "search.max_failures=1000"]
     result = run(tmp_path, *overrides, objective=search_toys.broken_for_large_batches, trials=12)
     failed = [row for row in rows(tmp_path) if row["state"] == "failed"]
-    assert result.finished == 12
-    assert result.failed == len(failed) >= 3
+    assert result.trials["finished"] == 12
+    assert result.trials["failed"] == len(failed) >= 3
     assert all(row["reason"] == "ZeroDivisionError: a real fault" for row in failed)
 
 
@@ -160,7 +188,7 @@ def test_a_second_command_on_a_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another search works on .*study\.journal.*--workers"):
         run(tmp_path, trials=6)
     assert first.wait(120) == 0, "the first one goes on undisturbed"
-    assert run(tmp_path, trials=6).failed == 0
+    assert run(tmp_path, trials=6).trials["failed"] == 0
 
 
 def test_missing_slices_leave_nothing_behind(tmp_path: Path) -> None:
@@ -173,12 +201,21 @@ def test_a_trial_stopped_by_the_user_is_run_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, objective=search_toys.stopped_by_user, trials=2)
     result = run(tmp_path, trials=2)
-    assert (result.finished + result.pruned, result.failed) == (2, 1)
-    first, again = rows(tmp_path)[:2]
-    assert first["reason"].startswith("stopped by the user")
-    assert again["values"] == first["values"]
-    assert again["attempts"] == [0, 1]
+    assert (result.trials["finished"] + result.trials["pruned"], result.trials["failed"]) == (2, 0)
+    first, second = rows(tmp_path)
+    assert (first["attempts"], second["attempts"]) == (2, 1)
+    assert first["curve"]["250"] == -1.0, "what the first attempt told stays"
+    assert len(first["curve"]) == 4
     assert result.start_value is not None
+
+
+def test_a_trial_whose_process_dies_again_and_again_fails(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, objective=search_toys.stopped_by_user, trials=1)
+    result = run(tmp_path, "search.max_retries=1", "search.prune=false", trials=1)
+    assert (result.trials["finished"], result.trials["failed"]) == (1, 1)
+    assert rows(tmp_path)[0]["reason"] == "its process died 2 times"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +261,7 @@ def test_only_apply_changes_the_parameter_file(tmp_path: Path) -> None:
     result = run(tmp_path, "train.learning_rate=0.01", params_file=file, trials=6, apply=True)
     assert result.applied
     written = yaml.safe_load(file.read_text())["train"]
-    assert written["learning_rate"] == result.best_values["train.learning_rate"] != 0.01
+    assert written["learning_rate"] == result.best.values["train.learning_rate"] != 0.01
     assert "# few" in file.read_text()
     assert "# too much" in file.read_text()
     with pytest.raises(InputError, match="--params"):
@@ -242,7 +279,7 @@ def test_other_seeds_tell_luck_from_merit(tmp_path: Path) -> None:
     by_number = {int(row["trial"]): row for row in rows(tmp_path) if row["confirms"] is None}
     lucky = max(by_number.values(), key=lambda row: row["value"])
     assert lucky["values"]["train.learning_rate"] == 0.01
-    assert result.best_values["train.learning_rate"] == 0.001
+    assert result.best.values["train.learning_rate"] == 0.001
     assert all(len(values) == 3 for values in result.confirmed.values())
     # started again nothing is left to do
     again = run(tmp_path, *overrides, objective=search_toys.unusable_input, trials=6)
@@ -268,46 +305,34 @@ def test_several_workers_share_one_study(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^there are no slices$"):
         run(tmp_path, objective=search_toys.unusable_input, workers=2)
     result = run(tmp_path, trials=7, workers=2)
-    assert result.finished + result.pruned == 7
+    assert result.trials["finished"] + result.trials["pruned"] == 7
     assert len([row for row in rows(tmp_path) if row["state"] != "failed"]) == 7
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_trial_run_again(tmp_path: Path) -> None:
     result = run(tmp_path, "search.prune=false", objective=search_toys.dies_once, trials=5, workers=2)
-    assert (result.finished, result.failed) == (5, 1)
-    by_number = {int(row["trial"]): row for row in rows(tmp_path)}
-    (again,) = [row for row in by_number.values() if len(row["attempts"]) > 1]
-    assert by_number[again["attempts"][0]]["values"] == again["values"]
+    assert (result.trials["finished"], result.trials["failed"]) == (5, 0)
+    assert [row["attempts"] for row in rows(tmp_path)] == [1, 1, 2, 1, 1]
 
 
 def test_a_half_written_journal_is_mended(tmp_path: Path) -> None:
     run(tmp_path, trials=2)
     with (tmp_path / "search" / "study.journal").open("a") as file:
         file.write('{"op_code":4,"worker')
-    assert run(tmp_path, trials=3).finished + 0 <= 3
+    assert run(tmp_path, trials=3).trials["finished"] + 0 <= 3
     assert len(rows(tmp_path)) == 3
 
 
-KILLED = """
-import sys, pathlib, search_toys
-from test_search import run
-run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))
-"""
-
-
 def start_elsewhere(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "TOY_EPOCH_S": "0.05"}
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), str(workers)],
-        env=environment,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    code = "import sys, pathlib; from test_search import run; "
+    code += "run(pathlib.Path(sys.argv[1]), trials=6, workers=int(sys.argv[2]))"
+    return search_toys.start_elsewhere(code, folder, workers)
 
 
 def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:
     journal = tmp_path / "search" / "study.journal"
     draw = random.Random(1)
+    seen: list[FrozenTrial] = []
     for _ in range(3):
         size = journal.stat().st_size if journal.exists() else 0
         process = start_elsewhere(tmp_path, workers=1)
@@ -317,20 +342,18 @@ def test_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:
         time.sleep(draw.uniform(0, 0.8))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        seen += optuna.load_study(study_name="search", storage=storage).get_trials()
     result = run(tmp_path, trials=6)
-    assert result.finished + result.pruned == 6
-    trials = {int(row["trial"]): row for row in rows(tmp_path)}
-    repeated = {row["attempts"][-2]: row for row in trials.values() if len(row["attempts"]) > 1}
-    killed = [row for row in trials.values() if row["state"] == "failed"]
-    assert {int(row["trial"]) for row in killed} == set(repeated)
-    assert len(repeated) == len(killed) == len(trials) - 6, "each is run again once"
-    for row in killed:
-        again = repeated[int(row["trial"])]
-        assert row["reason"] == "its process died"
-        # a kill in the middle of the draw leaves what was drawn until then
-        drawn = {name: value for name, value in row["values"].items() if value is not None}
-        assert drawn.items() <= again["values"].items()
-        assert row["curve"].items() <= again["curve"].items(), "the curve goes on from where it was"
+    assert (result.trials["finished"] + result.trials["pruned"], result.trials["failed"]) == (6, 0)
+    trials = rows(tmp_path)
+    assert len(trials) == 6
+    assert any(row["attempts"] > 1 for row in trials), "a kill must have hit a trial, or this shows nothing"
+    for before in seen:
+        row = trials[before.number]
+        assert before.params.items() <= row["values"].items()
+        curve = {str(step): value for step, value in before.intermediate_values.items()}
+        assert curve.items() <= row["curve"].items(), "the curve goes on from where it was"
 
 
 def test_workers_die_with_the_process_that_started_them(tmp_path: Path) -> None:

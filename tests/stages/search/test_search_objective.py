@@ -104,8 +104,8 @@ def test_a_real_search_from_embryos_to_a_model(tmp_path: Path) -> None:
     simulate(params, tmp_path / "data")
     prepare(params, tmp_path / "data", tmp_path / "slices")
     result = search(params, tmp_path / "slices", tmp_path / "search", trials=2)
-    assert result.finished == 2
-    assert 0 <= result.best_value <= 1
+    assert result.trials["finished"] == 2
+    assert 0 <= result.best.value <= 1
     assert result.model is not None
     assert load_model(result.model).info.diameter_px == 12
     for row in json.loads((tmp_path / "search" / "study.json").read_text())["trials"]:

@@ -8,26 +8,24 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import search_toys
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import load_params
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
-from nuclei3d.stages.search.storage import open_storage
+from nuclei3d.stages.search.objective import TrialJob
+from nuclei3d.stages.search.storage import WORKER, open_storage
 from nuclei3d.stages.search.study import SearchResult, search
-from nuclei3d.stages.search.worker import WORKER, requeue
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -98,7 +96,7 @@ OVERRIDES = [
 ]
 
 
-def run(folder: Path, storage: str, *overrides: str, **options: int) -> SearchResult:
+def run(folder: Path, storage: str, *overrides: str, **options: Any) -> SearchResult:
     """Search in a folder of its own, as if on another machine, in a study of all."""
     (folder / "slices").mkdir(parents=True, exist_ok=True)
     return search(
@@ -106,37 +104,33 @@ def run(folder: Path, storage: str, *overrides: str, **options: int) -> SearchRe
         folder / "slices",
         folder / "search",
         storage=storage,
-        objective=search_toys.bowl,
-        **({"trials": 6} | options),  # type: ignore[arg-type]
+        **({"trials": 6, "objective": search_toys.bowl} | options),
     )
 
 
-ELSEWHERE = """
-import sys, pathlib
-from test_search_postgresql import run
-run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))
-"""
-
-
 def start_elsewhere(folder: Path, storage: str, trials: int, epoch_s: float) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        "TOY_EPOCH_S": str(epoch_s),
-    }
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), storage, str(trials)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    code = "import sys, pathlib; from test_search_postgresql import run; "
+    code += "run(pathlib.Path(sys.argv[1]), sys.argv[2], trials=int(sys.argv[3]))"
+    return search_toys.start_elsewhere(code, folder, storage, trials, epoch_s=epoch_s)
+
+
+def open_database(storage: str) -> str:
+    return storage.replace("postgresql://", "postgresql+psycopg://")
+
+
+def trials(storage: str) -> list[FrozenTrial]:
+    return optuna.load_study(study_name="shared", storage=open_database(storage)).get_trials()
 
 
 def states(storage: str) -> list[TrialState]:
-    address = storage.replace("postgresql://", "postgresql+psycopg://")
-    return [trial.state for trial in optuna.load_study(study_name="shared", storage=address).get_trials()]
+    return [trial.state for trial in trials(storage)]
 
 
 def test_the_same_command_on_other_machines_adds_workers(tmp_path: Path, database: str) -> None:
     others = [start_elsewhere(tmp_path / name, database, 9, 0.02) for name in ("b", "c")]
     result = run(tmp_path / "a", database, trials=9)
     assert [other.wait(120) for other in others] == [0, 0]
-    assert result.finished + result.pruned == 9
+    assert result.trials["finished"] + result.trials["pruned"] == 9
     assert len(states(database)) == 9, "no worker took a trial too many"
 
 
@@ -152,18 +146,18 @@ def test_a_trial_of_a_machine_that_died_is_run_again_after_the_grace(tmp_path: P
             time.sleep(0.1)
     os.killpg(other.pid, signal.SIGKILL)
     other.wait()
+    before = [trial for trial in trials(database) if trial.state == TrialState.RUNNING]
     # from here the other machine cannot be seen: only its heartbeat tells
     result = run(tmp_path / "a", database, trials=4)
-    assert result.finished + result.pruned == 4
-    assert result.failed == 1
-    study = optuna.load_study(
-        study_name="shared", storage=database.replace("postgresql://", "postgresql+psycopg://")
-    )
-    died = next(trial for trial in study.get_trials() if trial.state == TrialState.FAIL)
-    again = next(trial for trial in study.get_trials() if "retry_history" in trial.system_attrs)
-    assert died.params.items() <= again.params.items()
-    # the kill may have come before the trial had the name of its worker
-    assert again.user_attrs[WORKER] != died.user_attrs.get(WORKER)
+    assert result.trials["finished"] + result.trials["pruned"] == 4
+    assert result.trials["failed"] == 0
+    after = trials(database)
+    assert len(after) == 4
+    for died in before:
+        again = after[died.number]
+        assert died.params.items() <= again.params.items()
+        # the kill may have come before the trial had the name of its worker
+        assert again.user_attrs[WORKER] != died.user_attrs.get(WORKER)
 
 
 def test_a_trial_whose_worker_died_while_taking_it_does_not_wait(tmp_path: Path, database: str) -> None:
@@ -174,13 +168,27 @@ def test_a_trial_whose_worker_died_while_taking_it_does_not_wait(tmp_path: Path,
         named = study.ask()
         named.set_user_attr(WORKER, "elsewhere")
         with store.claim():
-            requeue(study, max_retries=5)
-    assert states(database) == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
+            store.requeue(study)
+    assert states(database) == [TrialState.WAITING, TrialState.RUNNING]
 
 
-def test_mlflow_keeps_its_runs_in_postgresql(
-    tmp_path: Path, server: str, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_was_thought_dead_leaves_its_trial_alone(tmp_path: Path, database: str) -> None:
+    def taken_over(job: TrialJob, report: search_toys.Report) -> float:
+        study = optuna.load_study(study_name="shared", storage=open_database(database))
+        (trial,) = [trial for trial in study.get_trials() if trial.state == TrialState.RUNNING]
+        if trial.number == 0 and trial.user_attrs["attempts"] == 1:
+            study._storage.set_trial_user_attr(trial._trial_id, WORKER, None)
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            report(search_toys.ToyEpoch(1, 1.0))
+            raise AssertionError("it went on")
+        return 1.0
+
+    result = run(tmp_path, database, trials=2, objective=taken_over)
+    assert (result.trials["finished"], result.trials["failed"]) == (2, 0)
+    assert [trial.user_attrs["attempts"] for trial in trials(database)] == [2, 1]
+
+
+def test_mlflow_keeps_its_runs_in_postgresql(tmp_path, server, database, monkeypatch):
     import mlflow
 
     project = tmp_path / "project"

@@ -11,7 +11,8 @@ import search_toys
 from mlflow.entities import Run
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.experiment.trials import TrialRecord, search_runs
+from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.trials import TrialRecord, TrialRuns
 from nuclei3d.stages.search.study import SearchResult, search
 
 
@@ -65,7 +66,7 @@ def test_every_trial_has_a_run_with_state_reason_and_curves(tmp_path: Path, stor
     assert result.run_id is not None
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.tags["nuclei3d.best_trial"] == str(result.best_trial)
+    assert parent.data.tags["nuclei3d.best_trial"] == str(result.best.trial)
     kept = {item.path for item in client.list_artifacts(result.run_id, "search")}
     names = ("study.json", "study.csv", "search.html", "study.journal")
     assert kept == {f"search/{name}" for name in names}
@@ -74,15 +75,23 @@ def test_every_trial_has_a_run_with_state_reason_and_curves(tmp_path: Path, stor
 def test_a_restart_goes_on_below_the_same_parent(tmp_path: Path, store: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, store, objective=search_toys.stopped_by_user, trials=2)
-    result = run(tmp_path, store, trials=2)
-    runs = children(store, result.run_id)
-    assert sorted(runs) == ["0000", "0001", "0002"]
-    assert runs["0000"].info.status == "FAILED"
-    assert runs["0000"].data.tags["nuclei3d.reason"].startswith("stopped by the user")
-    assert runs["0001"].data.tags["nuclei3d.goes_on_from"] == "0000"
     client = mlflow.MlflowClient(store)
-    curve = client.get_metric_history(runs["0001"].info.run_id, "validation_loss")
-    assert curve[0].value == 1.0, "the first epoch is that of the run that was stopped"
+    (experiment,) = client.search_experiments(filter_string=f"name = '{tmp_path.name}'")
+    status = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert status == {"search": "KILLED", "trial 0000": "KILLED"}
+    result = run(tmp_path, store, "search.max_failures=7", trials=2)
+    runs = children(store, result.run_id)
+    assert sorted(runs) == ["0000", "0001"]
+    assert runs["0000"].info.status == "FINISHED"
+    assert runs["0000"].data.tags["nuclei3d.trial_state"] == "finished"
+    curve = client.get_metric_history(runs["0000"].info.run_id, "validation_loss")
+    assert curve[0].value == 1.0, "the first epoch is that of the start that was stopped"
+    assert result.run_id == next(
+        run.info.run_id
+        for run in client.search_runs([experiment.experiment_id])
+        if run.info.run_name == "search"
+    ), "a second parent"
+    assert run(tmp_path, store, trials=3).run_id == result.run_id, "also after an end"
     parent = client.get_run(str(result.run_id))
     assert parent.info.status == "FINISHED"
     assert "nuclei3d.failure" not in parent.data.tags
@@ -91,7 +100,8 @@ def test_a_restart_goes_on_below_the_same_parent(tmp_path: Path, store: str) -> 
 def test_runs_left_open_are_closed_and_missing_ones_made(tmp_path: Path, store: str) -> None:
     chosen = parameters(store, tmp_path.name)
     values = {"train.epochs": 3}
-    with search_runs(chosen, {}, None) as runs:
+    with stage_run("search", chosen, inputs={}) as opened:
+        runs = TrialRuns(opened)
         runs.begin(TrialRecord("0000", "running", "", values))
         runs.begin(TrialRecord("0001", "running", "", values))
         runs.reconcile(
@@ -100,9 +110,10 @@ def test_runs_left_open_are_closed_and_missing_ones_made(tmp_path: Path, store: 
                 TrialRecord("0001", "failed", "its process died", values),
                 TrialRecord("0002", "pruned", "too slow", values, None, {125: -1.0, 250: -0.5}),
                 TrialRecord("0003", "running", "", values),
+                TrialRecord("0004", "waiting", "", values),
             ]
         )
-        parent = runs.parent_id
+        parent = opened.run_id
     found = children(store, parent)
     assert {key: child.info.status for key, child in found.items()} == {
         "0000": "FINISHED",

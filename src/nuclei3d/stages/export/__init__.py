@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
@@ -13,7 +14,6 @@ from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_folder
 
 if TYPE_CHECKING:
-    from nuclei3d.networks.folder import Model
     from nuclei3d.stages.pairing import Entry
 
 Format = Literal["cellpose", "bioimageio", "seg", "rois", "cellpose-training"]
@@ -59,16 +59,23 @@ def export(
         with images ``seg`` too, slices ``cellpose-training``).
     """
     wanted = _choose_formats(formats, model, masks, images, slices)
-    from nuclei3d.stages.export import bioimageio, cellpose
+    from nuclei3d.stages.export import cellpose
 
-    loaded = _load(model, params) if model is not None and set(wanted) & set(OF_MODELS) else None
+    loaded = None
+    if model is not None and set(wanted) & set(OF_MODELS):
+        from nuclei3d.experiment.registry import fetch_model, is_registered
+        from nuclei3d.networks.folder import load_model
+
+        loaded = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
     if loaded is not None and "cellpose" in wanted and loaded.info.kind != "views2d":
         raise InputError(
             f"the model '{loaded.info.name}' is a 3D network, which Cellpose cannot load; export it with "
             "--format bioimageio"
         )
     if "bioimageio" in wanted:
-        bioimageio.check_installed()
+        if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
+            raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
+        from nuclei3d.stages.export import bioimageio
     entries = _find_masks(masks) if masks is not None and {"seg", "rois"} & set(wanted) else []
     pairs = _find_images(entries, images, params) if images is not None and "seg" in wanted else []
     files: dict[Format, tuple[Path, ...]] = {}
@@ -104,35 +111,25 @@ def _choose_formats(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"unknown format '{unknown[0]}'; known: {', '.join(FORMATS)}")
+    of_model, of_masks = (
+        "is one of models; give --model",
+        "is one of masks; give --masks (nuclei3d predict writes them)",
+    )
+    needs: dict[Format, tuple[object, str]] = {
+        "cellpose": (model, of_model),
+        "bioimageio": (model, of_model),
+        "seg": (masks and images, "holds images with their masks; give --images" if masks else of_masks),
+        "rois": (masks, of_masks),
+        "cellpose-training": (slices, "holds training planes; give --slices (from nuclei3d prepare)"),
+    }
     if not formats:
-        chosen: dict[Format, object] = {
-            "cellpose": model,
-            "seg": masks and images,
-            "rois": masks,
-            "cellpose-training": slices,
-        }
-        return [name for name, given in chosen.items() if given]
+        return [name for name, (given, _) in needs.items() if given and name != "bioimageio"]
     wanted = [name for name in FORMATS if name in formats]
     for name in wanted:
-        if name in OF_MODELS and model is None:
-            lacking = "is one of models; give --model"
-        elif name in ("seg", "rois") and masks is None:
-            lacking = "is one of masks; give --masks (nuclei3d predict writes them)"
-        elif name == "seg" and images is None:
-            lacking = "holds images with their masks; give --images"
-        elif name == "cellpose-training" and slices is None:
-            lacking = "holds training planes; give --slices (from nuclei3d prepare)"
-        else:
-            continue
-        raise InputError(f"the format {name} {lacking}")
+        given, lacking = needs[name]
+        if given is None:
+            raise InputError(f"the format {name} {lacking}")
     return wanted
-
-
-def _load(model: str, params: Params) -> Model:
-    from nuclei3d.experiment.registry import fetch_model, is_registered
-    from nuclei3d.networks.folder import load_model
-
-    return load_model(fetch_model(model, params) if is_registered(model) else Path(model))
 
 
 def _find_masks(masks: Path) -> list[Entry]:
@@ -154,20 +151,19 @@ def _find_images(entries: Sequence[Entry], images: Path, params: Params) -> list
     from nuclei3d.stages.pairing import find_image_entries, pair_entries
 
     pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
-    paired = {id(first) for first, _ in pairs}
-    alone = [entry for entry in entries if id(entry) not in paired]
+    alone = [entry for entry in entries if entry not in pairs]
     if alone:
         raise InputError(
             f"{alone[0].frame.path} has no image of its name in {images} ({len(alone)} such masks)"
         )
-    for first, image in pairs:
+    for first, image in pairs.items():
         if first.frame.shape != image.frame.shape:
             one, other = (" x ".join(map(str, entry.frame.shape)) for entry in (first, image))
             raise InputError(
                 f"{first.frame.path} is {one}, its image {image.frame.path} is {other}; "
                 "masks and images must lie on one grid"
             )
-    return pairs
+    return [*pairs.items()]
 
 
 def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Path) -> list[Path]:

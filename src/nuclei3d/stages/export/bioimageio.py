@@ -7,17 +7,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bioimageio.spec import save_bioimageio_package
+from bioimageio.spec.common import FileDescr
+from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
+from bioimageio.spec.model import v0_5
 from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d import __version__
-from nuclei3d.errors import InputError
 from nuclei3d.networks import unet3d
 from nuclei3d.networks.cpnet import CHANNELS
 from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, Model, ModelInfo
@@ -84,8 +86,7 @@ _EXAMPLE_PX = 64
 _EXAMPLE_DIAMETERS = 3.0
 
 
-@dataclass(frozen=True)
-class SpaceAxis:
+class SpaceAxis(NamedTuple):
     """An axis in space: sizes are ``least`` and any number of ``step`` more; None for an unknown voxel."""
 
     name: str
@@ -98,15 +99,9 @@ class SpaceAxis:
 class Contents:
     """A network as a package describes it: one input, one output, axes in the order of the arrays.
 
-    Attributes
-    ----------
-    documentation
-        Markdown, without the model's card.
-    example
-        Input (1, channel, *axes), float32, on which the package is tested.
-    source, make, arguments, packages
-        Python file with the architecture, its function or class, plain values that it is called with, and
-        what that file needs beside torch, as pip names it.
+    `documentation` is Markdown, without the model's card; `example` an input (1, channel, *axes) on which the
+    package is tested. `source` is a Python file with the architecture, `make` its function or class,
+    `arguments` plain values that it is called with, `packages` what it needs beside torch, as pip names it.
     """
 
     description: str
@@ -115,8 +110,6 @@ class Contents:
     input_name: str
     input_description: str
     input_channels: Sequence[str]
-    output_description: str
-    output_channels: Sequence[str]
     axes: Sequence[SpaceAxis]
     example: NDArray[np.float32]
     source: Path
@@ -145,20 +138,12 @@ def plane_contents(info: ModelInfo) -> Contents:
         input_name="plane",
         input_description="a plane, normalised as the documentation says, and an empty channel",
         input_channels=["nuclei", "empty"],
-        output_description="5 x flow in y, 5 x flow in x, logit",
-        output_channels=["flow_y", "flow_x", "logit"],
         # three poolings by two
         axes=[SpaceAxis("y", 16, 8, pixel_um), SpaceAxis("x", 16, 8, pixel_um)],
         example=np.stack([image, 0 * image])[None].astype(np.float32),
         source=Path(plane_network.__file__),
         make=plane_network.PlaneNetwork.__name__,
-        arguments={
-            "nbase": list(CHANNELS),
-            "nout": 3,
-            "sz": 3,
-            "max_pool": True,
-            "diam_mean": info.diameter_px,
-        },
+        arguments=dict(nbase=list(CHANNELS), nout=3, sz=3, max_pool=True, diam_mean=info.diameter_px),
         packages=[f"cellpose=={metadata.version('cellpose')}"],
     )
 
@@ -187,8 +172,6 @@ def volume_contents(info: ModelInfo, spec: VolumeSpec) -> Contents:
         input_name="volume",
         input_description="a volume, resampled and normalised as the documentation says",
         input_channels=["nuclei"],
-        output_description="5 x flow in z, 5 x flow in y, 5 x flow in x, logit",
-        output_channels=["flow_z", "flow_y", "flow_x", "logit"],
         axes=[
             SpaceAxis(name, step, step, edge)
             for name, step, edge in zip("zyx", multiple, (deep_um, edge_um, edge_um), strict=True)
@@ -223,28 +206,15 @@ def _example_volume(info: ModelInfo, spec: VolumeSpec) -> NDArray[np.float32]:
     return image[None, None].astype(np.float32)
 
 
-def check_installed() -> None:
-    """Refuse in one line where the package bioimageio.core is missing."""
-    if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
-        raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
-
-
-def write_package(model: Model, folder: Path) -> Path:
+def write_package(model: Model, out: Path) -> Path:
     """Write ``<name>.zip``: weights as state dict and TorchScript, architecture, test tensors, the card."""
-    check_installed()
-    from bioimageio.spec import save_bioimageio_package
-
-    path = folder / f"{model.info.name}.zip"
+    path = out / f"{model.info.name}.zip"
     with tempfile.TemporaryDirectory(prefix="nuclei3d-") as scratch:
         save_bioimageio_package(_describe(model, Path(scratch)), output_path=path)
     return path
 
 
-def _describe(model: Model, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.generic.v0_3 import Author, CiteEntry, Doi, LicenseId
-    from bioimageio.spec.model import v0_5
-
+def _describe(model: Model, folder: Path) -> v0_5.ModelDescr:
     info = model.info
     contents = plane_contents(info) if info.full3d is None else volume_contents(info, info.full3d)
     _write_tensors(model.network, contents, folder)
@@ -300,8 +270,6 @@ def _write_tensors(network: nn.Module, contents: Contents, folder: Path) -> None
 
 def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
     """Describe the input and the output, which lie on one grid."""
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
 
     def parts(name: str, description: str, channels: Sequence[str], space: list[Any]) -> dict[str, Any]:
         names = [v0_5.Identifier(channel) for channel in channels]
@@ -323,15 +291,16 @@ def _tensors(contents: Contents, folder: Path) -> tuple[Any, Any]:
         outside.append(v0_5.SpaceOutputAxis(id=name, size=same, **scale))
     described = contents.input_description, contents.input_channels
     given = v0_5.InputTensorDescr(id=seen, **parts("input", *described, inside))
-    described = contents.output_description, contents.output_channels
+    names = [axis.name for axis in contents.axes]
+    described = (
+        ", ".join([*(f"5 x flow in {name}" for name in names), "logit"]),
+        [*(f"flow_{name}" for name in names), "logit"],
+    )
     made = v0_5.OutputTensorDescr(id=v0_5.TensorId("flows"), **parts("output", *described, outside))
     return given, made
 
 
 def _weights(contents: Contents, folder: Path) -> Any:
-    from bioimageio.spec.common import FileDescr
-    from bioimageio.spec.model import v0_5
-
     version = v0_5.Version(torch.__version__.partition("+")[0])
     packages = "".join(f"      - {name}\n" for name in (f"torch=={version}", *contents.packages))
     environment = folder / "environment.yaml"

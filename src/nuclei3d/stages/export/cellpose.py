@@ -18,8 +18,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels, trace_outlines
 from nuclei3d.images.embryos import PARTS
 from nuclei3d.images.frames import check_image
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.images.writing import write_image
 from nuclei3d.networks.folder import Model
 from nuclei3d.stages.training_data import load_samples, plane_flows, read_slices
 from nuclei3d.training.samples import SampleSet

@@ -15,7 +15,7 @@ from nuclei3d.errors import InputError, missing
 if TYPE_CHECKING:
     from nuclei3d.images.embryos import EmbryoFrame
     from nuclei3d.scoring.assessment import Assessment
-    from nuclei3d.training.state import EpochReport
+    from nuclei3d.training.loop import EpochReport
 
 _FAINTEST = 0
 
@@ -138,9 +138,9 @@ def value_of(assessments: Sequence[Assessment], search: SearchParams, edges: Seq
             "the validation volumes hold no nucleus as faint as the faintest fifth in training; search for "
             "search.objective: ap, or validate on other embryos"
         )
-    reached = recall_at_precision(assessments, search.precision, edges=edges)
-    if reached is not None:
-        return reached[0]
+    (recall,), _ = recall_at_precision(assessments, search.precision, edges=edges)
+    if not math.isnan(recall):
+        return float(recall)
     # below every model that reaches the precision, and the lower the further from it
     precision = float(pooled.precision)
     return -search.precision if math.isnan(precision) else precision - search.precision

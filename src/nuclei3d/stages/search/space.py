@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, get_args
 
 from optuna import Trial
 from optuna.distributions import (
@@ -18,7 +16,7 @@ from optuna.distributions import (
 )
 
 from nuclei3d.config import Params, params_as_dict
-from nuclei3d.config.loading import validate_params
+from nuclei3d.config.loading import flat, validate_params
 from nuclei3d.config.sections import Range
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
@@ -59,13 +57,10 @@ def search_space(params: Params) -> SearchSpace:
     ranges = params.search.ranges()
     if not ranges:
         raise InputError("nothing is searched: give at least one range in the section search of params.yaml")
-    distributions = {}
-    start = {}
-    for name, found in ranges.items():
-        start[name] = _start_value(params, name)
-        widened = _widened(name, found, start[name])
-        distributions[name] = _distribution(params, name, widened)
-    return SearchSpace(distributions, start)
+    start = {name: _start_value(params, name) for name in ranges}
+    return SearchSpace(
+        {name: _distribution(params, name, found, start[name]) for name, found in ranges.items()}, start
+    )
 
 
 def params_with(params: Params, values: Mapping[str, Value]) -> Params:
@@ -87,19 +82,13 @@ def fingerprint(params: Params, space: SearchSpace, slices_md5: str) -> str:
     without = {f"{section}.{key}" for section in SEARCHED_SECTIONS for key in _WITHOUT_EFFECT}
     described = {
         name: value
-        for name, value in _flat(sections).items()
+        for name, value in flat(sections).items()
         if name not in without and name not in space.distributions
     }
-    described |= {
-        "slices": slices_md5,
-        "seed": params.seed,
-        "search.objective": search.objective,
-        "search.precision": search.precision if search.objective == "faint_recall" else None,
-        "search.volumes": search.volumes,
-        "search.prune_on": search.prune_on,
-    }
+    described |= {f"search.{name}": getattr(search, name) for name in ("objective", "volumes", "prune_on")}
+    described |= {"search.precision": search.precision if search.objective == "faint_recall" else None}
     described |= {f"ranges.{name}": str(found) for name, found in space.distributions.items()}
-    return json.dumps(described, sort_keys=True)
+    return json.dumps(described | {"slices": slices_md5, "seed": params.seed}, sort_keys=True)
 
 
 def differences(known: str, wanted: str) -> str:
@@ -109,20 +98,13 @@ def differences(known: str, wanted: str) -> str:
     return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names[:3])
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _start_value(params: Params, name: str) -> Value:
     if name.split(".")[0] not in SEARCHED_SECTIONS:
         raise InputError(
             f"search.more: '{name}' cannot be searched; only parameters of the sections "
             f"{' and '.join(SEARCHED_SECTIONS)} can, because the slices are not made again"
         )
-    known = _flat(params.model_dump(mode="json", include=set(SEARCHED_SECTIONS)))
+    known = flat(params.model_dump(mode="json", include=set(SEARCHED_SECTIONS)))
     if name in known and not isinstance(known[name], list):
         value: Value = known[name]
         return value
@@ -133,57 +115,44 @@ def _start_value(params: Params, name: str) -> Value:
     raise InputError(f"search.more: there is no parameter '{name}'; {hint}")
 
 
-def _widened(name: str, found: Range, value: Value) -> Range:
+def _distribution(params: Params, name: str, found: Range, start: Value) -> BaseDistribution:
+    """Make Optuna's distribution, widened to the start, if the parameter can take its ends or all choices."""
     if found.choices is not None:
-        if value in found.choices:
-            return found
-        say(f"search: {name} is {value} in the parameters; it joins the choices {list(found.choices)}")
-        return Range(choices=(value, *found.choices))
+        choices = found.choices
+        if start not in choices:
+            say(f"search: {name} is {start} in the parameters; it joins the choices {list(choices)}")
+            choices = (start, *choices)
+        _check_values(params, name, choices)
+        return CategoricalDistribution(choices)
     assert found.low is not None
     assert found.high is not None
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(start, int | float) or isinstance(start, bool):
         raise InputError(
-            f"{name} is {value} in the parameters and is searched from {found.low:g} to {found.high:g}; "
+            f"{name} is {start} in the parameters and is searched from {found.low:g} to {found.high:g}; "
             "the first trial takes the value of the parameters, so give it a number"
         )
-    if found.low <= value <= found.high:
-        return found
-    if found.log and value <= 0:
+    if found.log and start <= 0:
         raise InputError(
-            f"{name} is {value} in the parameters, which is outside any logarithmic range; give it a value "
+            f"{name} is {start} in the parameters, which is outside any logarithmic range; give it a value "
             f"above 0, or search it with log: false"
         )
-    wider = Range(low=min(found.low, value), high=max(found.high, value), log=found.log)
-    say(f"search: {name} is {value:g} in the parameters; its range becomes {wider.low:g} to {wider.high:g}")
-    return wider
-
-
-def _distribution(params: Params, name: str, found: Range) -> BaseDistribution:
-    """Make Optuna's distribution, if the parameter can take the ends of the range or all choices."""
-    *sections, key = name.split(".")
-    section: Any = params
-    for part in sections:
-        section = getattr(section, part)
-    kind = _kind(type(section).model_fields[key].annotation)
-    for value in found.choices if found.choices is not None else (found.low, found.high):
-        if kind is int and isinstance(value, float) and not value.is_integer():
+    # validated parameters are of the type that their section declares
+    whole = isinstance(start, int)
+    for value in (found.low, found.high):
+        if whole and not value.is_integer():
             raise InputError(f"the range of {name} holds {value:g}, but {name} is a whole number")
+    _check_values(params, name, (found.low, found.high))
+    low, high = min(found.low, start), max(found.high, start)
+    if (low, high) != (found.low, found.high):
+        say(f"search: {name} is {start:g} in the parameters; its range becomes {low:g} to {high:g}")
+    if whole:
+        return IntDistribution(int(low), int(high), log=found.log)
+    return FloatDistribution(low, high, log=found.log)
+
+
+def _check_values(params: Params, name: str, values: Iterable[Value]) -> None:
+    for value in values:
         try:
-            params_with(params, {name: int(value) if kind is int and isinstance(value, float) else value})
+            params_with(params, {name: value})
         except InputError as error:
             raise InputError(f"the range of {name} in the section search holds {value}: {error}") from None
-    if found.choices is not None:
-        return CategoricalDistribution(found.choices)
-    assert found.low is not None
-    assert found.high is not None
-    if kind is int:
-        return IntDistribution(int(found.low), int(found.high), log=found.log)
-    return FloatDistribution(found.low, found.high, log=found.log)
-
-
-def _kind(annotation: Any) -> type:
-    """Give the type of number in an annotation such as ``Annotated[int, ...] | None``; else str."""
-    if isinstance(annotation, type) and issubclass(annotation, bool | int | float):
-        return annotation
-    parts = [part for part in get_args(annotation) if part is not NoneType and not isinstance(part, str)]
-    return next((kind for kind in map(_kind, parts) if kind is not str), str)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna import Study
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.errors import InputError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 POSTGRESQL = "postgresql"
 JOURNAL_NAME = "study.journal"
+#: The trial's attribute that names the worker at work on it.
+WORKER = "worker"
 _JOURNAL_BEGINS = b'{"op_code":'
 
 
@@ -58,12 +62,43 @@ class StudyStorage:
                 "more --workers; several commands can share a search only in PostgreSQL (--storage)"
             ) from None
 
+    def beat(self, trial_id: int) -> None:
+        """Show in a database that a trial is alive: its last sign of life may be that of a dead worker."""
+        if isinstance(self.backend, RDBStorage):
+            self.backend.record_heartbeat(trial_id)
+
+    def requeue(self, study: Study, dead: str | None = None) -> None:
+        """Put the trials whose worker died back into the queue; to be called within a claim.
+
+        A trial that runs without a worker's name on it was left by one that died while it took the trial:
+        taking and naming happen within one claim. Names of workers known to be dead begin with `dead`; of
+        others only the heartbeat tells.
+        """
+        fail_stale_trials(study)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            worker = trial.user_attrs.get(WORKER)
+            if worker is None or (dead is not None and worker.startswith(dead)):
+                _put_back(self.backend, trial._trial_id)
+
+
+def _put_back(storage: BaseStorage, trial_id: int) -> None:
+    """Let a trial wait for a worker again, with its number, values and curve; unless it has just ended."""
+    with suppress(UpdateFinishedTrialError):
+        storage.set_trial_user_attr(trial_id, WORKER, None)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
 
 class _Database(RDBStorage):
     def record_heartbeat(self, trial_id: int) -> None:
         # a server that is away for a moment costs a beat, not the trial
         with suppress(StorageInternalError):
             super().record_heartbeat(trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        # Optuna would end them as failed and queue copies, in two steps between which a process may die
+        for trial_id in super()._get_stale_trial_ids(study_id):
+            _put_back(self, trial_id)
+        return []
 
 
 @contextmanager

@@ -5,8 +5,6 @@ What a trial is known by beyond Optuna's own fields stands in its user attribute
 
 from __future__ import annotations
 
-import copy
-import gc
 import math
 import multiprocessing
 import os
@@ -20,16 +18,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna import Study, Trial, TrialPruned
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
-from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from nuclei3d.config import Params
@@ -40,31 +38,26 @@ from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
 from nuclei3d.stages.search.objective import Objective, TrialJob
 from nuclei3d.stages.search.space import SearchSpace, params_with
-from nuclei3d.stages.search.storage import StudyStorage
+from nuclei3d.stages.search.storage import WORKER, StudyStorage
 
 if TYPE_CHECKING:
-    from nuclei3d.training.state import EpochReport
+    from nuclei3d.training.loop import EpochReport
 
 START = "start"
 CONFIRMS = "confirms"
 SEED = "seed"
-WORKER = "worker"
 REASON = "reason"
-ERROR = "error"
-# What belongs to one attempt at a trial and is forgotten when the trial is run again.
-_OF_ATTEMPT = (WORKER, REASON, ERROR)
+ATTEMPTS = "attempts"
 
 # Trials are compared by the share of their own epochs that is done, in thousandths (see docs/search.md).
 STEPS = 1000
 
-_STOPPED = "stopped"
 _POLL_S = 1.0
 _MAX_DEATHS = 20
-_FAREWELL_S = 10.0
-_COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 _COMPARED = {"loss": "validation loss", "ap": "average precision in 3D"}
 _STATES: Mapping[TrialState, RecordedState] = {
-    TrialState.WAITING: "running",
+    TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "pruned",
@@ -95,9 +88,8 @@ class SearchTask:
     objective: Objective
 
     def folder_of(self, trial: FrozenTrial) -> Path:
-        """Give the folder of a trial, which all its attempts share."""
-        kind = "trials" if trial.user_attrs.get(CONFIRMS) is None else "confirm"
-        return self.out / kind / f"{attempts(trial)[0]:04d}"
+        """Give the folder of a trial."""
+        return self.out / "trials" / f"{trial.number:04d}"
 
     def new_sampler(self, trials_so_far: int) -> TPESampler:
         """Make the sampler: random trials, then tree-structured Parzen estimators (Bergstra et al. 2011).
@@ -109,242 +101,211 @@ class SearchTask:
         return TPESampler(n_startup_trials=random_trials, seed=seed)
 
 
-class LivingTrialsPruner(SuccessiveHalvingPruner):
-    """Asynchronous successive halving (Li et al. 2020) among the trials that live or ended well.
-
-    A trial that is run again inherits the values of the attempt that died. Counted twice, they would fill the
-    better half of every comparison with one and the same training, and the trial would race against itself.
-    """
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Tell whether the trial is to be given up at its last step."""
-
-        def living(*args: Any, **options: Any) -> list[FrozenTrial]:
-            return [other for other in study.get_trials(*args, **options) if other.state != TrialState.FAIL]
-
-        without_failed = copy.copy(study)
-        without_failed.get_trials = living  # type: ignore[method-assign]
-        return super().prune(without_failed, trial)
-
-
 def new_pruner(search: SearchParams) -> BasePruner:
-    """Make the pruner, which compares trials by the share of their epochs that is done."""
+    """Make the pruner: asynchronous successive halving (Li et al. 2020) by the share of epochs done."""
     if not search.prune:
         return NopPruner()
     first = max(1, round(STEPS * search.first_rung))
-    return LivingTrialsPruner(min_resource=first, reduction_factor=search.reduction)
+    return SuccessiveHalvingPruner(min_resource=first, reduction_factor=search.reduction)
 
 
-def attempts(trial: FrozenTrial) -> list[int]:
-    """Give the numbers of a trial's attempts, the trial itself last; the first names its folder."""
-    return [*trial.system_attrs.get("retry_history", ()), trial.number]
+def counted(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    """List the trials in any of these states, without those that repeat another one with its own seed."""
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in trials if CONFIRMS not in trial.user_attrs]
 
 
 def best_first(study: Study) -> list[FrozenTrial]:
     """List the finished trials, the best one first."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     # sorted() is stable: of equal trials the earlier one, such as that of params.yaml, stays before
-    return sorted(finished, key=lambda trial: -(trial.value or 0.0))
+    return sorted(counted(study, TrialState.COMPLETE), key=lambda trial: -(trial.value or 0.0))
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """Describe a trial for MLflow and for the tables."""
-    confirms = trial.user_attrs.get(CONFIRMS)
-    prefix = "" if confirms is None else "confirmation "
     state = _STATES[trial.state]
-    reason = trial.user_attrs.get(REASON, "")
-    if state == "failed" and ERROR not in trial.user_attrs and not reason.startswith(_STOPPED):
-        # perhaps between its reason for something else and its end
-        reason = "its process died"
-    repeated = {} if confirms is None else {SEED: trial.user_attrs.get(SEED), CONFIRMS: confirms}
-    earlier = attempts(trial)[:-1]
     return TrialRecord(
-        key=f"{prefix}{trial.number:04d}",
+        trial=f"{trial.number:04d}",
         state=state,
-        reason=reason,
-        values=trial.params | repeated,
+        # a trial that was gone on with may still have the reason of the attempt before
+        reason=trial.user_attrs.get(REASON, "") if state in ("pruned", "failed") else "",
+        values=trial.params,
         value=trial.value if state == "finished" else None,
-        curve=dict(trial.intermediate_values),
-        earlier=f"{prefix}{earlier[-1]:04d}" if earlier else None,
+        curve=dict(sorted(trial.intermediate_values.items())),
+        confirms=trial.user_attrs.get(CONFIRMS),
+        seed=trial.user_attrs.get(SEED),
+        attempts=trial.user_attrs.get(ATTEMPTS, 0),
+        started=_time(trial.datetime_start),
+        ended=_time(trial.datetime_complete),
     )
 
 
-def requeue(study: Study, max_retries: int, dead: str | None = None) -> None:
-    """Queue the trials whose worker died, to be run again, with their values and curve so far.
-
-    To be called within `StudyStorage.claim`. A trial that runs without a worker's name on it was left by one
-    that died while it took the trial: taking and naming happen within one claim. Names of workers known to be
-    dead begin with `dead`; of others only the heartbeat tells.
-    """
-    fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get(WORKER)
-        if worker is None or (dead is not None and worker.startswith(dead)):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-    retry = RetryHeartbeatStaleTrialCallback(max_retry=max_retries, inherit_intermediate_values=True)
-    queued = {number for trial in study.get_trials(deepcopy=False) for number in attempts(trial)[:-1]}
-    for trial in study.get_trials(states=(TrialState.FAIL,)):
-        if trial.number not in queued and ERROR not in trial.user_attrs:
-            # a copy, because the callback changes what it is given
-            trial.user_attrs = {k: v for k, v in trial.user_attrs.items() if k not in _OF_ATTEMPT}
-            retry(study, trial)
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="seconds")
 
 
 class TrialError(Exception):
     """A trial ended with an error that may be its own; the search goes on."""
 
 
-class Worker:
-    """Runs trials of one study until there are enough."""
+class _Left(BaseException):
+    """The worker leaves a trial that is not at its end, by reason of its cause; None: it is another's now.
 
-    def __init__(
-        self, name: str, task: SearchTask, storage: StudyStorage, study: Study, runs: TrialRuns
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.storage = storage
-        self.study = study
-        self.runs = runs
-        self._failures_before = len(self._errors())
+    No Exception, for after these Optuna ends the trial as failed.
+    """
+
+
+@dataclass
+class Worker:
+    """Runs trials of a study until there are enough."""
+
+    name: str
+    task: SearchTask
+    store: StudyStorage
+    study: Study
+    runs: TrialRuns
+
+    def __post_init__(self) -> None:
+        self.search = self.task.params.search
+        self._failures_before = self._failures()
         # of the trial at work
-        self._number = -1
         self._run = StageRun(None, None)
 
     def work(self) -> None:
-        """Run trials until as many are finished or pruned as are wanted, whoever ran them.
+        """Run trials until as many are finished or pruned as are wanted, whoever ran them; then confirm.
 
         Where the last ones run elsewhere, wait for them: should their worker die, this one takes them over.
         """
         while True:
             with ExitStack() as claim:
-                claim.enter_context(self.storage.claim())
-                requeue(self.study, self.task.params.search.max_retries)
-                states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-                if self._wants_another(states):
-                    self._run_next(claim, len(states))
+                claim.enter_context(self.store.claim())
+                self.store.requeue(self.study)
+                searching = len(counted(self.study, *COUNTED, TrialState.RUNNING)) < self.task.trials
+                running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+                if not searching and not running:
+                    self._queue_confirmations()
+                waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+                if searching or any(CONFIRMS in trial.user_attrs for trial in waiting):
+                    self._run_next(claim)
                     continue
-            if TrialState.RUNNING not in states:
+            if not running:
                 return
             time.sleep(_POLL_S)
 
-    def _wants_another(self, states: list[TrialState]) -> bool:
-        if CONFIRMS in self.study.user_attrs:
-            # exactly those that were queued: a new one would repeat nothing
-            return TrialState.WAITING in states
-        return sum(state in (*_COUNTED, TrialState.RUNNING) for state in states) < self.task.trials
+    def _queue_confirmations(self) -> None:
+        """Queue the best trials, and the one of params.yaml, with other seeds: they tell luck from merit."""
+        attrs = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
+        queued = {(known.get(CONFIRMS), known.get(SEED)) for known in attrs}
+        best = best_first(self.study)
+        chosen = best[: self.search.confirm_top]
+        chosen += [trial for trial in best if trial.user_attrs.get(START) and trial not in chosen]
+        first = self.task.params.seed + 1
+        for trial in chosen:
+            for seed in range(first, first + self.search.confirm_seeds):
+                if (trial.number, seed) not in queued:
+                    repeat = {CONFIRMS: trial.number, SEED: seed}
+                    self.study.enqueue_trial(dict(trial.params), user_attrs=repeat)
 
-    def _run_next(self, claim: ExitStack, trials_so_far: int) -> None:
-        self.study.sampler = self.task.new_sampler(trials_so_far)
-        self._number = -1
+    def _run_next(self, claim: ExitStack) -> None:
+        self.study.sampler = self.task.new_sampler(len(self.study.get_trials(deepcopy=False)))
         try:
             self.study.optimize(
-                partial(self._attempt, claim), n_trials=1, catch=(TrialError,), callbacks=[self._close]
+                partial(self._attempt, claim),
+                n_trials=1,
+                catch=(TrialError,),
+                callbacks=[self._close],
+                gc_after_trial=True,
             )
-        except InputError:
-            raise
-        except (UpdateFinishedTrialError, ValueError):
-            if self._number < 0 or self._frozen().state != TrialState.FAIL:
-                raise
-            say(f"trial {self._number:04d} was taken over by another worker, which thought this one dead")
+        except _Left as left:
+            if left.__cause__ is not None:
+                raise left.__cause__ from None
+            say("a trial was taken over by another worker, which thought this one dead")
 
     def _attempt(self, claim: ExitStack, trial: Trial) -> float:
         """Compute what a trial is judged by; its reason, if it ends early, is on the trial."""
-        self._number = trial.number
-        trial.set_user_attr(WORKER, self.name)
-        values = self.task.space.draw(trial)
-        claim.close()
-        frozen = self._frozen()
-        self._run = self.runs.begin(record_of(frozen))
-        params = params_with(self.task.params, values)
-        if SEED in frozen.user_attrs:
-            params = params.model_copy(update={"seed": frozen.user_attrs[SEED]})
-        job = TrialJob(params, self.task.slices, self.task.folder_of(frozen), self.task.data)
+        attrs = trial.user_attrs
         try:
-            value = self.task.objective(job, self._reporter(trial, frozen, params.train.epochs))
+            trial.set_user_attr(WORKER, self.name)
+            trial.set_user_attr(ATTEMPTS, attrs.get(ATTEMPTS, 0) + 1)
+            params = params_with(self.task.params, self.task.space.draw(trial))
+            if SEED in attrs:
+                params = params.model_copy(update={"seed": attrs[SEED]})
+            self.store.beat(trial._trial_id)
+            claim.close()
+            frozen = self._frozen(trial)
+            self._run = self.runs.begin(record_of(frozen))
+            if attrs.get(ATTEMPTS, 0) > self.search.max_retries:
+                raise TrialError(f"its process died {attrs[ATTEMPTS]} times")
+            job = TrialJob(params, self.task.slices, self.task.folder_of(frozen), self.task.data)
+            value = self.task.objective(job, self._reporter(trial, params.train.epochs))
+            self._leave_if_taken_over(trial)
             if not math.isfinite(value):
                 raise TrialPruned("what is maximised came out as no number")
             return value
-        except (StorageInternalError, UpdateFinishedTrialError):
-            # nothing can be written, or not by this worker any more
-            raise
-        except KeyboardInterrupt:
-            trial.set_user_attr(REASON, f"{_STOPPED} by the user")
-            raise
+        except UpdateFinishedTrialError:
+            raise _Left from None
+        except (StorageInternalError, KeyboardInterrupt) as error:
+            raise _Left from error
         except Exception as error:
             worse = _why_only_worse(error)
-            if worse is not None:
-                trial.set_user_attr(REASON, worse)
-                raise TrialPruned(worse) from error
-            text = " ".join(str(error).split())
-            if isinstance(error, InputError) and not self._ended(*_COUNTED):
+            text = worse or " ".join(str(error).split())
+            if worse is None and isinstance(error, InputError) and not counted(self.study, *COUNTED):
                 # what is wrong with the input of the first trial is wrong with that of all
-                trial.set_user_attr(REASON, f"{_STOPPED}: {text}")
-                raise
-            reason = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-            trial.set_user_attr(REASON, reason)
-            trial.set_user_attr(ERROR, True)
-            raise TrialError(reason) from error
+                raise _Left from error
+            if worse is None and not isinstance(error, InputError | TrialError):
+                text = f"{type(error).__name__}: {text}"
+            trial.set_user_attr(REASON, text)
+            raise (TrialError if worse is None else TrialPruned)(text) from error
 
-    def _reporter(self, trial: Trial, frozen: FrozenTrial, epochs: int) -> Callable[[EpochReport], None]:
+    def _reporter(self, trial: Trial, epochs: int) -> Callable[[EpochReport], None]:
         """Make the callback that passes epochs on, and gives the trial up if it is not worth going on."""
-        search = self.task.params.search
-        run = self._run
-        may_prune = search.prune and not frozen.user_attrs.keys() & {START, CONFIRMS}
-        known = set(frozen.intermediate_values)
+        run, compared = self._run, CONFIRMS not in trial.user_attrs
 
         def report(epoch: EpochReport) -> None:
+            self._leave_if_taken_over(trial)
             run.metrics(epoch.metrics(), step=epoch.epoch)
-            value = epoch.volume_ap if search.prune_on == "ap" else -epoch.validation_loss
+            value = epoch.volume_ap if self.search.prune_on == "ap" else -epoch.validation_loss
             if math.isnan(value):
                 return
-            step = round(STEPS * epoch.epoch / epochs)
-            if step not in known:
-                known.add(step)
-                trial.report(value, step)
+            trial.report(value, round(STEPS * epoch.epoch / epochs))
             # a trial that is at its end is judged by what it reached
-            if epoch.epoch < epochs and trial.should_prune() and may_prune:
+            if epoch.epoch < epochs and compared and trial.should_prune() and START not in trial.user_attrs:
                 raise TrialPruned(
-                    f"given up after epoch {epoch.epoch} of {epochs}: its {_COMPARED[search.prune_on]} of "
-                    f"{abs(value):.4g} was not among the best at this point"
+                    f"given up after epoch {epoch.epoch} of {epochs}: its {_COMPARED[self.search.prune_on]} "
+                    f"of {abs(value):.4g} was not among the best at this point"
                 )
 
         return report
+
+    def _leave_if_taken_over(self, trial: Trial) -> None:
+        if self._frozen(trial).user_attrs.get(WORKER) != self.name:
+            raise _Left
 
     def _close(self, study: Study, trial: FrozenTrial) -> None:
         """Tell how a trial ended, and make room for the next one."""
         record = record_of(trial)
         self.runs.end(self._run, record)
-        finished = best_first(self.study)
+        finished = best_first(study)
         say(_outcome(record, finished))
-        self._tidy(finished)
-        _free_memory()
-        failures = len(self._errors()) - self._failures_before
-        if ERROR in trial.user_attrs and failures >= self.task.params.search.max_failures:
+        keep = {self.task.folder_of(trial) for trial in finished[: self.search.keep_models]}
+        for ended in study.get_trials(deepcopy=False):
+            if ended.state.is_finished() and self.task.folder_of(ended) not in keep:
+                shutil.rmtree(self.task.folder_of(ended), ignore_errors=True)
+        if "torch" in sys.modules:
+            # the next trial's batches may be of another size
+            sys.modules["torch"].cuda.empty_cache()
+        failures = self._failures() - self._failures_before
+        if trial.state == TrialState.FAIL and failures >= self.search.max_failures:
             raise InputError(
                 f"{failures} trials failed, the last one with: {record.reason}; mend that, or raise "
                 "search.max_failures, and start the search again: it goes on from here"
             )
 
-    def _tidy(self, finished: list[FrozenTrial]) -> None:
-        """Remove the folders of ended trials, but for the best ones and those that are run again."""
-        models = 0 if CONFIRMS in self.study.user_attrs else self.task.params.search.keep_models
-        keep = {self.task.folder_of(trial) for trial in finished[:models]}
-        for trial in self.study.get_trials(deepcopy=False):
-            died = trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
-            if died or not trial.state.is_finished():
-                keep.add(self.task.folder_of(trial))
-        for trial in self._ended(*_COUNTED, TrialState.FAIL):
-            if self.task.folder_of(trial) not in keep:
-                shutil.rmtree(self.task.folder_of(trial), ignore_errors=True)
+    def _failures(self) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
 
-    def _frozen(self) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[self._number]
-
-    def _ended(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states)
-
-    def _errors(self) -> list[FrozenTrial]:
-        return [trial for trial in self._ended(TrialState.FAIL) if ERROR in trial.user_attrs]
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
 
 
 def _why_only_worse(error: Exception) -> str | None:
@@ -361,22 +322,14 @@ def _why_only_worse(error: Exception) -> str | None:
     return text if diverged or isinstance(error, TrialPruned) else None
 
 
-def _free_memory() -> None:
-    """Give the GPU's memory back: the next trial's batches may be of another size."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def _outcome(record: TrialRecord, finished: list[FrozenTrial]) -> str:
     values = ", ".join(
         f"{name.removeprefix('train.')} {f'{value:.3g}' if isinstance(value, float) else value}"
         for name, value in record.values.items()
     )
     if record.value is None:
-        return f"trial {record.key} ({values}): {record.state}: {record.reason}"
-    return f"trial {record.key} ({values}): {record.value:.4f}, best {finished[0].value:.4f}"
+        return f"trial {record.trial} ({values}): {record.state}: {record.reason}"
+    return f"trial {record.trial} ({values}): {record.value:.4f}, best {finished[0].value:.4f}"
 
 
 def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callable[[str], None]) -> None:
@@ -412,10 +365,6 @@ def run_workers(work: Callable[[str], None], name: str, count: int, bury: Callab
                     say(f"worker {index} was killed; another takes its place")
                     bury(own_name)
                     start(index)
-    except KeyboardInterrupt:
-        # a terminal interrupts them too, and they want to hand their trials back
-        wait(running, timeout=_FAREWELL_S)
-        raise
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
