@@ -39,19 +39,8 @@ app = typer.Typer(
 # What a command reads: whether it is there is known before anything large is imported.
 _READ = frozenset(
     (
-        "data",
-        "slices",
-        "inputs",
-        "image",
-        "masks",
-        "truth",
-        "pred",
-        "images",
-        "history",
-        "metrics",
-        "a",
-        "b",
-        "tracks",
+        *("data", "slices", "inputs", "image", "masks", "truth", "pred", "tracks", "images", "history"),
+        *("metrics", "a", "b"),
     )
 )
 # Commands that show images to a model as its training showed them.
@@ -193,6 +182,12 @@ _OPTIONS: dict[str, Any] = {
     "evaluate.history": typer.Option(help="history.csv of the training, for the report.", metavar="FILE"),
     "evaluate.baseline": typer.Option(
         help="Labels by another method, put beside the predictions; may be repeated.", metavar="NAME=DIR"
+    ),
+    "evaluate.tracks": typer.Option(help="What track wrote; found if it lies in --pred.", metavar="DIR"),
+    "track.masks": typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS"),
+    "track.images": typer.Option(help="Their images, for intensities.", metavar="DIR"),
+    "track.same_numbers": typer.Option(
+        "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
     "evaluate.name": typer.Option(help="What the report calls the predictions."),
     "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
@@ -374,6 +369,7 @@ def evaluate(
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
+<<<<<<< HEAD
     options: dict[str, Any] = {
         "images": images,
         "summary": slices,
@@ -381,6 +377,10 @@ def evaluate(
         "method": name,
         "tracks": tracks,
     }
+=======
+    options: dict[str, Any] = {"images": images, "summary": slices, "history": history, "method": name}
+    options["tracks"] = tracks
+>>>>>>> tracks
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 

@@ -151,7 +151,8 @@ def predict(
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
 
-        page = write_page(out, frames, done, animated=params.predict.animation)
+        told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in warned]
+        page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series))
 
