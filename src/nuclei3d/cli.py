@@ -167,14 +167,6 @@ _OPTIONS: dict[str, Any] = {
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
-    "track.masks": typer.Argument(help="Masks of one embryo's time-lapse.", metavar="MASKS"),
-    "track.images": typer.Option(help="Their images, for intensities.", metavar="DIR"),
-    "track.same_numbers": typer.Option(
-        "--same-numbers", help="Write masks that keep their numbers over time, too."
-    ),
-    "evaluate.tracks": typer.Option(
-        help="What track wrote; if it lies in --pred it is found.", metavar="DIR"
-    ),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -369,7 +361,6 @@ def evaluate(
     from nuclei3d.stages.evaluate import read_baselines
     from nuclei3d.stages.tracked import evaluate_tracked
 
-<<<<<<< HEAD
     options: dict[str, Any] = {
         "images": images,
         "summary": slices,
@@ -377,10 +368,6 @@ def evaluate(
         "method": name,
         "tracks": tracks,
     }
-=======
-    options: dict[str, Any] = {"images": images, "summary": slices, "history": history, "method": name}
-    options["tracks"] = tracks
->>>>>>> tracks
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 

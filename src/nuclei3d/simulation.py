@@ -35,11 +35,7 @@ _GLOW_UM = 4.0
 
 
 class FilmFrame(NamedTuple):
-<<<<<<< HEAD
     """One frame: uint16 counts and uint16 labels 1..n, both (Z, Y, X), and each label's `Cell.lineage`."""
-=======
-    """One frame: uint16 counts and labels 1..n, both (Z, Y, X), and the lineage of each label's cell."""
->>>>>>> tracks
 
     image: NDArray[np.uint16]
     labels: NDArray[np.uint16]
@@ -55,13 +51,8 @@ def simulate_embryo(
     Yields
     ------
     FilmFrame
-<<<<<<< HEAD
         In its labels 0 is background. A voxel is labelled where more than half of it lies in nuclei, with the
         nucleus that holds most of it.
-=======
-        In its labels 0 is background. A voxel is labelled where
-        more than half of it lies in nuclei, with the nucleus that holds most of it.
->>>>>>> tracks
     """
     grid = FineGrid.under(params.shape, params.voxel_size_um)
     pattern = chromatin_pattern(rng)
@@ -234,10 +225,6 @@ class Cell:
     age: float
     cycle: float
     texture_seed: NDArray[np.float64]
-<<<<<<< HEAD
-=======
-    #: Number of its founder, then 0 or 1 for each division since: its mother's is this without the last.
->>>>>>> tracks
     lineage: tuple[int, ...] = ()
 
 
@@ -432,10 +419,6 @@ class Scene:
 
     density: NDArray[np.float32]
     labels: NDArray[np.uint16]
-<<<<<<< HEAD
-=======
-    #: Place of each label's body among the bodies drawn.
->>>>>>> tracks
     shown: NDArray[np.int64]
 
 

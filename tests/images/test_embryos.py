@@ -136,7 +136,7 @@ def test_masks_beside_images_are_no_images(tmp_path: Path, capsys: pytest.Captur
     for name in ("t0", "t0_cp_masks"):
         write_image(tmp_path / "e" / "images" / f"{name}.tif", volume, VOXEL)
     assert found_labels(tmp_path) == {"t0": None}
-    assert "1 passed over: t0_cp_masks (named as labels" in capsys.readouterr().err
+    assert "1 passed over: t0_cp_masks (they are named as labels" in capsys.readouterr().err
 
 
 def movie(path: Path, values: list[int]) -> None:
