@@ -70,9 +70,10 @@ def test_what_a_request_does_not_say_comes_from_the_defaults() -> None:
 
 def test_a_request_may_set_all_of_the_prediction_but_where_it_is_computed() -> None:
     machine = {"device", "engine", "memory_gb", "workers", "scheduler"}
+    files = {"report", "animation", "into_input"}
     # one service, one model
     second = {"orthogonal_model", "volume_model", "volume_weight"}
-    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine | second
+    assert set(PredictParams.model_fields) - set(RequestParams.model_fields) == machine | files | second
     own = set(RequestParams.model_fields) - set(PredictParams.model_fields)
     assert own == {"voxel_size_um", "anisotropy", "channel"}
 
