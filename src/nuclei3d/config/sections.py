@@ -672,7 +672,7 @@ class TracksParams(Section):
     division_intensity_weight: NonNegativeFloat = 0.05
     """Cost of a division in which nothing grew brighter, against the same."""
     daughter_frames: PositiveInt = 2
-    """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not for a daughter."""
+    """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
 
 
 class TrackingParams(Section):
