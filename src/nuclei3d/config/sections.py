@@ -689,40 +689,30 @@ class TracksParams(Section):
     """Nuclei linked over time. (Runs and models are in the section tracking.)
 
     Lengths are in diameters of the typical nucleus, so they hold for any embryo and microscope.
-
-    Attributes
-    ----------
-    remove_motion
-        Take away the drift and rotation of the whole embryo between frames before nuclei are compared.
-    max_step
-        Furthest that a nucleus goes between two frames.
-    volume_weight, intensity_weight
-        What a change of the volume by a factor of e, or of the intensity by the spread within a frame, costs
-        against a step of one diameter.
-    max_gap
-        Number of frames in which a nucleus may be missing.
-    division_distance
-        Furthest that a daughter lies from where its mother was.
-    division_limit
-        What a division may cost; higher finds more, true and false. This and the two weights below were
-        fitted to simulated embryos with perturbed and with predicted masks.
-    division_volume_weight, division_intensity_weight
-        Cost of daughters of unlike volume or together larger than the mother, and of a division in which
-        nothing grew brighter, against daughters whose middle lies one diameter off the mother.
-    daughter_frames
-        A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not for a daughter.
     """
 
     remove_motion: bool = True
+    """Take away the drift and rotation of the whole embryo between frames before nuclei are compared."""
     max_step: PositiveFloat = 0.9
+    """Furthest that a nucleus goes between two frames."""
     volume_weight: NonNegativeFloat = 0.05
+    """What a change of the volume by a factor of e costs against a step of one diameter."""
     intensity_weight: NonNegativeFloat = 0.02
+    """What a change of the intensity by its spread within a frame costs against a step of one diameter."""
     max_gap: Annotated[int, Field(ge=0)] = 2
+    """Number of frames in which a nucleus may be missing."""
     division_distance: PositiveFloat = 1.2
+    """Furthest that a daughter lies from where its mother was."""
     division_limit: PositiveFloat = 0.2
+    """What a division may cost; higher finds more, true and false. This and the two weights below were fitted
+    to simulated embryos with perturbed and with predicted masks."""
     division_volume_weight: NonNegativeFloat = 0.15
+    """Cost of daughters of unlike volume, or together larger than the mother, against daughters whose middle
+    lies one diameter off the mother."""
     division_intensity_weight: NonNegativeFloat = 0.05
+    """Cost of a division in which nothing grew brighter, against the same."""
     daughter_frames: PositiveInt = 2
+    """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
 
 
 class TrackingParams(Section):
