@@ -37,6 +37,9 @@ def map_in_processes(
         pool = ProcessPoolExecutor(workers, spawn, initializer=_settle_in)
     results: list[Result] = []
     try:
+        if pool is not None:
+            # it watches a process only from the next result on: one that dies before would go unnoticed
+            list(pool.map(int, range(workers)))
         with progress_bar(words, total=len(items[0])) as bar:
             found = map(work, *items) if pool is None else pool.map(work, *items)
             for result in found:
