@@ -215,7 +215,7 @@ def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_p
     [
         (lambda root: (root / "pred/v0.tif").rename(root / "pred/w.tif"), "no volume of"),
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.zeros((7, 9, 9), np.uint8)), "same grid"),
-        (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.zeros((6, 9, 9), np.float32)), "float32"),
+        (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.full((6, 9, 9), 0.5, np.float32)), "float32"),
         (lambda root: tifffile.imwrite(root / "pred/v0.tif", np.full((6, 9, 9), -1, np.int16)), "negative"),
         (lambda root: os.truncate(root / "truth/v0.tif", 200), "v0.tif"),
         (lambda root: write_labels(root / "truth/v0.tif", NOISE, SIZE), r"truth.v0.tif holds intensities"),

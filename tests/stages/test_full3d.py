@@ -183,7 +183,7 @@ def test_a_damaged_data_set_is_named(volumes, tmp_path):
     shutil.copytree(volumes, tmp_path / "v")
     file = tmp_path / "v" / "train" / "ea_t0.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"ea_t0\.bin has 71719 bytes, not the 71720 of .* 10 x 32 x 32"):
+    with pytest.raises(InputError, match=r"ea_t0\.bin was changed since prepare wrote it"):
         train(params_of(), tmp_path / "v", tmp_path / "m")
     file.unlink()
     with pytest.raises(InputError, match=r"cannot read .*ea_t0\.bin"):

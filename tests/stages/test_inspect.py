@@ -136,12 +136,15 @@ def test_auto_predicts_with_the_diameter_of_the_frame(model, tmp_path, monkeypat
 
     def remember(frame, predictor, out, advance):
         asked.append(predictor.model.settings)
+        for name in ("masks", "table"):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).touch()
         return stage.PredictedFrame(frame.name, out / "masks", out / "table", 0, 0.0, done_before=False)
 
     monkeypatch.setattr(stage, "_predict_frame", remember)
     for time, diameter_um in enumerate((14, 14, 9, 9, 9)):
         write_image(tmp_path / "movie" / f"t{time}.tif", embryo(diameter_um), VOXELS)
-    params = load_params(None, ["predict.diameter_um=auto"])
+    params = load_params(None, ["predict.diameter_um=auto", "predict.report=false"])
     result = stage.predict(params, [tmp_path / "movie"], str(model), tmp_path / "out")
     diameters = [frame.diameter_um for frame in result.frames]
     assert diameters == [settings.nucleus_diameter_um for settings in asked]

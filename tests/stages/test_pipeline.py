@@ -53,7 +53,7 @@ class Stages:
             raise KeyboardInterrupt
         self.done.append(stage)
 
-    def prepare(self, params: Params, data: Path, out: Path) -> Made:
+    def prepare(self, params: Params, data: Path, out: Path, *, strict: bool = False) -> Made:
         self._begin("prepare")
         out.mkdir(parents=True, exist_ok=True)
         parts = {"train": 1, "validation": 1, "test": 1}
