@@ -204,7 +204,9 @@ def test_masks_of_frames_that_are_no_longer_held_out_are_removed(stages, data, s
     left = {path.parent.name for path in (tmp_path / "out" / "predictions").glob("*/*_masks.ome.tif")}
     assert left == {"b"}
     # Of all true labels those of the held-out frames are evaluated, so none is missed.
-    assert stages.options["only"] == [data / "b" / "labels" / f"{frame}.tif" for frame in ("t0", "t1")]
+    labels = [data / "b" / "labels" / f"{frame}.tif" for frame in ("t0", "t1")]
+    assert stages.options["only"] == {(path, None): None for path in labels}
+    assert {page.parent.name for page in (tmp_path / "out" / "predictions").glob("*/*.html")} == {"b"}
 
 
 def test_stock_fusion_is_predicted_with_the_same_network_and_evaluated_beside_it(

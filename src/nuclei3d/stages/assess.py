@@ -137,6 +137,8 @@ def _images_by_embryo(params: Params, data: Path) -> dict[str, list[Path]]:
 
 def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
     """Remove masks of frames that are not among these: an evaluation of the folder would take them in."""
+    from nuclei3d.stages.predict_page import PAGE_FILE
+
     for masks in predictions.glob("*/*_masks.ome.tif"):
         stem = masks.name.removesuffix("_masks.ome.tif")
         # a file of several time points gives <stem>_t000 and so on
@@ -144,6 +146,9 @@ def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
         if not names & {stem, stem.rpartition("_t")[0]}:
             masks.unlink()
             masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
+    for page in predictions.glob(f"*/{PAGE_FILE}"):
+        if page.parent.name not in frames:
+            page.unlink()
 
 
 class _Baseline(NamedTuple):

@@ -66,6 +66,8 @@ def write_series(
         If a place cannot be written.
     """
     source, several = frames[0].path, len(frames) > 1
+    if not (several or into_input):
+        return []
     stacked = [single_label_frame(path) for path in masks]
     digest = hashlib.sha256(repr(fingerprints).encode()).hexdigest()
     written: list[Path] = []
