@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # another index for torch, e.g. TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_FLAGS ?=
+# two processes, each with one thread; the tests of a file share what is slow to make
+PYTEST_ARGS ?= -n 2 --dist loadfile
 # more arguments for `nuclei3d run`, e.g. DEMO_ARGS="--set train.epochs=1"
 DEMO_ARGS ?=
 
@@ -32,7 +34,7 @@ demo: .venv/installed
 	$(BIN)/nuclei3d run --data data --out out $(DEMO_ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
