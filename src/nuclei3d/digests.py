@@ -102,6 +102,7 @@ def _files_below(folder: Path, without: Sequence[str]) -> Iterator[Path]:
         here = Path(base)
         if here == folder:
             names[:] = [name for name in names if name not in without]
+            files = [name for name in files if name not in without]
         if any((here / name).is_symlink() for name in names):
             around = {above.resolve() for above in (here, *here.parents)}
             names[:] = [name for name in names if (here / name).resolve() not in around]

@@ -154,14 +154,6 @@ class Frame:
             block = array.read(self.axes.stored_index(box))
         return np.ascontiguousarray(self.axes.to_zyx(block))
 
-    @property
-    def data_file(self) -> Path:
-        """The file that changes when the volume is written anew: of OME-Zarr, the array's own metadata."""
-        if not is_zarr(self.path):
-            return self.path
-        array = ZarrArray(self.path, self.image).folder
-        return next(file for name in ("zarr.json", ".zarray") if (file := array / name).is_file())
-
     def require_voxel_size(self) -> VoxelSize:
         """Give the voxel size; an InputError says how to give it if neither the file nor the user does."""
         if self.voxel_size is not None:

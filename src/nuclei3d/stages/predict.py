@@ -332,13 +332,17 @@ def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
             )
 
 
+# An OME-Zarr may have got its masks inside, which its consolidated metadata list; what those say of the image
+# counts by axes and voxel size.
+BESIDE_THE_IMAGE = ("labels", ".zmetadata", "zarr.json")
+
+
 def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
     """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
     files = [frame.path.with_name(name) for name in sorted(frame.companions)] or [frame.path]
     for file in files:
         if file not in predictor.digests:
-            # an OME-Zarr may have got its masks inside
-            predictor.digests[file] = digest_of(file, without=("labels",))
+            predictor.digests[file] = digest_of(file, without=BESIDE_THE_IMAGE)
     content = {
         "files": [predictor.digests[file] for file in files],
         "image": frame.image,
