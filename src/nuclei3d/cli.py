@@ -40,7 +40,7 @@ app = typer.Typer(
 _READ = frozenset(
     (
         *("data", "slices", "inputs", "image", "masks", "truth", "pred", "tracks", "images", "history"),
-        *("metrics", "a", "b"),
+        *("metrics", "a", "b", "learn"),
     )
 )
 # Commands that show images to a model as its training showed them.
@@ -181,6 +181,10 @@ _OPTIONS: dict[str, Any] = {
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
+    "track.learn": typer.Option(
+        help="True tracks of this time-lapse: choose the parameters on them.", metavar="DIR"
+    ),
+    "track.apply": typer.Option("--apply", help="Write what --learn chose into the parameter file."),
     "evaluate.name": typer.Option(help="What the report calls the predictions."),
     "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "assess.out": typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR"),
@@ -336,12 +340,28 @@ def predict(
 
 @_command
 def track(
-    params: Params, masks: Path, out: Path, images: Path | None = None, same_numbers: bool = False
+    params: Params,
+    masks: Path,
+    out: Path,
+    images: Path | None = None,
+    same_numbers: bool = False,
+    learn: Path | None = None,
+    apply: bool = False,
+    params_file: Path | None = None,
 ) -> Result:
     """Link nuclei over time: tracks, divisions, lineages."""
     from nuclei3d.stages.tracked import track_tracked
 
-    return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
+    return track_tracked(
+        params,
+        masks,
+        out,
+        images=images,
+        same_numbers=same_numbers,
+        learn=learn,
+        apply=apply,
+        params_file=params_file,
+    )
 
 
 @_command

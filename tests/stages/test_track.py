@@ -230,3 +230,25 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path, text: str, w
     (tmp_path / "res_track.txt").write_text(text)
     with pytest.raises(InputError, match=words):
         read_tracks(tmp_path / "res_track.txt")
+
+
+def test_parameters_are_learnt_from_true_tracks(film: Path, tmp_path: Path) -> None:
+    from nuclei3d.config.loading import load_params
+
+    file = tmp_path / "params.yaml"
+    file.write_text("tracks:\n  max_step: 0.05  # far too short\n")
+    poor = load_params(file)
+    options = {"learn": film, "apply": True, "params_file": file}
+    result = track(poor, film / "labels", tmp_path / "out", images=film / "images", **options)
+    assert result.learnt["tracks.max_step"] > 0.05
+    assert load_params(file).tracks.max_step == result.learnt["tracks.max_step"]
+    assert "# far too short" in file.read_text()
+    scores = [
+        evaluate(film_params(), film, film / "labels", tmp_path / "scores", tracks=out).metrics["tracks"]
+        for out in (track(poor, film / "labels", tmp_path / "poor").out, result.out)
+    ]
+    assert scores[1]["lnk"] > scores[0]["lnk"]
+    with pytest.raises(InputError, match="0 files man_track"):
+        track(poor, film / "labels", tmp_path / "none", learn=film / "images")
+    with pytest.raises(InputError, match="--apply"):
+        track(poor, film / "labels", tmp_path / "none", apply=True, params_file=file)

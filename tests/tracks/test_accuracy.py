@@ -89,6 +89,25 @@ def test_a_late_division_counts_only_with_tolerance(tmp_path: Path) -> None:
     assert (exact.tra, exact.lnk, exact.division_f1, exact.division_f1_tolerant) == (1, 1, 1, 1)
 
 
+def test_what_learning_counts_is_what_traccuracy_counts(tmp_path: Path) -> None:
+    from nuclei3d.config.sections import TracksParams
+    from nuclei3d.images.voxel_size import VoxelSize
+    from nuclei3d.tracks.learning import KnownFilm
+    from nuclei3d.tracks.linking import link_nuclei
+    from nuclei3d.tracks.nuclei import Nuclei, measure_frame
+
+    true = read_tracks(write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE))
+    size = VoxelSize(1.0, 1.0, 1.0)
+    for film in (TRUE_FILM, FOUND_FILM):
+        nuclei = Nuclei.joined(measure_frame(labels, size, time) for time, labels in enumerate(film))
+        matches = [match_frame(a, b) for a, b in zip(TRUE_FILM, film, strict=True)]
+        for limit in (0.01, 20.0):
+            params = TracksParams(division_limit=limit, max_step=0.7, division_distance=3.0)
+            expected = score_tracks(true, link_nuclei(nuclei, params), matches)
+            counts = KnownFilm.of(nuclei, true, matches).count(params)
+            assert counts.division_f1 == expected.division_f1
+
+
 def test_no_tracks_at_all_score_zero(tmp_path: Path) -> None:
     true = write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE)
     nothing = scores(true, write(tmp_path / "none", "res", [blocks()] * 4, []))

@@ -72,6 +72,16 @@ def read_tracks(path: Path) -> Tracks:
     return Tracks(Nuclei.unmeasured(frames, labels), predecessor)
 
 
+def find_table(folder: Path) -> Path:
+    """Find the one table of true tracks at or below a folder."""
+    found = sorted(folder.rglob(TRUTH))
+    if len(found) != 1:
+        raise InputError(
+            f"{folder} holds {len(found)} files {TRUTH}; give a folder of one embryo's true tracks"
+        )
+    return found[0]
+
+
 def track_masks(table: Path) -> list[Path]:
     """List the masks beside a table of tracks, in the order of the frames."""
     pattern = re.compile(rf"{_MASKS[table.name]}\d+\.tiff?", re.IGNORECASE)

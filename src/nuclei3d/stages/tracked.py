@@ -67,6 +67,7 @@ def track_tracked(params: Params, masks: Path, out: Path, **options: Any) -> Tra
 
     with stage_run("track", params, inputs={"masks": masks}) as run:
         result = track(params, masks, out, **options)
+        run.tags({f"nuclei3d.learnt.{name}": str(value) for name, value in result.learnt.items()})
         run.metrics({name: getattr(result, name) for name in ("frames", "nuclei", "tracks", "divisions")})
         for name in ("res_track.txt", "tracks.csv"):
             run.artifact(out / name)

@@ -49,9 +49,7 @@ class KnownFilm:
             families.get(int(self.partner[mother])) == {int(row) for row in self.partner[sorted(daughters)]}
             for mother, daughters in known.items()
         )
-        return Counts(
-            int(right.sum()), len(links) + len(found.edges), told, len(known) + len(families)
-        )
+        return Counts(int(right.sum()), len(links) + len(found.edges), told, len(known) + len(families))
 
 
 @dataclass(frozen=True)
