@@ -167,6 +167,7 @@ _OPTIONS: dict[str, Any] = {
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "predict.track": typer.Option("--track", help="Link the nuclei over time, too."),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -331,11 +332,12 @@ def predict(
     memory: float | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
+    track: bool = False,
 ) -> Result:
     """Segment volumes and time-lapses in 3D."""
     from nuclei3d.stages.tracked import predict_tracked
 
-    return predict_tracked(params, inputs, model, out, overwrite=overwrite)
+    return predict_tracked(params, inputs, model, out, overwrite=overwrite, link=track)
 
 
 @_command

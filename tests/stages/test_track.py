@@ -176,6 +176,16 @@ def test_a_gap_is_a_new_number_for_the_challenge_and_the_same_for_people(tmp_pat
     assert read_labels(tmp_path / "out/t3_masks.ome.tif").max() == 1
 
 
+def test_tracks_within_the_folder_of_the_masks_are_none_of_them(tmp_path: Path) -> None:
+    labels = np.zeros((6, 20, 20), np.uint16)
+    labels[2:4, 5:12, 5:12] = 1
+    for time in range(2):
+        write_labels(tmp_path / f"masks/t{time}_masks.ome.tif", labels, SIZE)
+    for _ in range(2):
+        result = track(Params(), tmp_path / "masks", tmp_path / "masks/tracks", same_numbers=True)
+        assert (result.frames, result.tracks) == (2, 1)
+
+
 def test_a_film_without_nuclei_has_no_tracks(tmp_path: Path) -> None:
     for time in range(2):
         write_labels(tmp_path / f"masks/t{time}.tif", np.zeros((4, 8, 8), np.uint16), SIZE)

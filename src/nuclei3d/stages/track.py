@@ -58,6 +58,7 @@ class TrackResult:
     nuclei: int
     tracks: int
     divisions: int
+    seen_once: int
     learnt: dict[str, Any] = field(default_factory=dict)
     """Parameters that were chosen on true tracks, where these are others than were given."""
 
@@ -100,7 +101,9 @@ def track(
             "--apply writes what --learn DIR chose into params.yaml; give both, or --params FILE"
         )
     refuse_foreign_folder(out, RESULT, "tracking")
-    entries = find_label_entries(masks)
+    target = out.resolve()
+    # tracks may lie in the folder of the masks, and hold masks of their own
+    entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
     embryos = list(dict.fromkeys(entry.embryo for entry in entries))
     if len(embryos) > 1:
         raise InputError(
@@ -136,13 +139,14 @@ def track(
         _work("write masks", write, len(entries))
         write_track_table(folder / RESULT, nuclei, pieces)
         write_geff(folder / "tracks.geff", tracks, numbered)
-        write_nuclei_table(folder / "tracks.csv", nuclei, numbered)
+        write_nuclei_table(folder / "tracks.csv", tracks, numbered)
         write_napari(folder / "napari_tracks.csv", nuclei, numbered)
     result = TrackResult(
         *(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions)),
+        seen_once=int(tracks.seen_once.sum()),
         learnt=_changed(params.tracks, settings),
     )
-    found = f"{result.tracks} tracks, {result.divisions} divisions"
+    found = f"{result.tracks} tracks, {result.divisions} divisions, {result.seen_once} nuclei seen once only"
     say(f"{result.nuclei} nuclei in {result.frames} frames: {found}: {out}")
     if apply and params_file is not None and result.learnt:
         write_values(params_file, result.learnt)
