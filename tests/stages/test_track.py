@@ -148,6 +148,19 @@ def test_without_tracks_there_are_no_scores_of_tracks(film: Path, tmp_path: Path
         evaluate(film_params(), film, film / "labels", tmp_path / "scores", tracks=tmp_path)
 
 
+def test_tracks_of_a_part_of_the_film_hinder_no_other_scores(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for time in range(2, 5):
+        labels = read_labels(film / f"labels/t{time:03d}.tif")
+        write_labels(tmp_path / f"masks/t{time:03d}_masks.ome.tif", labels, VoxelSize(2.0, 0.348, 0.348))
+    track(Params(), tmp_path / "masks", tmp_path / "masks/tracks")
+    metrics = evaluate(film_params(), film / "labels", tmp_path / "masks", tmp_path / "scores").metrics
+    assert "tracks" not in metrics
+    assert metrics["ap"]["0.50"] > 0
+    assert "tracks are not scored" in capsys.readouterr().err
+
+
 def test_scores_and_intensities_come_from_the_tables_of_predict(tmp_path: Path) -> None:
     for time in range(2):
         labels = np.zeros((6, 20, 20), np.uint16)

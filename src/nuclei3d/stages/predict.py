@@ -104,7 +104,8 @@ def predict(
     overwrite
         Segment again what was done before.
     link
-        Link the nuclei over time, too, as `nuclei3d.stages.track.track` does, into ``<out>/tracks``.
+        Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
+        ``<out>/tracks``.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -158,7 +159,7 @@ def predict(
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
     if series:
         say(f"as time-lapses: {', '.join(map(str, series))}")
-    tracks = _link(params, out) if link else None
+    tracks = _link(params, out) if link and len(done) > 1 else None
     page = None
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
