@@ -111,14 +111,11 @@ def test_nuclei_are_linked_and_the_page_shows_it(movie, oracle_model, tmp_path, 
     rows = rows_of(out / "tracks" / "tracks.csv")
     assert sorted(int(row["frame"]) for row in rows if row["track"] == "1") == [0, 1, 2]
     assert "lineages" in result.page.read_text().lower()
-    # the masks that tracks hold are none of the film's, and frames of two films are no film
-    again = predict(Params(), [movie], str(oracle_model), out, link=True)
-    assert again.tracks.nuclei == 6
+    # frames of two films are no film
     (movie / "t3.ome.tif").rename(movie / "other7.ome.tif")
-    mixed = predict(Params(), [movie], str(oracle_model), tmp_path / "mixed", link=True)
+    mixed = predict(load_params(None, ["predict.report=false"]), [movie], str(oracle_model), out, link=True)
     assert mixed.tracks is None
     assert "warning: the nuclei are not linked over time" in capsys.readouterr().err
-    assert mixed.page is not None
 
 
 @pytest.mark.parametrize("change", ["settings", "image", "masks", "emptied masks", "table", "overwrite"])
