@@ -30,6 +30,7 @@ class Made:
     frames: tuple[Any, ...] = ()
     done_before: bool = False
     page: Path | None = None
+    tracks: Any = None
 
     @property
     def scores(self) -> dict[str, float]:
