@@ -100,15 +100,12 @@ def learn_tracks(
         return sum(others, first)
 
     best = count(params)
-    for names, ahead in (
-        (_LINKING, lambda new, old: new.link_f1 > old.link_f1),
-        (_DIVISIONS, lambda new, old: new.division_f1 > old.division_f1),
-    ):
+    for names, f1 in ((_LINKING, "link_f1"), (_DIVISIONS, "division_f1")):
         for name in names * _ROUNDS:
             value = getattr(params, name)
             for factor in _FACTORS:
                 tried = params.model_copy(update={name: round(factor * value, 4)})
-                if ahead(found := count(tried), best):
+                if getattr(found := count(tried), f1) > getattr(best, f1):
                     params, best = tried, found
     return params, best
 
