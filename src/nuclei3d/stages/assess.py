@@ -29,6 +29,7 @@ HEADLINE_FILE = "headline.json"
 _HEADLINE = (
     "ap_0.50",
     "ap_0.75",
+    "ap_mean",
     "f1_0.50",
     "precision",
     "recall",
@@ -84,11 +85,13 @@ def evaluate_held_out(
     params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
     """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
+    from nuclei3d.experiment.registry import fetch_model, is_registered
     from nuclei3d.stages.tracked import evaluate_tracked
 
     baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
-    history = Path(model) / "history.csv"
-    named = {"data": data, "slices": slices, "model": Path(model)}
+    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    history = folder / "history.csv"
+    named = {"data": data, "slices": slices, "model": folder}
     result = evaluate_tracked(
         params,
         data,
@@ -97,6 +100,7 @@ def evaluate_held_out(
         images=data,
         baselines=baselines,
         summary=slices,
+        model=folder,
         history=history if history.is_file() else None,
         only={
             (frame.label_path, frame.label_time): frame.share

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.experiment.provenance import md5_of_input
-from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.runs import METRICS_TAG, stage_run
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
@@ -89,7 +89,12 @@ def evaluate_tracked(
     from nuclei3d.stages.evaluate import evaluate
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
-        result = evaluate(params, truth, pred, out, **options)
+        data = (origin or {}).get("data", truth)
+        made = {"Data": f"{data} (MD5 {md5_of_input(data)})"}
+        if run.run_id is not None:
+            made["MLflow run"] = run.run_id
+        result = evaluate(params, truth, pred, out, made=made, **options)
+        run.tags({METRICS_TAG: md5_of_input(out / "metrics.json")})
         run.metrics({f"test/{name}": value for name, value in result.scores.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()

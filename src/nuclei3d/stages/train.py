@@ -26,6 +26,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
     ModelInfo,
+    TrainingFrames,
+    info_beside,
     load_model,
     network_from_state,
     read_state,
@@ -512,8 +514,21 @@ def _describe_model(
         training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,
+        frames=_frames_seen(params, described),
         **normalization,
     )
+
+
+def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
+    """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
+    digests = described.summary.get("frame_digests")
+    if digests is None:
+        return None
+    frames = TrainingFrames.model_validate(digests)
+    if params.train.start_from is None:
+        return frames
+    info = info_beside(Path(params.train.start_from))
+    return frames.after(None if info is None else info.frames)
 
 
 def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
