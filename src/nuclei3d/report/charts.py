@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDE, _OPEN = {"linewidth": 3.2, "markersize": 7.5}, {"linewidth": 1.6, "markerfacecolor": "none"}
-#: How a method is drawn in every chart: the model first, then the baselines in the order given. Later ones are
-#: thinner, broken, and have open marks: where they lie on the model's line, it is seen below them.
+#: How a method is drawn in every chart: the model first, then the baselines in the order given. Later ones
+#: are thinner, broken, and have open marks: where they lie on the model's line, it is seen below them.
 METHOD_STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-", "marker": "o", **_WIDE},
     {"color": "#E69F00", "linestyle": "--", "marker": "s", **_OPEN},
@@ -181,7 +181,9 @@ def counts_charts(volumes: Iterable[Mapping[str, Any]]) -> list[str]:
         for place, key, name in ((5, "n_true", "true"), (0, "n_pred", "predicted")):
             hints = [f"{frame['frame']}: {frame[key]} {name}" for frame in frames]
             counts = [frame[key] for frame in frames]
-            draw_series(axes, name, range(len(frames)), counts, hints, **METHOD_STYLES[place])
+            draw_series(
+                axes, name, range(len(frames)), counts, hints, **METHOD_STYLES[place], zorder=2 + place
+            )
         ticks = range(0, len(frames), math.ceil(len(frames) / 6))
         axes.set_xticks(ticks, [frames[k]["frame"] for k in ticks])
         axes.set(xlabel=f"frame of {embryo}", ylabel="nuclei", ylim=(0, max(1, axes.get_ylim()[1])))

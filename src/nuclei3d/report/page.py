@@ -99,7 +99,7 @@ def build_page(
 
 
 def _bad_news(metrics: Mapping[str, Any], method: str) -> list[str]:
-    """Say what a reader must know before the scores: warnings, and where a baseline surely beats the model."""
+    """Say what must be known before the scores: warnings, and where a baseline surely beats the model."""
     news = list(metrics.get("warnings", ()))
     for name, rival in metrics["baselines"].items():
         lead = rival.get("behind_model") or {}

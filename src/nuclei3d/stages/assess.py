@@ -69,13 +69,14 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.tracked import predict_tracked
+    from nuclei3d.stages.tracked import predict_run_name, predict_tracked
 
     frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
-    with stage_run("predict", params, inputs=inputs):
+    images = [path for paths in frames.values() for path in paths]
+    with stage_run("predict", params, inputs=inputs, name=predict_run_name(params, images, model)):
         results = [
-            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+            predict_tracked(params, paths, model, predictions / embryo) for embryo, paths in frames.items()
         ]
     _keep_only(frames, predictions)
     return all(frame.done_before for result in results for frame in result.frames)

@@ -45,13 +45,10 @@ from nuclei3d.scoring.comparison import pooled_scores
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.plausibility import looks_like_image
-from nuclei3d.scoring.watershed import otsu_watershed
+from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
 from nuclei3d.stages.track_scores import score_track_folders
-
-#: Name of the baseline that the evaluation makes itself.
-OTSU = "Otsu + watershed"
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000

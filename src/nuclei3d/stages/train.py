@@ -44,6 +44,7 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
+from nuclei3d.stages.pairing import some_of
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -147,7 +148,7 @@ def train(
     if not resume:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
-    with stage_run("train", params, inputs={"slices": slices}) as run:
+    with stage_run("train", params, inputs={"slices": slices}, name=_run_name(params, described)) as run:
         info = _describe_model(params, described, training.spec, run.run_id)
         _say_plan(training, params, device, described)
 
@@ -185,6 +186,17 @@ def train(
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
+
+
+def _run_name(params: Params, described: Slices) -> str:
+    """Name the MLflow run by what tells trainings apart."""
+    wanted = params.train
+    embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
+    start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
+    return (
+        f"train {wanted.name}{start} on {embryos}: {wanted.network}, {wanted.epochs} epochs, rate "
+        f"{wanted.learning_rate:g}, batch {wanted.batch_size}, seed {params.seed}"
+    )
 
 
 def _md5(cause: list[Any]) -> str:
