@@ -103,7 +103,7 @@ def evaluate_tracked(
         if run.run_id is not None:
             made["MLflow run"] = run.run_id
         result = evaluate(params, truth, pred, out, made=made, **options)
-        embryos = list(result.metrics["by_embryo"])
+        embryos = list(result.metrics.get("by_embryo", {}))
         model = result.metrics.get("model", {}).get("name") or options.get("method", "predictions")
         told = f"evaluate {model} on {some_of(embryos)}, predicted with mode {params.predict.mode}"
         run.tags({METRICS_TAG: md5_of_input(out / "metrics.json"), "mlflow.runName": told})
