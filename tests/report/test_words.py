@@ -77,7 +77,11 @@ def test_bad_news_come_first() -> None:
     lead = {"ap_0.50": 0.1, "interval": [0.05, 0.2], "metrics": lost}
     rival = metrics_of(6, 2, 2, behind_model=lead)
     text = page_of(metrics_of(6, 2, 2, baselines={"Otsu": rival}, warnings=["mind the gap"]), "m")
-    assert text.index("mind the gap.") < text.index("Otsu surely beats m in SEG.") < text.index('"overview"')
+    assert (
+        text.index("mind the gap.")
+        < text.index("Otsu surely beats m in SEG.")
+        < text.index('<div class="overview">')
+    )
     assert "Before you trust" not in page_of(metrics_of(6, 2, 2))
 
 

@@ -79,7 +79,6 @@ def test_equal_and_mixed_results_are_no_real_difference(outs: dict[str, Path]) -
 
 
 def test_the_primary_metric_is_a_parameter_and_others_that_surely_differ_are_named(outs, tmp_path):
-    # the mean AP is the same at every IoU here; precision does not differ, recall does
     params = PARAMS.model_copy(
         update={"evaluate": PARAMS.evaluate.model_copy(update={"primary_metric": "det"})}
     )
@@ -94,7 +93,7 @@ def test_the_primary_metric_is_a_parameter_and_others_that_surely_differ_are_nam
     loose.write_text(json.dumps(tree))
     result = compare(params, loose, outs["good"])
     assert result.verdict.startswith("no real difference in DET")
-    assert result.verdict.endswith("but B is surely better in mean AP (IoU .5 to .9), SEG, AP at .8 .85 .9")
+    assert result.verdict.endswith("but B is surely better in mean AP (IoU .5 to .9), SEG, AP at .80 .85 .90")
 
 
 def test_embryos_that_a_model_was_trained_on_are_not_judged_on(outs, tmp_path):

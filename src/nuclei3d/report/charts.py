@@ -74,7 +74,8 @@ def draw_chart(draw: Callable[[Axes], None]) -> str:
         draw(axes)
         handles, names = axes.get_legend_handles_labels()
         if len(names) > 1:
-            figure.legend(handles, names, loc="outside lower left", ncols=3)
+            columns = 3 if max(map(len, names)) < 16 else 2
+            figure.legend(handles, names, loc="outside lower left", ncols=columns)
         title = f"{axes.get_ylabel()} by {axes.get_xlabel()}"
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)

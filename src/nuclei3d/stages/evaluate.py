@@ -187,7 +187,7 @@ def evaluate(
     if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
         metrics["tracks"] = found
     with whole_folder(out) as folder:
-        about = _about(method, info, made or {})
+        about = _about(info, made or {})
         _write(params, folder, metrics, pairing.pairs, assessed[method], method, history, about)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.sort(key=lambda name: name != "metrics.json")
@@ -355,9 +355,9 @@ def _find_warnings(
     return warnings
 
 
-def _about(method: str, info: ModelInfo | None, made: Mapping[str, str]) -> dict[str, str]:
+def _about(info: ModelInfo | None, made: Mapping[str, str]) -> dict[str, str]:
     """Say for the report what was evaluated, from what, and when."""
-    about = {"Predictions": method}
+    about = {}
     if info is not None:
         run = f", MLflow run {info.lineage['run_id']}" if "run_id" in info.lineage else ""
         about["Model"] = f"{info.name} ({info.kind}), trained {info.created[:10]}{run}"
