@@ -46,6 +46,13 @@ from nuclei3d.segmentation.segmenter import Segmenter
 NAME = "nuclei_3d"
 
 
+@pytest.fixture(autouse=True)
+def _without_example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare MLflow the prediction of the example, which the slow test does."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(registry, "request_example", lambda info: None)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     info = ModelInfo(

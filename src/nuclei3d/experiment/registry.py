@@ -243,7 +243,8 @@ def _link_runs(client: MlflowClient, name: str, version: str, info: ModelInfo, m
 
 def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> list[str]:
     """Mark the volumes of a metrics.json that a model was trained on; say what makes them doubtful."""
-    volumes, warnings = result["volumes"], []
+    volumes: Mapping[str, Any] = result["volumes"]
+    warnings: list[str] = []
     if frames is None or not frames.complete or not all("frame_digest" in v for v in volumes.values()):
         warnings.append(
             f"whether {who} was trained on these volumes cannot be checked: model or evaluation are of a "
@@ -540,7 +541,8 @@ def _compare_with_champion(
     params: Params,
     force: bool,
 ) -> tuple[Verdict, tuple[str, ...]]:
-    metric, warnings = params.evaluate.primary_metric, []
+    metric = params.evaluate.primary_metric
+    warnings: list[str] = []
     if champion is None:
         verdict = judge_first(result, metric=metric)
     else:

@@ -173,9 +173,7 @@ def evaluate(
     }
     metrics = {
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
-        **(
-            {} if info is None else {"model": {"name": info.name, "kind": info.kind, "created": info.created}}
-        ),
+        **({} if info is None else {"model": info.model_dump(include={"name", "kind", "created"})}),
         "training_frames_known": info is not None and info.frames is not None and info.frames.complete,
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
@@ -357,7 +355,7 @@ def _find_warnings(
 
 def _about(info: ModelInfo | None, made: Mapping[str, str]) -> dict[str, str]:
     """Say for the report what was evaluated, from what, and when."""
-    about = {}
+    about: dict[str, str] = {}
     if info is not None:
         run = f", MLflow run {info.lineage['run_id']}" if "run_id" in info.lineage else ""
         about["Model"] = f"{info.name} ({info.kind}), trained {info.created[:10]}{run}"

@@ -101,7 +101,7 @@ def evaluate_tracked(
         data = (origin or {}).get("data", truth)
         made = {"Data": f"{data} (MD5 {md5_of_input(data)})"}
         if run.run_id is not None:
-            made["MLflow run"] = run.run_id
+            made["Evaluation run"] = run.run_id
         result = evaluate(params, truth, pred, out, made=made, **options)
         embryos = list(result.metrics.get("by_embryo", {}))
         model = result.metrics.get("model", {}).get("name") or options.get("method", "predictions")
