@@ -181,6 +181,9 @@ _OPTIONS: dict[str, Any] = {
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
+    "evaluate.model": typer.Option(
+        help="Model that made the predictions: was it trained on these volumes?", metavar="DIR"
+    ),
     "evaluate.name": typer.Option(help="What the report calls the predictions."),
     "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "assess.out": typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR"),
@@ -356,6 +359,7 @@ def evaluate(
     baseline: list[str] | None = None,
     name: str = "this model",
     tracks: Path | None = None,
+    model: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
@@ -367,6 +371,7 @@ def evaluate(
         "history": history,
         "method": name,
         "tracks": tracks,
+        "model": model,
     }
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 

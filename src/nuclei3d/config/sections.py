@@ -539,6 +539,11 @@ class EvaluateParams(Section):
     resample: Literal["auto", "embryo", "time"] = "auto"
     """What the bootstrap draws: whole embryos, blocks of time within embryos, or (auto) embryos where there
     are at least four."""
+    primary_metric: Literal[
+        "ap_mean", "ap_0.50", "f1_0.50", "pq", "seg", "det", "mucov", "recall", "recall_faint"
+    ] = "ap_mean"
+    """What decides whether a model is better than another (compare, register): ``ap_mean``, the mean AP over
+    the thresholds from .5 to .9, or another score."""
     baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = (
         "otsu",
         "stock_fusion",

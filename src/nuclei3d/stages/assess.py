@@ -29,6 +29,7 @@ HEADLINE_FILE = "headline.json"
 _HEADLINE = (
     "ap_0.50",
     "ap_0.75",
+    "ap_mean",
     "f1_0.50",
     "precision",
     "recall",
@@ -68,13 +69,14 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.tracked import predict_tracked
+    from nuclei3d.stages.tracked import predict_run_name, predict_tracked
 
     frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
-    with stage_run("predict", params, inputs=inputs):
+    images = [path for paths in frames.values() for path in paths]
+    with stage_run("predict", params, inputs=inputs, name=predict_run_name(params, images, model)):
         results = [
-            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+            predict_tracked(params, paths, model, predictions / embryo) for embryo, paths in frames.items()
         ]
     _keep_only(frames, predictions)
     return all(frame.done_before for result in results for frame in result.frames)
@@ -84,11 +86,13 @@ def evaluate_held_out(
     params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
     """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
+    from nuclei3d.experiment.registry import fetch_model, is_registered
     from nuclei3d.stages.tracked import evaluate_tracked
 
     baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
-    history = Path(model) / "history.csv"
-    named = {"data": data, "slices": slices, "model": Path(model)}
+    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    history = folder / "history.csv"
+    named = {"data": data, "slices": slices, "model": folder}
     result = evaluate_tracked(
         params,
         data,
@@ -97,6 +101,7 @@ def evaluate_held_out(
         images=data,
         baselines=baselines,
         summary=slices,
+        model=folder,
         history=history if history.is_file() else None,
         only={
             (frame.label_path, frame.label_time): frame.share

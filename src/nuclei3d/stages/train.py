@@ -26,6 +26,8 @@ from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
     ModelInfo,
+    TrainingFrames,
+    info_beside,
     load_model,
     network_from_state,
     read_state,
@@ -42,6 +44,7 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
+from nuclei3d.stages.pairing import some_of
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -145,7 +148,7 @@ def train(
     if not resume:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
-    with stage_run("train", params, inputs={"slices": slices}) as run:
+    with stage_run("train", params, inputs={"slices": slices}, name=_run_name(params, described)) as run:
         info = _describe_model(params, described, training.spec, run.run_id)
         _say_plan(training, params, device, described)
 
@@ -183,6 +186,17 @@ def train(
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
+
+
+def _run_name(params: Params, described: Slices) -> str:
+    """Name the MLflow run by what tells trainings apart."""
+    wanted = params.train
+    embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
+    start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
+    return (
+        f"train {wanted.name}{start} on {embryos}: {wanted.network}, {wanted.epochs} epochs, rate "
+        f"{wanted.learning_rate:g}, batch {wanted.batch_size}, seed {params.seed}"
+    )
 
 
 def _md5(cause: list[Any]) -> str:
@@ -512,8 +526,21 @@ def _describe_model(
         training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,
+        frames=_frames_seen(params, described),
         **normalization,
     )
+
+
+def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
+    """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
+    digests = described.summary.get("frame_digests")
+    if digests is None:
+        return None
+    frames = TrainingFrames.model_validate(digests)
+    if params.train.start_from is None:
+        return frames
+    info = info_beside(Path(params.train.start_from))
+    return frames.after(None if info is None else info.frames)
 
 
 def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
