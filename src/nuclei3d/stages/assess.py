@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
 
 STOCK_FUSION = "stock fusion of the same network"
+#: How the name of the baseline begins that is the model which the training started from.
+START_MODEL = "start model"
 
 #: The few main numbers, for `dvc metrics`; metrics.json has all of them, per volume too.
 HEADLINE_FILE = "headline.json"
@@ -156,6 +158,7 @@ class _Baseline(NamedTuple):
     folder: str
     model: str
     mode: str
+    diameter_um: float | None = None
 
 
 def predict_baselines(
@@ -177,6 +180,8 @@ def predict_baselines(
         predicting = params.predict.model_copy(
             update={"mode": baseline.mode, "volume_model": None, "report": False}
         )
+        if predicting.diameter_um is None and baseline.diameter_um is not None:
+            predicting = predicting.model_copy(update={"diameter_um": baseline.diameter_um})
         for embryo, images in frames.items():
             predict(
                 params.model_copy(update={"predict": predicting}),
@@ -204,7 +209,43 @@ def _wanted(params: Params, model: str) -> list[_Baseline]:
             wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):
         wanted.append(champion)
+    if "start_model" in params.evaluate.baselines and (start := _find_start(params, model)):
+        wanted.append(start)
     return wanted
+
+
+def _find_start(params: Params, model: str) -> _Baseline | None:
+    """Find the model that this one started from; it is shown the new embryos' nuclei at its own scale."""
+    from nuclei3d.networks.folder import INFO_FILE, load_model, read_info
+    from nuclei3d.stages.start_model import find_start_model, md5_of_weights
+
+    file = Path(model) / INFO_FILE
+    if not file.is_file() or "start_md5" not in (info := read_info(file)).lineage:
+        return None
+    named = info.lineage["start_from"]
+    for place in (params.train.start_from, named):
+        started = params.train.model_copy(update={"start_from": place})
+        try:
+            path = find_start_model(params.model_copy(update={"train": started}))
+        except InputError:
+            continue
+        if path is not None and md5_of_weights(path) == info.lineage["start_md5"]:
+            mode = _mode_for(params, load_model(path).info.kind)
+            return _Baseline(
+                f"{START_MODEL} ({named})", "start_model", str(path), mode, info.nucleus_diameter_um
+            )
+    say(
+        f"the model that this one started from, {named}, is not there as it was: that baseline is left out "
+        "(--set train.start_from=MODEL says where it lies)"
+    )
+    return None
+
+
+def _mode_for(params: Params, kind: str) -> str:
+    """Give the mode of a baseline that is a network of its own."""
+    if kind == "full3d":
+        return "full3d"
+    return "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
 
 
 def _find_champion(params: Params, model: str) -> _Baseline | None:
@@ -225,8 +266,6 @@ def _find_champion(params: Params, model: str) -> _Baseline | None:
         say(f"version {version} of the registered model is this very model: it is no baseline")
     else:
         return None
-    if info.kind == "full3d":
-        mode = "full3d"
-    else:
-        mode = "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
-    return _Baseline(f"champion (version {version})", f"champion_{version}", uri, mode)
+    return _Baseline(
+        f"champion (version {version})", f"champion_{version}", uri, _mode_for(params, info.kind)
+    )

@@ -17,6 +17,7 @@ from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.bootstrap import PairedDifference, Statistics, compare_paired
 from nuclei3d.scoring.matching import Floats
 from nuclei3d.scoring.metrics import COUNTS, Tally, number_or_none, parse_metrics, ratio, score, stack_tallies
+from nuclei3d.stages.assess import START_MODEL
 
 _NAMES = {
     "pq": "PQ",
@@ -42,6 +43,8 @@ class CompareResult:
     verdict: str
     notes: tuple[str, ...]
     differences: dict[str, PairedDifference]
+    start_models: dict[str, dict[str, Any]]
+    """What A and B started from, as far as their evaluations have it as a baseline."""
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -109,6 +112,12 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
         verdict=_verdict(compared.differences),
         notes=tuple(notes),
         differences=compared.differences,
+        start_models={
+            side: {"name": name, **{key: scores.get(key) for key in ("ap", "seg", "pq", "behind_model")}}
+            for side, evaluation in (("a", first), ("b", second))
+            for name, scores in evaluation.get("baselines", {}).items()
+            if name.startswith(START_MODEL) and not left_out
+        },
     )
     if out is not None:
         path = out if out.suffix == ".json" else out / "compare.json"
@@ -178,6 +187,14 @@ def _say(result: CompareResult) -> None:
             f"{_name(metric):24}{_number(pair.a):>8}{_number(pair.b):>8}{_number(pair.difference, '+'):>9}"
             f"   {interval}{mark}"
         )
+    for side, start in result.start_models.items():
+        words = f"{start['name']} of {side.upper()}: AP at .5 {start['ap']['0.50']:.3f}"
+        if lead := start["behind_model"]:
+            low, high = lead["interval"]
+            words += (
+                f"; {side.upper()} leads by {lead['ap_0.50']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+            )
+        say(words)
     for note in result.notes:
         say(f"note: {note}")
     say(result.verdict)
