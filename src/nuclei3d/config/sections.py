@@ -360,7 +360,8 @@ class TrainParams(Section):
     its kind of network, diameter and normalisation, and cut planes at its scale, whatever stands in the file;
     --set overrides that. The model as it is counts as epoch 0."""
     fine_tune: FineTuneParams | None = None
-    """Used with start_from; None: nothing is replaced, with --from by the defaults."""
+    """Used with start_from; None: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
+    warmup_steps 20, epochs 10)."""
     diameter_px: Annotated[float, Field(ge=1, le=1000)] = 30.0
     """Diameter of a typical nucleus at the network's scale."""
     epochs: PositiveInt = 20
