@@ -215,24 +215,27 @@ def _wanted(params: Params, model: str) -> list[_Baseline]:
 
 
 def _find_start(params: Params, model: str) -> _Baseline | None:
-    """Find the model that this one started from; it is shown the new embryos' nuclei at its own scale."""
+    """Find the model that this one started from; it is told how large the new embryos' nuclei are."""
+    from nuclei3d.digests import digest_of
+    from nuclei3d.experiment.registry import find_model
     from nuclei3d.networks.folder import INFO_FILE, load_model, read_info
-    from nuclei3d.stages.start_model import find_start_model, md5_of_weights
 
     file = Path(model) / INFO_FILE
     if not file.is_file() or "start_md5" not in (info := read_info(file)).lineage:
         return None
     named = info.lineage["start_from"]
     for place in (params.train.start_from, named):
-        started = params.train.model_copy(update={"start_from": place})
         try:
-            path = find_start_model(params.model_copy(update={"train": started}))
+            start = load_model(find_model(place or named, params))
         except InputError:
             continue
-        if path is not None and md5_of_weights(path) == info.lineage["start_md5"]:
-            mode = _mode_for(params, load_model(path).info.kind)
+        if digest_of(start.path) == info.lineage["start_md5"]:
             return _Baseline(
-                f"{START_MODEL} ({named})", "start_model", str(path), mode, info.nucleus_diameter_um
+                f"{START_MODEL} ({named})",
+                "start_model",
+                place or named,
+                _mode_for(params, start.info.kind),
+                info.nucleus_diameter_um,
             )
     say(
         f"the model that this one started from, {named}, is not there as it was: that baseline is left out "

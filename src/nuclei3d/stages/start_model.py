@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.config.loading import flat
 from nuclei3d.config.sections import FineTuneParams, NormalizationParams
 from nuclei3d.console import say
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import find_embryos, read_labelled, split_embryos
-from nuclei3d.networks.folder import INFO_FILE, Model, load_model, read_info, require_model
+from nuclei3d.networks.folder import INFO_FILE, Model, load_model, require_model
 from nuclei3d.training.slicing import nucleus_volumes_um3, sphere_diameter_um
 
 _MEASURED = 4
@@ -26,11 +26,9 @@ def find_start_model(params: Params) -> Path | None:
     """Give the folder or weights file of `train.start_from`, a registered model downloaded if need be."""
     if params.train.start_from is None:
         return None
-    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.experiment.registry import find_model
 
-    if is_registered(params.train.start_from):
-        return fetch_model(params.train.start_from, params)
-    path = Path(params.train.start_from)
+    path = find_model(params.train.start_from, params)
     require_model(path, "train.start_from")
     return path
 
@@ -111,13 +109,5 @@ def trace_start(params: Params) -> dict[str, str]:
     if path is None:
         return {}
     given = str(params.train.start_from)
-    return {
-        "start_from": Path(given).name if Path(given).is_absolute() else given,
-        "start_md5": md5_of_weights(path),
-    }
-
-
-def md5_of_weights(model: Path) -> str:
-    """Give the MD5 of the weights of a model folder or weights file."""
-    weights = model / read_info(model / INFO_FILE).name if model.is_dir() else model
-    return hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    name = Path(given).name if Path(given).is_absolute() else given
+    return {"start_from": name, "start_md5": digest_of(load_model(path).path)}
