@@ -252,8 +252,9 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         if name in _MAY_START_FROM and chosen.train.start_from is not None:
             from nuclei3d.stages.start_model import load_fine_tuning
 
-            cut = own.get("data") if name in ("prepare", "run") else None
-            chosen = load_fine_tuning(params, overrides, asked=own.get("start") is not None, data=cut)
+            asked, cut = own.get("start") is not None, own.get("data") if name in ("prepare", "run") else None
+            trains = name in ("train", "search", "run")
+            chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
         result = work(chosen, **own)
         if as_json:
             emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))

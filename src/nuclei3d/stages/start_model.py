@@ -34,13 +34,13 @@ def find_start_model(params: Params) -> Path | None:
 
 
 def load_fine_tuning(
-    file: Path | None, overrides: Sequence[str], *, asked: bool, data: Path | None = None
+    file: Path | None, overrides: Sequence[str], *, asked: bool, trains: bool = True, data: Path | None = None
 ) -> Params:
     """Load parameters; those that follow from `train.start_from`, if it is given, come before the overrides.
 
     The kind of network, the diameter in pixels and the normalisation are the start model's, and planes of
-    `data`, if given, are cut at its scale. Learning rate, warm-up and epochs are those of `train.fine_tune`,
-    or its defaults if the start model was `asked` for on the command line. Whatever changes what the file
+    `data`, if given, are cut at its scale. For a command that `trains`, learning rate, warm-up and epochs are
+    those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command line. Whatever changes what the file
     says is told in a line.
 
     Raises
@@ -67,7 +67,7 @@ def load_fine_tuning(
             )
         wanted["train.diameter_px"] = params.train.diameter_px
     gentle = params.train.fine_tune or (FineTuneParams() if asked else None)
-    if gentle is not None:
+    if trains and gentle is not None:
         wanted |= {f"train.{name}": value for name, value in gentle.model_dump().items()}
     if data is not None and not is_set("prepare.downsample_xy"):
         diameter_px = params.train.diameter_px if is_set("train.diameter_px") else wanted["train.diameter_px"]
