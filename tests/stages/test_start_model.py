@@ -2,11 +2,14 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 
 from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image, write_labels
+from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.stages.start_model import load_fine_tuning
@@ -63,6 +66,22 @@ def test_a_start_model_in_the_file_gives_what_the_option_gives(model, file):
     # a file from before there was fine_tune keeps its own schedule
     file.write_text(file.read_text().replace("fine_tune: {}, ", ""))
     assert taken_of(load_fine_tuning(file, [], asked=False)) == (17.0, 2.0, 2e-3, 50, 30)
+
+
+@pytest.mark.parametrize(("diameter", "factor"), [(34, 2.0), (10, 1.0)])
+def test_planes_are_cut_at_the_start_models_scale(model, file, tmp_path, diameter, factor):
+    z, y, x = np.mgrid[:40, :40, :40] - 19.5
+    ball = (z**2 + y**2 + x**2 < (diameter / 2) ** 2).astype(np.uint16)
+    size = VoxelSize(0.3, 0.3, 0.3)
+    write_image(tmp_path / "data/a/images/t0.tif", ball * 100, size)
+    write_labels(tmp_path / "data/a/labels/t0.tif", ball, size)
+    given = [f"train.start_from={model}", "data.split.train=[a]"]
+    params = load_fine_tuning(file, given, asked=True, trains=False, data=tmp_path / "data")
+    assert params.prepare.downsample_xy == pytest.approx(factor, rel=0.01)
+    assert taken_of(params) == (17.0, 2.0, 2e-3, 50, 30)
+    given.append("prepare.downsample_xy=3")
+    params = load_fine_tuning(file, given, asked=True, data=tmp_path / "data")
+    assert params.prepare.downsample_xy == 3
 
 
 def test_bare_weights_want_their_diameter(model, file, tmp_path):
