@@ -73,8 +73,9 @@ def test_planes_are_cut_at_the_start_models_scale(model, file, tmp_path, diamete
     z, y, x = np.mgrid[:40, :40, :40] - 19.5
     ball = (z**2 + y**2 + x**2 < (diameter / 2) ** 2).astype(np.uint16)
     size = VoxelSize(0.3, 0.3, 0.3)
-    write_image(tmp_path / "data/a/images/t0.tif", ball * 100, size)
-    write_labels(tmp_path / "data/a/labels/t0.tif", ball, size)
+    for embryo in "ab":
+        write_image(tmp_path / f"data/{embryo}/images/t0.tif", ball * 100, size)
+        write_labels(tmp_path / f"data/{embryo}/labels/t0.tif", ball, size)
     given = [f"train.start_from={model}", "data.split.train=[a]"]
     params = load_fine_tuning(file, given, asked=True, trains=False, data=tmp_path / "data")
     assert params.prepare.downsample_xy == pytest.approx(factor, rel=0.01)
