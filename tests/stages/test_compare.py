@@ -73,6 +73,18 @@ def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: P
     assert backwards.verdict.startswith("B is really worse than A")
 
 
+def test_the_start_model_of_a_side_is_told(outs, tmp_path, capsys):
+    metrics = json.loads((outs["good"] / "metrics.json").read_text())
+    worse = json.loads((outs["worse"] / "metrics.json").read_text())
+    lead = {"ap_0.50": 10 / 105, "interval": [0.08, 0.11]}
+    metrics["baselines"]["start model (old)"] = worse | {"behind_model": lead}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    result = compare(PARAMS, outs["worse"], tmp_path)
+    assert result.start_models["b"]["ap"]["0.50"] == pytest.approx(95 / 105)
+    assert "start model (old) of B: AP at .5 0.905; B leads by +0.095" in capsys.readouterr().err
+    assert result.start_models.keys() == {"b"}
+
+
 def test_equal_and_mixed_results_are_no_real_difference(outs: dict[str, Path]) -> None:
     assert compare(PARAMS, outs["worse"], outs["other"]).verdict.startswith("no real difference")
     assert compare(PARAMS, outs["worse"], outs["mixed"]).verdict.startswith("no real difference")

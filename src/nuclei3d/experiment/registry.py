@@ -402,6 +402,11 @@ def fetch_model(uri: str, params: Params) -> Path:
     raise InputError(f"the MLflow model in {package} holds no model.json; it was not registered by nuclei3d")
 
 
+def find_model(model: str, params: Params) -> Path:
+    """Give the place of a model folder or weights file, or of ``models:/name@alias`` when it is fetched."""
+    return fetch_model(model, params) if is_registered(model) else Path(model)
+
+
 def load_served_model(model: str, params: Params) -> NucleiModel:
     """Load a model for the service: a URI of MLflow, or a model folder.
 
@@ -409,7 +414,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     code that was logged with it: so an older version can still be served after the package was renewed.
     """
     refuse_second_model(params.predict)
-    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    folder = find_model(model, params)
     if not folder.is_dir():
         raise missing(folder, f"{model} is no model folder; give one, or models:/name@champion")
     from nuclei3d.experiment.serving_model import NucleiModel

@@ -24,6 +24,7 @@ from nuclei3d.scoring.comparison import (
     tell_others,
 )
 from nuclei3d.scoring.metrics import number_or_none, parse_metrics
+from nuclei3d.stages.assess import START_MODEL
 from nuclei3d.stages.pairing import some_of
 
 _NUMBERS = ("a", "b", "difference", "low", "high")
@@ -46,6 +47,8 @@ class CompareResult:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     differences: dict[str, PairedDifference]
+    start_models: dict[str, dict[str, Any]]
+    """What A and B started from, as far as their evaluations have it as a baseline."""
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -119,6 +122,12 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
         notes=tuple(notes),
         warnings=tuple(_find_warnings({"A": first, "B": second}, found)),
         differences=compared.differences,
+        start_models={
+            side: {"name": name, **{key: scores.get(key) for key in ("ap", "seg", "pq", "behind_model")}}
+            for side, evaluation in (("a", first), ("b", second))
+            for name, scores in evaluation.get("baselines", {}).items()
+            if name.startswith(START_MODEL) and not (left_out or found.trained_on)
+        },
     )
     if out is not None:
         path = out if out.suffix == ".json" else out / "compare.json"
@@ -186,6 +195,14 @@ def _say(result: CompareResult, primary: str) -> None:
             f"{metric_name(metric):24}{_number(pair.a):>8}{_number(pair.b):>8}"
             f"{_number(pair.difference, '+'):>9}   {interval}{mark}"
         )
+    for side, start in result.start_models.items():
+        words = f"{start['name']} of {side.upper()}: AP at .5 {start['ap']['0.50']:.3f}"
+        if lead := start["behind_model"]:
+            low, high = lead["interval"]
+            words += (
+                f"; {side.upper()} leads by {lead['ap_0.50']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+            )
+        say(words)
     for note in result.notes:
         say(f"note: {note}")
     for warning in result.warnings:
