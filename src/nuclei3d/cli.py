@@ -210,6 +210,15 @@ _OPTIONS: dict[str, Any] = {
     "export.formats": typer.Option(
         "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
     ),
+    "import.inputs": typer.Argument(
+        help="Label volumes, folders of them, Cellpose's _seg.npy, ImageJ's .roi or .zip.",
+        metavar="FILE...",
+        show_default=False,
+    ),
+    "import.into": typer.Option("--data", help="Data set; may be new.", metavar="DIR"),
+    "import.embryo": typer.Option(help="Whose labels they are; may be new.", metavar="NAME"),
+    "import.images": typer.Option(help="Their images, copied where they are missing.", metavar="DIR"),
+    "import.overwrite": typer.Option("--overwrite", help="Replace labels that are there and differ."),
     "view.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
     "view.masks": typer.Argument(help="Masks to lay over it.", metavar="MASKS..."),
     "run.data": typer.Option(help="Labelled embryos.", metavar="DIR"),
@@ -244,7 +253,7 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 
-    name = work.__name__
+    name = work.__name__.rstrip("_")
     options = [
         Parameter(
             option,
@@ -461,6 +470,21 @@ def export(
     from nuclei3d.stages.export import export
 
     return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
+
+
+@_command
+def import_(
+    params: Params,
+    inputs: list[Path],
+    into: Path,
+    embryo: str,
+    images: Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Take corrected labels of any program into a data set, and say what changed."""
+    from nuclei3d.stages.import_labels import import_labels
+
+    return import_labels(params, inputs, into, embryo, images, overwrite=overwrite)
 
 
 @_command

@@ -120,9 +120,9 @@ def _read_npy(file: BinaryIO) -> Any:
 def read_rois(path: Path, shape: tuple[int, int, int]) -> tuple[NDArray[np.uint32], int]:
     """Draw ImageJ's regions, one a nucleus and plane, as labels (Z, Y, X) of that shape.
 
-    A region called ``<label>-<plane>``, as ``nuclei3d export`` names them, has that number. Any other, such as
-    one that was drawn anew, belongs to the nucleus that it overlaps in the plane before or after, else to a
-    new one; how many these are is given too. Regions hold the pixels whose centres they hold; where two
+    A region called ``<label>-<plane>``, as ``nuclei3d export`` names them, has that number. Any other, such
+    as one that was drawn anew, belongs to the nucleus that it overlaps in the plane before or after, else to
+    a new one; how many these are is given too. Regions hold the pixels whose centres they hold; where two
     overlap the later one counts. InputError is raised for lines and points, regions that belong to no plane,
     and those beside the image.
     """
@@ -150,17 +150,15 @@ def read_rois(path: Path, shape: tuple[int, int, int]) -> tuple[NDArray[np.uint3
     return labels, len(unnumbered)
 
 
-def _draw(
-    roi: Any, shape: tuple[int, int, int], path: Path
-) -> tuple[int, tuple[NDArray[np.intp], ...]]:
+def _draw(roi: Any, shape: tuple[int, int, int], path: Path) -> tuple[int, tuple[NDArray[np.intp], ...]]:
     """Give the plane of a region and its pixels (rows, columns)."""
     from skimage.draw import polygon
 
     z = int(roi.z_position or roi.position) - 1
     if z < 0:
         raise InputError(
-            f"{path}: the region {roi.name} belongs to no plane; in Fiji's ROI manager choose More > Options > "
-            "Associate 'Show All' ROIs with slices, and draw it anew"
+            f"{path}: the region {roi.name} belongs to no plane; in Fiji's ROI manager choose More > Options "
+            "> Associate 'Show All' ROIs with slices, and draw it anew"
         )
     if z >= shape[0] or roi.t_position > 1:
         raise InputError(
@@ -176,8 +174,8 @@ def _draw(
         area[polygon(y, x, area.shape)] ^= True  # type: ignore[no-untyped-call]
     if not area.any():
         raise InputError(
-            f"{path}: the region {roi.name} holds no pixel of the image ({shape[1]} x {shape[2]}); remove what "
-            "is no outline of a nucleus, or give the image that the regions were drawn on"
+            f"{path}: the region {roi.name} holds no pixel of the image ({shape[1]} x {shape[2]}); remove "
+            "what is no outline of a nucleus, or give the image that the regions were drawn on"
         )
     return z, np.nonzero(area)
 
