@@ -136,9 +136,7 @@ def store_labels(
     Labels go where those of the frame are, else to ``labels/<frame>.tif``. Raises InputError if labels do not
     fit their image, are no labels, or would replace others that differ.
     """
-    there: dict[str, EmbryoFrame] = {}
-    if (folder / "images").is_dir() and list_volumes(folder / "images"):
-        there = {frame.frame: frame for frame in find_embryo(folder).frames}
+    there = list_frames(folder)
     frames: dict[str, ImportedFrame] = {}
     checks: list[FrameCheck] = []
     gone: list[Path] = []
@@ -194,6 +192,13 @@ def store_labels(
     return ImportResult(folder, tuple(frames.values()), tuple(warnings))
 
 
+def list_frames(folder: Path) -> dict[str, EmbryoFrame]:
+    """Give the frames of an embryo's folder, which need not be there, by their names."""
+    if not (folder / "images").is_dir() or not list_volumes(folder / "images"):
+        return {}
+    return {frame.frame: frame for frame in find_embryo(folder).frames}
+
+
 def _in_words(frame: ImportedFrame) -> str:
     added, removed, changed, unchanged = frame.changes
     words = (
@@ -217,13 +222,14 @@ def _compare(
     for fault in check.faults:
         if fault.kind == "intensities":
             raise InputError(f"{new.source}: {fault.words}")
+    nuclei = len(np.unique(labels[labels > 0]))
     old, old_unknown = np.zeros_like(compact), None
-    target = _target(folder, new.frame, there)
+    target = label_target(folder, new.frame, there)
     if target.exists():
         old, old_unknown = read_partial_labels(single_label_frame(target), params.data.unknown_label)
     if old.shape != labels.shape:
         # they were of no use
-        changes = Changes(int(compact.max(initial=0)), len(np.unique(old[old > 0])), 0, 0)
+        changes = Changes(nuclei, len(np.unique(old[old > 0])), 0, 0)
         same = False
     else:
         changes = compare_labels(compact_labels(old), compact)
@@ -231,7 +237,6 @@ def _compare(
         same = target.exists() and np.array_equal(old, labels)
         same &= np.array_equal(*(nowhere if u is None else u for u in (old_unknown, new.unknown)))
     known_share = 1.0 if new.unknown is None else float(1 - new.unknown.mean())
-    nuclei = int(compact.max(initial=0))
     return check, ImportedFrame(new.frame, new.source, target, nuclei, known_share, changes, not same)
 
 
@@ -243,8 +248,8 @@ def compare_labels(old: NDArray[np.uint32], new: NDArray[np.uint32]) -> Changes:
     return Changes(table.n_pred - matched.tp, table.n_true - matched.tp, matched.tp - unchanged, unchanged)
 
 
-def _target(folder: Path, name: str, there: EmbryoFrame | None) -> Path:
-    """Say where the labels of a frame belong."""
+def label_target(folder: Path, name: str, there: EmbryoFrame | None) -> Path:
+    """Say where the labels of a frame belong; InputError is raised if that file holds other frames too."""
     labels = folder / "labels"
     path = there.label_path if there else None
     if path is None and labels.is_dir():
