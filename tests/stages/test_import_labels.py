@@ -118,7 +118,7 @@ def large(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_full_disk_leaves_nothing_half(tmp_path: Path, large: tuple[Path, Path], small_disk: None) -> None:
-    with pytest.raises(MachineError, match=r"cannot write .*images/t000\.tif"):
+    with pytest.raises(MachineError, match=r"cannot write .*images/\.t000.*; free some space"):
         import_labels(Params(), [large[1]], tmp_path / "data", "e1", large[0])
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
@@ -162,6 +162,16 @@ def test_a_time_lapse_becomes_frames(tmp_path: Path) -> None:
     # nobody has labelled the one in between
     assert [frame.frame for frame in result.frames] == ["film_t000", "film_t002"]
     assert [frame.frame for frame in find_embryos(data)[0].labelled] == ["film_t000", "film_t002"]
+
+
+def test_an_image_as_python_saves_it_is_copied_in_a_type_that_all_read(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "t000.tif", image_of(LABELS).astype(np.int64))
+    params = load_params(None, ["data.voxel_size_um=[2,1,1]"])
+    masks = [save("cellpose", tmp_path / "a", LABELS)]
+    import_labels(params, masks, tmp_path / "data", "e1", tmp_path / "t000.tif")
+    copied = tifffile.imread(tmp_path / "data/e1/images/t000.tif")
+    assert copied.dtype == np.uint16
+    assert np.array_equal(copied, image_of(LABELS))
 
 
 def test_what_is_odd_is_said(tmp_path: Path, image: Path) -> None:

@@ -26,7 +26,7 @@ class _Dtype:
 
     def __init__(self, kind: object = "", *_: object) -> None:
         self.kind = kind
-        self.order = "|"
+        self.order: Any = "|"
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         self.order = state[1]

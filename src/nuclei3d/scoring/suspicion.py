@@ -80,7 +80,7 @@ def rank_nuclei(
         values = np.array([growth.get(int(number), np.nan) for number in numbers])
         odd = _oddness("growth", np.abs(np.log(values)))
         odd[np.isnan(values)] = _NEWCOMER
-        words = [f"{value:.2g} times its volume in the frame before" for value in values]
+        words = [f"{value:.2g} x its volume before" for value in values]
         words = ["not in the frame before" if np.isnan(v) else w for v, w in zip(values, words, strict=True)]
         found.append((odd, words))
     suspects = []
@@ -102,7 +102,7 @@ def _oddness(kind: str, values: Floats) -> Floats:
         return np.zeros(len(values))
     middle = np.median(known)
     spread = max(1.4826 * float(np.median(np.abs(known - middle))), _LEAST_SPREAD[kind])
-    return np.maximum(np.nan_to_num((values - middle) / spread), 0.0)
+    return np.asarray(np.maximum(np.nan_to_num((values - middle) / spread), 0.0), np.float64)
 
 
 def _measure(

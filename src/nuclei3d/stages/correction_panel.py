@@ -23,7 +23,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.scoring.suspicion import Suspect
 from nuclei3d.stages.correct import Correction, open_correction
 
-_COLUMNS = ("seen", "nucleus", "why", "score", "um3")
+_COLUMNS = ("seen", "nucleus", "score", "um3", "why")
 #: Pixels of the screen that a nucleus takes at least when one goes there.
 _NUCLEUS_PX = 120.0
 
@@ -57,6 +57,8 @@ class CorrectionPanel(QWidget):  # type: ignore[misc]
         self.table.setSelectionBehavior(QAbstractItemView.SelectRows)
         self.table.setEditTriggers(QAbstractItemView.NoEditTriggers)
         self.table.verticalHeader().hide()
+        self.table.horizontalHeader().setStretchLastSection(True)
+        self.setMinimumWidth(380)
         self.only_seen = QCheckBox("Only what I looked at counts as labelled")
         self.only_seen.setChecked(True)
         self.save_button, self.rank_button = QPushButton("Save"), QPushButton("List anew")
@@ -92,13 +94,15 @@ class CorrectionPanel(QWidget):  # type: ignore[misc]
         for row, suspect in enumerate(self.suspects):
             score = "" if suspect.score is None else f"{suspect.score:.2f}"
             seen = "✓" if suspect.label in self.seen else ""
-            cells = (seen, suspect.label, ", ".join(suspect.reasons), score, f"{suspect.volume_um3:.0f}")
+            cells = (seen, suspect.label, score, f"{suspect.volume_um3:.0f}", ", ".join(suspect.reasons))
             for column, text in enumerate(cells):
                 item = QTableWidgetItem(str(text))
-                if column != 2:
+                item.setToolTip(str(text))
+                if column < len(cells) - 1:
                     item.setTextAlignment(Qt.AlignCenter)
                 self.table.setItem(row, column, item)
         self.table.resizeColumnsToContents()
+        self.table.resizeRowsToContents()
         self.table.setCurrentCell(-1, -1)
         self.table.blockSignals(False)
 

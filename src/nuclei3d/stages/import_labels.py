@@ -234,8 +234,8 @@ def _compare(
     else:
         changes = compare_labels(compact_labels(old), compact)
         nowhere = np.zeros(labels.shape, bool)
-        same = target.exists() and np.array_equal(old, labels)
-        same &= np.array_equal(*(nowhere if u is None else u for u in (old_unknown, new.unknown)))
+        before, now = (nowhere if where is None else where for where in (old_unknown, new.unknown))
+        same = target.exists() and np.array_equal(old, labels) and np.array_equal(before, now)
     known_share = 1.0 if new.unknown is None else float(1 - new.unknown.mean())
     return check, ImportedFrame(new.frame, new.source, target, nuclei, known_share, changes, not same)
 
@@ -273,10 +273,15 @@ def _voxel_size(new: NewLabels, params: Params) -> VoxelSize:
 
 def _copy_image(new: NewLabels, folder: Path, params: Params, files: ExitStack) -> None:
     target = folder / "images" / f"{new.frame}.tif"
-    try:
-        write_image(files.enter_context(whole_file(target)), new.image.read(), _voxel_size(new, params))
-    except ValueError as error:
-        raise InputError(f"{new.image.path} cannot be copied to {target}: {error}") from None
+    image = new.image.read()
+    if image.dtype.kind in "iu" and image.dtype.itemsize == 8:
+        # TIFF readers know none of these
+        image = image.astype(np.result_type(np.min_scalar_type(image.min()), np.min_scalar_type(image.max())))
+        if image.dtype.itemsize == 8:
+            raise InputError(
+                f"{new.image.path} holds numbers beyond 32 bits; convert it before it is imported"
+            )
+    write_image(files.enter_context(whole_file(target)), image, _voxel_size(new, params))
     say(f"{target}: copied from {new.image.path}")
 
 
