@@ -99,6 +99,19 @@ def test_labels_that_are_there_are_replaced_only_when_told(tmp_path: Path, image
     assert target.stat().st_mtime_ns == written
 
 
+def test_a_lone_image_of_the_data_set_does_not_take_labels_of_another_name(
+    tmp_path: Path, image: Path
+) -> None:
+    data = tmp_path / "data"
+    import_labels(Params(), [save("predict", tmp_path / "a", LABELS)], data, "e1", image)
+    other = tmp_path / "t009.tif"
+    write_labels(other, LABELS, SIZE)
+    with pytest.raises(InputError, match="none is called 't009'"):
+        import_labels(Params(), [other], data, "e1", overwrite=True)
+    # named together they belong together
+    assert import_labels(Params(), [other], data, "e2", image).frames[0].frame == "t000"
+
+
 def test_all_files_come_or_none(tmp_path: Path, image: Path) -> None:
     write_image(image.with_name("t001.tif"), image_of(LABELS), SIZE)
     good = save("predict", tmp_path / "a", LABELS)

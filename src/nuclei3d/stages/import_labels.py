@@ -318,7 +318,7 @@ def _read_all(
 
 
 def _find_images(folder: Path, images: Path | None, params: Params) -> dict[str, tuple[str, Frame]]:
-    """Give frame and image by all names that they go by; those in the data set come first."""
+    """Give frame and image by all names, those in the data set first; by "" the lone image that was given."""
     known: dict[str, tuple[str, Frame]] = {}
     own = folder / "images"
     if own.is_dir() and list_volumes(own):
@@ -331,6 +331,8 @@ def _find_images(folder: Path, images: Path | None, params: Params) -> dict[str,
             other = known.setdefault(entry.stem, (entry.stem, entry.frame))[1]
             if other is not entry.frame and not other.path.is_relative_to(own):
                 raise InputError(f"{other.path} and {entry.frame.path} have the same name; give one embryo's")
+        if len(found) == 1:
+            known[""] = known[found[0].stem]
     if not known:
         raise InputError(f"{own} holds no image; give those that were labelled: --images FILE_OR_FOLDER")
     return known
@@ -342,8 +344,8 @@ def _match(
     for known in (name, name.removeprefix(f"{folder.name}_")):
         if known in images:
             return images[known]
-    if alone and len({frame for frame, _ in images.values()}) == 1:
-        return next(iter(images.values()))
+    if alone and "" in images:
+        return images[""]
     raise InputError(
         f"{path} has no image: none is called '{name}' in {folder / 'images'} or --images (such as "
         f"'{next(iter(images))}'); name it like its image, or give that image alone with --images"
