@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,20 @@ def test_other_masks_do_not_replace_labels_unasked(data: Path) -> None:
     with pytest.raises(InputError, match=r"t000\.tif is there already; go on with it .*--overwrite"):
         opened(data)
     assert opened(data, overwrite=True).labels.max() == 4
+
+
+def test_a_model_finds_what_to_correct_or_disputes_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(
+        labels=np.where(balls() == 2, 0, balls()), nuclei=[SimpleNamespace(label=3, score=0.4)]
+    )
+    predictor = SimpleNamespace(model=SimpleNamespace(segment=lambda volume, size: found))
+    monkeypatch.setattr("nuclei3d.stages.predict.open_model", lambda params, model: predictor)
+    disputed = opened(data, "t001", model="m").agreement
+    assert disputed is not None
+    assert (disputed[1], disputed[2]) == (1.0, 0.0)
+    alone = open_correction(Params(), data / "e1/images/t000.tif", model="m")
+    assert np.array_equal(alone.labels, found.labels)
+    assert alone.score == {3: 0.4}
 
 
 def test_without_masks_model_or_labels_there_is_nothing_to_correct(data: Path) -> None:
