@@ -45,8 +45,11 @@ _READ = frozenset(
 )
 # Commands that show images to a model as its training showed them.
 _AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
+# Commands that a start model (train.start_from) concerns.
+_MAY_START_FROM = frozenset(("prepare", "augment", "train", "search", "run"))
 # Options that set a parameter, like --set; they go last.
 _SET_BY = {
+    "start": "train.start_from",
     "mode": "predict.mode",
     "diameter": "predict.diameter_um",
     "memory": "predict.memory_gb",
@@ -148,6 +151,12 @@ _OPTIONS: dict[str, Any] = {
     "out": typer.Option(help="Folder to write.", metavar="DIR"),
     "augment.out": typer.Option(help="PNG to write.", metavar="FILE"),
     "check.data": typer.Argument(help="Folder of labelled embryos.", metavar="DATA"),
+    "prepare.start": typer.Option(
+        "--for", help="Cut as this model needs it: see train --from.", metavar="MODEL"
+    ),
+    "start": typer.Option(
+        "--from", help="Fine-tune a model folder, weights file or models:/name@alias.", metavar="MODEL"
+    ),
     "prepare.strict": typer.Option("--strict", help="Refuse implausible labels instead of saying them."),
     "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
     "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
@@ -180,6 +189,9 @@ _OPTIONS: dict[str, Any] = {
     "track.images": typer.Option(help="Their images, for intensities.", metavar="DIR"),
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
+    ),
+    "evaluate.model": typer.Option(
+        help="Model that made the predictions: was it trained on these volumes?", metavar="DIR"
     ),
     "evaluate.name": typer.Option(help="What the report calls the predictions."),
     "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
@@ -258,7 +270,15 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
         if reads_file:
             own["params_file"] = params
-        result = work(load_params(params, [*(overrides or ()), *given]), **own)
+        overrides = [*(overrides or ()), *given]
+        chosen = load_params(params, overrides)
+        if name in _MAY_START_FROM and chosen.train.start_from is not None:
+            from nuclei3d.stages.start_model import load_fine_tuning
+
+            asked, cut = own.get("start") is not None, own.get("data") if name in ("prepare", "run") else None
+            trains = name in ("train", "search", "run")
+            chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
+        result = work(chosen, **own)
         if as_json:
             emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
         if code := getattr(result, "exit_code", 0):
@@ -297,7 +317,7 @@ def check(params: Params, data: Path) -> Result:
 
 
 @_command
-def prepare(params: Params, data: Path, out: Path, strict: bool = False) -> Result:
+def prepare(params: Params, data: Path, out: Path, start: str | None = None, strict: bool = False) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
     from nuclei3d.stages.tracked import prepare_tracked
 
@@ -313,7 +333,14 @@ def augment(params: Params, slices: Path, out: Path) -> Result:
 
 
 @_command
-def train(params: Params, slices: Path, out: Path, data: Path | None = None, resume: bool = True) -> Result:
+def train(
+    params: Params,
+    slices: Path,
+    out: Path,
+    data: Path | None = None,
+    start: str | None = None,
+    resume: bool = True,
+) -> Result:
     """Train a network on prepared planes."""
     from nuclei3d.stages.train import train
 
@@ -376,6 +403,7 @@ def evaluate(
     baseline: list[str] | None = None,
     name: str = "this model",
     tracks: Path | None = None,
+    model: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
@@ -387,6 +415,7 @@ def evaluate(
         "history": history,
         "method": name,
         "tracks": tracks,
+        "model": model,
     }
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
@@ -523,7 +552,9 @@ def view(params: Params, image: Path, masks: list[Path] | None = None) -> None:
 
 
 @_command
-def run(params: Params, data: Path = Path("data"), out: Path = Path("out")) -> Result:
+def run(
+    params: Params, data: Path = Path("data"), out: Path = Path("out"), start: str | None = None
+) -> Result:
     """Do the whole job: prepare, train, predict, evaluate, register."""
     from nuclei3d.stages.run import run_pipeline
 

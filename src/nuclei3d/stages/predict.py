@@ -290,10 +290,9 @@ def open_model(params: Params, model: str) -> Predictor:
         identity: dict[str, Any] = {"service": model, "model": remote.served_model()}
         identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
         return Predictor(remote, params.predict, identity)
-    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.experiment.registry import find_model
 
-    path = fetch_model(model, params) if is_registered(model) else Path(model)
-    segmenter = Segmenter(path, params.predict)
+    segmenter = Segmenter(find_model(model, params), params.predict)
     models = segmenter.models
     identity = {
         "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
