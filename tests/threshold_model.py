@@ -12,7 +12,7 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
-from nuclei3d.experiment.invocation import Admission, RequestParams, VolumeLimits, open_frame
+from nuclei3d.experiment.invocation import Admission, RequestParams, VolumeLimits, open_frame, read_volume
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import ModelInfo
 
@@ -73,7 +73,7 @@ class ThresholdModel:
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             out = Path(temporary) / "labels.tif"
-            write_labels(out, (frame.read() > 100).astype(np.uint32), voxel_size)
+            write_labels(out, (read_volume(frame) > 100).astype(np.uint32), voxel_size)
             labels = base64.b64encode(out.read_bytes()).decode()
         return {
             "labels": labels,

@@ -27,14 +27,13 @@ from nuclei3d.experiment.invocation import (
     Admission,
     RequestParams,
     VolumeLimits,
-    about_the_volume,
     check_cost,
     check_rows,
     open_frame,
     read_request_params,
+    read_volume,
     volume_on_disk,
 )
-from nuclei3d.images.frames import check_image
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import load_model
@@ -100,9 +99,7 @@ class NucleiModel(PythonModel):
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
-        with about_the_volume(file):
-            image = frame.read()
-        check_image(image, "the volume")
+        image = read_volume(frame)
         # not by the Segmenter: an unknown diameter is explained by this volume's voxels
         settings = segmentation_settings(self.model.info, chosen, voxel_size)
         with self._device_lock:
