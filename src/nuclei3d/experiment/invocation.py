@@ -294,7 +294,7 @@ def path_below(root: Path | None, path: object) -> Path:
     try:
         resolved = (top / path).resolve()
         inside = resolved.is_relative_to(top) and resolved.exists()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # the last of half a surrogate pair, which JSON can hold
         inside = False
     if not inside:
         raise InputError(f"no file '{printable(path)}' below the root of the service")
@@ -359,7 +359,7 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
 
 
 def read_volume(frame: Frame) -> NDArray[Any]:
-    """Read the volume (z, y, x) of a request; InputError is raised if it is damaged or cannot be segmented."""
+    """Read the volume (z, y, x) of a request; InputError is raised if it is damaged, or no volume."""
     from nuclei3d.images.frames import check_image
 
     with about_the_volume(frame.path):

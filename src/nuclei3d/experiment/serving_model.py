@@ -6,6 +6,7 @@ MLflow finds the package beside it (``code_paths``), so neither the project nor 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import tempfile
@@ -61,9 +62,19 @@ class NucleiModel(PythonModel):
         self.model = load_model(folder)
         self.device = choose_device(str(config.get("device") or self.defaults.device))
         self.model.network.to(self.device)
-        self.version = {"name": self.model.info.name} | _registered_version(folder)
+        self.version = {
+            "name": self.model.info.name,
+            **_registered_version(folder),
+            "weights_sha256": hashlib.sha256(self.model.path.read_bytes()).hexdigest(),
+            "settings_sha256": self._digest_settings(),
+        }
         # Requests come in threads; the network's work is done for one of them at a time.
         self._device_lock = threading.Lock()
+
+    def _digest_settings(self) -> str:
+        """Digest all that an answer depends on beside weights and request."""
+        settings = [self.model.info.model_dump(mode="json"), self.defaults.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def predict(
         self,
