@@ -220,7 +220,7 @@ def test_chunks_are_files_of_the_store(tmp_path: Path, chunk: str) -> None:
         ".",
         "a" * 5000,
         "a\x00",
-        "�.tif",
+        "\ud800.tif",
         "zip://a.zip!secret.tif",
         "a.zip/secret.tif",
         "%2e%2e/secret.tif",

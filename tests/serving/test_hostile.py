@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -151,6 +152,24 @@ def test_memory_that_runs_out_is_413_and_the_next_request_is_answered(
         assert "memory" in refused.json()["message"]
         running.model.bid("")
         np.testing.assert_array_equal(labels_of(running.post(records(volume))), image > 100)
+
+
+def test_a_chunk_that_swells_is_413_however_long_its_process_takes_to_end(
+    serving: Serving, tmp_path: Path
+) -> None:
+    """What is freed of gigabytes keeps the dying process longer than the next one takes to be born."""
+    root = tmp_path / "bomb.zarr"
+    root.mkdir()
+    described = {"zarr_format": 2, "shape": [4, 64, 64], "chunks": [4, 64, 64], "dtype": "|u1", "order": "C"}
+    described |= {"compressor": {"id": "zlib", "level": 1}, "fill_value": 0, "filters": None}
+    (root / ".zarray").write_text(json.dumps(described))
+    (root / "0.0.0").write_bytes(zlib.compress(bytes(2_000_000_000), 1))
+    asked = {"dataframe_records": [{"path": "bomb.zarr"}], "params": {"voxel_size_um": [2, 0.5, 0.5]}}
+    with serving(memory_gb=1.2, root=str(tmp_path)) as running:
+        refused = running.post(asked)
+        assert refused.status_code == 413
+        assert "memory" in refused.json()["message"]
+        assert running.model.begun == 1
 
 
 def test_a_request_that_ends_its_process_is_422(serving: Serving, volume: str, image: Image) -> None:
