@@ -252,6 +252,12 @@ def _advise(
         advice.append(f"a nucleus is about {across:.3g} pixels across; for a model of your own see prepare")
     elif info.nucleus_diameter_um is None:
         advice.append(f"the model does not say how large its nuclei are: predict --diameter {middle_um:.3g}")
+    elif info.embryo_diameters_um is not None:
+        low, high = info.embryo_diameters_um
+        advice.append(
+            f"the model knows nuclei of {low:.3g} to {high:.3g} um, each at its own scale: check the estimate, "
+            f"then predict --diameter {middle_um:.3g}"
+        )
     elif _differ(middle_um, info.nucleus_diameter_um):
         advice.append(
             f"nuclei are of {middle_um:.3g} um, the model's of {info.nucleus_diameter_um:.3g}: check the "

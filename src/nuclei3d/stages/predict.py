@@ -104,6 +104,15 @@ def predict(
         first = params.predict.model_copy(update={"diameter_um": diameters[0]})
         params = params.model_copy(update={"predict": first})
     predictor = open_model(params, model)
+    unlike = predictor.trained_diameters_um
+    if unlike is not None and params.predict.diameter_um is None:
+        from nuclei3d.stages.diameters import estimate_diameters
+
+        say(
+            f"the model was trained on embryos with nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its "
+            "own scale: their diameter is estimated here (predict.diameter_um gives it)"
+        )
+        diameters = estimate_diameters(frames)
     done: list[PredictedFrame] = []
     fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
@@ -233,6 +242,15 @@ class Predictor:
     params: PredictParams
     identity: Mapping[str, Any]
     digests: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def trained_diameters_um(self) -> tuple[float, float] | None:
+        """`ModelInfo.embryo_diameters_um` of a model here; of a service it is not known."""
+        return (
+            None
+            if isinstance(self.model, RemoteModel)
+            else self.model.models["main"].info.embryo_diameters_um
+        )
 
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
