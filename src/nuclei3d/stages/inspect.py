@@ -255,8 +255,8 @@ def _advise(
     elif info.embryo_diameters_um is not None:
         low, high = info.embryo_diameters_um
         advice.append(
-            f"the model knows nuclei of {low:.3g} to {high:.3g} um, each at its own scale: check the estimate, "
-            f"then predict --diameter {middle_um:.3g}"
+            f"the model knows nuclei of {low:.3g} to {high:.3g} um, each at its own scale: check the "
+            f"estimate, then predict --diameter {middle_um:.3g}"
         )
     elif _differ(middle_um, info.nucleus_diameter_um):
         advice.append(

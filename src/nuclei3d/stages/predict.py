@@ -109,8 +109,8 @@ def predict(
         from nuclei3d.stages.diameters import estimate_diameters
 
         say(
-            f"the model was trained on embryos with nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its "
-            "own scale: their diameter is estimated here (predict.diameter_um gives it)"
+            f"the model knows nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its own scale: the "
+            "diameter is estimated (--diameter gives it)"
         )
         diameters = estimate_diameters(frames)
     done: list[PredictedFrame] = []

@@ -133,7 +133,7 @@ class PreparedFrame:
 
     A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
     implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise.
-    The samples' voxels, and `voxel_um`, are `scale` times as wide as those of the file, which all else is about.
+    `voxel_um` and the samples' voxels are taken `scale` times as wide as those of the files.
     """
 
     samples: tuple[StoredSample, ...]
@@ -157,7 +157,7 @@ def prepare_frame(
 ) -> PreparedFrame:
     """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given.
 
-    `scales` say by embryo how many times as wide its voxels are taken, so that nuclei measure the same in all.
+    `scales` say by embryo how many times as wide voxels are taken, so that nuclei are alike in all.
     """
     part, frame = task
     volume = read_labelled(frame, params.data)
@@ -225,7 +225,7 @@ def prepare_frame(
 
 
 def _unlike_diameters(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) -> dict[str, float]:
-    """Give the diameter of the nuclei of each embryo in um where those of the training differ; else nothing."""
+    """Give the diameter of each embryo's nuclei in um, if those of the training embryos differ too much."""
     ratio = params.prepare.max_size_ratio
     train = [frame for part, frame in tasks if part == "train"]
     if ratio is None or len({frame.embryo for frame in train}) < 2:
@@ -236,8 +236,8 @@ def _unlike_diameters(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) 
         return {}
     diameters |= measure_embryos([frame for _, frame in tasks if frame.embryo not in diameters], params)
     say(
-        f"nuclei of the training embryos measure {small:.3g} to {large:.3g} um: each embryo is brought to the "
-        "network's scale by its own nuclei (prepare.max_size_ratio)"
+        f"nuclei of the training embryos measure {small:.3g} to {large:.3g} um: each embryo is brought to "
+        "the network's scale by its own nuclei (prepare.max_size_ratio)"
     )
     return diameters
 
@@ -268,8 +268,8 @@ def _common_edge_um(
         return None
     if not scales:
         say(
-            f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} um): "
-            f"all planes are brought to pixels of {median:g} um, the median after downsampling"
+            f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} "
+            f"um): all planes are brought to pixels of {median:g} um, the median after downsampling"
         )
     return median
 
