@@ -129,7 +129,9 @@ def test_of_a_large_file_few_voxels_are_read(tmp_path, monkeypatch):
     assert sum(block.size for block in read) <= 200_000 + 3 * 100_000
 
 
-def test_auto_predicts_with_the_diameter_of_the_frame(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked_for", ["auto", ""])
+def test_auto_predicts_with_the_diameter_of_the_frame(asked_for, model, tmp_path, monkeypatch):
+    """So does a model that was trained on embryos with unlike nuclei, if no diameter is given."""
     from nuclei3d.stages import predict as stage
 
     asked = []
@@ -144,7 +146,10 @@ def test_auto_predicts_with_the_diameter_of_the_frame(model, tmp_path, monkeypat
     monkeypatch.setattr(stage, "_predict_frame", remember)
     for time, diameter_um in enumerate((14, 14, 9, 9, 9)):
         write_image(tmp_path / "movie" / f"t{time}.tif", embryo(diameter_um), VOXELS)
-    params = load_params(None, ["predict.diameter_um=auto", "predict.report=false"])
+    if not asked_for:
+        info = json.loads((model / "model.json").read_text())
+        (model / "model.json").write_text(json.dumps(info | {"embryo_diameters_um": [8, 16]}))
+    params = load_params(None, [f"predict.diameter_um={asked_for or 'null'}", "predict.report=false"])
     result = stage.predict(params, [tmp_path / "movie"], str(model), tmp_path / "out")
     diameters = [frame.diameter_um for frame in result.frames]
     assert diameters == [settings.nucleus_diameter_um for settings in asked]
