@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from nuclei3d import __version__
-from nuclei3d.console import emit_json, say
+from nuclei3d.console import emit_json, say, warned
 from nuclei3d.errors import InputError, StoppedError, missing
 from nuclei3d.outputs import own_temporary_folder, require_writable
 
@@ -238,9 +238,12 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
         if reads_file:
             own["params_file"] = params
+        warned.clear()
         result = work(load_params(params, [*(overrides or ()), *given]), **own)
         if as_json:
-            emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+            plain = result.as_json() if hasattr(result, "as_json") else asdict(result)
+            warnings = dict.fromkeys((*plain.get("warnings", ()), *warned))
+            emit_json({**plain, "warnings": list(warnings)})
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from typer.testing import CliRunner
 
 from nuclei3d import cli
 from nuclei3d.config import Params, load_params
@@ -75,6 +76,21 @@ def test_the_command_gives_one_json_object(file, monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["images"][0]["voxel_size_um"] == [2.0, 0.5, 0.5]
     assert told["images"][0]["looked_at"][0]["nuclei_seen"] == 4
+
+
+def test_what_is_passed_over_stands_in_the_json_too(file, tmp_path):
+    (tmp_path / "t1.tif").symlink_to(tmp_path / "gone")
+    (tmp_path / "t2.png").touch()
+    tifffile.imwrite(tmp_path / "preview.tif", np.zeros((8, 9), np.uint8))
+    for _ in range(2):
+        done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path), "--json"])
+        assert json.loads(done.stdout)["warnings"] == [
+            f"{tmp_path}: 1 passed over: t1.tif (links to what is not there)",
+            f"{tmp_path}: 1 passed over: t2.png (no .tif, .tiff or .zarr)",
+            f"{tmp_path}: 1 passed over: preview.tif (flat images)",
+        ]
+    done = CliRunner().invoke(cli.app, ["inspect", str(file), "--json"])
+    assert json.loads(done.stdout)["warnings"] == []
 
 
 def test_a_time_lapse_is_one_image_of_which_three_frames_are_looked_at(tmp_path):
