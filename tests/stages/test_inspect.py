@@ -116,6 +116,18 @@ def test_what_a_file_leaves_open_is_advised_and_not_refused(tmp_path):
     assert found.looked_at[0].diameter_um == pytest.approx(9, rel=0.2)
 
 
+def test_of_several_images_the_chosen_one_is_looked_at(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif", ome=True) as file:
+        for diameter_um, width in ((14, 0.5), (9, 1.0)):
+            sizes = {"PhysicalSizeZ": 4 * width, "PhysicalSizeY": width, "PhysicalSizeX": width}
+            file.write(embryo(diameter_um), metadata={"axes": "ZYX", **sizes})
+    with pytest.raises(InputError, match=r"data\.image"):
+        inspect_images(Params(), [tmp_path / "two.ome.tif"])
+    (found,) = inspect_images(load_params(None, ["data.image=1"]), [tmp_path / "two.ome.tif"]).images
+    assert found.voxel_size_um == (4.0, 1.0, 1.0)
+    assert found.looked_at[0].diameter_um == pytest.approx(18, rel=0.2)
+
+
 def test_an_image_without_nuclei_is_said_to_have_none(tmp_path):
     noise = np.random.default_rng(0).normal(100, 5, (20, 72, 80)).astype(np.uint16)
     write_image(tmp_path / "noise.tif", noise, VOXELS)

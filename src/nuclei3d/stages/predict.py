@@ -277,7 +277,12 @@ def _write_masks(
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+    from nuclei3d.stages.predict_blocks import (
+        BlockRun,
+        predict_in_blocks,
+        required_gb,
+        with_frame_ranges,
+    )
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
@@ -285,12 +290,14 @@ def _write_masks(
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor)
+        settings = with_frame_ranges(frame, settings)
         nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
             frame.require_voxel_size(),
             settings.nucleus_diameter_um,
             model.models["main"].info.training,
+            settings.intensity_range,
         )
         return masks, nuclei, tuple(unlike)
     try:
