@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from nuclei3d import __version__
-from nuclei3d.console import emit_json, say
+from nuclei3d.console import emit_json, say, warned
 from nuclei3d.errors import InputError, StoppedError, missing
 from nuclei3d.outputs import own_temporary_folder, require_writable
 
@@ -270,6 +270,7 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
         if reads_file:
             own["params_file"] = params
+        warned.clear()
         overrides = [*(overrides or ()), *given]
         chosen = load_params(params, overrides)
         if name in _MAY_START_FROM and chosen.train.start_from is not None:
@@ -280,7 +281,9 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
             chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
         result = work(chosen, **own)
         if as_json:
-            emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+            plain = result.as_json() if hasattr(result, "as_json") else asdict(result)
+            warnings = dict.fromkeys((*plain.get("warnings", ()), *warned))
+            emit_json({**plain, "warnings": list(warnings)})
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 

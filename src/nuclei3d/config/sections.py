@@ -204,6 +204,11 @@ class PrepareParams(Section):
     """Least number of nuclei that a plane shows, slivers not counted."""
     min_volume_um3: NonNegativeFloat = 0.0
     """Labels below this in 3D, the debris of hand labelling, become background before (0: none)."""
+    max_size_ratio: Annotated[float, Field(ge=1)] | None = 1.5
+    """Training embryos whose nuclei differ by more than this factor in median diameter (ovules of a plant and
+    of a mouse, say) are brought to the network's scale each by its own nuclei, the held-out ones too. Below,
+    and with null always, all are brought there by one diameter, as a prediction without `predict.diameter_um`
+    does; random scales (`train.augment.rescale_range`) cover a factor of 1.67."""
     min_area_px: Annotated[int, Field(ge=0)] = 15
     """Slivers of nuclei below this are dropped from a plane."""
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -538,9 +543,11 @@ class PredictParams(SegmentationParams):
         return self
 
     def of_one_network(self) -> Self:
-        """Give these parameters for a network by itself, without further models."""
+        """Give these parameters for a network by itself, without further models, on labelled nuclei."""
         mode = "auto" if self.mode == "mixed" else self.mode
-        return self.model_copy(update={"mode": mode, "orthogonal_model": None, "volume_model": None})
+        diameter_um = None if self.diameter_um == "auto" else self.diameter_um
+        others = {"orthogonal_model": None, "volume_model": None}
+        return self.model_copy(update={"mode": mode, "diameter_um": diameter_um, **others})
 
 
 class EvaluateParams(Section):

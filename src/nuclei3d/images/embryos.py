@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
 from nuclei3d.config.sections import DataParams, SplitParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.grid import compact_labels
 from nuclei3d.images.frames import (
@@ -26,7 +26,6 @@ from nuclei3d.images.frames import (
     label_stem,
     list_volumes,
     natural_key,
-    say_once,
     say_passed_over,
     single_frame,
     single_label_frame,
@@ -155,7 +154,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
         image, labels = image[block], labels[block]
         unknown = None if unknown is None else unknown[block]
     if not labels.any():
-        say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
+        warn(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
 
 
@@ -222,7 +221,7 @@ def find_embryo(folder: Path) -> Embryo:
         ),
     )
     if 0 < len(embryo.labelled) < len(embryo.frames):
-        say_once(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
+        warn(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
     return embryo
 
 
@@ -421,7 +420,7 @@ def _refuse_lists(params: SplitParams) -> None:
 
 
 def _split_by_space(labelled: Sequence[Embryo], params: SplitParams) -> Split:
-    say(f"WARNING: {ONE_IMAGE}")
+    warn(f"WARNING: {ONE_IMAGE}")
     ends = (0.0, 1 - params.validation_fraction - params.test_fraction, 1 - params.test_fraction, 1.0)
     frames = [frame for embryo in labelled for frame in embryo.labelled]
     return Split(*(tuple(replace(frame, share=share) for frame in frames) for share in pairwise(ends)))

@@ -114,6 +114,10 @@ class ModelInfo(BaseModel):
     nucleus_diameter_um, voxel_size_um
         Diameter of a typical nucleus and voxel size (z, y, x) of the training embryos; None if unknown (bare
         Cellpose weights).
+    embryo_diameters_um
+        Smallest and largest median diameter of the training embryos, if each was brought to the network's
+        scale by its own nuclei: `nucleus_diameter_um` is then in between, and a volume needs a diameter of
+        its own. None if all were brought there by `nucleus_diameter_um`.
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.intensity`).
     training
@@ -135,6 +139,7 @@ class ModelInfo(BaseModel):
     diameter_px: Pixels
     nucleus_diameter_um: Micrometres | None = None
     voxel_size_um: tuple[Micrometres, Micrometres, Micrometres] | None = None
+    embryo_diameters_um: Bounds | None = None
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0, le=1e4)] = 10.0

@@ -225,7 +225,8 @@ def _compare_embryos(frames: Sequence[FrameCheck]) -> list[str]:
         if diameters[large] > _SIZE_RATIO * diameters[small]:
             said.append(
                 f"nuclei measure {diameters[small]:.3g} um in {small} and {diameters[large]:.3g} um in "
-                f"{large}; if they do not, a voxel size is wrong (data.voxel_size_um)"
+                f"{large}; if they do not, a voxel size is wrong (data.voxel_size_um); training brings each "
+                "embryo to scale by its own nuclei (prepare.max_size_ratio)"
             )
     return said
 

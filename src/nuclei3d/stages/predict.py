@@ -105,6 +105,15 @@ def predict(
         first = params.predict.model_copy(update={"diameter_um": diameters[0]})
         params = params.model_copy(update={"predict": first})
     predictor = open_model(params, model)
+    unlike = predictor.trained_diameters_um
+    if unlike is not None and params.predict.diameter_um is None:
+        from nuclei3d.stages.diameters import estimate_diameters
+
+        say(
+            f"the model knows nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its own scale: the "
+            "diameter is estimated (--diameter gives it)"
+        )
+        diameters = estimate_diameters(frames)
     done: list[PredictedFrame] = []
     fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
@@ -235,6 +244,15 @@ class Predictor:
     identity: Mapping[str, Any]
     digests: dict[Path, str] = field(default_factory=dict)
 
+    @property
+    def trained_diameters_um(self) -> tuple[float, float] | None:
+        """`ModelInfo.embryo_diameters_um` of a model here; of a service it is not known."""
+        return (
+            None
+            if isinstance(self.model, RemoteModel)
+            else self.model.models["main"].info.embryo_diameters_um
+        )
+
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
         predict = self.params.model_copy(update={"diameter_um": diameter_um})
@@ -260,7 +278,12 @@ def _write_masks(
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+    from nuclei3d.stages.predict_blocks import (
+        BlockRun,
+        predict_in_blocks,
+        required_gb,
+        with_frame_ranges,
+    )
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
@@ -268,12 +291,14 @@ def _write_masks(
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor)
+        settings = with_frame_ranges(frame, settings)
         nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
             frame.require_voxel_size(),
             settings.nucleus_diameter_um,
             model.models["main"].info.training,
+            settings.intensity_range,
         )
         return masks, nuclei, tuple(unlike)
     try:
