@@ -226,6 +226,23 @@ def finish_labels(
     return scores[keep]
 
 
+def grow_labels(
+    labels: NDArray[np.uint32], core: NDArray[np.uint32], threads: int | None = None
+) -> NDArray[np.uint32]:
+    """Grow finished labels 1..n, `core`, by the voxels of `labels` (both (Z, Y, X)) that flow to the same sink.
+
+    `labels` are numbers of sinks, and are changed; the result has the numbers of `core` and its order.
+    """
+    inside = core > 0
+    table = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
+    table[labels[inside]] = core[inside]
+    table[0] = 0
+    renumber_labels(labels, table)
+    labels[inside] = core[inside]
+    clean_labels(labels, threads=threads)
+    return labels
+
+
 @dataclass(frozen=True)
 class Nucleus:
     """One segmented nucleus: its number, centroid (the centre of the first voxel is at 0), volume and so on.
