@@ -25,7 +25,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import available_threads, resize_nearest
+from nuclei3d.grid import available_threads, resize_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, FlowField
 from nuclei3d.segmentation.masks import finish_labels, grow_labels, keep_labels, renumber_labels
@@ -252,12 +252,12 @@ def label_flows(
         planes = _label_planes(flows, diameter_um, settings.masks)
         labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
         bounds_um3 = settings.masks.bounds_um3(diameter_um)
-        scores = finish_labels(labels, flows, bounds_um3, settings.masks.score_threshold)
+        scores = _finish(labels, flows, bounds_um3, settings.masks)
     else:
         labels, scores = masks_from_field(flows, diameter_um, settings.masks)
     if labels.shape == tuple(shape):
         return labels, scores
-    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
+    resized = resize_labels(labels, shape)
     present = np.zeros(len(scores), np.bool_)
     present[np.unique(resized)] = True
     present[0] = True
@@ -290,12 +290,23 @@ def masks_from_field(
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
     bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
+    return labels, _finish(labels, field, bounds_um3, settings, threads)
+
+
+def _finish(
+    labels: NDArray[np.uint32],
+    field: FlowField,
+    bounds_um3: tuple[float, float],
+    settings: MaskSettings,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Finish labels in place (`masks.finish_labels`): what lies above the threshold, then the outlines."""
     if min(settings.outline_thresholds) >= settings.cellprob_threshold:
-        return labels, finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
-    core = np.where(field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS, labels, 0)
-    core = core.astype(np.uint32, copy=False)
-    scores = finish_labels(core, field, bounds_um3, settings.score_threshold, threads)
-    return grow_labels(labels, core), scores
+        return finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
+    found = field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS
+    core = np.where(found, labels, np.uint32(0))
+    scores = finish_labels(core, field, (0.0, np.inf), settings.score_threshold, threads)
+    return grow_labels(labels, core, scores, np.array(bounds_um3) / field.voxel_size.volume_um3, threads)
 
 
 def masks_2d_from_flows(
@@ -316,7 +327,7 @@ def masks_2d_from_flows(
     labels = _sink_of_each_voxel(field, diameter_px, settings, 1)
     min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
     bounds = (min_pixels * plane.volume_um3, np.inf)
-    finish_labels(labels, field, bounds, settings.score_threshold, 1)
+    _finish(labels, field, bounds, settings, 1)
     return np.asarray(labels[0])
 
 

@@ -32,7 +32,7 @@ class MaskSettings:
     outline_threshold, outline_threshold_z
         A nucleus that was found reaches as far as the logit is above these, in the plane and along z, where
         they are lower than `cellprob_threshold`; None: outline_threshold_z is as outline_threshold, that as
-        cellprob_threshold. Score and bounds of the volume are of what lies above cellprob_threshold.
+        cellprob_threshold. The score is that of what lies above cellprob_threshold.
     score_threshold
         Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
         are: their flow has nothing to do with their mask.
