@@ -94,8 +94,9 @@ def choose_thresholds(
     all directions, then along z, then in the plane. Among equals those nearest to the defaults are taken. A
     few dozen nuclei of one embryo hardly tell a threshold from the next, so among those whose average
     precision is within one standard error of the best (Breiman et al. 1984) the largest volume is taken, for
-    another embryo may have debris where this has none, and then the lowest score, for too high a one costs
-    the faint nuclei of other embryos.
+    another embryo may have debris where this has none, and then the middle between the lowest and the
+    highest score: too low a one lets false nuclei of other embryos through, too high a one costs their faint
+    ones.
 
     Parameters
     ----------
@@ -129,13 +130,14 @@ def choose_thresholds(
     enough = best_ap - float(np.sqrt(best_ap * (1 - best_ap) / max(candidates.n_true, 1)))
     least = [each * typical_um3 for each in sorted(volume_fractions, reverse=True)]
     least_um3 = next(each for each in least if candidates.ap(ious, score, each) >= enough)
-    score = next(each for each in _scores_to_try(candidates) if candidates.ap(ious, each, least_um3) >= enough)
+    good = [each for each in _scores_to_try(candidates) if candidates.ap(ious, each, least_um3) >= enough]
+    score = round(float(good[0] + good[-1]) / 2, 3)
     plain = _segment_all(volumes, settings, settings.masks)
     return Thresholds(
         cellprob=chosen,
         outline=min(chosen, outline_xy),
         outline_z=min(chosen, outline_z),
-        score=float(score),
+        score=score,
         min_volume_um3=least_um3,
         ap=candidates.ap(ious, score, least_um3),
         ap_default=plain.ap(ious, settings.masks.score_threshold, settings.masks.min_volume_um3),
