@@ -124,8 +124,8 @@ class ModelInfo(BaseModel):
         What the training frames were like; None: unknown.
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
-    cellprob_threshold, score_threshold, min_volume_um3
-        Thresholds chosen on the validation embryos.
+    cellprob_threshold, score_threshold, min_volume_um3, outline_threshold, outline_threshold_z
+        Thresholds chosen on the validation embryos; outlines of models of before end at cellprob_threshold.
     versions, lineage
         Packages of the training; Git commit, md5 of data and slices, run id and the like.
     frames
@@ -146,6 +146,8 @@ class ModelInfo(BaseModel):
     training: TrainingRange | None = None
     full3d: VolumeSpec | None = None
     cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] = 0.0
+    outline_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    outline_threshold_z: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_volume_um3: Annotated[float, Field(ge=0, le=LARGEST_EDGE_UM**3)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)

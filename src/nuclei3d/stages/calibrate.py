@@ -161,18 +161,26 @@ def choose_for(
     """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
     # they are chosen against the defaults of the package, whatever the settings have
     masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
+    masks = replace(masks, outline_threshold=None, outline_threshold_z=None)
     chosen = choose_thresholds(
-        seen, replace(settings, masks=masks), params.cellprob, params.iou, params.volume_fractions
+        seen,
+        replace(settings, masks=masks),
+        params.cellprob,
+        params.outline,
+        params.iou,
+        params.volume_fractions,
     )
     say(
-        f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, score "
-        f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
+        f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, outline "
+        f"{chosen.outline:g} and along z {chosen.outline_z:g}, score {chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
         f"defaults {chosen.ap_default:.3f}"
     )
     # the volume is kept for nuclei of the model's own diameter
     cubed = ((info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um) ** 3
     update = {
         "cellprob_threshold": chosen.cellprob,
+        "outline_threshold": chosen.outline,
+        "outline_threshold_z": chosen.outline_z,
         "score_threshold": chosen.score,
         "min_volume_um3": round(chosen.min_volume_um3 * cubed, 3),
     }

@@ -61,7 +61,7 @@ def without_idle_work(params: Params) -> Params:
     from the model; for faint recall the score is none of them.
     """
     predict = params.predict
-    taken = [predict.cellprob_threshold, predict.min_volume_um3]
+    taken = [predict.cellprob_threshold, predict.outline_threshold, predict.min_volume_um3]
     if params.search.objective == "ap":
         taken.append(predict.score_threshold)
     update: dict[str, Any] = {"tracking": params.tracking.model_copy(update={"enabled": False})}
