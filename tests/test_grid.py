@@ -211,7 +211,9 @@ def test_larger_labels_take_what_trilinear_weights_favour() -> None:
         [0, 0, 9, 9],
     ]
     assert (resize_labels(labels, labels.shape) == labels).all()
-    assert resize_labels(np.full((3, 3, 3), 5, np.uint32), (2, 5, 1)).tolist() == np.full((2, 5, 1), 5).tolist()
+    assert (
+        resize_labels(np.full((3, 3, 3), 5, np.uint32), (2, 5, 1)).tolist() == np.full((2, 5, 1), 5).tolist()
+    )
 
 
 def test_balls_overlap_better_after_it_than_by_the_nearest_voxel() -> None:

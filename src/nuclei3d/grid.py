@@ -66,11 +66,9 @@ def resize_labels(labels: NDArray[np.uint32], shape: Sequence[int]) -> NDArray[n
     Outlines come out smoother than by `resize_nearest`. Axes that shrink take the old voxel at their centre.
     """
     larger = [max(old, new) for old, new in zip(labels.shape, shape, strict=True)]
-    taps, weights = zip(
-        *(linear_taps(old, new) for old, new in zip(labels.shape, larger, strict=True)), strict=True
-    )
+    z, y, x = (linear_taps(old, new) for old, new in zip(labels.shape, larger, strict=True))
     result = np.empty(larger, np.uint32)
-    _vote(np.ascontiguousarray(labels), *(tap[:2] for tap in taps), *(w[:2] for w in weights), result)
+    _vote(np.ascontiguousarray(labels), z[0][:2], y[0][:2], x[0][:2], z[1][:2], y[1][:2], x[1][:2], result)
     return np.asarray(resize_nearest(result, shape), np.uint32)
 
 

@@ -271,7 +271,8 @@ def fading_balls(voxel_size: VoxelSize, shape: tuple[int, int, int]) -> tuple[Fl
     at = [(np.arange(n) + 0.5) * edge for n, edge in zip(shape, voxel_size.zyx, strict=True)]
     grid = np.stack(np.meshgrid(*at, indexing="ij"))
     middle = np.array(shape) * voxel_size.zyx / 2
-    centres = [middle - (0, 0, 11), middle + (0, 0, 11)]
+    apart = np.array([0, 0, 11])
+    centres = [middle - apart, middle + apart]
     away = np.stack([centre[:, None, None, None] - grid for centre in centres])
     radius = np.linalg.norm(away, axis=1)
     nearest = radius.argmin(0)[None]

@@ -432,8 +432,8 @@ class CalibrateParams(Section):
     cellprob: Annotated[tuple[float, ...], Field(min_length=1)] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
     """Thresholds of the logit, at which nuclei are found, that are tried."""
     outline: Annotated[tuple[float, ...], Field(min_length=1)] = (-1.5, -1.0, -0.5, 0.0, 0.5)
-    """Thresholds of the logit, at which they end, that are tried, in the plane and along z; their overlap with
-    the true nuclei decides (SEG)."""
+    """Thresholds of the logit, at which they end, that are tried, in the plane and along z; their overlap
+    with the true nuclei decides (SEG)."""
     iou: Annotated[tuple[Iou, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8)
     """The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
     alone counts nuclei."""

@@ -355,7 +355,9 @@ def _sink_of_each_voxel(
 
     def run(start: int, stop: int) -> int:
         steps = (step_um, 0.15 * step_um, rounds)
-        return int(_follow(field.packed, threshold, outline, edges, *steps, bin_edges, (z, y, x), ends, start, stop))
+        return int(
+            _follow(field.packed, threshold, outline, edges, *steps, bin_edges, (z, y, x), ends, start, stop)
+        )
 
     slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:

@@ -172,8 +172,8 @@ def choose_for(
     )
     say(
         f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, outline "
-        f"{chosen.outline:g} and along z {chosen.outline_z:g}, score {chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
-        f"defaults {chosen.ap_default:.3f}"
+        f"{chosen.outline:g} and along z {chosen.outline_z:g}, score {chosen.score:g}, volume "
+        f"{chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the defaults {chosen.ap_default:.3f}"
     )
     # the volume is kept for nuclei of the model's own diameter
     cubed = ((info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um) ** 3
