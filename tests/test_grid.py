@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.path import Path as Polygon
+from numpy.typing import NDArray
 
-from nuclei3d.grid import isotropic_shape, resize_linear, resize_nearest, trace_outlines
+from nuclei3d.grid import isotropic_shape, resize_labels, resize_linear, resize_nearest, trace_outlines
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_noise, measure_range
 
@@ -198,3 +199,30 @@ def test_outlines_keep_numbers_of_any_size() -> None:
     assert [label for label, _ in trace_outlines(plane)] == [7, 2**32 - 1]
     full = np.full((4, 5), 10**9, np.uint32)
     assert [label for label, _ in trace_outlines(full)] == [10**9]
+
+
+def test_larger_labels_take_what_trilinear_weights_favour() -> None:
+    labels = np.zeros((1, 2, 2), np.uint32)
+    labels[0, 0, 0], labels[0, 1, 1] = 7, 9
+    assert resize_labels(labels, (1, 4, 4))[0].tolist() == [
+        [7, 7, 0, 0],
+        [7, 7, 0, 0],
+        [0, 0, 9, 9],
+        [0, 0, 9, 9],
+    ]
+    assert (resize_labels(labels, labels.shape) == labels).all()
+    assert (
+        resize_labels(np.full((3, 3, 3), 5, np.uint32), (2, 5, 1)).tolist() == np.full((2, 5, 1), 5).tolist()
+    )
+
+
+def test_balls_overlap_better_after_it_than_by_the_nearest_voxel() -> None:
+    def ball(side: int) -> NDArray[np.uint32]:
+        at = (np.indices((side, side, side)) + 0.5) / side - 0.5
+        return (np.square(at).sum(0) < 0.4**2).astype(np.uint32)
+
+    def iou(labels: NDArray[np.generic]) -> float:
+        return float((labels * ball(24) > 0).sum() / ((labels + ball(24)) > 0).sum())
+
+    small = ball(20)
+    assert iou(resize_labels(small, (24, 24, 24))) > iou(resize_nearest(small, (24, 24, 24))) + 0.01

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
-from nuclei3d.intensity import measure_range
+from nuclei3d.intensity import measure_range, sampled_planes
 
 
 def filmed(shape: tuple[int, int, int] = (12, 48, 40)) -> NDArray[np.uint16]:
@@ -183,3 +183,19 @@ def test_an_even_background_is_left_alone_where_nuclei_fill_all_planes() -> None
 def test_an_image_of_nothing_but_fill_has_a_range() -> None:
     found = measure_range(np.full((3, 8, 8), np.nan, np.float32))
     assert (found.low, found.high) == (0, 1)
+
+
+def test_the_range_of_large_planes_is_not_that_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 4, (40, 64, 64))
+    y, x = np.mgrid[:64, :64]
+    disc = ((y % 32 - 16) ** 2 + (x % 32 - 16) ** 2) < 81
+    image[8:32] += 200 * disc
+    image = image.astype(np.uint16)
+    whole = measure_range(image)
+    monkeypatch.setattr("nuclei3d.intensity._MAX_SAMPLES", 2 * 64 * 64)
+    monkeypatch.setattr("nuclei3d.intensity._MOST_TOLD_BY", 64 * 64)
+    assert list(sampled_planes(image.shape)) == [0, 10, 20, 30]
+    found = measure_range(image)
+    assert found.ceiling is None
+    assert (found.low, found.high) == pytest.approx((whole.low, whole.high), rel=0.02)

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from nuclei3d import __version__
-from nuclei3d.console import emit_json, say
+from nuclei3d.console import emit_json, say, warned
 from nuclei3d.errors import InputError, StoppedError, missing
 from nuclei3d.outputs import own_temporary_folder, require_writable
 
@@ -227,6 +227,26 @@ _OPTIONS: dict[str, Any] = {
     "export.formats": typer.Option(
         "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
     ),
+    "import.inputs": typer.Argument(
+        help="Label volumes, folders of them, Cellpose's _seg.npy, ImageJ's .roi or .zip.",
+        metavar="FILE...",
+        show_default=False,
+    ),
+    "import.into": typer.Option("--data", help="Data set; may be new.", metavar="DIR"),
+    "import.embryo": typer.Option(help="Whose labels they are; may be new.", metavar="NAME"),
+    "import.images": typer.Option(help="Their images, copied where they are missing.", metavar="DIR"),
+    "import.overwrite": typer.Option("--overwrite", help="Replace labels that are there and differ."),
+    "correct.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
+    "correct.masks": typer.Option(
+        help="What to correct; what the data set has of the image, or the model finds, if not given.",
+        metavar="MASKS",
+    ),
+    "correct.model": typer.Option(help="Nuclei on which it disagrees come first."),
+    "correct.into": typer.Option(
+        "--data", help="Data set to save in; where the image lies if not given.", metavar="DIR"
+    ),
+    "correct.embryo": typer.Option(help="Embryo to save as; that of the image if not given.", metavar="NAME"),
+    "correct.overwrite": typer.Option("--overwrite", help="Replace labels that the data set has."),
     "view.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
     "view.masks": typer.Argument(help="Masks to lay over it.", metavar="MASKS..."),
     "run.data": typer.Option(help="Labelled embryos.", metavar="DIR"),
@@ -255,6 +275,7 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
         if reads_file:
             own["params_file"] = params
+        warned.clear()
         overrides = [*(overrides or ()), *given]
         chosen = load_params(params, overrides)
         if name in _MAY_START_FROM and chosen.train.start_from is not None:
@@ -265,11 +286,13 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
             chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
         result = work(chosen, **own)
         if as_json:
-            emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
+            plain = result.as_json() if hasattr(result, "as_json") else asdict(result)
+            warnings = dict.fromkeys((*plain.get("warnings", ()), *warned))
+            emit_json({**plain, "warnings": list(warnings)})
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 
-    name = work.__name__
+    name = work.__name__.rstrip("_")
     options = [
         Parameter(
             option,
@@ -512,6 +535,37 @@ def export(
     from nuclei3d.stages.export import export
 
     return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
+
+
+@_command
+def import_(
+    params: Params,
+    inputs: list[Path],
+    into: Path,
+    embryo: str,
+    images: Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Take corrected labels of any program into a data set, and say what changed."""
+    from nuclei3d.stages.import_labels import import_labels
+
+    return import_labels(params, inputs, into, embryo, images, overwrite=overwrite)
+
+
+@_command
+def correct(
+    params: Params,
+    image: Path,
+    masks: Path | None = None,
+    model: str | None = None,
+    into: Path | None = None,
+    embryo: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Correct masks in napari, most suspicious nuclei first, and save them in a data set."""
+    from nuclei3d.stages.correct import correct
+
+    correct(params, image, masks, model, into, embryo, overwrite=overwrite)
 
 
 @_command

@@ -36,6 +36,24 @@ def say(text: str) -> None:
     _console.print(shown, markup=False)
 
 
+#: What `warn` said since the command began.
+warned: dict[str, None] = {}
+_kept_quiet: list[bool] = []
+
+
+def warn(text: str) -> None:
+    """Print a line about something odd, once a command; it also stands among the ``warnings`` of --json."""
+    if text not in warned:
+        warned[text] = None
+        if not _kept_quiet:
+            say(text)
+
+
+def keep_warnings() -> None:
+    """Have warnings of this process noted only: the one that started it takes them and says them."""
+    _kept_quiet.append(True)
+
+
 def emit_json(result: dict[str, Any]) -> None:
     """Print the one machine-readable object of a command (``--json``) on stdout."""
     json.dump(result, sys.stdout, default=str)

@@ -60,6 +60,50 @@ def resize_nearest(labels: NDArray[np.generic], shape: Sequence[int]) -> NDArray
     return np.array(result, copy=result is labels, order="C")
 
 
+def resize_labels(labels: NDArray[np.uint32], shape: Sequence[int]) -> NDArray[np.uint32]:
+    """Resample labels (z, y, x): each new voxel takes the label that trilinear weights favour. A copy.
+
+    Outlines come out smoother than by `resize_nearest`. Axes that shrink take the old voxel at their centre.
+    """
+    larger = [max(old, new) for old, new in zip(labels.shape, shape, strict=True)]
+    z, y, x = (linear_taps(old, new) for old, new in zip(labels.shape, larger, strict=True))
+    result = np.empty(larger, np.uint32)
+    _vote(np.ascontiguousarray(labels), z[0][:2], y[0][:2], x[0][:2], z[1][:2], y[1][:2], x[1][:2], result)
+    return np.asarray(resize_nearest(result, shape), np.uint32)
+
+
+@njit(cache=True, nogil=True)
+def _vote(
+    labels: NDArray[np.uint32],
+    taps_z: NDArray[np.intp],
+    taps_y: NDArray[np.intp],
+    taps_x: NDArray[np.intp],
+    weights_z: NDArray[np.float32],
+    weights_y: NDArray[np.float32],
+    weights_x: NDArray[np.float32],
+    result: NDArray[np.uint32],
+) -> None:
+    names = np.empty(8, np.uint32)
+    votes = np.empty(8, np.float32)
+    for z in range(result.shape[0]):
+        for y in range(result.shape[1]):
+            for x in range(result.shape[2]):
+                known = 0
+                for corner in range(8):
+                    i, j, k = corner >> 2, (corner >> 1) & 1, corner & 1
+                    name = labels[taps_z[i, z], taps_y[j, y], taps_x[k, x]]
+                    weight = weights_z[i, z] * weights_y[j, y] * weights_x[k, x]
+                    at = 0
+                    while at < known and names[at] != name:
+                        at += 1
+                    if at == known:
+                        names[known] = name
+                        votes[known] = 0.0
+                        known += 1
+                    votes[at] += weight
+                result[z, y, x] = names[np.argmax(votes[:known])]
+
+
 def linear_taps(old: int, new: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Give the old voxels that make up each new one along an axis, and their weights: (taps, new), sum 1."""
     scale = old / new

@@ -28,6 +28,8 @@ UPPER_PERCENTILE = 99.8
 NOISE_FLOOR = 10.0
 
 _MAX_SAMPLES = 16_000_000
+#: However large they are: the first plane seldom shows a nucleus.
+_FEWEST_PLANES = 4
 _FILL_SHARE = 2e-3
 _FILL_SIGMAS = 6.0
 _MOSTLY_FILL = 0.9
@@ -253,7 +255,11 @@ def _saturation(share: float, upper_percentile: float) -> float:
 
 
 def _some_planes(values: NDArray[Any]) -> NDArray[Any]:
-    return values[:: math.ceil(values.size / _MOST_TOLD_BY)] if values.ndim == 3 else values
+    if values.ndim != 3:
+        return values
+    step = math.ceil(values.size / _MOST_TOLD_BY)
+    # where one has to do, that in the middle
+    return values[len(values) // 2 if step >= len(values) > 1 else 0 :][::step]
 
 
 def _find_background(
@@ -364,7 +370,8 @@ def sampled_planes(shape: Sequence[int]) -> range:
 
     Who has them alone, because the volume does not fit into memory, gets the range of the whole.
     """
-    step = max(1, math.ceil(math.prod(shape) / _MAX_SAMPLES))
+    step = min(math.ceil(math.prod(shape) / _MAX_SAMPLES), math.ceil(shape[0] / _FEWEST_PLANES))
+    step = max(1, step)
     return range(0, shape[0], step)
 
 

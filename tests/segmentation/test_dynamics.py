@@ -1,6 +1,7 @@
 """No nucleus is lost after the network: exact flows give back the labels that they were made from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,3 +264,49 @@ def test_shapes_and_diameters_that_make_no_sense_are_refused() -> None:
         masks_from_flows(flow, logit[:2], CUBIC, 5)
     with pytest.raises(InputError, match="diameter"):
         masks_from_flows(flow, logit, CUBIC, 0)
+
+
+def fading_balls(voxel_size: VoxelSize, shape: tuple[int, int, int]) -> tuple[FlowField, NDArray[np.float64]]:
+    """Two balls side by side; the logit falls by 1 a um from 0 at a radius of 8 um, which is given too."""
+    at = [(np.arange(n) + 0.5) * edge for n, edge in zip(shape, voxel_size.zyx, strict=True)]
+    grid = np.stack(np.meshgrid(*at, indexing="ij"))
+    middle = np.array(shape) * voxel_size.zyx / 2
+    apart = np.array([0, 0, 11])
+    centres = [middle - apart, middle + apart]
+    away = np.stack([centre[:, None, None, None] - grid for centre in centres])
+    radius = np.linalg.norm(away, axis=1)
+    nearest = radius.argmin(0)[None]
+    flow = np.take_along_axis(away, nearest[:, None], 0)[0]
+    closest = np.take_along_axis(radius, nearest, 0)[0]
+    flow /= np.maximum(closest, 0.5)
+    return FlowField.of(flow.astype(np.float32), (8 - closest).astype(np.float32), voxel_size), closest
+
+
+@pytest.mark.parametrize("voxel_size", [CUBIC, VoxelSize(2, 1, 1)])
+def test_an_outline_threshold_lets_nuclei_grow_but_finds_no_others(voxel_size: VoxelSize) -> None:
+    field, radius = fading_balls(voxel_size, (round(40 / voxel_size.z), 40, 64))
+    plain = MaskSettings(score_threshold=0.5)
+    found, scores = masks_from_field(field, 16.0, plain)
+    same, _ = masks_from_field(field, 16.0, replace(plain, outline_threshold=0.0))
+    assert (same == found).all()
+    grown, grown_scores = masks_from_field(field, 16.0, replace(plain, outline_threshold=-2.0))
+    assert found.max() == grown.max() == 2
+    assert grown_scores.tolist() == scores.tolist()
+    assert (grown[found > 0] == found[found > 0]).all()
+    assert ((grown > 0) == (radius < 10)).mean() > 0.999
+    # what the outline alone admits is no nucleus of its own
+    nothing, _ = masks_from_field(field, 16.0, replace(plain, cellprob_threshold=9.0, outline_threshold=-2.0))
+    assert nothing.max() == 0
+
+
+def test_nuclei_can_grow_along_z_alone() -> None:
+    field, _ = fading_balls(CUBIC, (40, 40, 64))
+    found, _ = masks_from_field(field, 16.0, MaskSettings())
+    grown, _ = masks_from_field(field, 16.0, MaskSettings(outline_threshold_z=-2.0))
+
+    def extents(labels: NDArray[np.uint32]) -> list[int]:
+        return [len(np.unique(axis)) for axis in np.nonzero(labels == 1)]
+
+    (z, y, x), (grown_z, grown_y, grown_x) = extents(found), extents(grown)
+    assert (grown_y, grown_x) == (y, x)
+    assert grown_z == z + 4

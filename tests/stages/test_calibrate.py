@@ -48,7 +48,7 @@ def embryos(tmp_path: Path) -> Path:
 
 
 def test_a_least_volume_found_at_another_diameter_is_kept_for_the_models_own(monkeypatch):
-    found = Thresholds(0.0, 0.4, 80.0, 0.9, 0.8)
+    found = Thresholds(0.0, -0.5, -1.0, 0.4, 80.0, 0.9, 0.8)
     monkeypatch.setattr("nuclei3d.stages.calibrate.choose_thresholds", lambda *_: found)
     wishes = PredictParams(diameter_um=24)
     info, _ = choose_for(INFO, CalibrateParams(), segmentation_settings(INFO, wishes), [])

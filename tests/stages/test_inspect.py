@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from typer.testing import CliRunner
 
 from nuclei3d import cli
 from nuclei3d.config import Params, load_params
@@ -77,6 +78,21 @@ def test_the_command_gives_one_json_object(file, monkeypatch, capsys):
     assert told["images"][0]["looked_at"][0]["nuclei_seen"] == 4
 
 
+def test_what_is_passed_over_stands_in_the_json_too(file, tmp_path):
+    (tmp_path / "t1.tif").symlink_to(tmp_path / "gone")
+    (tmp_path / "t2.png").touch()
+    tifffile.imwrite(tmp_path / "preview.tif", np.zeros((8, 9), np.uint8))
+    for _ in range(2):
+        done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path), "--json"])
+        assert json.loads(done.stdout)["warnings"] == [
+            f"{tmp_path}: 1 passed over: t1.tif (links to what is not there)",
+            f"{tmp_path}: 1 passed over: t2.png (no .tif, .tiff or .zarr)",
+            f"{tmp_path}: 1 passed over: preview.tif (flat images)",
+        ]
+    done = CliRunner().invoke(cli.app, ["inspect", str(file), "--json"])
+    assert json.loads(done.stdout)["warnings"] == []
+
+
 def test_a_time_lapse_is_one_image_of_which_three_frames_are_looked_at(tmp_path):
     for time, diameter_um in enumerate((14, 12, 10, 9)):
         write_image(tmp_path / f"t{time}.tif", embryo(diameter_um), VOXELS)
@@ -98,6 +114,18 @@ def test_what_a_file_leaves_open_is_advised_and_not_refused(tmp_path):
     (found,) = inspect_images(given, [tmp_path / "two.tif"]).images
     assert (found.voxel_size_from, found.channel) == ("data.voxel_size_um", "1")
     assert found.looked_at[0].diameter_um == pytest.approx(9, rel=0.2)
+
+
+def test_of_several_images_the_chosen_one_is_looked_at(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif", ome=True) as file:
+        for diameter_um, width in ((14, 0.5), (9, 1.0)):
+            sizes = {"PhysicalSizeZ": 4 * width, "PhysicalSizeY": width, "PhysicalSizeX": width}
+            file.write(embryo(diameter_um), metadata={"axes": "ZYX", **sizes})
+    with pytest.raises(InputError, match=r"data\.image"):
+        inspect_images(Params(), [tmp_path / "two.ome.tif"])
+    (found,) = inspect_images(load_params(None, ["data.image=1"]), [tmp_path / "two.ome.tif"]).images
+    assert found.voxel_size_um == (4.0, 1.0, 1.0)
+    assert found.looked_at[0].diameter_um == pytest.approx(18, rel=0.2)
 
 
 def test_an_image_without_nuclei_is_said_to_have_none(tmp_path):
@@ -129,7 +157,9 @@ def test_of_a_large_file_few_voxels_are_read(tmp_path, monkeypatch):
     assert sum(block.size for block in read) <= 200_000 + 3 * 100_000
 
 
-def test_auto_predicts_with_the_diameter_of_the_frame(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked_for", ["auto", ""])
+def test_auto_predicts_with_the_diameter_of_the_frame(asked_for, model, tmp_path, monkeypatch):
+    """So does a model that was trained on embryos with unlike nuclei, if no diameter is given."""
     from nuclei3d.stages import predict as stage
 
     asked = []
@@ -144,7 +174,10 @@ def test_auto_predicts_with_the_diameter_of_the_frame(model, tmp_path, monkeypat
     monkeypatch.setattr(stage, "_predict_frame", remember)
     for time, diameter_um in enumerate((14, 14, 9, 9, 9)):
         write_image(tmp_path / "movie" / f"t{time}.tif", embryo(diameter_um), VOXELS)
-    params = load_params(None, ["predict.diameter_um=auto", "predict.report=false"])
+    if not asked_for:
+        info = json.loads((model / "model.json").read_text())
+        (model / "model.json").write_text(json.dumps(info | {"embryo_diameters_um": [8, 16]}))
+    params = load_params(None, [f"predict.diameter_um={asked_for or 'null'}", "predict.report=false"])
     result = stage.predict(params, [tmp_path / "movie"], str(model), tmp_path / "out")
     diameters = [frame.diameter_um for frame in result.frames]
     assert diameters == [settings.nucleus_diameter_um for settings in asked]

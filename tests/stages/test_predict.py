@@ -264,6 +264,25 @@ def test_a_folder_and_a_time_lapse_in_ome_zarr_give_equal_results(movie, oracle_
         ).read_text()
 
 
+def test_nuclei_of_3_um_are_those_of_10_seen_smaller(oracle, tmp_path, monkeypatch):
+    info = INFO.model_copy(update={"min_volume_um3": 100.0})
+    monkeypatch.setattr(
+        "nuclei3d.networks.folder.load_model", lambda path: Model(oracle, info, path / "oracle")
+    )
+    found = []
+    for diameter_um in (10, 3):
+        folder = tmp_path / str(diameter_um)
+        write_image(folder / "a.tif", embryo(3), VOXELS.scaled(diameter_um / 10))
+        params = load_params(None, [f"predict.diameter_um={diameter_um}"])
+        (frame,) = predict(params, [folder], str(tmp_path / "model"), folder / "out").frames
+        assert (frame.nuclei, frame.warnings) == (3, ())
+        found.append(read_labels(frame.masks))
+    np.testing.assert_array_equal(*found)
+    # a ball of 3 um has 14 um3, less than the model's least volume
+    params = load_params(None, ["predict.diameter_um=3", "predict.min_volume_um3=100"])
+    assert predict(params, [folder], str(tmp_path / "model"), tmp_path / "none").frames[0].nuclei == 0
+
+
 @pytest.mark.parametrize("value", [0, 7, 65535])
 def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_path, value):
     write_image(tmp_path / "dark.tif", np.full((6, 40, 40), value, np.uint16), VOXELS)

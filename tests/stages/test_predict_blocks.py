@@ -17,7 +17,7 @@ from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range, sampled_planes
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.networks.folder import Model, ModelInfo, TrainingRange, save_model
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.segmentation.settings import SegmentationSettings
 from nuclei3d.stages import predict_blocks
@@ -47,6 +47,22 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(predict_blocks, "_PROCESS_BYTES", 0.0)
     predict_blocks._network.cache_clear()
     return tmp_path / "model"
+
+
+TRAINING = TrainingRange(
+    diameter_um=(8, 16), voxel_x_um=(1, 1), anisotropy=(2, 2), range_over_noise=(1e4, 1e5)
+)
+
+
+def test_blocks_are_compared_with_the_training_as_the_whole_is(frame, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.INFO", INFO.model_copy(update={"training": TRAINING}))
+    whole, cut = (
+        predict(load_params(None, more), [frame], str(model), tmp_path / out).frames[0]
+        for out, more in (("whole", []), ("cut", ["predict.memory_gb=0.0085"]))
+    )
+    assert cut.masks.suffix == ".zarr"
+    assert cut.warnings == whole.warnings
+    assert "times the noise, in the training 1e+04 to 1e+05" in cut.warnings[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +138,7 @@ def test_two_networks_need_the_field_of_one_beside_the_other(frame):
 def test_blocks_are_normalised_exactly_as_the_whole_and_for_each_network(image, frame):
     (found,) = find_frames(frame)
     volume = SegmentationSettings(mode="full3d", upper_percentile=90.0)
-    settings = predict_blocks._with_ranges(found, SegmentationSettings(mode="mixed", volume=volume))
+    settings = predict_blocks.with_frame_ranges(found, SegmentationSettings(mode="mixed", volume=volume))
     assert settings.intensity_range == measure_range(image)
     assert settings.volume.intensity_range == measure_range(image, upper_percentile=90.0)
     assert len(sampled_planes((100, 2000, 2000))) < 10

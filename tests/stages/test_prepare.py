@@ -15,16 +15,23 @@ from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.stages.calibrate import read_validation_volumes
 from nuclei3d.stages.export import export
 from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.train import _describe_model, open_training
 from nuclei3d.stages.training_data import load_samples, read_slices
+from nuclei3d.training.examples import validation_batches
+from nuclei3d.training.slicing import nucleus_volumes_um3, sphere_diameter_um
 
 VOXEL_SIZE = VoxelSize(2.0, 0.5, 0.5)
 WITH_FILES = "prepare.cellpose_files=true"
 
 
-def write_embryo(folder: Path, seed: int, frames: int = 1) -> None:
-    """Write frames with eight balls of 8 um on a grid, at a contrast that the seed decides."""
+def write_embryo(folder: Path, seed: int, frames: int = 1, times: int = 1) -> None:
+    """Write frames with eight balls of 8 um on a grid, at a contrast that the seed decides.
+
+    Balls and frame are so many `times` as large.
+    """
     rng = np.random.default_rng(seed)
     z, y, x = np.meshgrid(np.arange(12), np.arange(64), np.arange(64), indexing="ij")
     for frame in range(frames):
@@ -32,6 +39,7 @@ def write_embryo(folder: Path, seed: int, frames: int = 1) -> None:
         corners = [(zc, yc, xc) for zc in (3, 9) for yc in (16, 48) for xc in (16, 48)]
         for label, (zc, yc, xc) in enumerate(corners, start=1):
             labels[((z - zc) * 2.0) ** 2 + ((y - yc) * 0.5) ** 2 + ((x - xc) * 0.5) ** 2 < 16] = label
+        labels = labels.repeat(times, 0).repeat(times, 1).repeat(times, 2)
         brightness = np.concatenate([[0], rng.uniform(200, 900, 8)])[labels]
         image = rng.poisson(100 + gaussian_filter(brightness, (0.5, 1, 1))).astype(np.uint16)
         for kind, write, array in (("images", write_image, image), ("labels", write_labels, labels)):
@@ -218,3 +226,60 @@ def test_real_embryos_give_planes_with_outlines(bbbc050: Path, tmp_path: Path) -
     result = prepare(params_of(split, "prepare.step_xy=4"), small, tmp_path / "slices")
     assert 8 < result.summary["nucleus_diameter_um"] < 20
     assert (tmp_path / "slices" / "slices.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nuclei of 8 um in a and c, of 16 um in b and d, in voxels of one size."""
+    folder = tmp_path_factory.mktemp("raw") / "data"
+    for seed, name in enumerate("abcd"):
+        write_embryo(folder / name, seed, times=1 + seed % 2)
+    return folder
+
+
+UNLIKE = "data.split={by: embryo, train: [a, b], validation: [c, d], test: []}"
+
+
+@pytest.mark.parametrize("network", ["views2d", "full3d"])
+def test_nuclei_of_unlike_size_are_alike_in_the_crops(network: str, unlike: Path, tmp_path: Path) -> None:
+    params = params_of(UNLIKE, f"train.network={network}")
+    summary = prepare(params, unlike, tmp_path / "slices").summary
+    assert list(summary["embryo_diameters_um"].values()) == pytest.approx([8, 16, 8, 16], rel=0.05)
+    assert summary["nucleus_diameter_um"] == pytest.approx(12, rel=0.05)
+    assert summary["training"]["diameter_um"] == pytest.approx([8, 16], rel=0.05)
+    described = read_slices(tmp_path / "slices")
+    grid = open_training(params, described).examples.grid
+    for part in ("train", "validation"):
+        samples = load_samples(described, part)
+        widest: dict[str, float] = {}
+        for batch in validation_batches(samples, len(samples), grid, 1):
+            for plane in batch.labels.reshape(-1, *batch.labels.shape[-2:]):
+                area = np.bincount(plane.ravel(), minlength=2)[1:].max()
+                embryo = samples.infos[batch.samples[0]].embryo
+                widest[embryo] = max(widest.get(embryo, 0.0), math.sqrt(4 / math.pi * area))
+        assert len(widest) == 2
+        assert list(widest.values()) == pytest.approx([params.train.diameter_px] * 2, rel=0.08)
+
+
+def test_without_a_ratio_or_below_it_one_diameter_is_for_all(unlike: Path, tmp_path: Path) -> None:
+    for ratio in ("null", "2.1"):
+        out = tmp_path / ratio
+        summary = prepare(params_of(UNLIKE, f"prepare.max_size_ratio={ratio}"), unlike, out).summary
+        assert "embryo_diameters_um" not in summary
+        assert {info.voxel_size for info in read_slices(out).infos["train"]} == {VoxelSize(0.5, 0.5, 0.5)}
+
+
+def test_validation_volumes_are_read_at_the_scale_of_the_training(unlike: Path, tmp_path: Path) -> None:
+    params = params_of(UNLIKE, "calibrate.volumes=2", "predict.diameter_um=auto")
+    prepare(params, unlike, tmp_path / "slices")
+    described = read_slices(tmp_path / "slices")
+    small, large = read_validation_volumes(params, None, described).calibrating
+    common_um = described.summary["nucleus_diameter_um"]
+    for volume in (small, large):
+        volumes = nucleus_volumes_um3(volume.labels, volume.voxel_size).values()
+        assert np.median([sphere_diameter_um(v) for v in volumes]) == pytest.approx(common_um, rel=1e-3)
+    found = _describe_model(params, described, None, None).embryo_diameters_um
+    assert found == pytest.approx((8, 16), rel=0.05)
+    given = params_of(UNLIKE, "calibrate.volumes=2", "predict.diameter_um=10")
+    for volume in read_validation_volumes(given, None, described).calibrating:
+        assert volume.voxel_size == VOXEL_SIZE

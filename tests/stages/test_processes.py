@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nuclei3d.console import warned
 from nuclei3d.errors import MachineError
 from nuclei3d.stages import map_in_processes
 
@@ -33,6 +34,10 @@ def note_and_wait(folder, seconds):
     time.sleep(seconds)
     if seconds < 0.5:
         os.kill(os.getpid(), 9)
+def find_odd(number):
+    from nuclei3d.console import warn
+    warn("one is odd")
+    return number
 """
 PARENT = """
 import signal, sys
@@ -74,3 +79,15 @@ def test_a_worker_that_is_killed_is_a_fault_of_the_machine(work: Path) -> None:
     with pytest.raises(MachineError, match="prepare: one of 2 processes was killed"):
         map_in_processes("prepare", note_and_wait, [str(work / "ids")] * 2, [0.1, 600], workers=2)
     wait_for(False, work / "ids", len(list((work / "ids").iterdir())))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_warnings_of_workers_are_said_once(
+    workers: int, work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from noting import find_odd
+
+    warned.clear()
+    assert map_in_processes("check", find_odd, [1, 2, 3], workers=workers) == [1, 2, 3]
+    assert capfd.readouterr().err.count("one is odd") == 1
+    assert list(warned) == ["one is odd"]

@@ -204,6 +204,11 @@ class PrepareParams(Section):
     """Least number of nuclei that a plane shows, slivers not counted."""
     min_volume_um3: NonNegativeFloat = 0.0
     """Labels below this in 3D, the debris of hand labelling, become background before (0: none)."""
+    max_size_ratio: Annotated[float, Field(ge=1)] | None = 1.5
+    """Training embryos whose nuclei differ by more than this factor in median diameter (ovules of a plant and
+    of a mouse, say) are brought to the network's scale each by its own nuclei, the held-out ones too. Below,
+    and with null always, all are brought there by one diameter, as a prediction without `predict.diameter_um`
+    does; random scales (`train.augment.rescale_range`) cover a factor of 1.67."""
     min_area_px: Annotated[int, Field(ge=0)] = 15
     """Slivers of nuclei below this are dropped from a plane."""
     sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -425,7 +430,10 @@ class CalibrateParams(Section):
     """Validation frames that are segmented, spread evenly; 0 leaves the thresholds at their defaults, null
     takes all."""
     cellprob: Annotated[tuple[float, ...], Field(min_length=1)] = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
-    """Thresholds of the logit that are tried."""
+    """Thresholds of the logit, at which nuclei are found, that are tried."""
+    outline: Annotated[tuple[float, ...], Field(min_length=1)] = (-1.5, -1.0, -0.5, 0.0, 0.5)
+    """Thresholds of the logit, at which they end, that are tried, in the plane and along z; their overlap
+    with the true nuclei decides (SEG)."""
     iou: Annotated[tuple[Iou, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8)
     """The average precision is the mean over these overlaps. High ones favour masks of the right size, 0.5
     alone counts nuclei."""
@@ -438,6 +446,7 @@ View = Literal["xy", "xz", "yz"]
 Fusion = Literal["mean", "consensus"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
+Logit = Annotated[float, Field(ge=-1000, le=1000)]
 Engine = Literal["auto", "torch", "openvino"]
 
 
@@ -469,7 +478,12 @@ class SegmentationParams(Section):
     """consensus trusts, place by place, the view whose flow varies least; mean trusts all alike."""
     orthogonal_step: Annotated[int, Field(ge=1, le=1000)] = 1
     """Compute every n-th xz and yz plane only and interpolate between."""
-    cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    cellprob_threshold: Logit | None = None
+    """Nuclei are found where the logit is above it."""
+    outline_threshold: Logit | None = None
+    """What was found reaches as far as the logit is above this, if it is lower than cellprob_threshold."""
+    outline_threshold_z: Logit | None = None
+    """The same along z; a model without one of its own takes outline_threshold."""
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     min_volume_um3: Annotated[float, Field(ge=0, le=1e12)] | None = None
     max_volume_um3: Annotated[float, Field(gt=0, le=1e12)] | None = None
@@ -538,9 +552,11 @@ class PredictParams(SegmentationParams):
         return self
 
     def of_one_network(self) -> Self:
-        """Give these parameters for a network by itself, without further models."""
+        """Give these parameters for a network by itself, without further models, on labelled nuclei."""
         mode = "auto" if self.mode == "mixed" else self.mode
-        return self.model_copy(update={"mode": mode, "orthogonal_model": None, "volume_model": None})
+        diameter_um = None if self.diameter_um == "auto" else self.diameter_um
+        others = {"orthogonal_model": None, "volume_model": None}
+        return self.model_copy(update={"mode": mode, "diameter_um": diameter_um, **others})
 
 
 class EvaluateParams(Section):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
 from nuclei3d.config.sections import DataParams, SplitParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.grid import compact_labels
 from nuclei3d.images.frames import (
@@ -26,7 +26,6 @@ from nuclei3d.images.frames import (
     label_stem,
     list_volumes,
     natural_key,
-    say_once,
     say_passed_over,
     single_frame,
     single_label_frame,
@@ -130,7 +129,7 @@ def find_embryos(data: Path) -> list[Embryo]:
         raise InputError(f"{data} holds no embryo; expected {data}/<embryo>/images/<frame>.tif")
     links = [entry.name for entry in data.iterdir() if entry.is_symlink() and not entry.exists()]
     say_passed_over(data, sorted(links, key=natural_key), "links to what is not there")
-    return [_find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
+    return [find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
 
 
 def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
@@ -144,7 +143,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
     image_frame, given = _image_frame(frame, params)
     label_frame = single_label_frame(frame.label_path, frame.label_time)
-    _check_fit(image_frame, label_frame, given)
+    check_fit(image_frame, label_frame.path, label_frame.shape, label_frame.voxel_size, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
@@ -155,7 +154,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
         image, labels = image[block], labels[block]
         unknown = None if unknown is None else unknown[block]
     if not labels.any():
-        say(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
+        warn(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
 
 
@@ -197,7 +196,8 @@ def _image_frame(frame: EmbryoFrame, params: DataParams) -> tuple[Frame, VoxelSi
     return single_frame(frame.image_path, time=frame.image_time, **options), given
 
 
-def _find_embryo(folder: Path) -> Embryo:
+def find_embryo(folder: Path) -> Embryo:
+    """Find the frames of one embryo's folder; errors as those of `find_embryos`."""
     images = _find_stored(folder / "images")
     beside = [name for name in images if LABEL_WORDS.search(name) and label_stem(name) in images]
     for name in beside:
@@ -221,7 +221,7 @@ def _find_embryo(folder: Path) -> Embryo:
         ),
     )
     if 0 < len(embryo.labelled) < len(embryo.frames):
-        say_once(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
+        warn(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
     return embryo
 
 
@@ -291,21 +291,25 @@ def _is_unlabelled(stored: tuple[Path, int | None]) -> bool:
     return not any(frame.read_block((slice(z, z + 1), slice(height), slice(width))).any() for z in planes)
 
 
-def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
-    if image.shape != labels.shape:
+def check_fit(
+    image: Frame,
+    path: Path,
+    shape: tuple[int, ...],
+    voxel_size: VoxelSize | None,
+    given: VoxelSize | None,
+) -> None:
+    """Raise InputError if labels in `path` have another shape than their image, or another voxel size.
+
+    A `given` voxel size settles what the files say.
+    """
+    if image.shape != shape:
         raise InputError(
-            f"{image.path} has the shape {_by(image.shape)} and its labels {labels.path} {_by(labels.shape)} "
+            f"{image.path} has the shape {_by(image.shape)} and its labels {path} {_by(shape)} "
             "(z, y, x); expected the same; export the labels on the grid of the image"
         )
-    # A value in the parameters settles what the files say.
-    if (
-        given is None
-        and image.voxel_size
-        and labels.voxel_size
-        and image.voxel_size.differs_from(labels.voxel_size)
-    ):
+    if given is None and image.voxel_size and voxel_size and image.voxel_size.differs_from(voxel_size):
         raise InputError(
-            f"{image.path} says voxels of {image.voxel_size}, its labels {labels.path} {labels.voxel_size}; "
+            f"{image.path} says voxels of {image.voxel_size}, its labels {path} {voxel_size}; "
             "mend the file that is wrong or give the size: --set data.voxel_size_um=[z,y,x]"
         )
 
@@ -416,7 +420,7 @@ def _refuse_lists(params: SplitParams) -> None:
 
 
 def _split_by_space(labelled: Sequence[Embryo], params: SplitParams) -> Split:
-    say(f"WARNING: {ONE_IMAGE}")
+    warn(f"WARNING: {ONE_IMAGE}")
     ends = (0.0, 1 - params.validation_fraction - params.test_fraction, 1 - params.test_fraction, 1.0)
     frames = [frame for embryo in labelled for frame in embryo.labelled]
     return Split(*(tuple(replace(frame, share=share) for frame in frames) for share in pairwise(ends)))

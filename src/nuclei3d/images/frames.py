@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.console import say
+from nuclei3d.console import warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.formats import FOREIGN_SUFFIXES, ForeignArray, NoReaderError
 from nuclei3d.images.layout import FrameAxes, Layout, NoVolumeError, lay_out_frames
@@ -22,7 +22,6 @@ from nuclei3d.images.voxel_size import VoxelSize
 
 # Contradictions of voxel sizes that the user knows of: folder, size stated there, size given.
 _reported: set[tuple[Path, VoxelSize, VoxelSize]] = set()
-_said: set[str] = set()
 _READ_FORMATS = ".tif, .tiff or .zarr"
 
 _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
@@ -90,14 +89,7 @@ def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
     """Say once which files of a folder are not used."""
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        say_once(f"{folder}: {len(names)} passed over: {shown} ({reason})")
-
-
-def say_once(text: str) -> None:
-    """Print a line that stages, which list the same files several times, say only once."""
-    if text not in _said:
-        _said.add(text)
-        say(text)
+        warn(f"{folder}: {len(names)} passed over: {shown} ({reason})")
 
 
 def volume_paths(source: Path) -> list[Path]:
@@ -385,7 +377,7 @@ def _rescale(frames: list[Frame], given: VoxelSize) -> list[Frame]:
             and (frame.path.parent, stated, given) not in _reported
         ):
             _reported.add((frame.path.parent, stated, given))
-            say(
+            warn(
                 f"{frame.path} says voxels of {stated}; the given {given} is used instead, here and in its "
                 "folder"
             )

@@ -117,6 +117,10 @@ class VoxelSize:
         """Volume of one voxel in cubic micrometres."""
         return self.z * self.y * self.x
 
+    def scaled(self, factor: float) -> VoxelSize:
+        """Give voxels of the same shape whose edges are so many times as long."""
+        return VoxelSize.of(edge * factor for edge in self.zyx)
+
     @property
     def looks_reversed(self) -> bool:
         """Whether voxels are much flatter than wide, as where the edges were given in the order x, y, z."""

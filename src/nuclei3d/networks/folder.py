@@ -114,14 +114,18 @@ class ModelInfo(BaseModel):
     nucleus_diameter_um, voxel_size_um
         Diameter of a typical nucleus and voxel size (z, y, x) of the training embryos; None if unknown (bare
         Cellpose weights).
+    embryo_diameters_um
+        Smallest and largest median diameter of the training embryos, if each was brought to the network's
+        scale by its own nuclei: `nucleus_diameter_um` is then in between, and a volume needs a diameter of
+        its own. None if all were brought there by `nucleus_diameter_um`.
     lower_percentile, upper_percentile, noise_floor
         Normalisation (`nuclei3d.intensity`).
     training
         What the training frames were like; None: unknown.
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
-    cellprob_threshold, score_threshold, min_volume_um3
-        Thresholds chosen on the validation embryos.
+    cellprob_threshold, score_threshold, min_volume_um3, outline_threshold, outline_threshold_z
+        Thresholds chosen on the validation embryos; outlines of models of before end at cellprob_threshold.
     versions, lineage
         Packages of the training; Git commit, md5 of data and slices, run id and the like.
     frames
@@ -135,12 +139,15 @@ class ModelInfo(BaseModel):
     diameter_px: Pixels
     nucleus_diameter_um: Micrometres | None = None
     voxel_size_um: tuple[Micrometres, Micrometres, Micrometres] | None = None
+    embryo_diameters_um: Bounds | None = None
     lower_percentile: Percentile = 1.0
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0, le=1e4)] = 10.0
     training: TrainingRange | None = None
     full3d: VolumeSpec | None = None
     cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] = 0.0
+    outline_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    outline_threshold_z: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_volume_um3: Annotated[float, Field(ge=0, le=LARGEST_EDGE_UM**3)] = 0.0
     versions: dict[str, str] = Field(default_factory=dict)

@@ -25,10 +25,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import available_threads, resize_nearest
+from nuclei3d.grid import available_threads, resize_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT_UNITS, FlowField
-from nuclei3d.segmentation.masks import finish_labels, keep_labels, renumber_labels
+from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, FlowField
+from nuclei3d.segmentation.masks import finish_labels, grow_labels, keep_labels, renumber_labels
 from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 from nuclei3d.segmentation.stitching import stitch_planes
 
@@ -40,6 +40,7 @@ _SLOW = 0.25
 def _follow(
     packed: NDArray[np.int16],
     threshold_units: float,
+    outline_units: tuple[float, float],
     edges: NDArray[np.float32],
     step_um: float,
     smallest_step_um: float,
@@ -52,7 +53,9 @@ def _follow(
 ) -> int:
     """Follow all foreground voxels of the planes start..stop; write 1 + the bin of their end into `ends`.
 
-    `packed` is a `FlowField`'s; voxels whose logit, in its units, is above the threshold are foreground.
+    `packed` is a `FlowField`'s; voxels whose logit, in its units, is above the threshold are foreground, and
+    so are those above that of the outline, where it is lower: of its two values, for flow along z and in the
+    plane, one is mixed by the squared share of z in the flow.
     `edges` are the voxel's edges in um, (z, y, x). Returns the number of foreground voxels.
     """
     depth, height, width, _ = packed.shape
@@ -67,13 +70,25 @@ def _follow(
     zero = np.float32(0.0)
     smallest = np.float32(smallest_step_um)
     threshold = np.float32(threshold_units)
+    outline_z = np.float32(outline_units[0])
+    outline_xy = np.float32(outline_units[1])
+    lowest = min(threshold, outline_z, outline_xy)
     foreground = 0
     for z in range(start, stop):
         for y in range(height):
             for x in range(width):
-                if not np.float32(packed[z, y, x, 3]) > threshold:
-                    ends[z, y, x] = 0
-                    continue
+                logit = np.float32(packed[z, y, x, 3])
+                if not logit > threshold:
+                    inside = logit > lowest
+                    if inside:
+                        fz = np.float32(packed[z, y, x, 0])
+                        fy = np.float32(packed[z, y, x, 1])
+                        fx = np.float32(packed[z, y, x, 2])
+                        share = fz * fz / max(fz * fz + fy * fy + fx * fx, one)
+                        inside = logit > outline_xy + share * (outline_z - outline_xy)
+                    if not inside:
+                        ends[z, y, x] = 0
+                        continue
                 foreground += 1
                 pz = np.float32(z)
                 py = np.float32(y)
@@ -128,10 +143,15 @@ def _follow(
 
 
 @njit(cache=True, nogil=True)
-def _count(ends: NDArray[np.uint32], counts: NDArray[np.uint32]) -> None:
+def _count(
+    ends: NDArray[np.uint32], packed: NDArray[np.int16], threshold_units: float, counts: NDArray[np.uint32]
+) -> None:
+    """Count the ends of voxels above the threshold: those of an outline below it make no sinks."""
     flat = ends.reshape(-1)
+    voxels = packed.reshape(-1, 4)
+    threshold = np.float32(threshold_units)
     for i in range(len(flat)):
-        if flat[i] > 0:
+        if flat[i] > 0 and np.float32(voxels[i, 3]) > threshold:
             counts[flat[i]] += np.uint32(1)
 
 
@@ -195,11 +215,16 @@ def _number_roots(parents: NDArray[np.int64]) -> NDArray[np.uint32]:
 
 
 def _group_sinks(
-    ends: NDArray[np.uint32], bin_shape: tuple[int, int, int], bin_um: float, radius_um: float
+    ends: NDArray[np.uint32],
+    packed: NDArray[np.int16],
+    threshold_units: float,
+    bin_shape: tuple[int, int, int],
+    bin_um: float,
+    radius_um: float,
 ) -> None:
     """Replace, in place, 1 + the bin of every voxel's end point (0: background) by the number of its sink."""
     table = np.zeros(1 + int(np.prod(bin_shape)), np.uint32)
-    _count(ends, table)
+    _count(ends, packed, threshold_units, table)
     counts = table[1:]
     bins = np.flatnonzero(counts).astype(np.int64)
     densities = _densities(counts, bin_shape, bins)
@@ -227,12 +252,12 @@ def label_flows(
         planes = _label_planes(flows, diameter_um, settings.masks)
         labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
         bounds_um3 = settings.masks.bounds_um3(diameter_um)
-        scores = finish_labels(labels, flows, bounds_um3, settings.masks.score_threshold)
+        scores = _finish(labels, flows, bounds_um3, settings.masks)
     else:
         labels, scores = masks_from_field(flows, diameter_um, settings.masks)
     if labels.shape == tuple(shape):
         return labels, scores
-    resized = np.asarray(resize_nearest(labels, shape), dtype=np.uint32)
+    resized = resize_labels(labels, shape)
     present = np.zeros(len(scores), np.bool_)
     present[np.unique(resized)] = True
     present[0] = True
@@ -265,8 +290,23 @@ def masks_from_field(
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
     bounds_um3 = settings.bounds_um3(nucleus_diameter_um)
-    scores = finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
-    return labels, scores
+    return labels, _finish(labels, field, bounds_um3, settings, threads)
+
+
+def _finish(
+    labels: NDArray[np.uint32],
+    field: FlowField,
+    bounds_um3: tuple[float, float],
+    settings: MaskSettings,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Finish labels in place (`masks.finish_labels`): what lies above the threshold, then the outlines."""
+    if min(settings.outline_thresholds) >= settings.cellprob_threshold:
+        return finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
+    found = field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS
+    core = np.where(found, labels, np.uint32(0))
+    scores = finish_labels(core, field, (0.0, np.inf), settings.score_threshold, threads)
+    return grow_labels(labels, core, scores, np.array(bounds_um3) / field.voxel_size.volume_um3, threads)
 
 
 def masks_2d_from_flows(
@@ -287,7 +327,7 @@ def masks_2d_from_flows(
     labels = _sink_of_each_voxel(field, diameter_px, settings, 1)
     min_pixels = settings.min_volume_fraction * np.pi / 4 * diameter_px**2
     bounds = (min_pixels * plane.volume_um3, np.inf)
-    finish_labels(labels, field, bounds, settings.score_threshold, 1)
+    _finish(labels, field, bounds, settings, 1)
     return np.asarray(labels[0])
 
 
@@ -310,14 +350,19 @@ def _sink_of_each_voxel(
     rounds = 40 + int(4 * diameter_um / step_um)
     bin_edges = np.full(3, bin_um, np.float32)
     threshold = settings.cellprob_threshold * LOGIT_UNITS
+    outline_z, outline_xy = settings.outline_thresholds
+    outline = (outline_z * LOGIT_UNITS, outline_xy * LOGIT_UNITS)
 
     def run(start: int, stop: int) -> int:
         steps = (step_um, 0.15 * step_um, rounds)
-        return int(_follow(field.packed, threshold, edges, *steps, bin_edges, (z, y, x), ends, start, stop))
+        return int(
+            _follow(field.packed, threshold, outline, edges, *steps, bin_edges, (z, y, x), ends, start, stop)
+        )
 
     slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:
         foreground = sum(pool.map(run, slabs[:-1], slabs[1:]))
     if foreground > 0:
-        _group_sinks(ends, (z, y, x), bin_um, settings.sink_radius * diameter_um)
+        radius_um = settings.sink_radius * diameter_um
+        _group_sinks(ends, field.packed, threshold, (z, y, x), bin_um, radius_um)
     return ends

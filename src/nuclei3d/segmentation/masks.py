@@ -7,6 +7,7 @@ and a hole belongs to a label only if nothing else touches it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +223,31 @@ def finish_labels(
     keep[0] = True
     if keep.all():
         return scores
+    keep_labels(labels, keep)
+    return scores[keep]
+
+
+def grow_labels(
+    labels: NDArray[np.uint32],
+    core: NDArray[np.uint32],
+    scores: NDArray[np.float32],
+    bounds: Sequence[float] | NDArray[np.float64],
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Replace numbers of sinks, `labels`, in place, by the finished labels 1..n that lie in them, `core`.
+
+    Both are (Z, Y, X). What flows to a sink in which nothing was found becomes background; nuclei with fewer
+    or more voxels than the bounds are dropped. Gives the scores of the others.
+    """
+    inside = core > 0
+    table = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
+    table[labels[inside]] = core[inside]
+    table[0] = 0
+    renumber_labels(labels, table)
+    labels[inside] = core[inside]
+    grown = clean_labels(labels, threads=threads)
+    keep = (grown.voxels >= bounds[0]) & (grown.voxels <= bounds[1])
+    keep[0] = True
     keep_labels(labels, keep)
     return scores[keep]
 

@@ -29,6 +29,10 @@ class MaskSettings:
     ----------
     cellprob_threshold
         Voxels with a (mean) logit above this are foreground.
+    outline_threshold, outline_threshold_z
+        A nucleus that was found reaches as far as the logit is above these, in the plane and along z, where
+        they are lower than `cellprob_threshold`; None: outline_threshold_z is as outline_threshold, that as
+        cellprob_threshold. The score is that of what lies above cellprob_threshold.
     score_threshold
         Nuclei with a lower score (0..1, see `masks.score_labels`) are dropped. Those below 0.01 always
         are: their flow has nothing to do with their mask.
@@ -46,6 +50,8 @@ class MaskSettings:
     """
 
     cellprob_threshold: float = 0.0
+    outline_threshold: float | None = None
+    outline_threshold_z: float | None = None
     score_threshold: float = 0.0
     min_volume_um3: float = 0.0
     max_volume_um3: float | None = None
@@ -53,6 +59,13 @@ class MaskSettings:
     step: float = 1 / 20
     bin_edge: float = 1 / 16
     sink_radius: float = 0.2
+
+    @property
+    def outline_thresholds(self) -> tuple[float, float]:
+        """Thresholds of the logit along z and in the plane, not above `cellprob_threshold`."""
+        found = self.cellprob_threshold
+        plane = found if self.outline_threshold is None else min(found, self.outline_threshold)
+        return plane if self.outline_threshold_z is None else min(found, self.outline_threshold_z), plane
 
     def bounds_um3(self, nucleus_diameter_um: float) -> tuple[float, float]:
         """Least and largest volume of a nucleus, in um3."""

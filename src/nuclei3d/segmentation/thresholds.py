@@ -1,8 +1,9 @@
 """Choosing the thresholds of a prediction on labelled volumes that were not trained on.
 
-For each threshold of the logit a volume is segmented once, with all nuclei kept. What a threshold of the
-score or of the volume would drop is then a matter of counting: above an IoU of one half a true nucleus has at
-most one partner, so dropping a prediction changes no other match.
+First come the thresholds at which outlines end, in the plane and along z: the overlap with the true nuclei
+decides. Then, with these, for each threshold of the logit a volume is segmented once, with all nuclei kept.
+What a threshold of the score or of the volume would drop is then a matter of counting: above an IoU of one
+half a true nucleus has at most one partner, so dropping a prediction changes no other match.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import leave_out_unknown, overlap_table
 from nuclei3d.segmentation.dynamics import label_flows
 from nuclei3d.segmentation.flow_field import FlowField
-from nuclei3d.segmentation.settings import SegmentationSettings
+from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 
 _MOST_SCORES = 40
+_USUAL_SCORE = 0.45
+"""Between .4 and .5 networks of several trainings had their best average precision on embryos left out."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Thresholds:
     """
 
     cellprob: float
+    outline: float
+    outline_z: float
     score: float
     min_volume_um3: float
     ap: float
@@ -55,9 +60,19 @@ class _Candidates:
     """All predictions of one logit threshold, pooled over volumes."""
 
     best_iou: NDArray[np.float64]
+    true_iou: NDArray[np.float64]
     score: NDArray[np.float64]
     volume_um3: NDArray[np.float64]
-    n_true: int
+
+    @property
+    def n_true(self) -> int:
+        """Number of true nuclei."""
+        return len(self.true_iou)
+
+    @property
+    def seg(self) -> float:
+        """Mean over the true nuclei of the best IoU, 0 unless above one half, as no other nucleus has it."""
+        return float(np.where(self.true_iou > 0.5, self.true_iou, 0.0).sum() / max(self.n_true, 1))
 
     def ap(self, ious: Sequence[float], score: float, least_um3: float) -> float:
         """Mean average precision of the predictions that pass."""
@@ -71,15 +86,18 @@ def choose_thresholds(
     volumes: Sequence[LabelledFlow],
     settings: SegmentationSettings,
     cellprob: Sequence[float],
+    outline: Sequence[float],
     ious: Sequence[float],
     volume_fractions: Sequence[float],
 ) -> Thresholds:
-    """Choose the thresholds of logit, score and least volume with the best average precision.
+    """Choose outlines by overlap (SEG), then logit, score and least volume by the average precision.
 
-    Among equals those nearest to the defaults are taken; of the scores the lowest whose average precision is
-    within one standard error of the best (Breiman et al. 1984). That rule is for the score alone: a few dozen
-    nuclei of one embryo hardly tell a threshold from the next, and too high a one costs the faint nuclei of
-    other embryos.
+    Outlines are chosen with nuclei found at the default, or above it where an outline is: one threshold for
+    all directions, then along z, then in the plane. Among equals those nearest to the defaults are taken. A
+    few dozen nuclei of one embryo hardly tell a threshold from the next, so among those whose average
+    precision is within one standard error of the best (Breiman et al. 1984) the largest volume is taken, for
+    another embryo may have debris where this has none, and then the score nearest to .45: too low a one lets
+    false nuclei of other embryos through, too high a one costs their faint ones.
 
     Parameters
     ----------
@@ -89,6 +107,8 @@ def choose_thresholds(
         Of the prediction; its own thresholds count as the defaults.
     cellprob
         Logit thresholds to try; that of the settings is always tried.
+    outline
+        Logit thresholds of the outlines to try.
     ious
         Overlaps, each at least .5, over which the average precision is averaged.
     volume_fractions
@@ -96,43 +116,69 @@ def choose_thresholds(
     """
     default = settings.masks.cellprob_threshold
     typical_um3 = float(np.pi / 6 * settings.nucleus_diameter_um**3)
-    tried = sorted({default, *cellprob}, key=lambda value: abs(value - default))
-    best: Thresholds | None = None
-    ap_default = 0.0
-    for threshold in tried:
-        found = _segment_all(volumes, settings, threshold)
-        if threshold == default:
-            ap_default = found.ap(ious, settings.masks.score_threshold, settings.masks.min_volume_um3)
+    outline_z, outline_xy = _choose_outline(volumes, settings, outline)
+    drawn = replace(settings.masks, outline_threshold=outline_xy, outline_threshold_z=outline_z)
+    best: tuple[float, _Candidates, float, float] | None = None
+    for threshold in sorted({default, *cellprob}, key=lambda value: abs(value - default)):
+        found = _segment_all(volumes, settings, replace(drawn, cellprob_threshold=threshold))
         for fraction in sorted(volume_fractions):
             for score in _scores_to_try(found):
                 ap = found.ap(ious, score, fraction * typical_um3)
-                if best is None or ap > best.ap + 1e-9:
-                    best = Thresholds(threshold, score, fraction * typical_um3, ap, ap_default)
-                    candidates = found
+                if best is None or ap > best[0] + 1e-9:
+                    best, chosen = (ap, found, score, fraction), threshold
     assert best is not None
-    error = float(np.sqrt(best.ap * (1 - best.ap) / max(candidates.n_true, 1)))
-    for score in _scores_to_try(candidates):
-        ap = candidates.ap(ious, score, best.min_volume_um3)
-        if ap >= best.ap - error:
-            return replace(best, score=float(score), ap=ap)
-    return best
+    best_ap, candidates, score, _ = best
+    enough = best_ap - float(np.sqrt(best_ap * (1 - best_ap) / max(candidates.n_true, 1)))
+    least = [each * typical_um3 for each in sorted(volume_fractions, reverse=True)]
+    least_um3 = next(each for each in least if candidates.ap(ious, score, each) >= enough)
+    good = [each for each in _scores_to_try(candidates) if candidates.ap(ious, each, least_um3) >= enough]
+    score = float(np.clip(_USUAL_SCORE, good[0], good[-1]))
+    plain = _segment_all(volumes, settings, settings.masks)
+    return Thresholds(
+        cellprob=chosen,
+        outline=min(chosen, outline_xy),
+        outline_z=min(chosen, outline_z),
+        score=score,
+        min_volume_um3=least_um3,
+        ap=candidates.ap(ious, score, least_um3),
+        ap_default=plain.ap(ious, settings.masks.score_threshold, settings.masks.min_volume_um3),
+    )
+
+
+def _choose_outline(
+    volumes: Sequence[LabelledFlow], settings: SegmentationSettings, tried: Sequence[float]
+) -> tuple[float, float]:
+    """Choose where outlines end, along z and in the plane."""
+    default = settings.masks.cellprob_threshold
+    tried = sorted({default, *tried}, key=lambda each: abs(default - each))
+    seg: dict[tuple[float, float], float] = {}
+
+    def best_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        for z, xy in pairs:
+            if (z, xy) not in seg:
+                masks = replace(settings.masks, outline_threshold=xy, outline_threshold_z=z)
+                masks = replace(masks, cellprob_threshold=max(default, z, xy))
+                seg[z, xy] = _segment_all(volumes, settings, masks).seg
+        return max(pairs, key=lambda pair: round(seg[pair], 9))
+
+    _, xy = best_of([(each, each) for each in tried])
+    z, xy = best_of([(each, xy) for each in tried])
+    return best_of([(z, each) for each in tried])
 
 
 def _segment_all(
-    volumes: Sequence[LabelledFlow], settings: SegmentationSettings, cellprob: float
+    volumes: Sequence[LabelledFlow], settings: SegmentationSettings, masks: MaskSettings
 ) -> _Candidates:
-    masks = replace(settings.masks, cellprob_threshold=cellprob, score_threshold=0.0, min_volume_um3=0.0)
-    trial = replace(settings, masks=masks)
-    ious, scores, sizes = [], [], []
-    n_true = 0
+    trial = replace(settings, masks=replace(masks, score_threshold=0.0, min_volume_um3=0.0))
+    ious, true_ious, scores, sizes = [], [], [], []
     for volume in volumes:
         labels, score = label_flows(volume.flows, volume.truth.shape, trial)
         table = overlap_table(volume.truth, leave_out_unknown(labels, volume.truth, volume.unknown))
-        n_true += table.n_true
         ious.append(table.best_pred_iou)
+        true_ious.append(table.best_true_iou)
         scores.append(score[table.pred_labels].astype(np.float64))
         sizes.append(table.pred_sizes * volume.voxel_size.volume_um3)
-    return _Candidates(np.concatenate(ious), np.concatenate(scores), np.concatenate(sizes), n_true)
+    return _Candidates(*(np.concatenate(each) for each in (ious, true_ious, scores, sizes)))
 
 
 def _scores_to_try(found: _Candidates) -> NDArray[np.float64]:

@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, TypeVar
 
-from nuclei3d.console import progress_bar
+from nuclei3d.console import keep_warnings, progress_bar, warn, warned
 from nuclei3d.errors import MachineError
 
 Result = TypeVar("Result")
@@ -30,7 +31,7 @@ def map_in_processes(
         If one of them is killed, by the system for lack of memory, say.
     """
     pool = None
-    found: Iterable[Result]
+    found: Iterable[tuple[Result, Iterable[str]]]
     if workers > 1:
         # spawned, not forked: threads of numerical libraries do not survive a fork
         spawn = multiprocessing.get_context("spawn")
@@ -41,8 +42,11 @@ def map_in_processes(
             # it watches a process only from the next result on: one that dies before would go unnoticed
             list(pool.map(int, range(workers)))
         with progress_bar(words, total=len(items[0])) as bar:
-            found = map(work, *items) if pool is None else pool.map(work, *items)
-            for result in found:
+            noting = partial(_work_and_note, work)
+            found = map(noting, *items) if pool is None else pool.map(noting, *items)
+            for result, noted in found:
+                for text in noted:
+                    warn(text)
                 results.append(result)
                 bar.advance()
     except BaseException as error:
@@ -60,6 +64,11 @@ def map_in_processes(
     return results
 
 
+def _work_and_note(work: Callable[..., Result], *item: Any) -> tuple[Result, list[str]]:
+    """Work on an item; give the warnings of this process so far, too."""
+    return work(*item), list(warned)
+
+
 def tie_to_parent() -> None:
     """Have this process, spawned by another one, end with it, however that ends."""
     parent = multiprocessing.parent_process()
@@ -74,6 +83,7 @@ def tie_to_parent() -> None:
 
 def _settle_in() -> None:
     tie_to_parent()
+    keep_warnings()
     # Ctrl-C reaches all processes of a terminal; it is the parent's to answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from nuclei3d.config import Params
-from nuclei3d.config.sections import CalibrateParams
+from nuclei3d.config.sections import CalibrateParams, PredictParams
 from nuclei3d.console import progress_bar, say
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError, missing
-from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled, split_embryos
+from nuclei3d.images.embryos import LabelledVolume, find_embryos, split_embryos
 from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.matching import leave_out_unknown, match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
 from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds, choose_thresholds
+from nuclei3d.stages.diameters import read_to_scale, spread_evenly
 from nuclei3d.stages.training_data import Slices
 
 
@@ -46,9 +47,12 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         frames = split_embryos(find_embryos(source), params.data.split).validation
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
-        return ValidationVolumes(
-            _read_spread(frames, wanted, params), _read_spread(frames, params.calibrate.volumes, params)
+        diameter_um = described.summary["nucleus_diameter_um"] if described.has_unlike_nuclei else None
+        judging, calibrating = (
+            list(read_to_scale(spread_evenly(frames, count), params, _unless_given(diameter_um, params)))
+            for count in (wanted, params.calibrate.volumes)
         )
+        return ValidationVolumes(judging, calibrating)
     except InputError as error:
         if data is not None:
             raise
@@ -56,20 +60,15 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
         return ValidationVolumes()
 
 
-def read_calibration_volumes(params: Params, data: Path) -> list[LabelledVolume]:
-    """Read the validation frames on which thresholds are chosen."""
-    frames = split_embryos(find_embryos(data), params.data.split).validation
-    return _read_spread(frames, params.calibrate.volumes, params)
+def common_diameter_um(info: ModelInfo, params: Params) -> float | None:
+    """Give the diameter to which a model brings the nuclei of every embryo; None if it does not, or one is
+    given.
+    """
+    return _unless_given(info.nucleus_diameter_um if info.embryo_diameters_um else None, params)
 
 
-def spread_evenly(frames: Sequence[EmbryoFrame], wanted: int | None) -> list[EmbryoFrame]:
-    """Choose so many frames, or all (None), evenly over a sequence."""
-    count = len(frames) if wanted is None else min(wanted, len(frames))
-    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
-
-
-def _read_spread(frames: Sequence[EmbryoFrame], wanted: int | None, params: Params) -> list[LabelledVolume]:
-    return [read_labelled(frame, params.data) for frame in spread_evenly(frames, wanted)]
+def _unless_given(diameter_um: float | None, params: Params) -> float | None:
+    return None if isinstance(params.predict.diameter_um, float) else diameter_um
 
 
 def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float:
@@ -86,7 +85,14 @@ def volumes_ap(segmenter: Segmenter, volumes: Sequence[LabelledVolume]) -> float
 
 def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings:
     """Give the settings that judge and calibrate a network: those of a prediction with it alone."""
-    return segmentation_settings(info, params.predict.model_copy(update={"mode": "auto"}))
+    return segmentation_settings(info, _as_validated(params))
+
+
+def _as_validated(params: Params) -> PredictParams:
+    """Give the parameters of a prediction of labelled volumes, whose nuclei need no estimate."""
+    diameter_um = params.predict.diameter_um
+    update = {"mode": "auto", "diameter_um": None if diameter_um == "auto" else diameter_um}
+    return params.predict.model_copy(update=update)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,10 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
     Where the section predict names further models, the thresholds are for this one with those: a prediction
     takes them from this one. The model must not have been trained on these embryos.
     """
-    segmenter = Segmenter(model, params.predict.model_copy(update={"mode": "auto"}))
-    volumes = read_calibration_volumes(params, data)
+    segmenter = Segmenter(model, _as_validated(params))
+    frames = split_embryos(find_embryos(data), params.data.split).validation
+    diameter_um = common_diameter_um(segmenter.models["main"].info, params)
+    volumes = list(read_to_scale(spread_evenly(frames, params.calibrate.volumes), params, diameter_um))
     if not volumes:
         raise InputError(
             "there is nothing to calibrate on: name validation embryos in data.split.validation and set "
@@ -153,18 +161,26 @@ def choose_for(
     """Choose the thresholds on predictions of this model, or of models trained like it on other embryos."""
     # they are chosen against the defaults of the package, whatever the settings have
     masks = replace(settings.masks, cellprob_threshold=0.0, score_threshold=0.0, min_volume_um3=0.0)
+    masks = replace(masks, outline_threshold=None, outline_threshold_z=None)
     chosen = choose_thresholds(
-        seen, replace(settings, masks=masks), params.cellprob, params.iou, params.volume_fractions
+        seen,
+        replace(settings, masks=masks),
+        params.cellprob,
+        params.outline,
+        params.iou,
+        params.volume_fractions,
     )
     say(
-        f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, score "
-        f"{chosen.score:g}, volume {chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the "
-        f"defaults {chosen.ap_default:.3f}"
+        f"thresholds from {len(seen)} validation volumes: logit {chosen.cellprob:g}, outline "
+        f"{chosen.outline:g} and along z {chosen.outline_z:g}, score {chosen.score:g}, volume "
+        f"{chosen.min_volume_um3:.3g} um3; mean AP {chosen.ap:.3f}, with the defaults {chosen.ap_default:.3f}"
     )
     # the volume is kept for nuclei of the model's own diameter
     cubed = ((info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um) ** 3
     update = {
         "cellprob_threshold": chosen.cellprob,
+        "outline_threshold": chosen.outline,
+        "outline_threshold_z": chosen.outline_z,
         "score_threshold": chosen.score,
         "min_volume_um3": round(chosen.min_volume_um3 * cubed, 3),
     }

@@ -97,7 +97,7 @@ def inspect_images(
     Parameters
     ----------
     params
-        Section ``data`` (voxel size, channel).
+        Section ``data`` (voxel size, channel, image).
     inputs
         TIFF files, folders of them, OME-Zarr. Of a time-lapse three frames are looked at.
     model
@@ -137,13 +137,13 @@ def inspect_images(
 
 def _frames_of(source: Path, data: DataParams) -> tuple[tuple[str, ...], list[Frame]]:
     """Find the frames of an input and its channels; of several the first, if none was chosen."""
-    layout = read_layout(volume_paths(source)[0])
+    layout = read_layout(volume_paths(source)[0], data.image)
     lengths = dict(zip(layout.axes.upper(), layout.shape, strict=True))
     count = max(lengths.get("C", 1), lengths.get("S", 1))
     names = tuple(layout.channels[k] if k < len(layout.channels) else str(k) for k in range(count))
     channel = 0 if data.channel is None and count > 1 else data.channel
     given = VoxelSize.of(data.voxel_size_um) if data.voxel_size_um is not None else None
-    return names, find_frames(source, channel=channel, voxel_size=given)
+    return names, find_frames(source, channel=channel, image=data.image, voxel_size=given)
 
 
 def _inspect(
@@ -156,7 +156,7 @@ def _inspect(
     chosen = data.channel if data.channel is not None else channels[0]
     image = InspectedImage(
         path=time_lapse_of(first) if len(frames) > 1 else first.path,
-        axes=read_layout(first.path).describe(),
+        axes=read_layout(first.path, data.image).describe(),
         dtype=str(first.dtype),
         frames=len(frames),
         channels=channels,
@@ -252,6 +252,12 @@ def _advise(
         advice.append(f"a nucleus is about {across:.3g} pixels across; for a model of your own see prepare")
     elif info.nucleus_diameter_um is None:
         advice.append(f"the model does not say how large its nuclei are: predict --diameter {middle_um:.3g}")
+    elif info.embryo_diameters_um is not None:
+        low, high = info.embryo_diameters_um
+        advice.append(
+            f"the model knows nuclei of {low:.3g} to {high:.3g} um, each at its own scale: check the "
+            f"estimate, then predict --diameter {middle_um:.3g}"
+        )
     elif _differ(middle_um, info.nucleus_diameter_um):
         advice.append(
             f"nuclei are of {middle_um:.3g} um, the model's of {info.nucleus_diameter_um:.3g}: check the "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
-from nuclei3d.console import say
+from nuclei3d.console import warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import block_of
 from nuclei3d.images.frames import (
@@ -460,14 +460,14 @@ def first_voxel_size(*entries: Entry | None) -> VoxelSize | None:
 def _say_voxel_sizes(pairs: Sequence[VolumePair], given: VoxelSize | None) -> None:
     unknown = [pair for pair in pairs if not pair.physical]
     if unknown:
-        say(
+        warn(
             f"{unknown[0].truth.frame.path} does not state its voxel size: distances are in voxels and "
             "contrast is not measured; give it with --set data.voxel_size_um=[z,y,x]"
         )
     for pair in pairs:
         stated, path = first_voxel_size(pair.truth, pair.image), pair.truth.frame.path
         if given is not None and stated is not None and stated.differs_from(given):
-            say(f"{path}: the file says voxels of {stated}, the given {given} is used instead")
+            warn(f"{path}: the file says voxels of {stated}, the given {given} is used instead")
             return
 
 

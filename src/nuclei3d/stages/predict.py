@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nuclei3d.client import RemoteModel, is_service
+from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
@@ -116,6 +117,15 @@ def predict(
         first = params.predict.model_copy(update={"diameter_um": diameters[0]})
         params = params.model_copy(update={"predict": first})
     predictor = open_model(params, model)
+    unlike = predictor.trained_diameters_um
+    if unlike is not None and params.predict.diameter_um is None:
+        from nuclei3d.stages.diameters import estimate_diameters
+
+        say(
+            f"the model knows nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its own scale: the "
+            "diameter is estimated (--diameter gives it)"
+        )
+        diameters = estimate_diameters(frames)
     done: list[PredictedFrame] = []
     fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
@@ -259,6 +269,15 @@ class Predictor:
     identity: Mapping[str, Any]
     digests: dict[Path, str] = field(default_factory=dict)
 
+    @property
+    def trained_diameters_um(self) -> tuple[float, float] | None:
+        """`ModelInfo.embryo_diameters_um` of a model here; of a service it is not known."""
+        return (
+            None
+            if isinstance(self.model, RemoteModel)
+            else self.model.models["main"].info.embryo_diameters_um
+        )
+
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
         predict = self.params.model_copy(update={"diameter_um": diameter_um})
@@ -280,11 +299,16 @@ def _write_masks(
     """Segment a frame, in blocks if it is larger than the memory; give file of masks, nuclei, warnings."""
     model = predictor.model
     if isinstance(model, RemoteModel):
-        return _write_whole(model, frame, out, progress)
+        return _write_whole(model, frame, out, progress, predictor.identity["model"])
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb
+    from nuclei3d.stages.predict_blocks import (
+        BlockRun,
+        predict_in_blocks,
+        required_gb,
+        with_frame_ranges,
+    )
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
@@ -292,12 +316,14 @@ def _write_masks(
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor)
+        settings = with_frame_ranges(frame, settings)
         nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
             frame.require_voxel_size(),
             settings.nucleus_diameter_um,
             model.models["main"].info.training,
+            settings.intensity_range,
         )
         return masks, nuclei, tuple(unlike)
     try:
@@ -312,7 +338,12 @@ def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
         remote = RemoteModel(model, params.predict)
-        identity: dict[str, Any] = {"service": model, "model": remote.served_model()}
+        served = remote.served_model()
+        if served is None:
+            say(f"{model} does not say which model it serves: nothing counts as done before")
+            # never the same again
+            served = uuid.uuid4().hex
+        identity: dict[str, Any] = {"service": model, "model": served}
         identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
         return Predictor(remote, params.predict, identity)
     from nuclei3d.experiment.registry import find_model
@@ -328,13 +359,16 @@ def open_model(params: Params, model: str) -> Predictor:
 
 
 def _write_whole(
-    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
+    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress, served: object = None
 ) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
+    """Segment a frame as a whole; if the service said which model it serves (`served`), by no other."""
     from nuclei3d.images.tiff import write_labels
 
     image = frame.read()
     check_image(image, str(frame.path))
     result = model.segment(image, frame.require_voxel_size(), progress)
+    if isinstance(served, dict) and isinstance(result, RemoteSegmentation) and result.model != served:
+        raise InputError("the service serves another model than at the start; give the same command again")
     path = out / f"{frame.name}_masks.ome.tif"
     write_labels(path, result.labels, frame.require_voxel_size())
     return path, result.nuclei, result.warnings

@@ -339,7 +339,8 @@ def predict_in_blocks(
 ) -> list[Nucleus]:
     """Segment a frame block by block, in any mode but ``cellpose``, write its masks and give its nuclei.
 
-    `fingerprint` is of frame, models and settings: results of a run before with another are not used.
+    `settings` hold the ranges of the whole frame (`with_frame_ranges`); `fingerprint` is of frame, models and
+    settings: results of a run before with another are not used.
 
     Raises
     ------
@@ -349,7 +350,6 @@ def predict_in_blocks(
         If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
         kept and the next run goes on with the others.
     """
-    settings = _with_ranges(frame, settings)
     folder = _open_folder(masks, frame, fingerprint[:16])
     # Workers need not run in this directory.
     frame = replace(frame, path=frame.path.resolve())
@@ -381,7 +381,7 @@ def predict_in_blocks(
     return nuclei
 
 
-def _with_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
+def with_frame_ranges(frame: Frame, settings: SegmentationSettings) -> SegmentationSettings:
     """Add the range of the whole frame, from the planes that `measure_range` would take, and no others."""
     return with_ranges(settings, read_sampled_planes(frame), sampled=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.scoring.plausibility import LabelFault
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.check import describe_faults, find_volume_faults
+from nuclei3d.stages.diameters import measure_embryos
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,
@@ -100,12 +101,18 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         for part in PARTS:
             (folder / part).mkdir()
         workers = min(params.prepare.workers or len(os.sched_getaffinity(0)), len(tasks))
-        edge_um = None if solid else _common_edge_um(tasks, params)
-        work = partial(prepare_frame, params=params, folder=folder, strict=strict, edge_um=edge_um)
+        diameters = _unlike_diameters(tasks, params)
+        scales = _scales_of(diameters, split.train)
+        edge_um = None if solid else _common_edge_um(tasks, params, scales)
+        work = partial(
+            prepare_frame, params=params, folder=folder, strict=strict, edge_um=edge_um, scales=scales
+        )
         frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
         summary = _summarise(params, data, tasks, frames)
+        if diameters:
+            summary["embryo_diameters_um"] = diameters
         for warning in summary.get("warnings", ()):
             say(f"warning: {warning}")
         describe_samples(folder, summary, samples)
@@ -127,7 +134,8 @@ class PreparedFrame:
 
     A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
     implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise,
-    `digest` that of `nuclei3d.digests.digest_of_frame`.
+    `digest` that of `nuclei3d.digests.digest_of_frame`. `voxel_um` and the samples' voxels are taken `scale`
+    times as wide as those of the files.
     """
 
     samples: tuple[StoredSample, ...]
@@ -139,6 +147,7 @@ class PreparedFrame:
     voxel_size: VoxelSize
     range_over_noise: float
     digest: str
+    scale: float = 1.0
 
 
 def prepare_frame(
@@ -147,8 +156,12 @@ def prepare_frame(
     folder: Path,
     strict: bool = False,
     edge_um: float | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> PreparedFrame:
-    """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given."""
+    """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given.
+
+    `scales` say by embryo how many times as wide voxels are taken, so that nuclei are alike in all.
+    """
     part, frame = task
     volume = read_labelled(frame, params.data)
     digest = digest_of_frame(volume.image, volume.labels)
@@ -163,8 +176,10 @@ def prepare_frame(
         volume = replace(volume, image=image, labels=np.where(outside, 0, volume.labels))
     kept, left_out = drop_small_labels(volume.labels, volume.voxel_size, params.prepare.min_volume_um3)
     volume = replace(volume, labels=kept.astype(np.uint32, copy=False))
-    volumes_um3 = nucleus_volumes_um3(volume.labels, volume.voxel_size)
+    of_file, scale = volume.voxel_size, (scales or {}).get(frame.embryo, 1.0)
+    volumes_um3 = nucleus_volumes_um3(volume.labels, of_file)
     contrasts = nucleus_contrast(volume.image, volume.labels, volume.voxel_size, volume.unknown)
+    volume = replace(volume, voxel_size=of_file.scaled(scale))
     samples = []
     for sample in _cut(volume, params, edge_um):
         name = f"{frame.embryo}_{frame.frame}"
@@ -207,27 +222,60 @@ def prepare_frame(
         tuple(float(contrasts[label]) for label in volumes_um3),
         left_out,
         tuple(faults),
-        volume.voxel_size,
+        of_file,
         (intensity.high - intensity.low) / intensity.noise if intensity.noise else math.inf,
         digest,
+        scale,
     )
 
 
-def _common_edge_um(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) -> float | None:
+def _unlike_diameters(tasks: Sequence[tuple[str, EmbryoFrame]], params: Params) -> dict[str, float]:
+    """Give the diameter of each embryo's nuclei in um, if those of the training embryos differ too much."""
+    ratio = params.prepare.max_size_ratio
+    train = [frame for part, frame in tasks if part == "train"]
+    if ratio is None or len({frame.embryo for frame in train}) < 2:
+        return {}
+    diameters = measure_embryos(train, params)
+    small, large = min(diameters.values(), default=1.0), max(diameters.values(), default=1.0)
+    if large <= ratio * small:
+        return {}
+    diameters |= measure_embryos([frame for _, frame in tasks if frame.embryo not in diameters], params)
+    say(
+        f"nuclei of the training embryos measure {small:.3g} to {large:.3g} um: each embryo is brought to "
+        "the network's scale by its own nuclei (prepare.max_size_ratio)"
+    )
+    return diameters
+
+
+def _scales_of(diameters: Mapping[str, float], train: Sequence[EmbryoFrame]) -> dict[str, float]:
+    """Say how many times as wide the voxels of each embryo are taken, so that nuclei are alike in all."""
+    if not diameters:
+        return {}
+    known = {frame.embryo: diameters[frame.embryo] for frame in train if frame.embryo in diameters}
+    common_um = float(np.median(list(known.values())))
+    return {embryo: common_um / own for embryo, own in diameters.items()}
+
+
+def _common_edge_um(
+    tasks: Sequence[tuple[str, EmbryoFrame]], params: Params, scales: Mapping[str, float]
+) -> float | None:
     """Give the edge of a pixel to which frames of several microscopes are brought, if there are several.
 
     None where each is downsampled by `prepare.downsample_xy`, because all come out alike. Frames of a volume
     network keep their own voxels: crops are cut from them at the network's scale.
     """
     factor = params.prepare.downsample_xy
-    edges = np.array([voxel_size_of(frame, params.data).x * factor for _, frame in tasks])
+    edges = np.array(
+        [voxel_size_of(frame, params.data).x * factor * scales.get(frame.embryo, 1.0) for _, frame in tasks]
+    )
     median = float(np.median(edges))
     if np.ptp(edges) <= _SAME_SIZE * median:
         return None
-    say(
-        f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} um): "
-        f"all planes are brought to pixels of {median:g} um, the median after downsampling"
-    )
+    if not scales:
+        say(
+            f"the voxels of the frames differ in x ({edges.min() / factor:g} to {edges.max() / factor:g} "
+            f"um): all planes are brought to pixels of {median:g} um, the median after downsampling"
+        )
     return median
 
 
@@ -298,10 +346,11 @@ def _summarise(
     training = [frame for (part, _), frame in zip(tasks, frames, strict=True) if part == "train"]
     samples = [sample for frame in frames for sample in frame.samples]
     volumes = np.concatenate([frame.volumes_um3 for frame in training])
+    to_scale = np.concatenate([np.multiply(frame.volumes_um3, frame.scale**3) for frame in training])
     contrasts = np.concatenate([frame.contrasts for frame in training])
     pixel_sizes = np.array([frame.voxel_um for frame in frames])
     voxel_um = float(np.median(pixel_sizes))
-    diameter_um = float(np.median([sphere_diameter_um(volume) for volume in volumes]))
+    diameter_um = float(np.median([sphere_diameter_um(volume) for volume in to_scale]))
     digest = hashlib.md5(
         "".join(sample.info.file + sample.md5 for sample in samples).encode(), usedforsecurity=False
     )

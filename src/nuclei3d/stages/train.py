@@ -551,6 +551,8 @@ def _describe_model(
         origin["run_id"] = run_id
     origin |= trace_start(params)
     voxel = float(described.summary["voxel_um"])
+    own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
+    of_training = [own[embryo] for embryo in described.summary["embryos"]["train"] if embryo in own]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
         full3d=spec,
@@ -558,6 +560,7 @@ def _describe_model(
         diameter_px=params.train.diameter_px,
         nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
         voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
+        embryo_diameters_um=(min(of_training), max(of_training)) if of_training else None,
         training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,

@@ -99,6 +99,11 @@ class Slices:
         return str(self.summary.get("network", "views2d"))
 
     @property
+    def has_unlike_nuclei(self) -> bool:
+        """Whether each embryo was brought to the common scale by its own nuclei."""
+        return bool(self.summary.get("embryo_diameters_um"))
+
+    @property
     def diameter_px(self) -> float:
         """Diameter of a typical nucleus on the planes."""
         return float(self.summary["diameter_px"])

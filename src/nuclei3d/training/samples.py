@@ -38,7 +38,8 @@ class SampleInfo:
 
     `index` is that of a plane within its view (0 for a volume), `shape` is (Z, Y, X) and (1, rows, columns)
     for a plane, `min_contrast` that of its faintest nucleus or nan; `norm_low` and `norm_high` normalise to 0
-    and 1; `unknown` is the share of the voxels at which nobody looked.
+    and 1; `voxel_size` is that at which its nuclei measure what those of all embryos do, where embryos with
+    unlike nuclei are trained together; `unknown` is the share of the voxels at which nobody looked.
     """
 
     file: str

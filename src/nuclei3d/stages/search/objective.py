@@ -61,7 +61,7 @@ def without_idle_work(params: Params) -> Params:
     from the model; for faint recall the score is none of them.
     """
     predict = params.predict
-    taken = [predict.cellprob_threshold, predict.min_volume_um3]
+    taken = [predict.cellprob_threshold, predict.outline_threshold, predict.min_volume_um3]
     if params.search.objective == "ap":
         taken.append(predict.score_threshold)
     update: dict[str, Any] = {"tracking": params.tracking.model_copy(update={"enabled": False})}
@@ -81,7 +81,7 @@ def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     """List the validation frames that are segmented: all, or `search.volumes` of them, spread evenly."""
     from nuclei3d.images.embryos import find_embryos, split_embryos
-    from nuclei3d.stages.calibrate import spread_evenly
+    from nuclei3d.stages.diameters import spread_evenly
 
     if not data.is_dir():
         raise missing(
@@ -97,9 +97,10 @@ def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
 
 def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> list[Assessment]:
     """Segment labelled frames, one at a time, and compare them with their labels."""
-    from nuclei3d.images.embryos import read_labelled
     from nuclei3d.scoring.assessment import assess_volume
     from nuclei3d.segmentation.segmenter import Segmenter
+    from nuclei3d.stages.calibrate import common_diameter_um
+    from nuclei3d.stages.diameters import read_to_scale
 
     predict = params.predict.of_one_network()
     if params.search.objective == "faint_recall":
@@ -107,8 +108,8 @@ def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> 
         predict = predict.model_copy(update={"score_threshold": 0.0})
     segmenter = Segmenter(model, predict)
     assessments = []
-    for frame in frames:
-        volume = read_labelled(frame, params.data)
+    diameter_um = common_diameter_um(segmenter.models["main"].info, params)
+    for volume in read_to_scale(frames, params, diameter_um):
         found = segmenter.segment(volume.image, volume.voxel_size)
         assessments.append(
             assess_volume(
