@@ -40,7 +40,7 @@ app = typer.Typer(
 _READ = frozenset(
     (
         *("data", "slices", "inputs", "image", "masks", "truth", "pred", "tracks", "images", "history"),
-        *("metrics", "a", "b"),
+        *("metrics", "a", "b", "learn"),
     )
 )
 # Commands that show images to a model as its training showed them.
@@ -176,6 +176,7 @@ _OPTIONS: dict[str, Any] = {
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "predict.track": typer.Option("--track", help="Link the nuclei over time, too."),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -190,6 +191,10 @@ _OPTIONS: dict[str, Any] = {
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
+    "track.learn": typer.Option(
+        help="True tracks of this time-lapse: choose the parameters on them.", metavar="DIR"
+    ),
+    "track.apply": typer.Option("--apply", help="Write what --learn chose into the parameter file."),
     "evaluate.model": typer.Option(
         help="Model that made the predictions: was it trained on these volumes?", metavar="DIR"
     ),
@@ -377,21 +382,38 @@ def predict(
     memory: float | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
+    track: bool = False,
 ) -> Result:
     """Segment volumes and time-lapses in 3D."""
     from nuclei3d.stages.tracked import predict_tracked
 
-    return predict_tracked(params, inputs, model, out, overwrite=overwrite)
+    return predict_tracked(params, inputs, model, out, overwrite=overwrite, link=track)
 
 
 @_command
 def track(
-    params: Params, masks: Path, out: Path, images: Path | None = None, same_numbers: bool = False
+    params: Params,
+    masks: Path,
+    out: Path,
+    images: Path | None = None,
+    same_numbers: bool = False,
+    learn: Path | None = None,
+    apply: bool = False,
+    params_file: Path | None = None,
 ) -> Result:
     """Link nuclei over time: tracks, divisions, lineages."""
     from nuclei3d.stages.tracked import track_tracked
 
-    return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
+    return track_tracked(
+        params,
+        masks,
+        out,
+        images=images,
+        same_numbers=same_numbers,
+        learn=learn,
+        apply=apply,
+        params_file=params_file,
+    )
 
 
 @_command
