@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
+from nuclei3d.console import some_of
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, stage_run
-from nuclei3d.stages.pairing import some_of
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
