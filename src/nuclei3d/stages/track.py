@@ -13,7 +13,7 @@ import numpy as np
 from nuclei3d.config import Params
 from nuclei3d.config.loading import write_values
 from nuclei3d.config.sections import TracksParams
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, some_of
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import check_image
@@ -28,7 +28,6 @@ from nuclei3d.stages.pairing import (
     find_label_entries,
     first_voxel_size,
     pair_entries,
-    some_of,
 )
 from nuclei3d.stages.track_files import (
     RESULT,
