@@ -130,7 +130,7 @@ def find_embryos(data: Path) -> list[Embryo]:
         raise InputError(f"{data} holds no embryo; expected {data}/<embryo>/images/<frame>.tif")
     links = [entry.name for entry in data.iterdir() if entry.is_symlink() and not entry.exists()]
     say_passed_over(data, sorted(links, key=natural_key), "links to what is not there")
-    return [_find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
+    return [find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
 
 
 def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
@@ -197,7 +197,8 @@ def _image_frame(frame: EmbryoFrame, params: DataParams) -> tuple[Frame, VoxelSi
     return single_frame(frame.image_path, time=frame.image_time, **options), given
 
 
-def _find_embryo(folder: Path) -> Embryo:
+def find_embryo(folder: Path) -> Embryo:
+    """Find the frames of one embryo's folder; errors as those of `find_embryos`."""
     images = _find_stored(folder / "images")
     beside = [name for name in images if LABEL_WORDS.search(name) and label_stem(name) in images]
     for name in beside:
