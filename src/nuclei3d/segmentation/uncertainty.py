@@ -2,12 +2,15 @@
 
 It costs a network pass and one labelling, and has two parts:
 
-- *nuclei*: each candidate, those that the score threshold drops too, is wrong with a chance that falls with
-  the distance of its score from the threshold. The score is low where the views contradict each other, for
-  their mean flow is then short or not the flow of the mask (`masks.score_labels`).
-- *foreground*: where the logit is near its threshold a voxel may be foreground or not; outside all
-  candidates a logit above it tells of a nucleus that was not found. The chances of all voxels are summed up,
-  in volumes of a typical nucleus.
+- *nuclei*: each candidate, those that the thresholds drop too, is wrong with a chance that falls with the
+  distance of its score from the threshold. The score is low where the views contradict each other, for their
+  mean flow is then short or not the flow of the mask (`masks.score_labels`), and where the logit is low.
+- *foreground*: what is foreground but in no candidate belongs to nuclei that were not found; it counts in
+  volumes of a typical nucleus.
+
+Doubt of single voxels (the logit near its threshold) lies around every nucleus and in empty space, and tells
+nothing of wrong ones: with it, blocks were ranked worse than by the number of their nuclei
+(benchmarks/suggest.py).
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ Box = tuple[slice, slice, slice]
 BLOCK_DIAMETERS = 3.0
 #: Distance of a score from the threshold at which the chance of being wrong has fallen from .5 to .27.
 _SCORE_SCALE = 0.1
+#: How far below the logit's threshold candidates are looked for: a faint nucleus lies below it.
+_FAINTER = 1.0
 #: Chance of being wrong from which on a candidate is called doubtful: within two scales of the threshold.
 _DOUBTFUL = 0.12
 #: Steps in an edge by which blocks are moved to where most is uncertain.
@@ -88,22 +93,22 @@ class Block:
 
 def measure_uncertainty(flows: FlowField, settings: SegmentationSettings) -> Uncertainty:
     """Measure what is uncertain in what a network says of a volume; modes that have flows only."""
-    masks = replace(settings.masks, score_threshold=0.0)
-    labels, scores = label_flows(flows, flows.shape, replace(settings, masks=masks))
+    thresholds = settings.masks
+    wide = replace(
+        thresholds, score_threshold=0.0, cellprob_threshold=thresholds.cellprob_threshold - _FAINTER
+    )
+    labels, scores = label_flows(flows, flows.shape, replace(settings, masks=wide))
     voxels = np.maximum(np.bincount(labels.ravel(), minlength=len(scores)), 1)
-    distance = np.abs(scores - settings.masks.score_threshold)
-    wrong = (1 / (1 + np.exp(distance / _SCORE_SCALE))).astype(np.float32)
+    wrong = 1 / (1 + np.exp(np.abs(scores - thresholds.score_threshold) / _SCORE_SCALE))
     wrong[0] = 0.0
-    above = flows.packed[..., LOGIT] / np.float32(LOGIT_UNITS) - np.float32(settings.masks.cellprob_threshold)
-    # of being foreground where no candidate is, of being none in one
-    chance = 1 / (1 + np.exp(np.where(labels > 0, above, -above)))
     typical = np.pi / 6 * settings.nucleus_diameter_um**3 / flows.voxel_size.volume_um3
+    lost = (flows.packed[..., LOGIT] > thresholds.cellprob_threshold * LOGIT_UNITS) & (labels == 0)
     return Uncertainty(
         (wrong / voxels).astype(np.float32)[labels],
-        (chance / typical).astype(np.float32),
+        lost / np.float32(typical),
         labels,
-        wrong,
-        scores >= settings.masks.score_threshold,
+        wrong.astype(np.float32),
+        scores >= thresholds.score_threshold,
     )
 
 

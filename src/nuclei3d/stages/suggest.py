@@ -291,8 +291,10 @@ def _suggestion(found: _Found) -> Suggestion:
     for count, side in ((block.doubtful, "above"), (block.dropped, "below")):
         if count:
             reasons.append(f"{count} candidate{'s' if count > 1 else ''} just {side} the score threshold")
-    if block.foreground > block.nuclei or not reasons:
-        reasons.append(f"unsure what is foreground, over the volume of {block.foreground:.1f} nuclei")
+    if block.foreground > 0.1:
+        reasons.append(f"foreground of {block.foreground:.1f} nuclei in none")
+    if not reasons:
+        reasons.append("nothing in particular: elsewhere the model is surer, or blocks are chosen already")
     if found.unlike:
         reasons.append("the frame is unlike the training")
     ends = [int(end) for part in block.box for end in (part.start, part.stop)]
