@@ -200,6 +200,7 @@ def draw_blocks(blocks: Sequence[ShownBlock], out: Path, columns: int = 5) -> No
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    columns = max(1, min(columns, len(blocks)))
     rows = max(1, -(-len(blocks) // columns))
     figure = Figure(figsize=(2.6 * columns, 5.0 * rows + 0.4), layout="constrained")
     panels = figure.subplots(2 * rows, columns, squeeze=False)

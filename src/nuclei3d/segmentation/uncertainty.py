@@ -1,4 +1,4 @@
-"""What a model is unsure of in a volume, as an expected number of wrong nuclei, and the blocks with most.
+"""What a model is unsure of in a volume, counted in nuclei, and the blocks that hold most of it.
 
 It costs a network pass and one labelling, and has two parts:
 
@@ -71,7 +71,7 @@ class Block:
     Attributes
     ----------
     nuclei, foreground
-        Wrong nuclei expected, by the two parts.
+        The two parts of its uncertainty, in nuclei.
     focus
         The plane along each axis in which most is uncertain.
     doubtful, dropped
@@ -87,7 +87,7 @@ class Block:
 
     @property
     def uncertainty(self) -> float:
-        """Wrong nuclei expected."""
+        """Both parts together, in nuclei."""
         return self.nuclei + self.foreground
 
 

@@ -43,7 +43,7 @@ _UNLIKE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A block to label: voxels z0 to z1 (without z1) and so on, the wrong nuclei expected there, and why."""
+    """A block to label: voxels z0 to z1 (without z1) and so on, its uncertainty in nuclei, and why."""
 
     embryo: str
     frame: str
@@ -288,9 +288,10 @@ def _look_at(
 def _suggestion(found: _Found) -> Suggestion:
     block, frame = found.block, found.candidate.frame
     reasons = []
-    for count, side in ((block.doubtful, "above"), (block.dropped, "below")):
-        if count:
-            reasons.append(f"{count} candidate{'s' if count > 1 else ''} just {side} the score threshold")
+    if block.doubtful or block.dropped:
+        reasons.append(
+            f"candidates with scores near the threshold: {block.doubtful} above, {block.dropped} below"
+        )
     if block.foreground > 0.1:
         reasons.append(f"foreground of {block.foreground:.1f} nuclei in none")
     if not reasons:
@@ -329,7 +330,7 @@ def _write(
             )
             for part in box
         )
-        title = f"{rank}. {each.candidate.name}\n{each.block.uncertainty:.1f} wrong nuclei expected"
+        title = f"{rank}. {each.candidate.name}\nuncertainty {each.block.uncertainty:.1f} nuclei"
         shown.append(
             ShownBlock(
                 title,
