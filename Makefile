@@ -26,7 +26,7 @@ help:
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP) install -q -c requirements.lock -e ".[dev,slurm,dashboard]"
+	$(PIP) install -q -c requirements.lock -e ".[dev,slurm,dashboard,view]"
 	touch $@
 
 demo: .venv/installed

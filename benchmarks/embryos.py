@@ -84,7 +84,7 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate predictions of some frames into ``out/evaluation``; give what metrics.json holds."""
     truth, images = out / "truth" / "labels", out / "truth" / "images"
-    only = []
+    only = {}
     for frame in frames:
         # the shape that `evaluate` pairs with predictions
         for target, source in ((truth, frame.label_path), (images, frame.image_path)):
@@ -93,7 +93,7 @@ def score(
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(source.resolve())
-        only.append(truth / frame.embryo / frame.label_path.name)
+        only[truth / frame.embryo / frame.label_path.name, frame.label_time] = frame.share
     options = {"images": images, "only": only} | options
     return evaluate(params, truth, pred, out / "evaluation", **options).metrics
 

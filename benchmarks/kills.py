@@ -36,18 +36,27 @@ from nuclei3d.stages.simulate import simulate
 from shared import new_parser
 
 PARAMS: dict[str, Any] = {
-    "train": {"epochs": 4, "crops_per_epoch": 48, "validation_crops": 16, "device": "cpu"},
+    # seconds per run: every stage does all that it does, on as little as it can
+    "train": {
+        "epochs": 3,
+        "batch_size": 4,
+        "crop_px": 64,
+        "crops_per_epoch": 8,
+        "validation_crops": 4,
+        "diameter_px": 12,
+        "device": "cpu",
+    },
     "evaluate": {"bootstrap": 50},
     "search": {"heartbeat_s": 1, "grace_s": 4, "max_retries": 50},
 }
-SAMPLE = ("simulate.frames=3", "simulate.shape=[12,72,72]", "simulate.nuclei=10")
+SAMPLE = ("simulate.frames=3", "simulate.shape=[10,48,48]", "simulate.nuclei=6")
 TRAIN = "train --slices slices --data data --out model"
 COMMANDS = {
     "prepare": "prepare --data data --out slices",
     "train": TRAIN,
     "predict": "predict data/embryo_c/images --model model --out masks",
     "run": "run --data data --out out",
-    "search": "search --slices slices --data data --trials 4 --out found --set search.epochs.high=4",
+    "search": "search --slices slices --data data --trials 3 --out found --set search.epochs.high=3",
 }
 NEEDS = {"train": ("prepare",), "predict": ("prepare", "train"), "search": ("prepare",)}
 #: What may differ: seconds, and the words of the machine and the run.

@@ -64,7 +64,7 @@ def running_service(model: Path, **settings: object) -> Iterator[tuple[RemoteMod
         process = subprocess.Popen(command, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
+            for _ in range(3000):
                 try:
                     requests.get(f"{url}/ready", timeout=1)
                     break
@@ -73,6 +73,8 @@ def running_service(model: Path, **settings: object) -> Iterator[tuple[RemoteMod
                         log.seek(0)
                         raise SystemExit(f"the service did not start: {log.read().decode()}") from None
                     time.sleep(0.2)
+            else:
+                raise SystemExit("the service did not start within ten minutes")
             yield RemoteModel(url), psutil.Process(process.pid)
         finally:
             process.terminate()

@@ -117,7 +117,8 @@ class Crowd:
             self.wrong[f"{kind}: {type(error).__name__}"] += 1
             return None
         self.answers[f"{kind} {response.status_code}"] += 1
-        if response.status_code == BUSY:
+        if response.status_code == BUSY and "Retry-After" in response.headers:
+            # overload, rightly told, is no fault
             time.sleep(0.1)
         elif response.status_code not in right:
             self.wrong[f"{kind}: {response.status_code} {response.text[:100]}"] += 1

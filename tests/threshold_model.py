@@ -12,12 +12,12 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
-from nuclei3d.experiment.invocation import Admission, RequestParams, VolumeLimits, open_frame
+from nuclei3d.experiment.invocation import Admission, RequestParams, VolumeLimits, open_frame, read_volume
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import ModelInfo
 
 INFO = ModelInfo(diameter_px=40, nucleus_diameter_um=4)
-VERSION = {"name": "threshold", "registered_name": "threshold", "version": "3"}
+VERSION = {"name": "threshold", "registered_name": "threshold", "version": "3", "weights_sha256": "0"}
 
 
 class Gate:
@@ -63,8 +63,11 @@ class Gate:
 class ThresholdModel:
     """Labels what is brighter than 100."""
 
-    def __init__(self, gate: Path, limits: VolumeLimits, score: float | None) -> None:
+    def __init__(
+        self, gate: Path, limits: VolumeLimits, score: float | None, version: dict[str, str]
+    ) -> None:
         self.gate = Gate(gate)
+        self.version = version
         self.limits = limits
         self.score = score
 
@@ -73,7 +76,7 @@ class ThresholdModel:
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             out = Path(temporary) / "labels.tif"
-            write_labels(out, (frame.read() > 100).astype(np.uint32), voxel_size)
+            write_labels(out, (read_volume(frame) > 100).astype(np.uint32), voxel_size)
             labels = base64.b64encode(out.read_bytes()).decode()
         return {
             "labels": labels,
@@ -82,13 +85,15 @@ class ThresholdModel:
                 | {"score": self.score}
             ],
             "parameters": asked.model_dump(mode="json", exclude_unset=True),
-            "model": VERSION,
+            "model": self.version,
             "seconds": {"network": 0.0},
         }
 
 
-def open_threshold(gate: Path, params: Params, score: float | None) -> ThresholdModel:
-    return ThresholdModel(gate, VolumeLimits.of(params.serve.model_dump()), score)
+def open_threshold(
+    gate: Path, params: Params, score: float | None, version: dict[str, str]
+) -> ThresholdModel:
+    return ThresholdModel(gate, VolumeLimits.of(params.serve.model_dump()), score, version)
 
 
 def open_admission(params: Params) -> Admission:

@@ -45,8 +45,11 @@ _READ = frozenset(
 )
 # Commands that show images to a model as its training showed them.
 _AS_TRAINED = frozenset(("predict", "suggest", "assess", "calibrate", "serve"))
+# Commands that a start model (train.start_from) concerns.
+_MAY_START_FROM = frozenset(("prepare", "augment", "train", "search", "run"))
 # Options that set a parameter, like --set; they go last.
 _SET_BY = {
+    "start": "train.start_from",
     "mode": "predict.mode",
     "diameter": "predict.diameter_um",
     "memory": "predict.memory_gb",
@@ -148,6 +151,12 @@ _OPTIONS: dict[str, Any] = {
     "out": typer.Option(help="Folder to write.", metavar="DIR"),
     "augment.out": typer.Option(help="PNG to write.", metavar="FILE"),
     "check.data": typer.Argument(help="Folder of labelled embryos.", metavar="DATA"),
+    "prepare.start": typer.Option(
+        "--for", help="Cut as this model needs it: see train --from.", metavar="MODEL"
+    ),
+    "start": typer.Option(
+        "--from", help="Fine-tune a model folder, weights file or models:/name@alias.", metavar="MODEL"
+    ),
     "prepare.strict": typer.Option("--strict", help="Refuse implausible labels instead of saying them."),
     "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
     "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
@@ -190,6 +199,9 @@ _OPTIONS: dict[str, Any] = {
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
+    "evaluate.model": typer.Option(
+        help="Model that made the predictions: was it trained on these volumes?", metavar="DIR"
+    ),
     "evaluate.name": typer.Option(help="What the report calls the predictions."),
     "assess.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "assess.out": typer.Option(help="Folder for predictions/ and evaluation/.", metavar="DIR"),
@@ -219,6 +231,26 @@ _OPTIONS: dict[str, Any] = {
     "export.formats": typer.Option(
         "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
     ),
+    "import.inputs": typer.Argument(
+        help="Label volumes, folders of them, Cellpose's _seg.npy, ImageJ's .roi or .zip.",
+        metavar="FILE...",
+        show_default=False,
+    ),
+    "import.into": typer.Option("--data", help="Data set; may be new.", metavar="DIR"),
+    "import.embryo": typer.Option(help="Whose labels they are; may be new.", metavar="NAME"),
+    "import.images": typer.Option(help="Their images, copied where they are missing.", metavar="DIR"),
+    "import.overwrite": typer.Option("--overwrite", help="Replace labels that are there and differ."),
+    "correct.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
+    "correct.masks": typer.Option(
+        help="What to correct; what the data set has of the image, or the model finds, if not given.",
+        metavar="MASKS",
+    ),
+    "correct.model": typer.Option(help="Nuclei on which it disagrees come first."),
+    "correct.into": typer.Option(
+        "--data", help="Data set to save in; where the image lies if not given.", metavar="DIR"
+    ),
+    "correct.embryo": typer.Option(help="Embryo to save as; that of the image if not given.", metavar="NAME"),
+    "correct.overwrite": typer.Option("--overwrite", help="Replace labels that the data set has."),
     "view.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
     "view.masks": typer.Argument(help="Masks to lay over it.", metavar="MASKS..."),
     "run.data": typer.Option(help="Labelled embryos.", metavar="DIR"),
@@ -247,13 +279,21 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
         if reads_file:
             own["params_file"] = params
-        result = work(load_params(params, [*(overrides or ()), *given]), **own)
+        overrides = [*(overrides or ()), *given]
+        chosen = load_params(params, overrides)
+        if name in _MAY_START_FROM and chosen.train.start_from is not None:
+            from nuclei3d.stages.start_model import load_fine_tuning
+
+            asked, cut = own.get("start") is not None, own.get("data") if name in ("prepare", "run") else None
+            trains = name in ("train", "search", "run")
+            chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
+        result = work(chosen, **own)
         if as_json:
             emit_json(result.as_json() if hasattr(result, "as_json") else asdict(result))
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 
-    name = work.__name__
+    name = work.__name__.rstrip("_")
     options = [
         Parameter(
             option,
@@ -286,7 +326,7 @@ def check(params: Params, data: Path) -> Result:
 
 
 @_command
-def prepare(params: Params, data: Path, out: Path, strict: bool = False) -> Result:
+def prepare(params: Params, data: Path, out: Path, start: str | None = None, strict: bool = False) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
     from nuclei3d.stages.tracked import prepare_tracked
 
@@ -302,7 +342,14 @@ def augment(params: Params, slices: Path, out: Path) -> Result:
 
 
 @_command
-def train(params: Params, slices: Path, out: Path, data: Path | None = None, resume: bool = True) -> Result:
+def train(
+    params: Params,
+    slices: Path,
+    out: Path,
+    data: Path | None = None,
+    start: str | None = None,
+    resume: bool = True,
+) -> Result:
     """Train a network on prepared planes."""
     from nuclei3d.stages.train import train
 
@@ -380,6 +427,7 @@ def evaluate(
     baseline: list[str] | None = None,
     name: str = "this model",
     tracks: Path | None = None,
+    model: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
     from nuclei3d.stages.evaluate import read_baselines
@@ -391,6 +439,7 @@ def evaluate(
         "history": history,
         "method": name,
         "tracks": tracks,
+        "model": model,
     }
     return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
@@ -488,6 +537,37 @@ def export(
 
 
 @_command
+def import_(
+    params: Params,
+    inputs: list[Path],
+    into: Path,
+    embryo: str,
+    images: Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Take corrected labels of any program into a data set, and say what changed."""
+    from nuclei3d.stages.import_labels import import_labels
+
+    return import_labels(params, inputs, into, embryo, images, overwrite=overwrite)
+
+
+@_command
+def correct(
+    params: Params,
+    image: Path,
+    masks: Path | None = None,
+    model: str | None = None,
+    into: Path | None = None,
+    embryo: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Correct masks in napari, most suspicious nuclei first, and save them in a data set."""
+    from nuclei3d.stages.correct import correct
+
+    correct(params, image, masks, model, into, embryo, overwrite=overwrite)
+
+
+@_command
 def view(params: Params, image: Path, masks: list[Path] | None = None) -> None:
     """Open an image and masks in napari, at the right scale."""
     from nuclei3d.stages.view import view
@@ -496,7 +576,9 @@ def view(params: Params, image: Path, masks: list[Path] | None = None) -> None:
 
 
 @_command
-def run(params: Params, data: Path = Path("data"), out: Path = Path("out")) -> Result:
+def run(
+    params: Params, data: Path = Path("data"), out: Path = Path("out"), start: str | None = None
+) -> Result:
     """Do the whole job: prepare, train, predict, evaluate, register."""
     from nuclei3d.stages.run import run_pipeline
 

@@ -109,7 +109,7 @@ class RemoteModel:
         )
 
     def served_model(self) -> object:
-        """Ask which model answers (name, version); None where the service does not say, or not at once."""
+        """Ask which model answers (name, version, digests); None if it is not said, or not at once."""
         import requests
 
         try:

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from nuclei3d.errors import InputError
@@ -64,6 +67,22 @@ def digests_of(files: Sequence[Path]) -> list[str]:
         finally:
             with suppress(sqlite3.Error):
                 known.commit()
+
+
+def digest_of_frame(image: NDArray[Any] | None, labels: NDArray[Any]) -> str:
+    """Digest the voxels of an image and its labels, each (Z, Y, X), as ``<image>-<labels>``.
+
+    So a frame is known in whatever file and type it lies. What is absent, or without any label, is ``0``.
+    """
+    parts = (image, "<f4"), (labels if labels.any() else None, "<u4")
+    return "-".join("0" if voxels is None else _digest_voxels(voxels, kind) for voxels, kind in parts)
+
+
+def _digest_voxels(voxels: NDArray[Any], kind: str) -> str:
+    digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=6)
+    for plane in voxels:
+        digest.update(np.ascontiguousarray(plane, dtype=kind).data)
+    return digest.hexdigest()
 
 
 def _look_up(known: sqlite3.Connection, file: Path) -> str:

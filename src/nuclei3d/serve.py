@@ -46,6 +46,7 @@ _LOCK = ".lock"
 _SHARE_OF_MEMORY = 0.8
 _CONNECTIONS = 512
 _HEAD_S = 20.0
+_SEND_S = 300.0
 _READ_S = 60.0
 _DRAIN_S = 20.0
 # Imported once, before the workers are born.
@@ -387,23 +388,43 @@ def _json(tree: object) -> Response:
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed if no head of a request comes in time; uvicorn would wait for ever."""
+    """A connection that is closed if no head of a request comes in time, or an answer is not taken in time.
+
+    uvicorn would wait for ever.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._seen: object = None
         self._timer = self.loop.call_later(_HEAD_S, self._close_if_silent)
+        self._sending: asyncio.TimerHandle | None = None
 
     def _close_if_silent(self) -> None:
-        if self.cycle is self._seen and (self.cycle is None or self.cycle.response_complete):
+        done = self.cycle is None or self.cycle.response_complete or self.transport.is_closing()
+        if done and self.cycle is self._seen and self._sending is None:
             self.transport.abort()
             return
-        self._seen = self.cycle
+        # an answer that was begun meanwhile has as long as any other
+        self._seen = self.cycle if done else self
         self._timer = self.loop.call_later(_HEAD_S, self._close_if_silent)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._sending = self.loop.call_later(_SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._end_sending()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        self._end_sending()
         super().connection_lost(exc)
+
+    def _end_sending(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
 
 
 class ServiceServer(uvicorn.Server):
@@ -413,6 +434,7 @@ class ServiceServer(uvicorn.Server):
         config = uvicorn.Config(
             make_app(service),
             http=_Connection,
+            ws="none",
             log_level="error",
             access_log=False,
             server_header=False,

@@ -59,7 +59,7 @@ class Worker:
         self._process: psutil.Process | None = None
         self._up = asyncio.Event()
         self._turn = asyncio.Lock()
-        self._was_too_large = False
+        self._outgrown: ProcessPoolExecutor | None = None
 
     @property
     def ready(self) -> bool:
@@ -75,7 +75,7 @@ class Worker:
         except BaseException:
             pool.shutdown(wait=False)
             raise
-        self._pool, self._was_too_large = pool, False
+        self._pool = pool
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function as `run` does, before the process is watched."""
@@ -89,7 +89,8 @@ class Worker:
             while (resident := self._resident_bytes()) > 0:
                 self._up.set()
                 if resident > self._most_bytes:
-                    self._was_too_large = True
+                    # a large process takes a while to end; by then there may be another
+                    self._outgrown = self._pool
                     self.kill()
                 await asyncio.sleep(_LOOK_S)
             self.kill()
@@ -118,17 +119,19 @@ class Worker:
         async with self._turn:
             while True:
                 await self._up.wait()
-                assert self._pool is not None
+                pool = self._pool
+                assert pool is not None
                 try:
-                    future = asyncio.wrap_future(self._pool.submit(_call, function, arguments))
+                    future = asyncio.wrap_future(pool.submit(_call, function, arguments))
                     break
                 except (BrokenProcessPool, RuntimeError):  # it died idle
                     self._up.clear()
             try:
                 return await future
             except BrokenProcessPool:
-                self._up.clear()
-                if self._was_too_large:
+                if pool is self._pool:
+                    self._up.clear()
+                if pool is self._outgrown:
                     raise MemoryError from None
                 raise WorkerDiedError from None
             except asyncio.CancelledError:

@@ -24,6 +24,7 @@ import torch
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.experiment import registry
+from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.registry import (
     champions,
     fetch_model,
@@ -32,15 +33,24 @@ from nuclei3d.experiment.registry import (
     request_example,
     roll_back,
 )
+from nuclei3d.experiment.runs import METRICS_TAG, stage_run
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.scoring.metrics import THRESHOLDS, score, tally_of
+from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.segmentation.segmenter import Segmenter
 
 NAME = "nuclei_3d"
+
+
+@pytest.fixture(autouse=True)
+def _without_example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare MLflow the prediction of the example, which the slow test does."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(registry, "request_example", lambda info: None)
 
 
 @pytest.fixture
@@ -65,7 +75,17 @@ def metrics_of(missed: Sequence[int], digest: str = "d") -> dict[str, Any]:
             "counts": tally.as_json(),
         }
     ap = dict.fromkeys((f"{t:.2f}" for t in THRESHOLDS), 1 - sum(missed) / (16 * len(missed)))
-    return {"ap": ap, "f1": {}, "volumes": volumes}
+    naive = {"ap": dict.fromkeys(ap, 0.25)}
+    return {"ap": ap, "f1": {}, "volumes": volumes, "baselines": {OTSU: naive}}
+
+
+def variant(model: Path, name: object) -> Path:
+    """Give another model than `model`: one with another card."""
+    folder = model.parent / str(name)
+    if not folder.exists():
+        shutil.copytree(model, folder)
+        (folder / "README.md").write_text(f"Card {name}")
+    return folder
 
 
 def write_metrics(path: Path, missed: int) -> Path:
@@ -81,7 +101,7 @@ def version_of(params: Params, alias: str) -> str:
 def test_the_champion_moves_only_to_a_better_model_and_back(params, model, tmp_path):
     def register_with(missed: int, **options: bool) -> tuple[str, str, str]:
         metrics = write_metrics(tmp_path / f"evaluation{missed}" / "metrics.json", missed)
-        made = register(params, model, metrics, **options)
+        made = register(params, variant(model, missed), metrics, **options)
         assert version_of(params, "challenger") == made.version
         assert version_of(params, "champion") == made.champion
         return made.version, str(made.champion), made.reason
@@ -122,7 +142,7 @@ def test_the_same_model_with_the_same_scores_is_registered_once(params, model, t
     metrics.write_text(json.dumps({**metrics_of([4] * 4), "baselines": {}}))
     again = register(params, model, metrics)
     assert again == replace(first, done_before=True)
-    better = register(params, model, write_metrics(tmp_path / "metrics.json", 2))
+    better = register(params, variant(model, "b"), write_metrics(tmp_path / "metrics.json", 2))
     assert (better.version, better.champion) == ("2", "2")
     # by force it comes back as what it is
     metrics = write_metrics(tmp_path / "metrics.json", 4)
@@ -130,6 +150,105 @@ def test_the_same_model_with_the_same_scores_is_registered_once(params, model, t
     assert (forced.version, forced.champion) == ("1", "1")
     assert register(params, model, metrics).reason.startswith("forced")
     assert len(open_store(params.tracking).search_model_versions(f"name = '{NAME}'")) == 2
+
+
+def test_a_model_evaluated_anew_is_the_same_version_judged_by_its_new_scores(params, model, tmp_path):
+    register(params, model, write_metrics(tmp_path / "metrics.json", 6))
+    other = variant(model, "b")
+    worse = register(params, other, write_metrics(tmp_path / "metrics.json", 8))
+    assert (worse.version, worse.champion) == ("2", "1")
+    better = register(params, other, write_metrics(tmp_path / "metrics.json", 2))
+    assert (better.version, better.champion) == ("2", "2")
+    # the next one is compared with the new scores: 3 of 16 missed is worse than 2
+    third = register(params, variant(model, "c"), write_metrics(tmp_path / "metrics.json", 3))
+    assert (third.version, third.champion) == ("3", "2")
+    assert "0.8125 against 0.8750" in third.reason
+
+
+@pytest.mark.parametrize(
+    ("naive", "crowned", "told"),
+    [
+        ({"ap": dict.fromkeys(("0.50", "0.90"), 0.8)}, False, "not better than the naive baseline"),
+        ({"ap": dict.fromkeys(("0.50", "0.90"), 0.7)}, True, "better than the naive baseline"),
+        (None, False, "does not hold it"),
+        (
+            {"ap": {"0.50": 0.7}, "behind_model": {"metrics": {"ap_mean": {"interval": [-0.1, 0.2]}}}},
+            False,
+            "not surely better than the naive baseline",
+        ),
+        (
+            {"ap": {"0.50": 0.7}, "behind_model": {"metrics": {"ap_mean": {"interval": [0.01, 0.1]}}}},
+            True,
+            "surely better than the naive baseline",
+        ),
+    ],
+)
+def test_a_first_version_is_champion_only_if_it_beats_the_naive_baseline(
+    params: Params, model: Path, tmp_path: Path, naive: dict[str, Any] | None, crowned: bool, told: str
+) -> None:
+    baselines = {} if naive is None else {OTSU: naive}
+    metrics = tmp_path / "metrics.json"
+    # 4 of 16 nuclei missed, none invented: AP .75 at every IoU
+    metrics.write_text(json.dumps({**metrics_of([4] * 4), "baselines": baselines}))
+    made = register(params, model, metrics)
+    assert made.version == "1"
+    assert (made.champion == "1") == crowned
+    assert told in made.reason
+    assert crowned or "--force" in made.reason
+    assert register(params, model, metrics, force=True).champion == "1"
+
+
+def test_nobody_is_judged_on_frames_that_a_model_was_trained_on(params, model, tmp_path):
+    def with_frames(name: str, **frames: Any) -> Path:
+        folder = variant(model, name)
+        info = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps({**info, "frames": frames}))
+        return folder
+
+    def evaluated(missed: int) -> Path:
+        tree = metrics_of([missed] * 4)
+        for number, volume in enumerate(tree["volumes"].values()):
+            volume["frame_digest"] = f"image{number}-labels{number}"
+        (tmp_path / "metrics.json").write_text(json.dumps(tree))
+        return tmp_path / "metrics.json"
+
+    stranger = with_frames("stranger", train={"other/t0": "a-b"})
+    clean = register(params, stranger, evaluated(6))
+    assert (clean.champion, clean.warnings) == ("1", ())
+    # the same image with corrected labels, in another folder, is still a frame that it knows
+    knows = register(params, with_frames("knows", train={"X/7": "image2-corrected"}), evaluated(0))
+    assert (knows.version, knows.champion) == ("2", "1")
+    assert "trained on the embryos of E/0, E/1" in knows.reason
+    chosen = register(params, with_frames("chosen", train={}, validation={"X/7": "b-labels1"}), evaluated(2))
+    assert chosen.champion == "3"
+    assert "chosen on E/1" in chosen.warnings[0]
+    unknown = register(params, model, evaluated(0))
+    assert unknown.champion == "4"
+    assert "cannot be checked" in unknown.warnings[0]
+    # nor where the champion knows them
+    forced = register(params, variant(model, "knows"), evaluated(0), force=True)
+    assert forced.champion == "2"
+    last = register(params, with_frames("new", train={}), evaluated(0))
+    assert last.champion == "2"
+    assert "trained on the embryos of" in last.reason
+
+
+def test_version_and_runs_name_each_other(params, model, tmp_path):
+    with stage_run("train", params, inputs={}) as trained:
+        pass
+    metrics = write_metrics(tmp_path / "metrics.json", 4)
+    with stage_run("evaluate", params, inputs={}) as evaluated:
+        evaluated.tags({METRICS_TAG: md5_of_input(metrics)})
+    info = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**info, "lineage": {"run_id": trained.run_id}}))
+    made = register(params, model, metrics)
+    client = open_store(params.tracking)
+    tags = client.get_model_version(NAME, "1").tags
+    assert tags["nuclei3d.train_run"] == trained.run_id
+    assert tags["nuclei3d.evaluate_run"] == evaluated.run_id
+    for run in (trained, evaluated):
+        assert client.get_run(run.run_id).data.tags["nuclei3d.registered"] == "nuclei_3d version 1"
+    assert client.get_run(made.run_id).info.run_name == "register nuclei_3d: version 1, champion"
 
 
 @pytest.mark.parametrize("step", ["_describe", "_promote", "set_model_version_tag"])
@@ -177,9 +296,12 @@ def test_two_at_once_on_an_empty_registry_are_compared(
     params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     champions = slow_comparison(monkeypatch, lambda: time.sleep(0.5))
-    files = [write_metrics(tmp_path / str(missed) / "metrics.json", missed) for missed in (4, 5)]
+    files = [
+        (variant(model, missed), write_metrics(tmp_path / str(missed) / "metrics.json", missed))
+        for missed in (4, 5)
+    ]
     open_store(params.tracking)
-    both = [threading.Thread(target=register, args=(params, model, file)) for file in files]
+    both = [threading.Thread(target=register, args=(params, *of_one)) for of_one in files]
     for thread in both:
         thread.start()
     for thread in both:
@@ -196,14 +318,14 @@ def test_a_champion_that_another_machine_made_meanwhile_is_compared_with(
     params: Params, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(params, model, write_metrics(tmp_path / "metrics.json", 6))
-    register(params, model, write_metrics(tmp_path / "metrics.json", 7))
+    register(params, variant(model, 7), write_metrics(tmp_path / "metrics.json", 7))
     client = open_store(params.tracking)
 
     def crown_the_other() -> None:
         client.set_registered_model_alias(NAME, "champion", "2")
 
     champions = slow_comparison(monkeypatch, crown_the_other)
-    made = register(params, model, write_metrics(tmp_path / "metrics.json", 2))
+    made = register(params, variant(model, 2), write_metrics(tmp_path / "metrics.json", 2))
     assert champions == ["1", "2"]
     assert "better than the champion (version 2)" in made.reason
     assert made.champion == "3"
@@ -216,6 +338,7 @@ def test_a_champion_whose_scores_were_lost_gives_way_by_force_alone(
     for kept in (tmp_path / "store" / "mlartifacts").rglob("metrics.json"):
         kept.write_text('{"ap": {"0.50": 1}, "f1": {}, "volumes": {"E/0": {"counts": {}}}}')
     metrics = write_metrics(tmp_path / "metrics.json", 2)
+    model = variant(model, "other")
     made = register(params, model, metrics)
     assert (made.version, made.champion) == ("2", "1")
     assert "has no metrics to compare with" in made.reason

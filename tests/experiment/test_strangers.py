@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from nuclei3d.experiment.invocation import (
     take_apart,
 )
 from nuclei3d.images.frames import find_frames
+from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
@@ -167,6 +169,77 @@ def test_what_is_wrong_with_metadata_is_one_line(sent: Path, description: str) -
         open_frame(write(sent, description), RequestParams(), 10**9)
     assert "\n" not in str(raised.value)
     assert str(sent.parent) not in str(raised.value)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(
+    "leading", ["../../out.zarr/0", "0/../../../out.zarr/0", "{top}/out.zarr/0", "file://{top}/out.zarr/0"]
+)
+def test_an_ome_zarr_leads_nowhere_else(tmp_path: Path, version: str, leading: str) -> None:
+    for name in ("out.zarr", "root/in.zarr"):
+        create_zarr(
+            tmp_path / name, (2, 8, 8), np.uint16, VoxelSize(2.0, 0.5, 0.5), (2, 8, 8), version=version
+        )
+    metadata = tmp_path / "root/in.zarr" / (".zattrs" if version == "0.4" else "zarr.json")
+    written = metadata.read_text()
+    metadata.write_text(written.replace('"path": "0"', f'"path": "{leading.format(top=tmp_path)}"'))
+    assert metadata.read_text() != written
+    with pytest.raises(InputError, match="no array that is there"):
+        open_frame(path_below(tmp_path / "root", "in.zarr"), RequestParams(), 10**9)
+
+
+@pytest.mark.parametrize("chunk", ["link", "link to a folder", "pipe", "dangling link"])
+def test_chunks_are_files_of_the_store(tmp_path: Path, chunk: str) -> None:
+    root = tmp_path / "root"
+    array = create_zarr(root / "a.zarr", (2, 8, 8), np.uint16, VoxelSize(2.0, 0.5, 0.5), (2, 8, 8))
+    array[:] = 1
+    file = next(item for item in (root / "a.zarr" / "0" / "c").rglob("*") if item.is_file())
+    assert path_below(root, "a.zarr").is_dir()
+    if chunk == "link to a folder":
+        file.parent.parent.rename(tmp_path / "outside")
+        file.parent.parent.symlink_to(tmp_path / "outside")
+    else:
+        file.rename(tmp_path / "outside")
+        if chunk == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to(tmp_path / ("outside" if chunk == "link" else "gone"))
+    with pytest.raises(InputError, match="holds links"):
+        path_below(root, "a.zarr")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "..",
+        "../root/../secret.tif",
+        "{top}/secret.tif",
+        "a/../../secret.tif",
+        "linked/secret.tif",
+        "~/a",
+        ".",
+        "a" * 5000,
+        "a\x00",
+        "\ud800.tif",
+        "zip://a.zip!secret.tif",
+        "a.zip/secret.tif",
+        "%2e%2e/secret.tif",
+        "",
+    ],
+)
+def test_no_path_leaves_the_root(tmp_path: Path, path: str) -> None:
+    """A ZIP is neither entered nor read; a folder is none of its files."""
+    root = tmp_path / "root"
+    root.mkdir()
+    write_image(tmp_path / "secret.tif", np.zeros((2, 8, 8), np.uint8), VoxelSize(1, 1, 1))
+    (root / "linked").symlink_to(tmp_path)
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        archive.write(tmp_path / "secret.tif", "../secret.tif")
+    with pytest.raises(InputError) as raised:
+        open_frame(path_below(root, path.format(top=tmp_path)), RequestParams(), 10**9)
+    assert str(raised.value).isprintable()
+    with pytest.raises(InputError, match=r"^the volume"):
+        open_frame(path_below(root, "a.zip"), RequestParams(), 10**9)
 
 
 @pytest.mark.parametrize("last", [0, 150], ids=["a chain", "a ring"])

@@ -12,7 +12,14 @@ import torch
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, check_output, load_model, network_from_state, save_model
+from nuclei3d.networks.folder import (
+    ModelInfo,
+    TrainingFrames,
+    check_output,
+    load_model,
+    network_from_state,
+    save_model,
+)
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.segmentation.network_runner import NetworkRunner
@@ -31,6 +38,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_model(path, new_network(17.0, seed=4), info, "# blobs")
     return path
+
+
+def test_a_fine_tuned_model_knows_the_frames_of_its_start_model_too() -> None:
+    own = TrainingFrames(train={"a/t0": "i1-l1"}, validation={"b/t0": "i2-l2"})
+    start = TrainingFrames(train={"a/t0": "i3-l3", "c/t0": "i4-0"}, validation={"d/t0": "i5-l5"})
+    both = own.after(start)
+    # another frame of the same name is kept beside
+    assert both.train == {"a/t0": "i1-l1", "a/t0'": "i3-l3", "c/t0": "i4-0"}
+    assert both.validation == {"b/t0": "i2-l2", "d/t0": "i5-l5"}
+    assert both.complete
+    assert not own.after(None).complete
+    assert both.part_of("i3-other") == "train"
+    assert both.part_of("other-l5") == "validation"
+    # 0 stands for no image and no label
+    assert both.part_of("0-0") is None
+    assert own.part_of("i3-l3") is None
 
 
 def test_the_folder_holds_weights_info_and_card(folder):

@@ -72,6 +72,27 @@ def test_a_baseline_is_called_better_only_if_the_paired_interval_says_so() -> No
     assert "Otsu 0.500 (really above)" in told(-0.3, -0.1)
 
 
+def test_bad_news_come_first() -> None:
+    lost = {"seg": {"difference": -0.2, "interval": [-0.3, -0.1]}, "pq": {"interval": [-0.1, 0.1]}}
+    lead = {"ap_0.50": 0.1, "interval": [0.05, 0.2], "metrics": lost}
+    rival = metrics_of(6, 2, 2, behind_model=lead)
+    text = page_of(metrics_of(6, 2, 2, baselines={"Otsu": rival}, warnings=["mind the gap"]), "m")
+    assert (
+        text.index("mind the gap.")
+        < text.index("Otsu surely beats m in SEG.")
+        < text.index('<div class="overview">')
+    )
+    assert "Before you trust" not in page_of(metrics_of(6, 2, 2))
+
+
+def test_model_run_data_and_date_are_named() -> None:
+    about = {"Model": "nuclei_3d", "MLflow run": "4711", "Data": "<data>", "Evaluated": "2026-11-26"}
+    text = build_page(metrics_of(1, 1, 1), pd.DataFrame(), [], method="m", about=about)
+    for name, value in about.items():
+        assert f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" in text
+    assert "<dt>Volumes</dt><dd>1 of E</dd>" in text
+
+
 def test_notes_name_what_was_left_out_and_where_the_bins_come_from() -> None:
     text = page_of(metrics_of(1, 1, 1, unpaired={"truth": ["a", "b"], "prediction": ["c"]}))
     assert "2 true volumes without prediction" in text

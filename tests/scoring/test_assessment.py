@@ -149,7 +149,13 @@ def test_a_summary_pools_and_gives_intervals_over_embryos(assessed: Assessment) 
     assert list(by_stage(volumes, THRESHOLDS)) == ["0-7"]
 
 
-def test_a_single_volume_has_no_bootstrap_but_wilson_intervals_by_contrast(assessed: Assessment) -> None:
+def test_a_single_volume_has_no_bootstrap_but_wilson_intervals_by_contrast(
+    assessed: Assessment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = summarise([assessed], ["a"], contrast_edges=(5.0,), rng=np.random.default_rng(0))
+    # a bin of fewer than ten nuclei has none
+    assert summary["recall_by_contrast"][0]["interval"] is None
+    monkeypatch.setattr("nuclei3d.scoring.assessment.FEWEST_NUCLEI", 1)
     summary = summarise([assessed], ["a"], contrast_edges=(5.0,), rng=np.random.default_rng(0))
     assert summary["intervals"] == {}
     low, high = summary["recall_by_contrast"][0]["interval"]

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from nuclei3d.scoring.bootstrap import (
     PairedDifference,
     Statistics,
-    average_precision_of,
     bootstrap_weights,
     compare_paired,
     percentile_interval,
@@ -17,6 +16,7 @@ from nuclei3d.scoring.bootstrap import (
     side_of_zero,
     wilson_interval,
 )
+from nuclei3d.scoring.comparison import pooled_scores
 from nuclei3d.scoring.matching import overlap_table
 from nuclei3d.scoring.metrics import tally_of
 
@@ -138,5 +138,5 @@ def test_an_interval_that_holds_zero_is_on_neither_side() -> None:
 def test_average_precision_counts_at_half_whatever_the_thresholds() -> None:
     truth = np.array([[[1, 1, 1, 0, 2, 2]]])
     found = np.array([[[1, 1, 0, 0, 0, 3]]])
-    pool = average_precision_of([tally_of(overlap_table(truth, found), (0.9,))])
+    pool = pooled_scores([tally_of(overlap_table(truth, found), (0.9,))], (0.9,))
     assert pool(None)["ap_0.50"] == 1

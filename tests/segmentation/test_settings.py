@@ -1,16 +1,17 @@
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from nuclei3d.config.loading import validate_params
 from nuclei3d.config.sections import PredictParams, SegmentationParams
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, TooLargeError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeSpec
-from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
+from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, segmentation_settings
 
 INFO = ModelInfo(
     diameter_px=17, nucleus_diameter_um=12, cellprob_threshold=-0.5, score_threshold=0.4, min_volume_um3=50
@@ -141,3 +142,38 @@ def test_settings_and_parameters_have_the_same_names_and_defaults():
     }
     for name in shared - {"mode"}:
         assert getattr(SegmentationSettings(), name) == getattr(PredictParams(), name)
+
+
+# Voxels of the network's grid: 2**11 along each axis, the most there may be.
+LARGEST = SegmentationSettings(mode="ortho", diameter_px=16, nucleus_diameter_um=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "edges_um", "diameter_um", "diameter_px"),
+    [
+        ((513, 2048, 2048), (2.0, 0.5, 0.5), 8, 16),
+        ((512, 2049, 2048), (2.0, 0.5, 0.5), 8, 16),
+        ((512, 2048, 2048), (2.01, 0.5, 0.5), 8, 16),
+        ((512, 2048, 2048), (2.0, 0.51, 0.51), 8, 16),
+        ((512, 2048, 2048), (2.0, 0.5, 0.5), 7.9, 16),
+        ((512, 2048, 2048), (2.0, 0.5, 0.5), 8, 16.2),
+    ],
+    ids=["depth", "height", "voxel depth", "voxel width", "diameter", "network diameter"],
+)
+def test_what_makes_a_volume_too_large_for_one_piece_is_told(shape, edges_um, diameter_um, diameter_px):
+    check_scale((512, 2048, 2048), VoxelSize(2.0, 0.5, 0.5), LARGEST)
+    settings = replace(LARGEST, nucleus_diameter_um=diameter_um, diameter_px=diameter_px)
+    with pytest.raises(TooLargeError, match=r"would grow to .*predict\.diameter_um.*predict\.memory_gb"):
+        check_scale(shape, VoxelSize(*edges_um), settings)
+    # what the message advises: each block is a volume by itself
+    check_scale((shape[0], shape[1] // 2, shape[2]), VoxelSize(*edges_um), settings)
+
+
+@pytest.mark.parametrize(
+    ("shape", "diameter_um", "message"),
+    [((4, 16, 200), 16, None), ((4, 14, 200), 16, "shrink to 7 x 100"), ((4, 64, 64), 1.4, "too few")],
+)
+def test_the_smallest_scale_that_is_looked_at(shape, diameter_um, message):
+    settings = replace(LARGEST, nucleus_diameter_um=diameter_um)
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_scale(shape, VoxelSize(2.0, 0.5, 0.5), settings)

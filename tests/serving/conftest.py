@@ -90,17 +90,21 @@ def serving() -> Callable[..., AbstractContextManager[Running]]:
 
     @contextmanager
     def start(
-        token: str | None = None, score: float | None = 0.5, memory_gb: float = 4.0, **settings: Any
+        token: str | None = None,
+        score: float | None = 0.5,
+        memory_gb: float = 4.0,
+        version: dict[str, str] = VERSION,
+        **settings: Any,
     ) -> Iterator[Running]:
         params = Params(serve=ServeParams(**{"port": 0, "shutdown_s": 5, **settings}))
         with tempfile.TemporaryDirectory() as folder:
             gate = Gate(Path(folder) / "gate")
             opening = "threshold_model:open_threshold"
-            segmenter = Worker("model", opening, gate.folder, params, score, memory_gb=memory_gb)
+            segmenter = Worker("model", opening, gate.folder, params, score, version, memory_gb=memory_gb)
             reader = Worker("reader", "threshold_model:open_admission", params, memory_gb=memory_gb)
             segmenter.start()
             reader.start()
-            service = Service(params.serve, reader, segmenter, VERSION, Path(folder), token)
+            service = Service(params.serve, reader, segmenter, version, Path(folder), token)
             with _run(service, gate) as running:
                 yield running
 

@@ -1,6 +1,7 @@
 """The client gets what the service computes, tries again where that helps, and says what is wrong."""
 
 import math
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,13 +12,24 @@ import numpy as np
 import pytest
 
 from nuclei3d.client import RemoteModel, is_service
+from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.errors import InputError
+from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.stages.predict import predict
+from threshold_model import VERSION
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]
 VOXEL_SIZE = VoxelSize(2.0, 0.3, 0.3)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32", "float64", "bool"])
@@ -47,6 +59,35 @@ def test_it_knows_which_model_answers(serving):
         assert isinstance(served, dict)
         assert served["version"] == "3"
     assert RemoteModel("http://127.0.0.1:9").served_model() is None
+
+
+def test_a_model_trained_again_behind_the_same_address_is_noticed(serving, image, tmp_path, free_port):
+    write_image(tmp_path / "a.tif", image, VOXEL_SIZE)
+
+    def predicted(params: Params) -> bool:
+        frame = predict(params, [tmp_path / "a.tif"], f"http://127.0.0.1:{free_port}", tmp_path / "out")
+        return not frame.frames[0].done_before
+
+    params = Params(predict=PredictParams(report=False))
+    with serving(port=free_port):
+        assert [predicted(params), predicted(params)] == [True, False]
+    with serving(port=free_port, version={**VERSION, "weights_sha256": "1"}) as running:
+        assert [predicted(params), predicted(params)] == [True, False]
+        # exchanged while it is asked: no mask of a model that is not the one of the record
+        running.service.version = VERSION
+        with pytest.raises(InputError, match="another model than at the start"):
+            predicted(params)
+        assert not list((tmp_path / "out").rglob("a.json"))
+
+
+def test_a_service_that_does_not_say_what_it_serves_is_asked_each_time(serving, image, tmp_path, monkeypatch):
+    write_image(tmp_path / "a.tif", image, VOXEL_SIZE)
+    monkeypatch.setattr(RemoteModel, "served_model", lambda self: None)
+    with serving() as running:
+        for _ in range(2):
+            params = Params(predict=PredictParams(report=False))
+            found = predict(params, [tmp_path / "a.tif"], running.url, tmp_path / "out")
+            assert not found.frames[0].done_before
 
 
 def test_the_token_comes_from_the_environment(serving, image, monkeypatch):

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.invocation import open_frame, take_apart
+from nuclei3d.experiment.invocation import open_frame, read_volume, take_apart
 from threshold_model import open_admission
 
 EXAMPLES = int(os.environ.get("NUCLEI3D_FUZZ", "40"))
@@ -83,9 +83,13 @@ def test_a_damaged_tiff_is_read_or_refused(content: bytes) -> None:
         folder = Path(name)
         volume = base64.b64encode(content).decode()
         (folder / "body.json").write_text(json.dumps({"dataframe_records": [{"volume": volume}]}))
-        with suppress(InputError):
+        told = ""
+        try:
             (file,), asked = take_apart(ADMISSION, folder / "body.json", folder)
-            open_frame(file, asked, 10**6)[0].read()
+            read_volume(open_frame(file, asked, 10**6)[0])
+        except InputError as error:
+            told = str(error)
+        assert name not in told
     assert psutil.Process().memory_info().rss < 4e9
 
 

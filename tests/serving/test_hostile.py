@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -73,6 +74,59 @@ def test_connections_without_a_request_are_closed(serving: Serving, monkeypatch:
             assert slow.recv(1) == b""
 
 
+def read_slowly(line: socket.socket, bytes_a_read: int, pause_s: float) -> int:
+    """Read until the other side closes; give the number of bytes."""
+    count = 0
+    with suppress(ConnectionError):
+        while part := line.recv(bytes_a_read):
+            count += len(part)
+            time.sleep(pause_s)
+    return count
+
+
+@pytest.mark.parametrize("limit_s", [1.0, 60.0])
+def test_an_answer_that_is_not_taken_in_time_is_cut_off_and_a_slow_one_is_not(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, limit_s: float
+) -> None:
+    """With a limit of a minute the answer takes longer than a silent connection may, and comes whole."""
+    monkeypatch.setattr(service_module, "_HEAD_S", 0.5)
+    monkeypatch.setattr(service_module, "_SEND_S", limit_s)
+    size = 6_000_000
+    with serving(queue=0) as running:
+
+        async def huge(body: Path) -> bytes:
+            return b" " * size
+
+        monkeypatch.setattr(running.service, "_work", huge)
+        host, _, port = running.url.removeprefix("http://").partition(":")
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect((host, int(port)))
+            line.sendall(f"{HEAD}Content-Length: 2\r\nConnection: close\r\n\r\n{{}}".encode())
+            time.sleep(3.0)
+            connections = running.server.server_state.connections
+            if limit_s < 3.0:
+                running.wait_for(lambda: not connections)
+                assert read_slowly(line, 1_000_000, 0.0) < size
+            else:
+                assert len(connections) == 1
+                assert read_slowly(line, 1_000_000, 0.0) > size
+        assert running.service.places == 0
+
+
+def test_requests_in_a_row_whose_answers_nobody_takes_are_cut_off(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_SEND_S", 1.0)
+    with serving() as running, connect(running.url) as line:
+        line.setblocking(False)
+        with suppress(BlockingIOError, ConnectionError):
+            while True:
+                line.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        running.wait_for(lambda: not running.server.server_state.connections)
+        assert running.get("ping").status_code == 200
+
+
 def test_nonsense_is_refused_at_once_under_load(serving: Serving, volume: str) -> None:
     with serving(queue=0) as running:
         running.model.hold()
@@ -98,6 +152,24 @@ def test_memory_that_runs_out_is_413_and_the_next_request_is_answered(
         assert "memory" in refused.json()["message"]
         running.model.bid("")
         np.testing.assert_array_equal(labels_of(running.post(records(volume))), image > 100)
+
+
+def test_a_chunk_that_swells_is_413_however_long_its_process_takes_to_end(
+    serving: Serving, tmp_path: Path
+) -> None:
+    """What is freed of gigabytes keeps the dying process longer than the next one takes to be born."""
+    root = tmp_path / "bomb.zarr"
+    root.mkdir()
+    described = {"zarr_format": 2, "shape": [4, 64, 64], "chunks": [4, 64, 64], "dtype": "|u1", "order": "C"}
+    described |= {"compressor": {"id": "zlib", "level": 1}, "fill_value": 0, "filters": None}
+    (root / ".zarray").write_text(json.dumps(described))
+    (root / "0.0.0").write_bytes(zlib.compress(bytes(2_000_000_000), 1))
+    asked = {"dataframe_records": [{"path": "bomb.zarr"}], "params": {"voxel_size_um": [2, 0.5, 0.5]}}
+    with serving(memory_gb=1.2, root=str(tmp_path)) as running:
+        refused = running.post(asked)
+        assert refused.status_code == 413
+        assert "memory" in refused.json()["message"]
+        assert running.model.begun == 1
 
 
 def test_a_request_that_ends_its_process_is_422(serving: Serving, volume: str, image: Image) -> None:

@@ -1,12 +1,14 @@
 """What is predicted beside the model: another champion, and Cellpose's own fusion."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nuclei3d.config import Params, load_params
-from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.networks.planning import plan_architecture
 from nuclei3d.networks.unet3d import VolumeSpec
 from nuclei3d.stages.assess import predict_baselines
@@ -98,6 +100,26 @@ def test_cellposes_fusion_is_left_out_beside_a_3d_model(calls, monkeypatch, tmp_
     flat = write_model(tmp_path / "flat", "new")
     predict_baselines(params, FRAMES, str(flat), tmp_path / "two")
     assert [mode for _, mode, _ in calls] == ["cellpose"]
+
+
+def test_what_a_model_started_from_is_a_baseline_as_long_as_it_is_the_same(
+    calls, monkeypatch, tmp_path, capsys
+):
+    start = tmp_path / "start"
+    save_model(start, new_network(17, 0), ModelInfo(diameter_px=17), "")
+    lineage = {
+        "start_from": "start",
+        "start_md5": hashlib.md5((start / "nuclei_3d").read_bytes()).hexdigest(),
+    }
+    model = write_model(tmp_path / "model", "new", nucleus_diameter_um=9.0, lineage=lineage)
+    params = load_params(None, ["evaluate.baselines=[start_model]"])
+    monkeypatch.chdir(tmp_path)
+    made = predict_baselines(params, FRAMES, str(model), tmp_path / "one")
+    assert made == {"start model (start)": tmp_path / "one" / "start_model"}
+    assert calls == [("start", "auto", tmp_path / "one" / "start_model" / "c")]
+    save_model(start, new_network(17, 1), ModelInfo(diameter_px=17), "")
+    assert predict_baselines(params, FRAMES, str(model), tmp_path / "two") == {}
+    assert "not there as it was" in capsys.readouterr().err
 
 
 def test_the_champion_itself_and_no_champion_are_no_baselines(calls, monkeypatch, tmp_path):

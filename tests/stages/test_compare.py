@@ -53,7 +53,10 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: Path) -> None:
     result = compare(PARAMS, outs["worse"], outs["good"], tmp_path / "folder")
-    assert result.verdict.startswith("B is really better than A")
+    assert result.verdict.startswith("B is really better than A: mean AP (IoU .5 to .9)")
+    assert {"ap_mean", "ap_0.50", "ap_0.90", "pq", "seg", "recall"} <= set(result.better)
+    assert result.worse == ()
+    assert "PQ, SEG" in result.verdict
     gap = result.differences["ap_0.50"]
     # 105 nuclei, 10 missed
     assert gap.a == pytest.approx(95 / 105)
@@ -70,9 +73,60 @@ def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: P
     assert backwards.verdict.startswith("B is really worse than A")
 
 
+def test_the_start_model_of_a_side_is_told(outs, tmp_path, capsys):
+    metrics = json.loads((outs["good"] / "metrics.json").read_text())
+    worse = json.loads((outs["worse"] / "metrics.json").read_text())
+    lead = {"ap_0.50": 10 / 105, "interval": [0.08, 0.11]}
+    metrics["baselines"]["start model (old)"] = worse | {"behind_model": lead}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    result = compare(PARAMS, outs["worse"], tmp_path)
+    assert result.start_models["b"]["ap"]["0.50"] == pytest.approx(95 / 105)
+    assert "start model (old) of B: AP at .5 0.905; B leads by +0.095" in capsys.readouterr().err
+    assert result.start_models.keys() == {"b"}
+
+
 def test_equal_and_mixed_results_are_no_real_difference(outs: dict[str, Path]) -> None:
     assert compare(PARAMS, outs["worse"], outs["other"]).verdict.startswith("no real difference")
     assert compare(PARAMS, outs["worse"], outs["mixed"]).verdict.startswith("no real difference")
+
+
+def test_the_primary_metric_is_a_parameter_and_others_that_surely_differ_are_named(outs, tmp_path):
+    params = PARAMS.model_copy(
+        update={"evaluate": PARAMS.evaluate.model_copy(update={"primary_metric": "det"})}
+    )
+    result = compare(params, outs["worse"], outs["good"])
+    assert result.verdict.startswith("B is really better than A: DET")
+    # AP .5 as it is, and outlines that fit worse in A: DET cannot tell, SEG and AP at high IoU can
+    tree = json.loads((outs["good"] / "metrics.json").read_text())
+    for volume in tree["volumes"].values():
+        volume["counts"]["tp"][-3:] = [0, 0, 0]
+        volume["counts"]["majority_iou"] *= 0.8
+    loose = tmp_path / "loose.json"
+    loose.write_text(json.dumps(tree))
+    result = compare(params, loose, outs["good"])
+    assert result.verdict.startswith("no real difference in DET")
+    assert result.verdict.endswith("but B is surely better in mean AP (IoU .5 to .9), SEG, AP at .80 .85 .90")
+
+
+def test_embryos_that_a_model_was_trained_on_are_not_judged_on(outs, tmp_path):
+    def seen(part: str, *volumes: str) -> Path:
+        tree = json.loads((outs["good"] / "metrics.json").read_text())
+        for name in volumes:
+            tree["volumes"][name]["seen"] = part
+        path = tmp_path / "seen.json"
+        path.write_text(json.dumps({**tree, "training_frames_known": True}))
+        return path
+
+    result = compare(PARAMS, outs["worse"], seen("train", "E3/t0", "E4/t0"))
+    assert result.volumes == 8
+    assert "2 volumes are of embryos that one of the models was trained on" in result.warnings[0]
+    # of A nothing is known
+    assert "the model of A was trained on is not recorded" in result.warnings[1]
+    result = compare(PARAMS, outs["worse"], seen("validation", "E3/t0"))
+    assert result.volumes == 10
+    assert "were chosen on E3/t0" in result.warnings[0]
+    with pytest.raises(InputError, match="trained on the embryos of E0/t0, E1/t0, E2/t0 and 7 more"):
+        compare(PARAMS, seen("train", *(f"E{k}/t0" for k in range(10))), outs["worse"])
 
 
 def test_pairing_makes_the_interval_of_the_difference_narrower_than_those_of_the_methods(outs):

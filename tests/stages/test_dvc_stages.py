@@ -114,6 +114,8 @@ def test_a_parameter_of_the_training_reaches_only_train_and_what_follows() -> No
     assert concerned("train.learning_rate") == {"train"}
     # the kind of network decides what prepare writes
     assert concerned("train.network") == {"prepare", "train"}
+    # what a training starts from decides the scale of the planes, and stands beside the model in the report
+    assert concerned("train.start_from") == {"prepare", "train", "assess"}
     assert "runs/nuclei_3d" in STAGES["assess"]["deps"]
     assert not any("runs/" in dep for dep in STAGES["prepare"]["deps"])
 

@@ -15,7 +15,10 @@ from nuclei3d.config import Params
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.stages.evaluate import OTSU, evaluate, read_baselines
+from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.scoring.watershed import OTSU
+from nuclei3d.stages.evaluate import evaluate, read_baselines
+from nuclei3d.stages.prepare import prepare
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 NOISE = np.random.default_rng(0).integers(0, 900, (6, 9, 9)).astype(np.uint32)
@@ -168,6 +171,56 @@ def test_other_methods_can_be_put_beside(folders: Path, tmp_path: Path) -> None:
     ).metrics
     assert metrics["baselines"]["perfect"]["ap"]["0.90"] == 1
     assert metrics["baselines"]["perfect"]["behind_model"]["interval"][1] < 0
+
+
+def test_volumes_that_the_model_knows_are_told_by_their_voxels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (embryo, elsewhere) in enumerate((("a", "x"), ("b", "y"), ("c", "z"))):
+        image, labels = scene(seed)
+        labels[labels == seed + 1] = 0
+        write_image(tmp_path / f"data/{embryo}/images/t0.tif", image, SIZE)
+        write_labels(tmp_path / f"data/{embryo}/labels/t0.tif", labels, SIZE)
+        # saved again in another type, under another name
+        write_image(tmp_path / f"again/{elsewhere}/images/f7.tif", image.astype(np.float32), SIZE)
+        write_labels(tmp_path / f"again/{elsewhere}/labels/f7.tif", labels.astype(np.uint8), SIZE)
+        write_labels(tmp_path / f"pred/{elsewhere}/f7.tif", labels, SIZE)
+    split = {"by": "embryo", "train": ["a"], "validation": ["b"], "test": ["c"]}
+    cut = {"downsample_xy": 1, "min_nuclei": 1, "workers": 1, "step_xy": 6, "step_xz": 30, "step_yz": 30}
+    params = Params.model_validate(
+        {"data": {"split": split}, "prepare": cut, "evaluate": {"bootstrap": 0, "report": False}}
+    )
+    summary = prepare(params, tmp_path / "data", tmp_path / "slices").summary
+    (tmp_path / "model").mkdir()
+    info = ModelInfo(diameter_px=17, frames=summary["frame_digests"])
+    (tmp_path / "model/model.json").write_text(info.model_dump_json())
+    told = {"model": tmp_path / "model", "out": tmp_path / "out"}
+    metrics = evaluate(params, tmp_path / "again", tmp_path / "pred", **told).metrics
+    seen = {name: volume.get("seen") for name, volume in metrics["volumes"].items()}
+    assert seen == {"x/f7": "train", "y/f7": "validation", "z/f7": None}
+    assert metrics["training_frames_known"]
+    assert "the model was trained on x/f7" in metrics["warnings"][0]
+    assert "chosen on y/f7" in metrics["warnings"][1]
+    assert "warning: the model was trained on x/f7" in capsys.readouterr().err
+    # of whose predictions nothing is said, nothing is known
+    metrics = evaluate(params, tmp_path / "again", tmp_path / "pred", tmp_path / "out").metrics
+    assert not metrics["training_frames_known"]
+    assert "warnings" not in metrics
+
+
+def test_fewer_than_ten_nuclei_give_no_interval(
+    folders: Path, metrics: dict[str, Any], tmp_path: Path
+) -> None:
+    # 36 nuclei in all, 7 or 8 in each bin of contrast
+    assert metrics["intervals"]["recall"]
+    assert all(entry["n"] < 10 and entry["interval"] is None for entry in metrics["recall_by_contrast"])
+    for frame in ("t0", "t1"):
+        for kind, source in (("truth", "data/A/labels"), ("pred", "data/B/labels")):
+            labels = tifffile.imread(folders / source / f"{frame}.tif")
+            write_labels(tmp_path / kind / f"{frame}.tif", np.where(labels > 4, 0, labels), SIZE)
+    few = evaluate(QUICK, tmp_path / "truth", tmp_path / "pred", tmp_path / "out").metrics
+    assert few["n_true"] == 8
+    assert few["intervals"] == {}
 
 
 def test_debris_among_the_true_labels_can_be_left_out(tmp_path: Path) -> None:

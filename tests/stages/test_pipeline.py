@@ -190,7 +190,9 @@ def test_a_job_that_was_stopped_or_had_ended_ends_the_same(settings, tmp_path, m
     again = run_pipeline(params, tmp_path / "data", tmp_path / "out")
     assert again.skipped == ("train", "predict", "register")
     assert replace(again, skipped=first.skipped, run_id=first.run_id) == first
-    assert (first.version, first.champion) == ("1", "1")
+    # one epoch on four crops does not beat Otsu
+    assert (first.version, first.champion) == ("1", None)
+    assert "than the naive baseline" in str(first.reason)
     assert (tmp_path / "out" / "models" / "nuclei_3d" / "nuclei_3d").read_bytes() == model
 
 

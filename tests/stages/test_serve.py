@@ -1,6 +1,7 @@
 """`serve` says in one line what keeps it from starting, and MLflow's own server serves the same model."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -72,6 +73,25 @@ def test_the_port_is_free_again_after_a_failure(tmp_path: Path) -> None:
             serve(load_params(None, [f"serve.port={port}"]), str(tmp_path / "absent"))
 
 
+def test_the_version_of_a_served_model_is_that_of_its_weights_and_settings(
+    model: Path, tmp_path: Path
+) -> None:
+    def version(folder: Path, *wishes: str) -> tuple[str, str]:
+        served = load_served_model(str(folder), load_params(None, wishes)).version
+        return served["weights_sha256"], served["settings_sha256"]
+
+    weights, settings = version(model)
+    assert weights == hashlib.sha256((model / "nuclei_3d").read_bytes()).hexdigest()
+    assert version(model) == (weights, settings)
+    save_model(tmp_path / "b", new_network(17.0, seed=1), INFO, "# A card")
+    assert version(tmp_path / "b")[0] != weights
+    assert version(tmp_path / "b")[1] == settings
+    save_model(model, new_network(17.0, seed=0), INFO.model_copy(update={"score_threshold": 0.7}), "# A card")
+    assert version(model)[0] == weights
+    calibrated = version(model)[1]
+    assert len({settings, calibrated, version(model, "predict.flip_average=true")[1]}) == 3
+
+
 def wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
     for _ in range(1200):
         try:
@@ -108,7 +128,7 @@ def test_the_service_ends_well_when_told_to(model: Path, tmp_path: Path) -> None
         remote_model = RemoteModel(f"http://127.0.0.1:{port}")
         found = remote_model.segment(volume.read(), volume.require_voxel_size())
         np.testing.assert_array_equal(found.labels, expected_labels(model))
-        assert found.model == {"name": "nuclei_3d"}
+        assert found.model == remote_model.served_model()
         # And the client writes the very files that local prediction writes.
         local, remote = tmp_path / "local", tmp_path / "remote"
         predict(Params(), [file], str(model), local)

@@ -339,6 +339,14 @@ class LossParams(Section):
     """Weights are held within 1/max_weight and max_weight."""
 
 
+class FineTuneParams(Section):
+    """What replaces the parameters of these names in `train` where a training starts from a model."""
+
+    learning_rate: PositiveFloat = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    epochs: PositiveInt = 10
+
+
 class TrainParams(Section):
     """Training of the network; the defaults are the recipe's."""
 
@@ -348,7 +356,12 @@ class TrainParams(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
-    """A model folder or weights file to start from; None: from scratch."""
+    """A model folder, weights file or models:/name@alias to start from; None: from scratch. The commands take
+    its kind of network, diameter and normalisation, and cut planes at its scale, whatever stands in the file;
+    --set overrides that. The model as it is counts as epoch 0."""
+    fine_tune: FineTuneParams | None = None
+    """Used with start_from; None: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
+    warmup_steps 20, epochs 10)."""
     diameter_px: Annotated[float, Field(ge=1, le=1000)] = 30.0
     """Diameter of a typical nucleus at the network's scale."""
     epochs: PositiveInt = 20
@@ -539,16 +552,22 @@ class EvaluateParams(Section):
     resample: Literal["auto", "embryo", "time"] = "auto"
     """What the bootstrap draws: whole embryos, blocks of time within embryos, or (auto) embryos where there
     are at least four."""
-    baselines: tuple[Literal["otsu", "champion", "stock_fusion"], ...] = (
+    primary_metric: Literal[
+        "ap_mean", "ap_0.50", "f1_0.50", "pq", "seg", "det", "mucov", "recall", "recall_faint"
+    ] = "ap_mean"
+    """What decides whether a model is better than another (compare, register): ``ap_mean``, the mean AP over
+    the thresholds from .5 to .9, or another score."""
+    baselines: tuple[Literal["otsu", "champion", "stock_fusion", "start_model"], ...] = (
         "otsu",
         "stock_fusion",
         "champion",
+        "start_model",
     )
     """Put beside the model on the same volumes: ``otsu`` (Otsu's threshold with a distance-transform
     watershed, where there are images) and, where held-out frames are predicted (assess, run),
     ``stock_fusion`` (the same network with Cellpose's own do_3D; on a CPU it takes several times as long as
-    the model, and many times the memory of a volume) and ``champion`` (the registered one, if there is one
-    and it is another model)."""
+    the model, and many times the memory of a volume), ``champion`` (the registered one, if there is one and
+    it is another model) and ``start_model`` (what the training started from, if it did from a model)."""
     min_true_volume_um3: NonNegativeFloat = 0.0
     """True labels below this, the debris of hand labelling, become background; predictions are all counted.
     """

@@ -25,6 +25,8 @@ from nuclei3d.errors import InputError, TooLargeError
 from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM, VoxelSize
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from nuclei3d.config import Params
     from nuclei3d.images.frames import Frame
     from nuclei3d.networks.folder import ModelInfo
@@ -292,7 +294,7 @@ def path_below(root: Path | None, path: object) -> Path:
     try:
         resolved = (top / path).resolve()
         inside = resolved.is_relative_to(top) and resolved.exists()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # the last of half a surrogate pair, which JSON can hold
         inside = False
     if not inside:
         raise InputError(f"no file '{printable(path)}' below the root of the service")
@@ -354,6 +356,16 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
             )
         voxel_size = VoxelSize(params.anisotropy * voxel_size.x, voxel_size.y, voxel_size.x)
     return frame, voxel_size
+
+
+def read_volume(frame: Frame) -> NDArray[Any]:
+    """Read the volume (z, y, x) of a request; InputError is raised if it is damaged, or no volume."""
+    from nuclei3d.images.frames import check_image
+
+    with about_the_volume(frame.path):
+        image = frame.read()
+    check_image(image, "the volume")
+    return image
 
 
 def check_cost(file: Path, asked: RequestParams, admission: Admission, before: int = 0) -> int:

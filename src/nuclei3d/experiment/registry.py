@@ -21,13 +21,15 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
-from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.runs import METRICS_TAG, is_known, stage_run
 from nuclei3d.experiment.store import open_store, store_lock
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.folder import ModelInfo, check_output, load_model
-from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
-from nuclei3d.scoring.metrics import Tally, parse_metrics
+from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames, check_output, load_model, read_info
+from nuclei3d.scoring.bootstrap import PairedDifference, side_of_zero
+from nuclei3d.scoring.comparison import compare_evaluations, metric_name, tell_difference, tell_others
+from nuclei3d.scoring.metrics import parse_metrics
+from nuclei3d.scoring.watershed import OTSU
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +49,10 @@ _HISTORY_TAG = "nuclei3d.champions"
 _DIGEST_TAG = "nuclei3d.digest"
 _COMPLETE_TAG = "nuclei3d.complete"
 _REASON_TAG = "nuclei3d.reason"
+_SCORES_TAG = "nuclei3d.scores_run"
+_REGISTERED_TAG = "nuclei3d.registered"
 _METRICS_FILE = "metrics.json"
+_SCORES_FOLDER = "scores"
 _REPLICATES = 2000
 
 
@@ -79,7 +84,7 @@ class Registered:
     """What the registry holds after a call about one version: which is champion, and why it moved or stayed.
 
     `run_id` is the MLflow run that logged the model (None after a roll-back); `done_before` says that this
-    very model with these very scores had been registered before.
+    very model with these very scores had been registered before; `warnings` what makes the scores doubtful.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Registered:
     reason: str
     run_id: str | None = None
     done_before: bool = False
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -99,6 +105,7 @@ class Registered:
             "reason": self.reason,
             "uri": f"{_SCHEME}{self.name}/{self.version}",
             "run_id": self.run_id,
+            "warnings": list(self.warnings),
         }
 
 
@@ -106,7 +113,7 @@ class Registered:
 class Verdict:
     """Whether a challenger is to take the champion's place, and why (a sentence without a full stop).
 
-    Challenger minus champion in AP at .5, with its 95 % interval; None where nothing was compared.
+    Challenger minus champion in the primary metric, with its 95 % interval; None where nothing was compared.
     """
 
     better: bool
@@ -119,15 +126,18 @@ class Verdict:
 def register(params: Params, folder: Path, metrics: Path, *, force: bool = False) -> Registered:
     """Register a model folder as the newest version: the challenger, and champion if it is better.
 
-    The champion moves if there is none yet, if the challenger is better on the same held-out embryos (see
-    `judge`), or by `force`. The reason is written on the version, as its description and as the tag
-    ``nuclei3d.reason``. No version is made twice of one model with the same scores per volume: one that is
-    registered is told again, and one that a killed process began is gone on with.
+    The champion moves if the challenger is better on the same held-out embryos (see `judge`); where there is
+    none, if it beats the naive baseline (`judge_first`); or by `force`. Nobody is judged on frames that a
+    model was trained on. The reason is written on the version, as its description and as the tag
+    ``nuclei3d.reason``. A model has one version: registered again it is told again, with other scores it is
+    judged by them, and one that a killed process began is gone on with. The version, and the runs that
+    trained and evaluated the model where the store has them, name each other in their tags.
 
     Parameters
     ----------
     params
-        `tracking` names the store and the registered model, `predict` gives the defaults of the service.
+        `tracking` names the store and the registered model, `predict` gives the defaults of the service,
+        `evaluate.primary_metric` decides.
     folder
         A model folder.
     metrics
@@ -145,12 +155,16 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     info = model.info
     metrics = metrics / _METRICS_FILE if metrics.is_dir() else metrics
     result = read_metrics(metrics)
+    warnings = _mark_seen(result, info.frames, "the model")
     client = open_store(params.tracking)
     with store_lock(params.tracking):
         made = _register(client, params, folder, metrics, info, result, force)
     say(
         f"registered{' before' if made.done_before else ''} {made.name} version {made.version}: {made.reason}"
     )
+    made = replace(made, warnings=(*warnings, *made.warnings))
+    for warning in made.warnings:
+        say(f"warning: {warning}")
     if made.champion is not None:
         say(f"champion of {made.name} is version {made.champion}")
     return made
@@ -170,21 +184,30 @@ def _register(
     digest = _digest(folder, result)
     found = _version_of(client, name, digest)
     before, _ = _champion(client, name)
-    if found is not None and _COMPLETE_TAG in found.tags and not force:
+    same_scores = found is not None and found.tags[_DIGEST_TAG] == digest
+    if found is not None and same_scores and _COMPLETE_TAG in found.tags and not force:
         version, reason = str(found.version), found.tags[_REASON_TAG]
         return Registered(name, version, before, reason, found.run_id, done_before=True)
-    with stage_run("register", params, inputs={"model": folder, "metrics": metrics}) as run:
+    inputs, named = {"model": folder, "metrics": metrics}, f"register {info.name}"
+    with stage_run("register", params, inputs=inputs, name=named) as run:
         if found is None:
             logged = log_served_model(folder, metrics, info, params.predict)
             found = _create_version(client, name, logged, run.run_id, digest)
+        elif not same_scores:
+            run.artifact(metrics, _SCORES_FOLDER)
+            if _COMPLETE_TAG in found.tags:
+                client.delete_model_version_tag(name, found.version, _COMPLETE_TAG)
+            client.set_model_version_tag(name, found.version, _SCORES_TAG, run.run_id)
+            client.set_model_version_tag(name, found.version, _DIGEST_TAG, digest)
         version = str(found.version)
+        warnings: tuple[str, ...] = ()
         while True:
             before, _ = _champion(client, name)
             if version == before:
-                # Killed after it had become champion: the verdict stands.
-                verdict = Verdict(True, found.tags[_REASON_TAG])
+                # Evaluated anew, or killed after it had become champion: the verdict stands.
+                verdict = Verdict(True, found.tags.get(_REASON_TAG, "it is the champion"))
             else:
-                verdict = _compare_with_champion(client, name, before, result, params, force)
+                verdict, warnings = _compare_with_champion(client, name, before, result, params, force)
             if _champion(client, name)[0] == before:
                 break
             # another machine, which the lock does not hold, made a champion meanwhile: compared with that one
@@ -193,9 +216,48 @@ def _register(
         client.set_registered_model_alias(name, CHALLENGER, version)
         if champion != before:
             _promote(client, name, version, before)
+        _link_runs(client, name, version, info, metrics)
         client.set_model_version_tag(name, version, _COMPLETE_TAG, "true")
-        run.tags({"nuclei3d.registered": f"{name} version {version}", _REASON_TAG: verdict.reason})
-    return Registered(name, version, champion, verdict.reason, run.run_id)
+        run.tags(
+            {
+                _REGISTERED_TAG: f"{name} version {version}",
+                _REASON_TAG: verdict.reason,
+                "mlflow.runName": f"{named}: version {version}{', champion' if champion == version else ''}",
+            }
+        )
+    return Registered(name, version, champion, verdict.reason, run.run_id, warnings=warnings)
+
+
+def _link_runs(client: MlflowClient, name: str, version: str, info: ModelInfo, metrics: Path) -> None:
+    """Let the version and the runs that trained and evaluated the model name each other."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    evaluated = client.search_runs(
+        experiments, f"tags.`{METRICS_TAG}` = '{md5_of_input(metrics)}'", max_results=1
+    )
+    runs = {"evaluate": evaluated[0].info.run_id if evaluated else None, "train": info.lineage.get("run_id")}
+    for stage, run_id in runs.items():
+        if run_id is not None and is_known(client, run_id):
+            client.set_model_version_tag(name, version, f"nuclei3d.{stage}_run", run_id)
+            client.set_tag(run_id, _REGISTERED_TAG, f"{name} version {version}")
+
+
+def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> list[str]:
+    """Mark the volumes of a metrics.json that a model was trained on; say what makes them doubtful."""
+    volumes: Mapping[str, Any] = result["volumes"]
+    warnings: list[str] = []
+    if frames is None or not frames.complete or not all("frame_digest" in v for v in volumes.values()):
+        warnings.append(
+            f"whether {who} was trained on these volumes cannot be checked: model or evaluation are of a "
+            "version that did not record it"
+        )
+    for volume in volumes.values():
+        part = None if frames is None else frames.part_of(volume.get("frame_digest", ""))
+        if part is not None and volume.get("seen") != "train":
+            volume["seen"] = part
+    chosen = [name for name, volume in volumes.items() if volume.get("seen") == "validation"]
+    if chosen:
+        warnings.append(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
+    return warnings
 
 
 def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
@@ -340,6 +402,11 @@ def fetch_model(uri: str, params: Params) -> Path:
     raise InputError(f"the MLflow model in {package} holds no model.json; it was not registered by nuclei3d")
 
 
+def find_model(model: str, params: Params) -> Path:
+    """Give the place of a model folder or weights file, or of ``models:/name@alias`` when it is fetched."""
+    return fetch_model(model, params) if is_registered(model) else Path(model)
+
+
 def load_served_model(model: str, params: Params) -> NucleiModel:
     """Load a model for the service: a URI of MLflow, or a model folder.
 
@@ -347,7 +414,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
     code that was logged with it: so an older version can still be served after the package was renewed.
     """
     refuse_second_model(params.predict)
-    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    folder = find_model(model, params)
     if not folder.is_dir():
         raise missing(folder, f"{model} is no model folder; give one, or models:/name@champion")
     from nuclei3d.experiment.serving_model import NucleiModel
@@ -377,42 +444,94 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def judge(
-    champion: Mapping[str, Any], challenger: Mapping[str, Any], champion_name: str, *, seed: int
+    champion: Mapping[str, Any],
+    challenger: Mapping[str, Any],
+    champion_name: str,
+    *,
+    seed: int,
+    metric: str = "ap_mean",
 ) -> Verdict:
     """Compare two metrics.json by a paired bootstrap over embryos, or blocks of time where those are few.
 
-    Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``);
-    otherwise the question has no answer and the champion stays. The challenger is better if the whole 95 %
-    interval of the difference in AP at .5, pooled over the volumes, lies above 0; where a single block of
-    time is all there is, no interval can be given and the champion stays.
+    Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``),
+    on some at least that neither was trained on; otherwise the question has no answer and the champion stays.
+    The challenger is better if the whole 95 % interval of the difference in the metric, pooled over the
+    volumes, lies above 0; where no interval can be given, the champion stays.
     """
     old, new = champion["volumes"], challenger["volumes"]
     if _truths(old) != _truths(new):
         reason = f"not evaluated on the same held-out volumes as the {champion_name}"
         return Verdict(False, reason)
-    names = list(old)
-    compared = compare_paired(
-        average_precision_of([Tally.from_json(old[name]["counts"]) for name in names]),
-        average_precision_of([Tally.from_json(new[name]["counts"]) for name in names]),
-        [str(old[name].get("embryo", name)) for name in names],
-        replicates=_REPLICATES,
-        rng=np.random.default_rng(seed),
-    )
-    ap = compared.differences["ap_0.50"]
-    difference = ap.difference
-    if not compared.resampled:
+    found = compare_evaluations(champion, challenger, replicates=_REPLICATES, seed=seed)
+    compared = found.compared
+    if compared is None:
         reason = (
-            f"too few held-out volumes ({len(names)}) to tell whether the difference to the {champion_name} "
-            f"in AP at .5, {difference:+.4f}, is real"
+            f"cannot be judged against the {champion_name}: one of them was trained on the embryos of "
+            f"{', '.join(found.trained_on[:3])}; evaluate both on embryos that neither has seen"
         )
-        return Verdict(False, reason, difference)
-    better = difference > 0 and ap.low > 0
+        return Verdict(False, reason)
+    pair = compared.differences.get(metric, PairedDifference(*[float("nan")] * 4))
+    if np.isnan([pair.difference, pair.low]).any():
+        reason = (
+            f"too few held-out volumes ({len(found.volumes)}) or nuclei to tell whether the difference to "
+            f"the {champion_name} in {metric_name(metric)}, {pair.difference:+.4f}, is real"
+        )
+        return Verdict(False, reason, pair.difference)
+    better = pair.low > 0
+    others = tell_others(compared.differences, metric)
+    count = f"{len(found.volumes)}{f' of {len(new)}' if found.trained_on else ''}"
     reason = (
-        f"{'better' if better else 'not better'} than the {champion_name} on the same {len(names)} held-out "
-        f"volumes: AP at .5 {ap.b:.4f} against {ap.a:.4f}, difference {difference:+.4f} with 95 % "
-        f"interval {ap.low:+.4f} to {ap.high:+.4f} over {compared.units.words}"
+        f"{'better' if better else 'not better'} than the {champion_name} on the same {count} held-out "
+        f"volumes: {tell_difference(metric, pair)} over {compared.units.words}, {pair.b:.4f} against "
+        f"{pair.a:.4f}" + (others and f"; {others}")
     )
-    return Verdict(better, reason, difference, ap.low, ap.high)
+    return Verdict(better, reason, pair.difference, pair.low, pair.high)
+
+
+def judge_first(result: Mapping[str, Any], *, metric: str = "ap_mean") -> Verdict:
+    """Tell whether a first version beats the naive baseline that its metrics.json holds.
+
+    It does if the whole 95 % interval of the paired difference lies above 0. Where there is no interval (a
+    single volume, a metrics.json from before it was written) the values themselves decide.
+    """
+    seen = [name for name, volume in result["volumes"].items() if volume.get("seen") == "train"]
+    if seen:
+        return Verdict(False, f"cannot be judged: it was trained on {', '.join(seen[:3])}")
+    naive = (result.get("baselines") or {}).get(OTSU)
+    told = f"the naive baseline ({OTSU})"
+    if naive is None:
+        return Verdict(
+            False,
+            f"first version, not shown to beat {told}: its metrics.json does not hold it; evaluate with the "
+            "images and with otsu in evaluate.baselines",
+        )
+    own, other = _value(result, metric), _value(naive, metric)
+    if own is None or other is None:
+        return Verdict(False, f"first version, not shown to beat {told}: no {metric_name(metric)} is known")
+    difference = own - other
+    numbers = f"{metric_name(metric)} {own:.3f} against {other:.3f}"
+    known = ((naive.get("behind_model") or {}).get("metrics") or {}).get(metric)
+    if known is None:
+        better = difference > 0
+        return Verdict(
+            better,
+            f"first version, {'better' if better else 'not better'} than {told}: {numbers}; no interval "
+            "tells whether that is real",
+            difference,
+        )
+    low, high = known["interval"]
+    word = {1: "surely better", -1: "surely worse", 0: "not surely better"}[side_of_zero(low, high)]
+    reason = f"first version, {word} than {told}: {numbers}, 95 % interval {low:+.3f} to {high:+.3f}"
+    return Verdict(low > 0, reason, difference, low, high)
+
+
+def _value(scores: Mapping[str, Any], metric: str) -> float | None:
+    """Look a score up; the mean AP also where metrics.json is of a version that did not write it."""
+    if metric == "ap_mean" and metric not in scores:
+        aps = [value for iou, value in scores["ap"].items() if 0.5 <= float(iou) <= 0.9]
+        return None if None in aps or not aps else float(np.mean(aps))
+    value = scores[metric[:2]].get(metric[3:]) if metric[3:4] == "0" else scores.get(metric)
+    return None if value is None else float(value)
 
 
 def _truths(volumes: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
@@ -426,34 +545,58 @@ def _compare_with_champion(
     result: Mapping[str, Any],
     params: Params,
     force: bool,
-) -> Verdict:
+) -> tuple[Verdict, tuple[str, ...]]:
+    metric = params.evaluate.primary_metric
+    warnings: list[str] = []
     if champion is None:
-        return Verdict(True, "first version: there was no champion")
-    package = _download(client, f"{_SCHEME}{name}/{champion}")
-    try:
-        # kept under the name that it was given with
-        kept = next((package / "artifacts").glob("*.json"), package / "artifacts" / _METRICS_FILE)
-        theirs = read_metrics(kept)
-        verdict = judge(theirs, result, f"champion (version {champion})", seed=params.seed)
-    except InputError as error:
-        verdict = Verdict(
-            False, f"the champion (version {champion}) has no metrics to compare with ({error}); use --force"
-        )
+        verdict = judge_first(result, metric=metric)
+    else:
+        who = f"champion (version {champion})"
+        try:
+            theirs, frames = _scores_of(client, name, champion)
+            for volume, scores in theirs["volumes"].items():
+                # an evaluation of before does not say it, and `judge` asks for the same truth
+                if digest := result["volumes"].get(volume, {}).get("frame_digest"):
+                    scores.setdefault("frame_digest", digest)
+            warnings = _mark_seen(theirs, frames, f"the {who}")
+            verdict = judge(theirs, result, who, seed=params.seed, metric=metric)
+        except InputError as error:
+            verdict = Verdict(False, f"the {who} has no metrics to compare with ({error})")
     if force and not verdict.better:
         verdict = replace(verdict, better=True, reason=f"forced; by itself: {verdict.reason}")
-    return verdict
+    elif not verdict.better:
+        stays = "nobody is champion" if champion is None else "the champion stays"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {stays} (register --force overrides)")
+    return verdict, tuple(warnings)
+
+
+def _scores_of(client: MlflowClient, name: str, version: str) -> tuple[dict[str, Any], TrainingFrames | None]:
+    """Give the metrics.json that a version was judged by last, and the frames that its model has seen."""
+    package = _download(client, f"{_SCHEME}{name}/{version}") / "artifacts"
+    renewed = client.get_model_version(name, version).tags.get(_SCORES_TAG)
+    folder = package if renewed is None else _download(client, f"runs:/{renewed}/{_SCORES_FOLDER}")
+    # kept under the name that it was given with
+    scores = read_metrics(next(folder.glob("*.json"), folder / _METRICS_FILE))
+    described = next(package.rglob(INFO_FILE), None)
+    return scores, None if described is None else read_info(described).frames
 
 
 def _digest(folder: Path, result: Mapping[str, Any]) -> str:
-    """Digest a model folder and its scores per volume, which the registry compares; reports do not count."""
-    volumes = json.dumps(result["volumes"], sort_keys=True).encode()
+    """Digest a model folder, then its scores per volume, which the registry compares; no report counts."""
+    scores = {
+        name: {key: value for key, value in volume.items() if key != "seen"}
+        for name, volume in result["volumes"].items()
+    }
+    volumes = json.dumps(scores, sort_keys=True).encode()
     return md5_of_input(folder) + hashlib.md5(volumes, usedforsecurity=False).hexdigest()
 
 
 def _version_of(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
-    """Find the version that was made, or begun by a killed process, with this model and these scores."""
-    found = client.search_model_versions(f"name = '{name}' AND tags.`{_DIGEST_TAG}` = '{digest}'")
-    return max(found, key=lambda item: int(item.version), default=None)
+    """Find the version of a model, whatever its scores; of several (made before) the one with these."""
+    of_model = digest.partition(".")[0]
+    versions = client.search_model_versions(f"name = '{name}'")
+    found = [item for item in versions if item.tags.get(_DIGEST_TAG, "").startswith(of_model)]
+    return max(found, key=lambda item: (item.tags[_DIGEST_TAG] == digest, int(item.version)), default=None)
 
 
 def _download(client: MlflowClient, uri: str) -> Path:

@@ -6,6 +6,7 @@ MLflow finds the package beside it (``code_paths``), so neither the project nor 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import tempfile
@@ -27,14 +28,13 @@ from nuclei3d.experiment.invocation import (
     Admission,
     RequestParams,
     VolumeLimits,
-    about_the_volume,
     check_cost,
     check_rows,
     open_frame,
     read_request_params,
+    read_volume,
     volume_on_disk,
 )
-from nuclei3d.images.frames import check_image
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.cpnet import choose_device
 from nuclei3d.networks.folder import load_model
@@ -62,9 +62,19 @@ class NucleiModel(PythonModel):
         self.model = load_model(folder)
         self.device = choose_device(str(config.get("device") or self.defaults.device))
         self.model.network.to(self.device)
-        self.version = {"name": self.model.info.name} | _registered_version(folder)
+        self.version = {
+            "name": self.model.info.name,
+            **_registered_version(folder),
+            "weights_sha256": hashlib.sha256(self.model.path.read_bytes()).hexdigest(),
+            "settings_sha256": self._digest_settings(),
+        }
         # Requests come in threads; the network's work is done for one of them at a time.
         self._device_lock = threading.Lock()
+
+    def _digest_settings(self) -> str:
+        """Digest all that an answer depends on beside weights and request."""
+        settings = [self.model.info.model_dump(mode="json"), self.defaults.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def predict(
         self,
@@ -100,9 +110,7 @@ class NucleiModel(PythonModel):
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)
-        with about_the_volume(file):
-            image = frame.read()
-        check_image(image, "the volume")
+        image = read_volume(frame)
         # not by the Segmenter: an unknown diameter is explained by this volume's voxels
         settings = segmentation_settings(self.model.info, chosen, voxel_size)
         with self._device_lock:

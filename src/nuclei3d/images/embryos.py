@@ -144,7 +144,7 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
         raise InputError(f"{frame.image_path} has no labels; expected a file of that name in labels/")
     image_frame, given = _image_frame(frame, params)
     label_frame = single_label_frame(frame.label_path, frame.label_time)
-    _check_fit(image_frame, label_frame, given)
+    check_fit(image_frame, label_frame.path, label_frame.shape, label_frame.voxel_size, given)
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
@@ -292,21 +292,25 @@ def _is_unlabelled(stored: tuple[Path, int | None]) -> bool:
     return not any(frame.read_block((slice(z, z + 1), slice(height), slice(width))).any() for z in planes)
 
 
-def _check_fit(image: Frame, labels: Frame, given: VoxelSize | None) -> None:
-    if image.shape != labels.shape:
+def check_fit(
+    image: Frame,
+    path: Path,
+    shape: tuple[int, ...],
+    voxel_size: VoxelSize | None,
+    given: VoxelSize | None,
+) -> None:
+    """Raise InputError if labels in `path` have another shape than their image, or another voxel size.
+
+    A `given` voxel size settles what the files say.
+    """
+    if image.shape != shape:
         raise InputError(
-            f"{image.path} has the shape {_by(image.shape)} and its labels {labels.path} {_by(labels.shape)} "
+            f"{image.path} has the shape {_by(image.shape)} and its labels {path} {_by(shape)} "
             "(z, y, x); expected the same; export the labels on the grid of the image"
         )
-    # A value in the parameters settles what the files say.
-    if (
-        given is None
-        and image.voxel_size
-        and labels.voxel_size
-        and image.voxel_size.differs_from(labels.voxel_size)
-    ):
+    if given is None and image.voxel_size and voxel_size and image.voxel_size.differs_from(voxel_size):
         raise InputError(
-            f"{image.path} says voxels of {image.voxel_size}, its labels {labels.path} {labels.voxel_size}; "
+            f"{image.path} says voxels of {image.voxel_size}, its labels {path} {voxel_size}; "
             "mend the file that is wrong or give the size: --set data.voxel_size_um=[z,y,x]"
         )
 

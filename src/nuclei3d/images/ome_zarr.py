@@ -217,7 +217,7 @@ def _open_array(
         return _open_series(node, attributes, path, image)
     try:
         dataset = node[str(attributes["multiscales"][0]["datasets"][0]["path"])]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # the last of a path with '..'
         raise InputError(f"{path}: the OME-Zarr metadata name no array that is there ({error})") from error
     if not isinstance(dataset, zarr.Array):
         raise InputError(f"{path}: level 0 of the OME-Zarr image is no array; export it again")

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, frame_stem, list_volumes, single_frame, to_labels
 
-_MARK = "_known"
+KNOWN_MARK = "_known"
+"""Ends the name of a mask of what was looked at."""
 
 
 def is_known_mask(path: Path) -> bool:
     """Say whether a file among labels is a mask of what was looked at."""
-    return frame_stem(path).endswith(_MARK)
+    return frame_stem(path).endswith(KNOWN_MARK)
 
 
 def read_partial_labels(
@@ -33,7 +34,7 @@ def read_partial_labels(
     """
     labels: NDArray[Any] = frame.read()
     unknown = np.zeros(labels.shape, bool) if unknown_label is None else np.asarray(labels == unknown_label)
-    mask = _find_mask(frame.path)
+    mask = find_known_mask(frame.path)
     if mask is not None:
         known = single_frame(mask).read()
         if known.shape != labels.shape:
@@ -48,9 +49,9 @@ def read_partial_labels(
     return to_labels(np.where(unknown, labels.dtype.type(0), labels), str(frame.path)), unknown
 
 
-def _find_mask(labels: Path) -> Path | None:
+def find_known_mask(labels: Path) -> Path | None:
     """Find the mask beside labels; inside an OME-Zarr there is none."""
     if not labels.is_file():
         return None
-    wanted = frame_stem(labels) + _MARK
+    wanted = frame_stem(labels) + KNOWN_MARK
     return next((path for path in list_volumes(labels.parent) if frame_stem(path) == wanted), None)

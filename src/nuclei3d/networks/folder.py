@@ -54,6 +54,52 @@ class TrainingRange(BaseModel):
     range_over_noise: Bounds
 
 
+class TrainingFrames(BaseModel):
+    """Digests (`nuclei3d.digests.digest_of_frame`) of the frames that a model has seen, by embryo and frame.
+
+    Weights were fitted to `train`; epoch and thresholds chosen on `validation`. Those of a start model are
+    among them; `complete` is false if that does not tell its own.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    train: dict[str, str]
+    validation: dict[str, str] = Field(default_factory=dict)
+    complete: bool = True
+
+    def after(self, start: TrainingFrames | None) -> TrainingFrames:
+        """Add the frames of the start model; None: it does not tell them."""
+        if start is None:
+            return self.model_copy(update={"complete": False})
+        return TrainingFrames(
+            train=_join(self.train, start.train),
+            validation=_join(self.validation, start.validation),
+            complete=start.complete and self.complete,
+        )
+
+    def part_of(self, digest: str) -> Literal["train", "validation"] | None:
+        """Tell in which part a frame was, by its image or its labels; None: in neither."""
+        if any(_same_frame(digest, known) for known in self.train.values()):
+            return "train"
+        return "validation" if any(_same_frame(digest, known) for known in self.validation.values()) else None
+
+
+def _join(own: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+    """Join frames; another one of the same name gets a name of its own."""
+    joined = dict(own)
+    for name, digest in other.items():
+        while joined.get(name, digest) != digest:
+            name += "'"
+        joined[name] = digest
+    return joined
+
+
+def _same_frame(one: str, other: str) -> bool:
+    return any(
+        first == second != "0" for first, second in zip(one.split("-"), other.split("-"), strict=False)
+    )
+
+
 class ModelInfo(BaseModel):
     """A model's kind, scale, normalisation, thresholds and origin.
 
@@ -78,6 +124,8 @@ class ModelInfo(BaseModel):
         Thresholds chosen on the validation embryos.
     versions, lineage
         Packages of the training; Git commit, md5 of data and slices, run id and the like.
+    frames
+        The frames that it has seen; None: unknown.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -100,6 +148,7 @@ class ModelInfo(BaseModel):
     created: str = Field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
+    frames: TrainingFrames | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> ModelInfo:
@@ -209,13 +258,8 @@ def load_model(path: str | PathLike[str]) -> Model:
         raise InputError(
             f"{path} is not the weights; give the folder {path.parent} or the weights file in it"
         )
-    info: ModelInfo | None = None
-    weights, described = path, path.parent / INFO_FILE
-    if path.is_dir():
-        info = read_info(path / INFO_FILE)
-        weights = path / info.name
-    elif described.is_file() and (found := read_info(described)).name == path.name:
-        info = found
+    info = info_beside(path)
+    weights = path / info.name if info is not None and path.is_dir() else path
     spec = None if info is None else info.full3d
     network = network_from_state(read_state(weights), str(weights), spec)
     if info is None:
@@ -230,6 +274,15 @@ def load_model(path: str | PathLike[str]) -> Model:
             "and default normalisation and thresholds"
         )
     return Model(network=network, info=info, path=weights)
+
+
+def info_beside(path: Path) -> ModelInfo | None:
+    """Read the model.json of a model folder, or that beside its weights file; None: bare weights."""
+    if path.is_dir():
+        return read_info(path / INFO_FILE)
+    described = path.parent / INFO_FILE
+    info = read_info(described) if described.is_file() else None
+    return info if info is not None and info.name == path.name else None
 
 
 def check_output(model: Model) -> None:

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-#: How a method is drawn in every chart: the model first, then the baselines in the order given.
+_WIDE, _OPEN = {"linewidth": 3.2, "markersize": 7.5}, {"linewidth": 1.6, "markerfacecolor": "none"}
+#: How a method is drawn in every chart: the model first, then the baselines in the order given. Later ones
+#: are thinner, broken, and have open marks: where they lie on the model's line, it is seen below them.
 METHOD_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    {"color": "#E69F00", "linestyle": "--", "marker": "s"},
-    {"color": "#009E73", "linestyle": ":", "marker": "^"},
-    {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
-    {"color": "#56B4E9", "linestyle": (0, (2, 1)), "marker": "x"},
-    {"color": "#000000", "linestyle": (0, (1, 2)), "marker": "o"},
+    {"color": "#0072B2", "linestyle": "-", "marker": "o", **_WIDE},
+    {"color": "#E69F00", "linestyle": "--", "marker": "s", **_OPEN},
+    {"color": "#009E73", "linestyle": ":", "marker": "^", **_OPEN},
+    {"color": "#CC79A7", "linestyle": "-.", "marker": "D", **_OPEN},
+    {"color": "#56B4E9", "linestyle": (0, (2, 1)), "marker": "x", **_OPEN},
+    {"color": "#000000", "linestyle": (0, (1, 2)), "marker": "v", **_OPEN},
 )
 
 #: Outlines: found truth, prediction, missed truth, false prediction.
@@ -72,7 +74,8 @@ def draw_chart(draw: Callable[[Axes], None]) -> str:
         draw(axes)
         handles, names = axes.get_legend_handles_labels()
         if len(names) > 1:
-            figure.legend(handles, names, loc="outside lower left", ncols=3)
+            columns = 3 if max(map(len, names)) < 16 else 2
+            figure.legend(handles, names, loc="outside lower left", ncols=columns)
         title = f"{axes.get_ylabel()} by {axes.get_xlabel()}"
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
@@ -102,7 +105,9 @@ def draw_ap(axes: Axes, methods: Mapping[str, Mapping[str, Any]]) -> None:
     for place, (name, scores) in enumerate(methods.items()):
         ious = [float(iou) for iou in scores["ap"]]
         hints = [f"{name}: AP {_text(ap)} at IoU {iou}" for iou, ap in scores["ap"].items()]
-        draw_series(axes, name, ious, list(scores["ap"].values()), hints, **style_of(place))
+        # side by side: lines of methods that score alike would hide each other's marks
+        across = [iou + (place - (len(methods) - 1) / 2) * 0.006 for iou in ious]
+        draw_series(axes, name, across, list(scores["ap"].values()), hints, **style_of(place))
         # bands of several methods would cover each other
         if place == 0:
             bounds = [scores["intervals"].get(f"ap_{iou}") or (np.nan, np.nan) for iou in scores["ap"]]
@@ -177,7 +182,9 @@ def counts_charts(volumes: Iterable[Mapping[str, Any]]) -> list[str]:
         for place, key, name in ((5, "n_true", "true"), (0, "n_pred", "predicted")):
             hints = [f"{frame['frame']}: {frame[key]} {name}" for frame in frames]
             counts = [frame[key] for frame in frames]
-            draw_series(axes, name, range(len(frames)), counts, hints, **METHOD_STYLES[place])
+            draw_series(
+                axes, name, range(len(frames)), counts, hints, **METHOD_STYLES[place], zorder=2 + place
+            )
         ticks = range(0, len(frames), math.ceil(len(frames) / 6))
         axes.set_xticks(ticks, [frames[k]["frame"] for k in ticks])
         axes.set(xlabel=f"frame of {embryo}", ylabel="nuclei", ylim=(0, max(1, axes.get_ylim()[1])))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nuclei3d.report.charts import OUTLINES, charts_of
-from nuclei3d.scoring.bootstrap import FEW_UNITS, side_of_zero
+from nuclei3d.scoring.bootstrap import FEW_UNITS, FEWEST_NUCLEI, side_of_zero
+from nuclei3d.scoring.comparison import list_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +56,7 @@ def build_page(
     method: str,
     unit: Literal["um", "voxels"] = "um",
     history: Path | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> str:
     """Put the report together.
 
@@ -70,6 +72,8 @@ def build_page(
         Of lengths: ``um``, or ``voxels`` where no file states a voxel size.
     history
         history.csv of the training.
+    about
+        What was evaluated, from what and when, by name.
     """
     pages = page_environment()
     pages.filters |= {"number": _number, "score": _look_up, "interval": _interval, "best": _best}
@@ -79,16 +83,32 @@ def build_page(
         metrics=metrics,
         methods=methods,
         method=method,
+        about=about or {},
+        bad_news=_bad_news(metrics, method),
         embryos={volume["embryo"] for volume in metrics["volumes"].values()},
         shown=len(volumes),
         averages={name: _averages(scores) for name, scores in methods.items()},
         charts=charts_of(methods, symbol, history),
         few_units=FEW_UNITS,
+        fewest_nuclei=FEWEST_NUCLEI,
         side_of_zero=side_of_zero,
         css=page_part("report.css"),
         js=page_part("report.js"),
         data=_embedded(nuclei, volumes, symbol),
     )
+
+
+def _bad_news(metrics: Mapping[str, Any], method: str) -> list[str]:
+    """Say what must be known before the scores: warnings, and where a baseline surely beats the model."""
+    news = list(metrics.get("warnings", ()))
+    for name, rival in metrics["baselines"].items():
+        lead = rival.get("behind_model") or {}
+        lost = [key for key, pair in lead.get("metrics", {}).items() if side_of_zero(*pair["interval"]) < 0]
+        if lost:
+            news.append(f"{name} surely beats {method} in {list_metrics(lost)}")
+        elif (own := metrics["ap"].get("0.50")) is not None and (rival["ap"].get("0.50") or 0) > own:
+            news.append(f"{name} has a higher AP at .5 than {method}, though not surely")
+    return news
 
 
 def _embedded(nuclei: pd.DataFrame, volumes: Sequence[Mapping[str, Any]], symbol: str) -> str:

@@ -13,6 +13,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, 
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.bootstrap import (
+    FEWEST_NUCLEI,
     bootstrap_weights,
     percentile_interval,
     resampling_units,
@@ -252,13 +253,16 @@ def _count(
 def score_bins(counts: BinCounts, edges: Sequence[float], weights: Floats | None) -> list[dict[str, Any]]:
     """Turn counts into recall and precision, with intervals by bootstrap weights (replicates, volumes).
 
-    Without weights, for a single unit, the intervals are Wilson's over nuclei. The bins are those of
+    Without weights, for a single unit, the intervals are Wilson's over nuclei; fewer than `FEWEST_NUCLEI` of
+    them have none. The bins are those of
     metrics.json, with their bounds, None where open.
     """
 
     def share(part: Floats, whole: Floats) -> tuple[int, float | None, list[float] | None]:
         n, value = whole.sum(), ratio(part.sum(), whole.sum())
-        if weights is None:
+        if n < FEWEST_NUCLEI:
+            interval = None
+        elif weights is None:
             interval = interval_as_json(wilson_interval(float(part.sum()), float(n)))
         else:
             interval = interval_as_json(percentile_interval(ratio(weights @ part, weights @ whole)))
@@ -351,19 +355,21 @@ def summarise(
         The scores of one method in metrics.json, undefined ones None: those of the summed counts; by bin of
         contrast (empty without edges; the faintest first) and of depth (nearest to the first plane first),
         also at high precisions; mean distances of matched nuclei in um; the 95 % interval of each scalar that
-        is no count (none for a single unit), and its mean over the volumes.
+        is no count (none for a single unit or fewer than `FEWEST_NUCLEI` nuclei), and its mean over the
+        volumes.
     """
     tallies = stack_tallies([assessment.tally for assessment in assessments])
     each = score(tallies, thresholds).by_name()
     units = resampling_units(embryos, over)
     weights = None
     intervals = {}
-    if replicates and units.count > 1:
+    n_true, n_pred = int(tallies.n_true.sum()), int(tallies.n_pred.sum())
+    if replicates and units.count > 1 and n_true >= FEWEST_NUCLEI:
         weights = bootstrap_weights(units, replicates, rng)
         intervals = {
             name: interval_as_json(percentile_interval(samples))
             for name, samples in score(tallies.total(weights), thresholds).by_name().items()
-            if name not in COUNTS
+            if name not in COUNTS and (n_pred >= FEWEST_NUCLEI or name not in ("precision", "mucov"))
         }
     by_contrast = []
     if contrast_edges is not None:
@@ -376,7 +382,9 @@ def summarise(
         "recall_faint": by_contrast[0]["recall"] if by_contrast else None,
         "recall_bright": by_contrast[-1]["recall"] if by_contrast else None,
         "recall_at_precision": {
-            f"{target:.2f}": _recall_at(assessments, target, contrast_edges, weights)
+            f"{target:.2f}": _recall_at(
+                assessments, target, contrast_edges, weights, by_contrast[0]["n"] if by_contrast else 0
+            )
             for target in TARGET_PRECISIONS
         },
         "recall_by_depth_um": score_bins(count_by_depth(assessments, depth_edges), depth_edges, weights),
@@ -434,12 +442,13 @@ def _recall_at(
     target: float,
     edges: Sequence[float] | None,
     weights: Floats | None,
+    n_faintest: int,
 ) -> dict[str, Any] | None:
     """Give the recall of the faintest bin and of all nuclei, and the cut; None where it is out of reach."""
 
     def reach(edges: Sequence[float] | None) -> tuple[float | None, list[float] | None, float]:
         (recall,), (cut,) = recall_at_precision(assessments, target, edges=edges)
-        if weights is None or np.isnan(recall):
+        if weights is None or np.isnan(recall) or (edges is not None and n_faintest < FEWEST_NUCLEI):
             return number_or_none(recall), None, float(cut)
         drawn, _ = recall_at_precision(assessments, target, weights, edges=edges)
         return float(recall), interval_as_json(percentile_interval(drawn)), float(cut)

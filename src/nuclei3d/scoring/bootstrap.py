@@ -14,13 +14,15 @@ from typing import Literal
 import numpy as np
 
 from nuclei3d.scoring.matching import Floats, Integers
-from nuclei3d.scoring.metrics import Tally, stack_tallies
 
 #: Fewer embryos than this are cut into blocks of time: so few units cannot show how embryos vary.
 FEWEST_EMBRYOS = 4
 
 #: Fewer units than this make an interval that should not be taken literally.
 FEW_UNITS = 6
+
+#: From fewer nuclei than this no interval is given.
+FEWEST_NUCLEI = 10
 _LEVEL = 0.95
 _TAILS = ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2)
 _Z95 = 1.959963984540054
@@ -169,12 +171,6 @@ def compare_paired(
         name: PairedDifference(float(first[name]), float(second[name]), *bounds[name]) for name in names
     }
     return Comparison(units, resampled, differences)
-
-
-def average_precision_of(tallies: Sequence[Tally]) -> Statistics:
-    """Give the AP at IoU .5 of volumes, called ``ap_0.50``, whatever the thresholds of their tallies."""
-    stacked = stack_tallies(tallies)
-    return lambda weights: {"ap_0.50": stacked.total(weights).ap_half}
 
 
 def _plural(count: int, noun: str) -> str:

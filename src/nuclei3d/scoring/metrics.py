@@ -8,6 +8,8 @@ Definitions
 ap, f1, precision, recall, pq
     Optimal one-to-one matching at an IoU threshold: AP = TP/(TP+FP+FN), F1 = 2TP/(2TP+FP+FN),
     PQ = sum of matched IoUs / (TP + FP/2 + FN/2) (Kirillov et al. 2019). pq, precision and recall are at .5.
+ap_mean
+    Mean of the AP at the thresholds from .5 to .9.
 seg, det
     Cell Tracking Challenge (Ulman et al. 2017; Matula et al. 2015): a prediction finds a true nucleus if it
     covers more than half of it. SEG is the mean over true nuclei of the IoU with that prediction (0 if there
@@ -120,6 +122,12 @@ class Metrics:
                 return float(self.ap[..., position])
         raise KeyError(f"threshold {threshold} is not among {self.thresholds}")
 
+    @property
+    def ap_mean(self) -> Floats:
+        """Mean AP over the thresholds from .5 to .9; nan where there are none."""
+        inside = [0.5 <= threshold <= 0.9 for threshold in self.thresholds]
+        return self.ap[..., inside].mean(axis=-1) if any(inside) else np.full(self.ap.shape[:-1], np.nan)
+
     def by_name(self) -> dict[str, Floats]:
         """Give each scalar metric under its name; AP and F1 as ``ap_0.50``, ``f1_0.50`` and so on."""
         named: dict[str, Floats] = {}
@@ -198,7 +206,18 @@ def parse_metrics(content: bytes, where: object) -> dict[str, Any]:
 
 
 COUNTS = ("splits", "merges", "n_true", "n_pred")
-_SCALARS = ("pq", "seg", "det", "mucov", "true_cover", "foreground_iou", "precision", "recall", *COUNTS)
+_SCALARS = (
+    "ap_mean",
+    "pq",
+    "seg",
+    "det",
+    "mucov",
+    "true_cover",
+    "foreground_iou",
+    "precision",
+    "recall",
+    *COUNTS,
+)
 
 
 def tally_of(table: OverlapTable, thresholds: Sequence[float] = THRESHOLDS) -> Tally:

@@ -12,6 +12,9 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
 
+#: Name of this baseline: what a model must beat to be worth anything.
+OTSU = "Otsu + watershed"
+
 
 def otsu_watershed(
     image: NDArray[np.number[Any]], voxel_size: VoxelSize, nucleus_diameter_um: float

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
 
 STOCK_FUSION = "stock fusion of the same network"
+#: How the name of the baseline begins that is the model which the training started from.
+START_MODEL = "start model"
 
 #: The few main numbers, for `dvc metrics`; metrics.json has all of them, per volume too.
 HEADLINE_FILE = "headline.json"
 _HEADLINE = (
     "ap_0.50",
     "ap_0.75",
+    "ap_mean",
     "f1_0.50",
     "precision",
     "recall",
@@ -68,13 +71,14 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.tracked import predict_tracked
+    from nuclei3d.stages.tracked import predict_run_name, predict_tracked
 
     frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
-    with stage_run("predict", params, inputs=inputs):
+    images = [path for paths in frames.values() for path in paths]
+    with stage_run("predict", params, inputs=inputs, name=predict_run_name(params, images, model)):
         results = [
-            predict_tracked(params, images, model, predictions / embryo) for embryo, images in frames.items()
+            predict_tracked(params, paths, model, predictions / embryo) for embryo, paths in frames.items()
         ]
     _keep_only(frames, predictions)
     return all(frame.done_before for result in results for frame in result.frames)
@@ -84,11 +88,13 @@ def evaluate_held_out(
     params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
     """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
+    from nuclei3d.experiment.registry import fetch_model, is_registered
     from nuclei3d.stages.tracked import evaluate_tracked
 
     baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
-    history = Path(model) / "history.csv"
-    named = {"data": data, "slices": slices, "model": Path(model)}
+    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    history = folder / "history.csv"
+    named = {"data": data, "slices": slices, "model": folder}
     result = evaluate_tracked(
         params,
         data,
@@ -97,6 +103,7 @@ def evaluate_held_out(
         images=data,
         baselines=baselines,
         summary=slices,
+        model=folder,
         history=history if history.is_file() else None,
         only={
             (frame.label_path, frame.label_time): frame.share
@@ -156,6 +163,7 @@ class _Baseline(NamedTuple):
     folder: str
     model: str
     mode: str
+    diameter_um: float | None = None
 
 
 def predict_baselines(
@@ -177,6 +185,8 @@ def predict_baselines(
         predicting = params.predict.model_copy(
             update={"mode": baseline.mode, "volume_model": None, "report": False}
         )
+        if predicting.diameter_um is None and baseline.diameter_um is not None:
+            predicting = predicting.model_copy(update={"diameter_um": baseline.diameter_um})
         for embryo, images in frames.items():
             predict(
                 params.model_copy(update={"predict": predicting}),
@@ -204,7 +214,46 @@ def _wanted(params: Params, model: str) -> list[_Baseline]:
             wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):
         wanted.append(champion)
+    if "start_model" in params.evaluate.baselines and (start := _find_start(params, model)):
+        wanted.append(start)
     return wanted
+
+
+def _find_start(params: Params, model: str) -> _Baseline | None:
+    """Find the model that this one started from; it is told how large the new embryos' nuclei are."""
+    from nuclei3d.digests import digest_of
+    from nuclei3d.experiment.registry import find_model
+    from nuclei3d.networks.folder import INFO_FILE, load_model, read_info
+
+    file = Path(model) / INFO_FILE
+    if not file.is_file() or "start_md5" not in (info := read_info(file)).lineage:
+        return None
+    named = info.lineage["start_from"]
+    for place in (params.train.start_from, named):
+        try:
+            start = load_model(find_model(place or named, params))
+        except InputError:
+            continue
+        if digest_of(start.path) == info.lineage["start_md5"]:
+            return _Baseline(
+                f"{START_MODEL} ({named})",
+                "start_model",
+                place or named,
+                _mode_for(params, start.info.kind),
+                info.nucleus_diameter_um,
+            )
+    say(
+        f"the model that this one started from, {named}, is not there as it was: that baseline is left out "
+        "(--set train.start_from=MODEL says where it lies)"
+    )
+    return None
+
+
+def _mode_for(params: Params, kind: str) -> str:
+    """Give the mode of a baseline that is a network of its own."""
+    if kind == "full3d":
+        return "full3d"
+    return "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
 
 
 def _find_champion(params: Params, model: str) -> _Baseline | None:
@@ -225,8 +274,6 @@ def _find_champion(params: Params, model: str) -> _Baseline | None:
         say(f"version {version} of the registered model is this very model: it is no baseline")
     else:
         return None
-    if info.kind == "full3d":
-        mode = "full3d"
-    else:
-        mode = "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode
-    return _Baseline(f"champion (version {version})", f"champion_{version}", uri, mode)
+    return _Baseline(
+        f"champion (version {version})", f"champion_{version}", uri, _mode_for(params, info.kind)
+    )

@@ -10,9 +10,10 @@ from typing import Any
 from nuclei3d.config import Params
 from nuclei3d.config.sections import CalibrateParams
 from nuclei3d.console import progress_bar, say
+from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled, split_embryos
-from nuclei3d.networks.folder import INFO_FILE, ModelInfo
+from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.matching import leave_out_unknown, match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
@@ -119,6 +120,10 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
         joined = "' and '".join(each.info.name for each in others)
         say(f"the thresholds are for '{main.info.name}' with '{joined}' beside it")
     info, chosen = with_thresholds(main.info, params.calibrate, segmenter, volumes)
+    if info.frames is not None:
+        known = enumerate(digest_of_frame(volume.image, volume.labels) for volume in volumes)
+        now = TrainingFrames(train={}, validation={f"calibration/{n}": digest for n, digest in known})
+        info = info.model_copy(update={"frames": now.after(info.frames)})
     with whole_file(main.path.parent / INFO_FILE) as path:
         path.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return CalibrateResult(model, len(volumes), chosen)

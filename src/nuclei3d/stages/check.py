@@ -112,12 +112,12 @@ def check(params: Params, data: Path) -> CheckResult:
     offsets = {
         embryo.name: offset
         for embryo in embryos
-        if (offset := _common_offset([frame for frame in usable if frame.embryo == embryo.name])) is not None
+        if (offset := common_offset([frame for frame in usable if frame.embryo == embryo.name])) is not None
     }
     warnings = [
         *describe_faults((frame.place, fault) for frame in usable for fault in frame.faults),
         *_compare_embryos(usable),
-        *_describe_offsets(offsets, usable),
+        *describe_offsets(offsets, usable),
     ]
     for embryo in embryos:
         say(_describe_embryo(embryo, [frame for frame in usable if frame.embryo == embryo.name]))
@@ -136,6 +136,11 @@ def check_frame(frame: EmbryoFrame, params: Params) -> FrameCheck:
         volume = read_labelled(frame, params.data)
     except InputError as error:
         return FrameCheck(frame.embryo, frame.frame, error=str(error))
+    return check_volume(frame.embryo, frame.frame, volume, params)
+
+
+def check_volume(embryo: str, frame: str, volume: LabelledVolume, params: Params) -> FrameCheck:
+    """Measure one labelled frame."""
     image, labels, voxel_size = volume.image, volume.labels, volume.voxel_size
     norm = params.normalization
     intensity = measure_range(image, norm.lower_percentile, norm.upper_percentile, norm.noise_floor)
@@ -152,8 +157,8 @@ def check_frame(frame: EmbryoFrame, params: Params) -> FrameCheck:
         if value >= params.prepare.min_volume_um3
     ]
     return FrameCheck(
-        frame.embryo,
-        frame.frame,
+        embryo,
+        frame,
         shape=labels.shape,
         voxel_size_um=voxel_size.zyx,
         nuclei=len(volumes),
@@ -225,7 +230,7 @@ def _compare_embryos(frames: Sequence[FrameCheck]) -> list[str]:
     return said
 
 
-def _common_offset(frames: Sequence[FrameCheck]) -> tuple[Any, Any] | None:
+def common_offset(frames: Sequence[FrameCheck]) -> tuple[Any, Any] | None:
     """Give the median offset of an embryo's frames and its standard error, (3,) each."""
     known = np.array([frame.offset_um for frame in frames if frame.offset_um is not None])
     if not len(known):
@@ -235,7 +240,8 @@ def _common_offset(frames: Sequence[FrameCheck]) -> tuple[Any, Any] | None:
     return np.median(known, axis=0), 1.25 * spread / np.sqrt(len(known))
 
 
-def _describe_offsets(offsets: dict[str, tuple[Any, Any]], frames: Sequence[FrameCheck]) -> list[str]:
+def describe_offsets(offsets: dict[str, tuple[Any, Any]], frames: Sequence[FrameCheck]) -> list[str]:
+    """Say where labels lie off the image by more than their spread and a share of a nucleus."""
     diameters = [d for frame in frames for d in frame.diameters_um]
     if not diameters:
         return []

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import say
+from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
-from nuclei3d.images.embryos import ONE_IMAGE
+from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.images.frames import frame_stem
+from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.intensity import measure_range
+from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
@@ -36,17 +40,15 @@ from nuclei3d.scoring.assessment import (
     count_by_contrast,
     summarise,
 )
-from nuclei3d.scoring.bootstrap import average_precision_of, compare_paired
+from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, Statistics, compare_paired
+from nuclei3d.scoring.comparison import pooled_scores
 from nuclei3d.scoring.contrast import contrast_edges
 from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.plausibility import looks_like_image
-from nuclei3d.scoring.watershed import otsu_watershed
+from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
 from nuclei3d.stages.track_scores import score_track_folders
-
-#: Name of the baseline that the evaluation makes itself.
-OTSU = "Otsu + watershed"
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
@@ -103,6 +105,8 @@ def evaluate(
     method: str = "this model",
     only: Mapping[tuple[Path, int | None], tuple[float, float] | None] | None = None,
     tracks: Path | None = None,
+    model: Path | None = None,
+    made: Mapping[str, str] | None = None,
 ) -> EvaluateResult:
     """Score predicted label volumes against true ones, made by whatever program.
 
@@ -130,6 +134,11 @@ def evaluate(
         `truth`, each with the part that counts (`nuclei3d.images.embryos.EmbryoFrame.share`); None: all.
     tracks
         What `nuclei3d track` wrote, scored where the truth has tracks; None: if such lies below `pred`.
+    model
+        Folder or weights of the model that made the predictions: volumes that it was trained on are marked
+        and told.
+    made
+        Where the predictions come from, by name, such as the data and the MLflow run: told by the report.
     """
     refuse_foreign_folder(out, "metrics.json", "evaluation")
     for name in baselines or {}:
@@ -141,6 +150,7 @@ def evaluate(
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
+    info = None if model is None else info_beside(model)
     assessed, digests = _assess(params, pairing.pairs, diameter_um, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
     edges_from: str | None = "true labels" if edges is None else "training labels"
@@ -163,15 +173,20 @@ def evaluate(
     }
     metrics = {
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
+        **({} if info is None else {"model": info.model_dump(include={"name", "kind", "created"})}),
+        "training_frames_known": info is not None and info.frames is not None and info.frames.complete,
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
-        **({"warnings": warnings} if (warnings := _find_warnings(assessed, pairing.pairs)) else {}),
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
+    mark_seen(metrics, None if info is None else info.frames)
+    if warnings := _find_warnings(metrics, assessed, pairing.pairs):
+        metrics["warnings"] = warnings
     if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
         metrics["tracks"] = found
     with whole_folder(out) as folder:
-        _write(params, folder, metrics, pairing.pairs, assessed[method], method, history)
+        about = _about(info, made or {})
+        _write(params, folder, metrics, pairing.pairs, assessed[method], method, history, about)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.sort(key=lambda name: name != "metrics.json")
     _say_result(summaries, method, len(pairing.pairs), out)
@@ -233,10 +248,11 @@ def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | 
 
 def _assess(
     params: Params, pairs: Sequence[VolumePair], diameter_um: float | None, method: str
-) -> tuple[dict[str, list[Assessment]], list[str]]:
+) -> tuple[dict[str, list[Assessment]], list[tuple[str, str]]]:
     """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
 
-    Gives the assessments of each method in the order of `pairs`, and fingerprints of the true labels.
+    Gives the assessments of each method in the order of `pairs`, and digests of the true labels and of the
+    frames.
     """
     voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
     workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
@@ -254,7 +270,9 @@ def _assess(
     return assessed, digests
 
 
-def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str, dict[str, Assessment]]:
+def _assess_methods(
+    params: Params, method: str, pair: VolumePair
+) -> tuple[tuple[str, str], dict[str, Assessment]]:
     true, unknown = pair.read_truth()
     _refuse_image(true, pair.truth)
     image = pair.read_image() if pair.physical else None
@@ -273,7 +291,16 @@ def _assess_methods(params: Params, method: str, pair: VolumePair) -> tuple[str,
             true_contrast=found[method].true.contrast if found else None,
             unknown=unknown,
         )
-    return _digest_of(true, unknown), found
+    return (_digest_of(true, unknown), _digest_of_frame(image, true, pair)), found
+
+
+def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair: VolumePair) -> str:
+    """Digest the part of a frame that counts, as prepare does."""
+    if pair.share is None:
+        return digest_of_frame(image, true)
+    whole, _ = read_partial_labels(pair.truth.frame, pair.unknown_label)
+    block = block_of(whole, pair.share, str(pair.truth.frame.path))
+    return digest_of_frame(None if image is None else image[block], true[block])
 
 
 def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
@@ -283,9 +310,30 @@ def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
         )
 
 
-def _find_warnings(assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence[VolumePair]) -> list[str]:
-    """Say what makes scores doubtful: blocks of one image, nuclei of a volume far from the true ones'."""
-    warnings = [ONE_IMAGE] if any(pair.share is not None for pair in pairs) else []
+def mark_seen(metrics: Mapping[str, Any], frames: TrainingFrames | None) -> None:
+    """Mark the volumes of a metrics.json that a model knows, as ``seen``: ``train`` or ``validation``."""
+    for volume in metrics["volumes"].values():
+        part = None if frames is None else frames.part_of(volume.get("frame_digest", ""))
+        if part is not None:
+            volume["seen"] = part
+
+
+def _find_warnings(
+    metrics: Mapping[str, Any], assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence[VolumePair]
+) -> list[str]:
+    """Say what makes scores doubtful.
+
+    Volumes that the model knows, blocks of one image, nuclei of a volume far from the true ones'.
+    """
+    warnings = []
+    for part, why in (
+        ("train", "was trained on {}: its scores there say nothing about other embryos"),
+        ("validation", "had its epoch or thresholds chosen on {}: it looks better there than it is"),
+    ):
+        seen = [name for name, volume in metrics["volumes"].items() if volume.get("seen") == part]
+        if seen:
+            warnings.append(f"the model {why.format(some_of(seen))}")
+    warnings += [ONE_IMAGE] if any(pair.share is not None for pair in pairs) else []
     for name, assessments in assessed.items():
         medians = [
             float(np.median(volumes)) if len(volumes) else math.nan
@@ -303,6 +351,16 @@ def _find_warnings(assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence
     for warning in warnings:
         say(f"warning: {warning}")
     return warnings
+
+
+def _about(info: ModelInfo | None, made: Mapping[str, str]) -> dict[str, str]:
+    """Say for the report what was evaluated, from what, and when."""
+    about: dict[str, str] = {}
+    if info is not None:
+        run = f", MLflow run {info.lineage['run_id']}" if "run_id" in info.lineage else ""
+        about["Model"] = f"{info.name} ({info.kind}), trained {info.created[:10]}{run}"
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return about | dict(made) | {"Evaluated": f"{date} with nuclei3d {__version__}"}
 
 
 def _read_shown(pair: VolumePair) -> Arrays:
@@ -345,7 +403,7 @@ def _metrics(
     pairs: Sequence[VolumePair],
     assessed: Mapping[str, Sequence[Assessment]],
     summaries: Mapping[str, Mapping[str, Any]],
-    digests: Sequence[str],
+    digests: Sequence[tuple[str, str]],
     method: str,
     edges: Sequence[float] | None,
 ) -> dict[str, Any]:
@@ -365,26 +423,41 @@ def _metrics(
             "embryo": pair.embryo,
             "frame": pair.frame,
             "truth_digest": digest,
+            "frame_digest": frame_digest,
             "counts": assessment.tally.as_json(),
             "contrast_counts": counts_by_contrast(assessment),
         }
-        for pair, assessment, digest in zip(pairs, own, digests, strict=True)
+        for pair, assessment, (digest, frame_digest) in zip(pairs, own, digests, strict=True)
     }
 
+    def pooled(method: Sequence[Assessment]) -> Statistics:
+        counts = [counts_by_contrast(assessment) for assessment in method]
+        return pooled_scores([assessment.tally for assessment in method], thresholds, counts)
+
+    enough = sum(int(assessment.tally.n_true) for assessment in own) >= FEWEST_NUCLEI
+
     def lead(rival: Sequence[Assessment]) -> dict[str, Any] | None:
-        """Give the lead of the model in AP at .5 over a baseline."""
+        """Give the lead of the model over a baseline, in AP at .5 and in all metrics."""
         compared = compare_paired(
-            average_precision_of([assessment.tally for assessment in rival]),
-            average_precision_of([assessment.tally for assessment in own]),
+            pooled(rival),
+            pooled(own),
             embryos,
-            replicates=params.evaluate.bootstrap,
+            replicates=params.evaluate.bootstrap if enough else 0,
             over=params.evaluate.resample,
             rng=np.random.default_rng(params.seed),
         )
         ap = compared.differences["ap_0.50"]
         if np.isnan([ap.difference, ap.low, ap.high]).any():
             return None
-        return {"ap_0.50": ap.difference, "interval": [ap.low, ap.high]}
+        return {
+            "ap_0.50": ap.difference,
+            "interval": [ap.low, ap.high],
+            "metrics": {
+                name: {"difference": pair.difference, "interval": [pair.low, pair.high]}
+                for name, pair in compared.differences.items()
+                if not np.isnan([pair.difference, pair.low, pair.high]).any()
+            },
+        }
 
     return {
         "nuclei3d": __version__,
@@ -408,6 +481,7 @@ def _write(
     assessments: Sequence[Assessment],
     method: str,
     history: Path | None,
+    about: Mapping[str, str],
 ) -> None:
     import pandas as pd
 
@@ -433,6 +507,7 @@ def _write(
             method=method,
             unit="um" if all(pair.physical for pair in pairs) else "voxels",
             history=history,
+            about=about,
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nuclei3d.client import RemoteModel, is_service
+from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say
@@ -255,7 +256,7 @@ def _write_masks(
     """Segment a frame, in blocks if it is larger than the memory; give file of masks, nuclei, warnings."""
     model = predictor.model
     if isinstance(model, RemoteModel):
-        return _write_whole(model, frame, out, progress)
+        return _write_whole(model, frame, out, progress, predictor.identity["model"])
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
@@ -287,13 +288,17 @@ def open_model(params: Params, model: str) -> Predictor:
     """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
     if is_service(model):
         remote = RemoteModel(model, params.predict)
-        identity: dict[str, Any] = {"service": model, "model": remote.served_model()}
+        served = remote.served_model()
+        if served is None:
+            say(f"{model} does not say which model it serves: nothing counts as done before")
+            # never the same again
+            served = uuid.uuid4().hex
+        identity: dict[str, Any] = {"service": model, "model": served}
         identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
         return Predictor(remote, params.predict, identity)
-    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.experiment.registry import find_model
 
-    path = fetch_model(model, params) if is_registered(model) else Path(model)
-    segmenter = Segmenter(path, params.predict)
+    segmenter = Segmenter(find_model(model, params), params.predict)
     models = segmenter.models
     identity = {
         "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
@@ -304,13 +309,16 @@ def open_model(params: Params, model: str) -> Predictor:
 
 
 def _write_whole(
-    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress
+    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress, served: object = None
 ) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
+    """Segment a frame as a whole; if the service said which model it serves (`served`), by no other."""
     from nuclei3d.images.tiff import write_labels
 
     image = frame.read()
     check_image(image, str(frame.path))
     result = model.segment(image, frame.require_voxel_size(), progress)
+    if isinstance(served, dict) and isinstance(result, RemoteSegmentation) and result.model != served:
+        raise InputError("the service serves another model than at the start; give the same command again")
     path = out / f"{frame.name}_masks.ome.tif"
     write_labels(path, result.labels, frame.require_voxel_size())
     return path, result.nuclei, result.warnings

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PrepareParams
 from nuclei3d.console import say
+from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
 from nuclei3d.images.embryos import (
@@ -125,7 +126,8 @@ class PreparedFrame:
     """What one frame gave: samples as written, edge of a pixel in x and y, and its nuclei in 3D.
 
     A contrast may be nan; `labels_left_out` counts those that were too small, `faults` tell what is
-    implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise.
+    implausible in the labels, `voxel_size` is that of the files, `range_over_noise` infinite without noise,
+    `digest` that of `nuclei3d.digests.digest_of_frame`.
     """
 
     samples: tuple[StoredSample, ...]
@@ -136,6 +138,7 @@ class PreparedFrame:
     faults: tuple[LabelFault, ...]
     voxel_size: VoxelSize
     range_over_noise: float
+    digest: str
 
 
 def prepare_frame(
@@ -148,6 +151,7 @@ def prepare_frame(
     """Cut a frame, write its samples into ``folder/<part>``; planes have pixels of `edge_um` if given."""
     part, frame = task
     volume = read_labelled(frame, params.data)
+    digest = digest_of_frame(volume.image, volume.labels)
     faults = find_volume_faults(volume, params.prepare.min_volume_um3, params.data)
     for fault in faults:
         if strict or fault.kind == "intensities":
@@ -205,6 +209,7 @@ def prepare_frame(
         tuple(faults),
         volume.voxel_size,
         (intensity.high - intensity.low) / intensity.noise if intensity.noise else math.inf,
+        digest,
     )
 
 
@@ -322,6 +327,11 @@ def _summarise(
         "md5": digest.hexdigest(),
     }
     places = [f"{frame.embryo}/{frame.frame}" for _, frame in tasks]
+    of_frames = list(zip((part for part, _ in tasks), places, frames, strict=True))
+    summary["frame_digests"] = {
+        part: {place: frame.digest for p, place, frame in of_frames if p == part}
+        for part in ("train", "validation")
+    }
     found = [(place, fault) for place, each in zip(places, frames, strict=True) for fault in each.faults]
     if found:
         summary["warnings"] = describe_faults(found)

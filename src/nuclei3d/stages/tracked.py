@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
 from nuclei3d.experiment.provenance import md5_of_input
-from nuclei3d.experiment.runs import stage_run
+from nuclei3d.experiment.runs import METRICS_TAG, stage_run
+from nuclei3d.stages.pairing import some_of
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from nuclei3d.stages.prepare import PrepareResult
     from nuclei3d.stages.simulate import SimulateResult
     from nuclei3d.stages.track import TrackResult
+
+
+def predict_run_name(params: Params, inputs: Sequence[Path], model: str) -> str:
+    """Name the run of a prediction by embryos, model and mode."""
+    folders = (path if path.is_dir() else path.parent for path in inputs)
+    embryos = dict.fromkeys(f.parent.name if f.name in ("images", "labels") else f.name for f in folders)
+    return f"predict {some_of(list(embryos))} with {Path(model).name}, mode {params.predict.mode}"
 
 
 def simulate_tracked(params: Params, out: Path) -> SimulateResult:
@@ -32,7 +40,8 @@ def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = Fal
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
     from nuclei3d.stages.prepare import prepare
 
-    with stage_run("prepare", params, inputs={"data": data}) as run:
+    name = f"prepare {data.name} for {params.train.network}"
+    with stage_run("prepare", params, inputs={"data": data}, name=name) as run:
         result = prepare(params, data, out, strict=strict)
         summary = result.summary
         numbers = ("nucleus_diameter_um", "diameter_px", "voxel_um", "training_nuclei")
@@ -53,7 +62,7 @@ def predict_tracked(
     from nuclei3d.stages.predict import predict
 
     known = {"model": Path(model)} if Path(model).exists() else {}
-    with stage_run("predict", params, inputs=known) as run:
+    with stage_run("predict", params, inputs=known, name=predict_run_name(params, inputs, model)) as run:
         run.tags({"nuclei3d.model": model, "nuclei3d.out": str(out)})
         result = predict(params, inputs, model, out, overwrite=overwrite)
         if result.page is not None:
@@ -89,7 +98,15 @@ def evaluate_tracked(
     from nuclei3d.stages.evaluate import evaluate
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
-        result = evaluate(params, truth, pred, out, **options)
+        data = (origin or {}).get("data", truth)
+        made = {"Data": f"{data} (MD5 {md5_of_input(data)})"}
+        if run.run_id is not None:
+            made["Evaluation run"] = run.run_id
+        result = evaluate(params, truth, pred, out, made=made, **options)
+        embryos = list(result.metrics.get("by_embryo", {}))
+        model = result.metrics.get("model", {}).get("name") or options.get("method", "predictions")
+        told = f"evaluate {model} on {some_of(embryos)}, predicted with mode {params.predict.mode}"
+        run.tags({METRICS_TAG: md5_of_input(out / "metrics.json"), "mlflow.runName": told})
         run.metrics({f"test/{name}": value for name, value in result.scores.items()})
         for file in result.files:
             folder = file.relative_to(out).parent.as_posix()

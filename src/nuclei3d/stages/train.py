@@ -26,10 +26,11 @@ from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
     ModelInfo,
+    TrainingFrames,
+    info_beside,
     load_model,
     network_from_state,
     read_state,
-    require_model,
     save_model,
 )
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -42,6 +43,8 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
+from nuclei3d.stages.pairing import some_of
+from nuclei3d.stages.start_model import find_start_model, scale_of, trace_start
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
     from nuclei3d.experiment.runs import StageRun
 
 
-_NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device")
+_NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device", "fine_tune")
 """Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError)
 
@@ -71,6 +74,7 @@ class TrainResult:
     `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
     `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
     early, or is empty. `done_before`: the same training had been finished before; its model was kept.
+    `warnings` say how it differs from what its start model was trained with.
     """
 
     model: Path
@@ -80,6 +84,7 @@ class TrainResult:
     metrics: dict[str, float]
     run_id: str | None
     done_before: bool = False
+    warnings: Sequence[str] = ()
 
 
 def train(
@@ -145,7 +150,7 @@ def train(
     if not resume:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
-    with stage_run("train", params, inputs={"slices": slices}) as run:
+    with stage_run("train", params, inputs={"slices": slices}, name=_run_name(params, described)) as run:
         info = _describe_model(params, described, training.spec, run.run_id)
         _say_plan(training, params, device, described)
 
@@ -178,11 +183,31 @@ def train(
     say(
         f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
         + (f" ({outcome.stopped})" if outcome.stopped else "")
+        + ("" if outcome.epoch else ": no epoch was better than the model that this started from")
     )
-    result = TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
+    result = TrainResult(
+        out,
+        outcome.state.epoch,
+        outcome.epoch,
+        outcome.stopped,
+        metrics,
+        run.run_id,
+        warnings=training.warnings,
+    )
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
+
+
+def _run_name(params: Params, described: Slices) -> str:
+    """Name the MLflow run by what tells trainings apart."""
+    wanted = params.train
+    embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
+    start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
+    return (
+        f"train {wanted.name}{start} on {embryos}: {wanted.network}, {wanted.epochs} epochs, rate "
+        f"{wanted.learning_rate:g}, batch {wanted.batch_size}, seed {params.seed}"
+    )
 
 
 def _md5(cause: list[Any]) -> str:
@@ -191,11 +216,11 @@ def _md5(cause: list[Any]) -> str:
 
 def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str:
     """Digest everything that decides the model folder, thresholds included."""
-    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler"}
+    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler", "fine_tune"}
     sections = (params.data, params.normalization, params.train, params.calibrate, params.predict)
     chosen = [section.model_dump(mode="json", exclude=machine) for section in sections]
-    start = params.train.start_from
-    start_md5 = None if start is None or not Path(start).exists() else digest_of(Path(start))
+    start = find_start_model(params)
+    start_md5 = None if start is None else digest_of(start)
     source = data if data is not None else Path(str(described.summary.get("data", "")))
     data_md5 = digest_of(source) if source.is_dir() else None
     return _md5([__version__, chosen, params.seed, described.digest, start_md5, data_md5])
@@ -214,6 +239,7 @@ class Training:
     examples: Examples
     samples: SampleSet
     plan: str
+    warnings: Sequence[str] = ()
 
 
 def open_training(params: Params, described: Slices) -> Training:
@@ -226,7 +252,8 @@ def open_training(params: Params, described: Slices) -> Training:
             f"with --set train.network={described.network}"
         )
     spec = _volume_spec(params, described) if settings.network == "full3d" else None
-    network, digest = _start_network(params, spec)
+    start = find_start_model(params)
+    network, digest = _start_network(params, spec, start)
     samples = load_samples(described, "train", settings.memory_limit_gb)
     validation = load_samples(described, "validation", settings.memory_limit_gb)
     kind = "planes" if spec is None else "volumes"
@@ -253,20 +280,42 @@ def open_training(params: Params, described: Slices) -> Training:
         )
     examples = Examples(samples, validation, settings, grid, seed=params.seed)
     fingerprint = _fingerprint(params, described, digest)
-    return Training(network, fingerprint, spec, examples, samples, plan)
+    warnings = [] if start is None else _find_warnings(params, described, start, len(validation))
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return Training(network, fingerprint, spec, examples, samples, plan, warnings)
 
 
-def _start_network(params: Params, spec: VolumeSpec | None) -> tuple[nn.Module, str]:
+def _find_warnings(params: Params, described: Slices, start: Path, validation: int) -> list[str]:
+    """Say in what the training shows other images than the start model saw, and what cannot be judged."""
+    normalization = {f"normalization.{name}": value for name, value in _normalization(params, described)}
+    shown = {"train.diameter_px": params.train.diameter_px, **normalization}
+    warnings = [
+        f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must unlearn that; "
+        "'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
+        for name, value in scale_of(load_model(start)).items()
+        if name in shown and shown[name] != value
+    ]
+    if not validation:
+        warnings.append("no validation data: the last epoch is kept even if the start model is better")
+    return warnings
+
+
+def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
+    """Give what prepare normalised with, which params.yaml may no longer say."""
+    prepared: Mapping[str, Any] = described.summary.get("params", {}).get("normalization", {})
+    return list((params.normalization.model_dump() | dict(prepared)).items())
+
+
+def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
     settings = params.train
     network: nn.Module = (
         new_network(settings.diameter_px, params.seed)
         if spec is None
         else new_volume_network(spec, params.seed)
     )
-    if settings.start_from is None:
+    if path is None:
         return network, "scratch"
-    path = Path(settings.start_from)
-    require_model(path, "train.start_from")
     weights = load_model(path).path if path.is_dir() else path
     if spec is None:
         network = network_from_state(read_state(weights), where=str(weights))
@@ -386,7 +435,7 @@ class Checkpoints:
                 )
                 return None
             best: dict[str, Any] = {}
-            if saved["state"]["best_epoch"]:
+            if saved["state"]["best_score"] > -math.inf:
                 path = self._best(saved["state"]["best_epoch"])
                 best = torch.load(path, map_location="cpu", weights_only=True)
             return TrainingState.from_plain(saved["state"], best)
@@ -438,7 +487,7 @@ def _train_epochs(
             done = report.epoch
             say(_line(report, settings.epochs))
             run.metrics(report.metrics(), step=report.epoch)
-            if on_epoch is not None:
+            if on_epoch is not None and report.epoch:
                 on_epoch(report)
 
         try:
@@ -464,6 +513,8 @@ def _train_epochs(
 
 def _line(report: EpochReport, epochs: int) -> str:
     parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
+    if not report.epoch:
+        parts = [f"epoch 0/{epochs}: the model that this starts from"]
     if not math.isnan(report.validation_loss):
         parts.append(f"validation {report.validation_loss:.4f}")
     cosines = [report[f"validation_flow_cosine_{axis}"] for axis in "zyx"]
@@ -471,14 +522,16 @@ def _line(report: EpochReport, epochs: int) -> str:
         parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
     if not math.isnan(report.volume_ap):
         parts.append(f"AP in 3D {report.volume_ap:.3f}")
-    parts.append(f"{report['crops_per_second']:.1f} crops/s, {report['seconds']:.1f} s")
+    if report.epoch:
+        parts.append(f"{report['crops_per_second']:.1f} crops/s")
+    parts.append(f"{report['seconds']:.1f} s")
     return ", ".join(parts)
 
 
 def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
     history = outcome.state.history
-    metrics = history[outcome.epoch - 1].metrics() if 0 < outcome.epoch <= len(history) else {}
-    rates = [report["crops_per_second"] for report in history]
+    metrics = next((report.metrics() for report in history if report.epoch == outcome.epoch), {})
+    rates = [report["crops_per_second"] for report in history if report.epoch]
     if rates:
         metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
     return metrics
@@ -496,11 +549,7 @@ def _describe_model(
     origin = {name.removeprefix("nuclei3d."): value for name, value in tags.items()}
     if run_id is not None:
         origin["run_id"] = run_id
-    if params.train.start_from is not None:
-        origin["start_from"] = Path(params.train.start_from).name
-    # what prepare normalised with, which params.yaml may no longer say
-    prepared: Mapping[str, Any] = described.summary.get("params", {}).get("normalization", {})
-    normalization = params.normalization.model_dump() | dict(prepared)
+    origin |= trace_start(params)
     voxel = float(described.summary["voxel_um"])
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
@@ -512,8 +561,22 @@ def _describe_model(
         training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,
-        **normalization,
+        frames=_frames_seen(params, described),
+        **dict(_normalization(params, described)),
     )
+
+
+def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
+    """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
+    digests = described.summary.get("frame_digests")
+    if digests is None:
+        return None
+    frames = TrainingFrames.model_validate(digests)
+    start = find_start_model(params)
+    if start is None:
+        return frames
+    info = info_beside(start)
+    return frames.after(None if info is None else info.frames)
 
 
 def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.errors import InputError
@@ -32,8 +37,7 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
     block
         Wait until the window is closed.
     """
-    if importlib.util.find_spec("napari") is None:
-        raise InputError("nuclei3d view needs napari; install it with: pip install 'nuclei3d[view]'")
+    require_napari("view")
     entry, layers = choose_layers(image, masks, params.data.channel)
     given = params.data.voxel_size_um
     stated = first_voxel_size(entry, *(layer for _, layer in layers))
@@ -46,15 +50,45 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
             raise InputError(
                 f"{name} has shape {array.shape} and the image {volume.shape}; both must be equal"
             )
+    viewer = show(entry.key, entry.stem, volume, size, labels)
+    if block:
+        import napari
+
+        napari.run()
+    return viewer
+
+
+def require_napari(command: str, otherwise: str = "") -> None:
+    """Raise InputError if napari cannot open a window, with what else one can do."""
+    if any(importlib.util.find_spec(name) is None for name in ("napari", "qtpy")):
+        raise InputError(
+            f"nuclei3d {command} needs napari; install it with: pip install 'nuclei3d[view]'{otherwise}"
+        )
+    if sys.platform == "linux" and not any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
+    ):
+        # Qt would abort the process
+        raise InputError(
+            f"nuclei3d {command} needs a screen, and there is none (DISPLAY is not set); start it on a "
+            f"desktop or with ssh -X{otherwise}"
+        )
+
+
+def show(
+    title: str,
+    name: str,
+    volume: NDArray[Any],
+    size: VoxelSize,
+    labels: Sequence[tuple[str, NDArray[np.integer[Any]]]],
+) -> Any:
+    """Open napari with an image and labels on it, (Z, Y, X) each, in um; give its viewer."""
     import napari
 
-    viewer = napari.Viewer(title=f"nuclei3d: {entry.key}")
-    viewer.add_image(volume, name=entry.stem, scale=size.zyx)
-    for name, array in labels:
-        layer = viewer.add_labels(array, name=name, scale=size.zyx)
-        layer.contour = 1
-    if block:
-        napari.run()
+    viewer = napari.Viewer(title=f"nuclei3d: {title}")
+    viewer.add_image(volume, name=name, scale=size.zyx, units="um")
+    for label_name, array in labels:
+        viewer.add_labels(array, name=label_name, scale=size.zyx, units="um").contour = 1
+    viewer.scale_bar.visible = True
     return viewer
 
 

@@ -67,7 +67,7 @@ whole epoch, the network waited for crops.
 @dataclass(frozen=True)
 class EpochReport:
     """What one epoch, counted from 1, did: values by name (`METRICS`); what was not measured is absent or
-    nan.
+    nan. Epoch 0 is the model that the training starts from.
     """
 
     epoch: int
@@ -101,8 +101,8 @@ class EpochReport:
 class TrainingState:
     """Everything after an epoch that the next one depends on.
 
-    `learner` is as `Learner.state` gives it; `best` are the weights of the best epoch so far (0: none), whose
-    score is the larger, the better.
+    `learner` is as `Learner.state` gives it; `best` are the weights of the best epoch so far (empty: none),
+    whose score is the larger, the better.
     """
 
     learner: dict[str, Any]
@@ -114,7 +114,7 @@ class TrainingState:
     @property
     def epoch(self) -> int:
         """Number of epochs done."""
-        return len(self.history)
+        return self.history[-1].epoch if self.history else 0
 
     def as_plain(self) -> dict[str, Any]:
         """Give the state, without the best weights, as tensors, numbers, texts, lists and dictionaries."""
@@ -157,8 +157,9 @@ class TrainingOutcome:
 class Callbacks:
     """What happens around the loop; each may be left out.
 
-    After each epoch `save` is called with the state and whether it is the best so far, then `on_epoch` with
-    the report; the latter may raise `StopTraining`, or any exception, which ends the training.
+    After each epoch, epoch 0 (a start model as it is) too, `save` is called with the state and whether it is
+    the best so far, then `on_epoch` with the report; the latter may raise `StopTraining`, or any exception,
+    which ends the training.
     `validate_volumes` segments the validation volumes with a network and gives the average precision.
     `on_step` is called after each step with the loss, the number of crops and the learning rate.
     """
@@ -203,8 +204,10 @@ class _Loop:
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
         state = start or TrainingState({})
-        if state.epoch:
+        if state.history:
             self.learner.restore(state.learner)
+        elif self.params.start_from is not None:
+            state, _ = self._finish(state, EpochReport(0, {}), time.perf_counter())
         stopped = ""
         on_gpu = self.learner.arithmetic.device.type == "cuda"
         workers = self.params.workers or (_WORKERS_BESIDE_GPU if on_gpu else 1)
@@ -214,15 +217,9 @@ class _Loop:
                 stopped = self._why_stop(state)
                 if stopped:
                     break
-                state, is_best = self._epoch(state, batches)
-                if self.callbacks.save is not None:
-                    self.callbacks.save(state, is_best)
-                if self.callbacks.on_epoch is not None:
-                    try:
-                        self.callbacks.on_epoch(state.history[-1])
-                    except StopTraining as request:
-                        stopped = str(request) or "stopped on request"
-                        break
+                state, stopped = self._epoch(state, batches)
+                if stopped:
+                    break
         last = self.params.select == "last" or not state.best
         return TrainingOutcome(
             weights=self.learner.kept_weights() if last else state.best,
@@ -233,20 +230,24 @@ class _Loop:
 
     def _why_stop(self, state: TrainingState) -> str:
         patience = self.params.patience
-        losses = [_loss_of(report) for report in state.history]
+        losses = [loss for report in state.history if not math.isnan(loss := _loss_of(report))]
         if patience and losses and len(losses) - 1 - int(np.argmin(losses)) >= patience:
             return f"no better validation loss for {patience} epochs"
         return ""
 
-    def _epoch(self, state: TrainingState, batches: Iterator[Batch]) -> tuple[TrainingState, bool]:
+    def _epoch(self, state: TrainingState, batches: Iterator[Batch]) -> tuple[TrainingState, str]:
         began = time.perf_counter()
         report = self._train_epoch(state.epoch, batches)
-        first = state.history[0] if state.history else report
+        first = next((each for each in state.history if each.epoch), report)
         if report.train_loss > _DIVERGED_FACTOR * first.train_loss:
             raise DivergedError(
                 f"training diverged in epoch {report.epoch}: the loss is {report.train_loss:.3g}, in the "
                 f"first epoch it was {first.train_loss:.3g}; {_MEND}"
             )
+        return self._finish(state, report, began)
+
+    def _finish(self, state: TrainingState, report: EpochReport, began: float) -> tuple[TrainingState, str]:
+        """Judge the network after an epoch, note it; gives the new state and why to stop, if it was asked."""
         judged = self.learner.judged_network()
         more = self.examples.validate(judged, self.learner.arithmetic)
         every = self.params.validate_volumes_every
@@ -259,16 +260,21 @@ class _Loop:
         in_volumes = validate_volumes is not None and every > 0
         score = report.volume_ap if in_volumes else -_loss_of(report)
         is_best = score > state.best_score
-        return (
-            TrainingState(
-                learner=self.learner.state(),
-                history=(*state.history, report),
-                best_epoch=report.epoch if is_best else state.best_epoch,
-                best_score=score if is_best else state.best_score,
-                best=self.learner.kept_weights() if is_best else state.best,
-            ),
-            is_best,
+        state = TrainingState(
+            learner=self.learner.state(),
+            history=(*state.history, report),
+            best_epoch=report.epoch if is_best else state.best_epoch,
+            best_score=score if is_best else state.best_score,
+            best=self.learner.kept_weights() if is_best else state.best,
         )
+        if self.callbacks.save is not None:
+            self.callbacks.save(state, is_best)
+        if self.callbacks.on_epoch is not None:
+            try:
+                self.callbacks.on_epoch(report)
+            except StopTraining as request:
+                return state, str(request) or "stopped on request"
+        return state, ""
 
     def _train_epoch(self, epoch: int, batches: Iterator[Batch]) -> EpochReport:
         learner, crops = self.learner, self.examples.crops

@@ -63,10 +63,10 @@ def export(
 
     loaded = None
     if model is not None and set(wanted) & set(OF_MODELS):
-        from nuclei3d.experiment.registry import fetch_model, is_registered
+        from nuclei3d.experiment.registry import find_model
         from nuclei3d.networks.folder import load_model
 
-        loaded = load_model(fetch_model(model, params) if is_registered(model) else Path(model))
+        loaded = load_model(find_model(model, params))
     if loaded is not None and "cellpose" in wanted and loaded.info.kind != "views2d":
         raise InputError(
             f"the model '{loaded.info.name}' is a 3D network, which Cellpose cannot load; export it with "

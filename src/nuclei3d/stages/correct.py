@@ -1,0 +1,288 @@
+"""correct: masks in napari, most suspicious nuclei first, and corrections into the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+
+from nuclei3d.config import Params
+from nuclei3d.console import progress_bar, say
+from nuclei3d.errors import InputError
+from nuclei3d.images.frames import Frame, check_image, to_labels
+from nuclei3d.images.tiff import write_labels
+from nuclei3d.images.unknown import read_partial_labels
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.scoring.matching import overlap_table, relabel_sequential
+from nuclei3d.scoring.suspicion import Suspect, rank_nuclei
+from nuclei3d.stages.evaluate import read_scores
+from nuclei3d.stages.import_labels import ImportResult, NewLabels, label_target, list_frames, store_labels
+from nuclei3d.stages.pairing import Entry, find_label_entries, first_voxel_size
+from nuclei3d.stages.view import choose_layers, require_napari, show
+from nuclei3d.tracks.linking import link_nuclei
+from nuclei3d.tracks.nuclei import Nuclei, measure_frame
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A frame to correct: image and labels (Z, Y, X) as they were opened, and where they go.
+
+    Attributes
+    ----------
+    folder, frame
+        The embryo's folder in the data set, and the frame's name there.
+    source
+        Where the labels came from.
+    known
+        What earlier corrections looked at; None: all, or nothing is known of it.
+    score, growth, agreement
+        By label, as `rank_nuclei` takes them.
+    """
+
+    params: Params
+    folder: Path
+    frame: str
+    image: Frame
+    volume: NDArray[Any]
+    labels: NDArray[np.uint32]
+    voxel_size: VoxelSize
+    source: Path
+    known: NDArray[np.bool_] | None = None
+    score: Mapping[int, float] | None = None
+    growth: Mapping[int, float] | None = None
+    agreement: Mapping[int, float] | None = None
+
+    def rank(self, labels: NDArray[np.integer[Any]]) -> list[Suspect]:
+        """List the nuclei of labels, most suspicious first."""
+        return rank_nuclei(
+            labels, self.voxel_size, score=self.score, growth=self.growth, agreement=self.agreement
+        )
+
+    def save(
+        self, labels: NDArray[np.integer[Any]], seen: Collection[int], *, only_seen: bool
+    ) -> ImportResult:
+        """Store corrected labels in the data set.
+
+        With `only_seen` nothing counts as labelled but what `known_region` gives and earlier corrections
+        looked at; the other labels are kept in the file, for the next time. Errors as those of
+        `store_labels`, and if nothing was looked at.
+        """
+        unknown = None
+        if only_seen:
+            known = known_region(labels, self.labels, seen, self.voxel_size)
+            unknown = ~known if self.known is None else ~(known | self.known)
+            if unknown.all():
+                raise InputError("nothing was looked at yet: choose nuclei in the list, or save all")
+        new = NewLabels(
+            self.source,
+            self.image,
+            self.frame,
+            to_labels(labels, str(self.source)),
+            None if unknown is None or not unknown.any() else unknown,
+            self.voxel_size,
+        )
+        return store_labels(self.params, self.folder, [new], overwrite=True)
+
+
+def known_region(
+    labels: NDArray[np.integer[Any]],
+    opened: NDArray[np.integer[Any]],
+    seen: Collection[int],
+    voxel_size: VoxelSize,
+) -> NDArray[np.bool_]:
+    """Say what was looked at: nuclei that were seen, what was changed, and half a nucleus around these.
+
+    Parameters
+    ----------
+    labels, opened
+        (z, y, x), as they are now and as they were opened.
+    seen
+        Numbers of the nuclei that were looked at.
+
+    Around is what lies nearer to what was seen than to nuclei that were not; their own voxels do not count.
+    """
+    numbers = list(seen)
+    looked = np.isin(labels, numbers) & (labels > 0) | np.isin(opened, numbers) & (opened > 0)
+    looked |= labels != opened
+    others = (labels > 0) & ~looked
+    if not looked.any():
+        return looked
+    sizes = np.bincount(relabel_sequential(labels)[0].ravel())[1:]
+    volume_um3 = float(np.median(sizes)) * voxel_size.volume_um3 if len(sizes) else 0.0
+    radius_um = (volume_um3 * 3 / (4 * np.pi)) ** (1 / 3)
+    away = distance_transform_edt(~looked, sampling=voxel_size.zyx)
+    near = away <= radius_um
+    if others.any():
+        near &= away < distance_transform_edt(~others, sampling=voxel_size.zyx)
+    return np.asarray(near, np.bool_)
+
+
+def open_correction(
+    params: Params,
+    image: Path,
+    masks: Path | None = None,
+    model: str | None = None,
+    data: Path | None = None,
+    embryo: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> Correction:
+    """Read what is to be corrected; arguments as those of `correct`."""
+    entry, layers = choose_layers(image, [masks] if masks else [], params.data.channel)
+    folder, name = _place_of(entry, data, embryo)
+    there = list_frames(folder)
+    target = label_target(folder, name, there.get(name))
+    if masks is None and model is None:
+        if not target.exists():
+            raise InputError(
+                f"nothing to correct: {target} is not there; give --masks, or --model to make them"
+            )
+        layers = [("labels", find_label_entries(target)[0])]
+    own = bool(layers) and layers[0][1].frame.path.resolve() == target.resolve()
+    if target.exists() and not own and not overwrite:
+        raise InputError(
+            f"{target} is there already; go on with it (leave out --masks and --model), or replace it "
+            "(--overwrite)"
+        )
+    given = params.data.voxel_size_um
+    stated = first_voxel_size(entry, *(layer for _, layer in layers))
+    size = VoxelSize.of(given) if given is not None else stated or entry.frame.require_voxel_size()
+    volume = entry.frame.read()
+    check_image(volume, str(entry.frame.path))
+    predicted = None
+    if model is not None:
+        from nuclei3d.stages.predict import open_model
+
+        with progress_bar("segment", total=1) as bar:
+            predicted = open_model(params, model).model.segment(volume, size)
+            bar.advance(1)
+    if not layers:
+        assert predicted is not None
+        score = {nucleus.label: nucleus.score for nucleus in predicted.nuclei}
+        return Correction(
+            params, folder, name, entry.frame, volume, predicted.labels, size, entry.frame.path, score=score
+        )
+    (_, layer) = layers[0]
+    labels, known = _read(layer, params, with_known=own)
+    if labels.shape != volume.shape:
+        raise InputError(
+            f"{layer.frame.path} has the shape {labels.shape}, its image {entry.frame.path} {volume.shape}; "
+            "both must be equal"
+        )
+    agreement = None
+    if predicted is not None:
+        table = overlap_table(labels, predicted.labels)
+        agreement = dict(zip(table.true_labels.tolist(), table.best_true_iou.tolist(), strict=True))
+    return Correction(
+        params,
+        folder,
+        name,
+        entry.frame,
+        volume,
+        labels,
+        size,
+        layer.frame.path,
+        known,
+        read_scores(layer),
+        _growth(layer, labels, size, params),
+        agreement,
+    )
+
+
+def _place_of(entry: Entry, data: Path | None, embryo: str | None) -> tuple[Path, str]:
+    """Give the embryo's folder and the frame's name there: where the image lies, if in a data set."""
+    path = entry.frame.path
+    home = next((folder for folder in path.parents if folder.name == "images"), None)
+    if home is not None and data in (None, home.parent.parent) and embryo in (None, home.parent.name):
+        return home.parent, entry.frame.name
+    return (data or Path("data")) / (embryo or entry.embryo), entry.stem
+
+
+def _read(
+    layer: Entry, params: Params, *, with_known: bool
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
+    """Read labels with those that do not count, and, if asked for, what is known."""
+    stored, unknown = layer.frame.read(), params.data.unknown_label
+    labels = to_labels(np.where(stored == unknown, 0, stored), str(layer.frame.path))
+    if not with_known:
+        return labels, None
+    where = read_partial_labels(layer.frame, unknown)[1]
+    return labels, np.ones(labels.shape, bool) if where is None else ~where
+
+
+def _growth(
+    layer: Entry, labels: NDArray[np.uint32], size: VoxelSize, params: Params
+) -> dict[int, float] | None:
+    """Give the volume of each nucleus over that in the frame before, if one lies beside it."""
+    try:
+        beside = [each for each in find_label_entries(layer.frame.path.parent) if each.embryo == layer.embryo]
+        at = [(each.frame.path, each.frame.time) for each in beside].index(
+            (layer.frame.path, layer.frame.time)
+        )
+        before = _read(beside[at - 1], params, with_known=False)[0] if at else None
+    except (InputError, ValueError):
+        return None  # there is no time-lapse around it
+    if before is None or before.shape != labels.shape or not before.any():
+        return None
+    nuclei = Nuclei.joined([measure_frame(before, size, 0), measure_frame(labels, size, 1)])
+    tracks = link_nuclei(nuclei, params.tracks)
+    return {
+        int(nuclei.label[to]): float(nuclei.volume_um3[to] / nuclei.volume_um3[origin])
+        for origin, to in tracks.edges
+    }
+
+
+def correct(
+    params: Params,
+    image: Path,
+    masks: Path | None = None,
+    model: str | None = None,
+    data: Path | None = None,
+    embryo: str | None = None,
+    *,
+    overwrite: bool = False,
+    block: bool = True,
+) -> Any:
+    """Open a frame in napari to correct its masks; give the panel.
+
+    Parameters
+    ----------
+    image
+        A file, or a folder, of which the first volume that the masks know is taken.
+    masks
+        Label volume, or folder of them; if None what the data set has of the frame, or what the model finds.
+    model
+        Model folder, weights file, ``models:/name@alias`` or URL; nuclei on which it disagrees come first.
+    data, embryo
+        Where corrections go, if not to where the image lies; ``data`` and the name of its folder.
+    overwrite
+        Replace labels that the data set has of this frame by these.
+    block
+        Wait until the window is closed. What was not saved by then goes to ``unsaved/``.
+    """
+    require_napari(
+        "correct", "; or correct masks in Cellpose or Fiji and take them in with: nuclei3d import FILE"
+    )
+    correction = open_correction(params, image, masks, model, data, embryo, overwrite=overwrite)
+    from nuclei3d.stages.correction_panel import CorrectionPanel
+
+    title = f"{correction.folder.name}/{correction.frame}"
+    viewer = show(
+        title, "image", correction.volume, correction.voxel_size, [("nuclei", correction.labels.copy())]
+    )
+    panel = CorrectionPanel(viewer, correction)
+    viewer.window.add_dock_widget(panel, name="Correct nuclei", area="right")
+    if block:
+        import napari
+
+        napari.run()
+        if panel.unsaved:
+            rescued = Path("unsaved") / f"{correction.folder.name}_{correction.frame}_masks.ome.tif"
+            write_labels(rescued, panel.layer.data, correction.voxel_size)
+            say(f"closed without saving; the labels as they were: {rescued} (nuclei3d import takes them in)")
+    return panel
