@@ -68,6 +68,7 @@ def test_the_block_with_the_unsure_nucleus_comes_first(labels, logit, length, wh
 def test_foreground_without_a_candidate_is_worth_a_nucleus(labels):
     sure = measure(labels)
     assert sure.foreground.sum() == 0
+    assert sure.kept.tolist() == [False, True, True, True, True]
     assert sure.nuclei.sum() == pytest.approx(0, abs=0.02)
     lost = measure(labels, 2, length=0.0)
     assert lost.labels.max() == 3

@@ -101,6 +101,8 @@ def measure_uncertainty(flows: FlowField, settings: SegmentationSettings) -> Unc
     voxels = np.maximum(np.bincount(labels.ravel(), minlength=len(scores)), 1)
     wrong = 1 / (1 + np.exp(np.abs(scores - thresholds.score_threshold) / _SCORE_SCALE))
     wrong[0] = 0.0
+    kept = scores >= thresholds.score_threshold
+    kept[0] = False
     typical = np.pi / 6 * settings.nucleus_diameter_um**3 / flows.voxel_size.volume_um3
     lost = (flows.packed[..., LOGIT] > thresholds.cellprob_threshold * LOGIT_UNITS) & (labels == 0)
     return Uncertainty(
@@ -108,7 +110,7 @@ def measure_uncertainty(flows: FlowField, settings: SegmentationSettings) -> Unc
         lost / np.float32(typical),
         labels,
         wrong.astype(np.float32),
-        scores >= thresholds.score_threshold,
+        kept,
     )
 
 
@@ -190,7 +192,8 @@ def _describe(
 
 def cell_bounds(length: int, cells: int) -> NDArray[np.int64]:
     """Cut an axis into cells as equal as can be: the first voxel of each, and the end."""
-    return np.round(np.linspace(0, length, cells + 1)).astype(np.int64)
+    bounds: NDArray[np.int64] = np.round(np.linspace(0, length, cells + 1)).astype(np.int64)
+    return bounds
 
 
 def sum_cells(volume: NDArray[np.float32], cells: Sequence[int]) -> NDArray[np.float64]:

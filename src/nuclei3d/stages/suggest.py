@@ -298,9 +298,19 @@ def _suggestion(found: _Found) -> Suggestion:
         reasons.append("nothing in particular: elsewhere the model is surer, or blocks are chosen already")
     if found.unlike:
         reasons.append("the frame is unlike the training")
-    ends = [int(end) for part in block.box for end in (part.start, part.stop)]
+    z, y, x = block.box
     return Suggestion(
-        found.candidate.embryo, frame.name, *ends, round(block.uncertainty, 3), ", ".join(reasons), frame.path
+        found.candidate.embryo,
+        frame.name,
+        z0=z.start,
+        z1=z.stop,
+        y0=y.start,
+        y1=y.stop,
+        x0=x.start,
+        x1=x.stop,
+        uncertainty=round(block.uncertainty, 3),
+        reason=", ".join(reasons),
+        image=frame.path,
     )
 
 
@@ -324,12 +334,12 @@ def _write(
         labels, kept = _read_nuclei(each)
         box, frame = each.block.box, each.candidate.frame
         voxel_size = frame.require_voxel_size()
-        around = tuple(
-            slice(
-                max(0, part.start - (part.stop - part.start) // 4), part.stop + (part.stop - part.start) // 4
-            )
+        z, y, x = (
+            slice(max(0, part.start - margin), part.stop + margin)
             for part in box
+            for margin in [(part.stop - part.start) // 4]
         )
+        around = (z, y, x)
         title = f"{rank}. {each.candidate.name}\nuncertainty {each.block.uncertainty:.1f} nuclei"
         shown.append(
             ShownBlock(
