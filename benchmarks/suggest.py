@@ -294,7 +294,12 @@ def fine_tune(bench: Bench, folder: Path, start: Path, seed: int, crops: int) ->
             "tracking": params.tracking.model_copy(update={"enabled": False}),
         }
     )
-    train(params, prepare_once(params, data, folder / "slices"), folder / "model", data=data)
+    slices = prepare_once(params, data, folder / "slices")
+    # the scale at which the first model sees nuclei, whatever the size of those in the blocks
+    found_um = json.loads((slices / "summary.json").read_text())["nucleus_diameter_um"]
+    diameter_px = bench.settings.diameter_px * found_um / bench.settings.nucleus_diameter_um
+    settings = params.train.model_copy(update={"diameter_px": diameter_px})
+    train(params.model_copy(update={"train": settings}), slices, folder / "model", data=data)
     return folder / "model"
 
 
