@@ -44,7 +44,7 @@ _READ = frozenset(
     )
 )
 # Commands that show images to a model as its training showed them.
-_AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
+_AS_TRAINED = frozenset(("predict", "suggest", "assess", "calibrate", "serve"))
 # Commands that a start model (train.start_from) concerns.
 _MAY_START_FROM = frozenset(("prepare", "augment", "train", "search", "run"))
 # Options that set a parameter, like --set; they go last.
@@ -177,6 +177,15 @@ _OPTIONS: dict[str, Any] = {
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
     "predict.track": typer.Option("--track", help="Link the nuclei over time, too."),
+    "suggest.inputs": typer.Argument(
+        help="Labelled embryos, files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
+    ),
+    "suggest.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "suggest.count": typer.Option(help="Blocks wanted.", metavar="N"),
+    "suggest.out": typer.Option(help="Folder for the table and pictures.", metavar="DIR"),
+    "suggest.known": typer.Option(
+        "--known", help="Write masks of what is known once the blocks are labelled, too."
+    ),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -388,6 +397,21 @@ def predict(
     from nuclei3d.stages.tracked import predict_tracked
 
     return predict_tracked(params, inputs, model, out, overwrite=overwrite, link=track)
+
+
+@_command
+def suggest(
+    params: Params,
+    inputs: list[Path],
+    model: str,
+    count: int = 10,
+    out: Path | None = None,
+    known: bool = False,
+) -> Result:
+    """Say which blocks of which unlabelled frames to label next."""
+    from nuclei3d.stages.suggest import suggest
+
+    return suggest(params, inputs, model, out, count=count, known=known)
 
 
 @_command
