@@ -101,13 +101,11 @@ def _md5(content: bytes) -> str:
 
 
 def start(words: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, so that a kill takes its children too."""
+    """Start a command in a process group of its own, so that a kill takes its children too."""
     command = [sys.executable, "-m", "nuclei3d", *words.split()]
     log = (folder / "log.txt").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, start_new_session=True, stdout=log, stderr=log
-    )
+    return subprocess.Popen(command, cwd=folder, env=environment, process_group=0, stdout=log, stderr=log)
 
 
 def run_whole(words: str, folder: Path) -> float:
