@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,13 @@ class Crowd:
                 self.wrong[f"{deed.__name__}: {type(error).__name__}"] += 1
 
 
-def measure(process: psutil.Process, folder: Path) -> dict[str, float]:
+def measure(process: psutil.Process, folder: Path) -> dict[str, Any]:
+    kinds: Counter[str] = Counter()
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(OSError):
+            kinds[os.readlink(entry).partition(":")[0]] += 1
     return {
+        "kinds_of_open_files": dict(kinds),
         "open_files": process.num_fds(),
         "rss_mb": round(process.memory_info().rss / 1e6, 1),
         "temporary_files": sum(1 for item in folder.rglob("*") if item.is_file() and item.name != ".lock"),

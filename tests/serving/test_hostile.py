@@ -27,6 +27,7 @@ from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
 from nuclei3d.serve import _own_folder, is_loopback
 from nuclei3d.stages.serve import serve
+from nuclei3d.worker import WorkerDiedError
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -200,6 +201,24 @@ def test_a_worker_that_others_kill_costs_nobody_an_answer(
         running.wait_for(lambda: bool(answers))
         np.testing.assert_array_equal(labels_of(answers[0]), image > 100)
         running.wait_for(lambda: psutil.Process().num_fds() <= open_files + 4)
+
+
+def test_a_worker_that_dies_when_it_has_done_all_costs_nobody_an_answer(
+    serving: Serving, volume: str, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as running:
+        for worker in (running.service.reader, running.service.segmenter):
+            run, deaths = worker.run, [WorkerDiedError]
+
+            async def die_once(*asked: Any, run: Any = run, deaths: Any = deaths) -> Any:
+                answer = await run(*asked)
+                if deaths:
+                    raise deaths.pop()
+                return answer
+
+            monkeypatch.setattr(worker, "run", die_once)
+            np.testing.assert_array_equal(labels_of(running.post(records(volume))), image > 100)
+            assert not deaths
 
 
 def test_what_its_sender_left_is_killed(serving: Serving, volume: str) -> None:
