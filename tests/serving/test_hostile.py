@@ -301,6 +301,22 @@ def test_workers_end_with_a_service_that_is_killed() -> None:
     parent.stdout.close()
 
 
+def test_a_temporary_folder_with_too_long_a_name_for_sockets_is_told(tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    code = (
+        "from nuclei3d.worker import Worker; from nuclei3d.errors import MachineError\n"
+        "try: Worker('model', 'builtins:dict', memory_gb=1).start()\n"
+        "except MachineError as error: print(error)"
+    )
+    told = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env=os.environ | {"TMPDIR": str(long)}
+    )
+    assert (
+        told == "cannot start the process for the model: AF_UNIX path too long; set TMPDIR to a short path\n"
+    )
+
+
 def test_a_model_that_cannot_be_opened_again_is_not_ready(serving: Serving, volume: str) -> None:
     with serving(timeout_s=3.0) as running:
         running.service.segmenter.arguments = ("only one",)
