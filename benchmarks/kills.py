@@ -86,7 +86,7 @@ def digests_of(folder: Path) -> dict[str, str]:
             }
         elif path.name == "model.json":
             model = load_model(path.parent)
-            content = [model.info.mask_threshold, model.info.score_threshold, model.info.min_volume_um3]
+            content = model.info.model_dump(mode="json", exclude={"created", "lineage", "versions"})
             weights = model.network.state_dict()
             made[f"{name}:weights"] = _md5(
                 b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
@@ -100,11 +100,18 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
+def temporary_of(folder: Path) -> Path:
+    """Give the folder beside another one that takes the temporary files of its commands."""
+    temporary = folder.with_name(f"{folder.name}_tmp")
+    temporary.mkdir(exist_ok=True)
+    return temporary
+
+
 def start(words: str, folder: Path) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, so that a kill takes its children too."""
     command = [sys.executable, "-m", "nuclei3d", *words.split()]
     log = (folder / "log.txt").open("ab")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary_of(folder))}
     return subprocess.Popen(command, cwd=folder, env=environment, process_group=0, stdout=log, stderr=log)
 
 
@@ -183,7 +190,8 @@ def compare(name: str, scratch: Path, ready: Path, options: Any, draw: random.Ra
             say(f"{name}: differs in {', '.join(differing[:5])}")
         wrong += len(differing)
         leftovers += left_over(folder)
-        leftovers += [path.name for path in folder.rglob("*") if path.name.startswith((".tmp", "tmp"))]
+        leftovers += [path.name for path in folder.rglob("*") if ".partial-" in path.name]
+        leftovers += [path.name for path in temporary_of(folder).iterdir()]
         rounds += 1
         shutil.rmtree(folder)
     of = f"{kills} kills in {rounds} runs, {len(wanted)} results"
