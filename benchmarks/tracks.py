@@ -211,7 +211,7 @@ def score_seed(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, 
     found: dict[str, dict[str, TrackScores]] = {}
     for name, (nuclei, matches) in sources.items():
         linkers = {
-            "nuclei3d track": link_nuclei(nuclei, Params().tracks),
+            "nuclei3d track": link_nuclei(nuclei, load_params(None, arguments.set).tracks),
             "laptrack": laptrack(nuclei),
             "nearest neighbour": nearest_neighbours(nuclei),
         }
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--model", type=Path, help="link the masks that this model predicts, too")
     parser.add_argument("--orthogonal-step", type=int, default=1, help="predict every n-th xz and yz plane")
+    parser.add_argument("--set", nargs="+", default=[], metavar="tracks.NAME=VALUE", help="learnt values")
     parser.add_argument("--speed", action="store_true", help="time 500 frames of 200 nuclei instead")
     arguments = parser.parse_args()
     if arguments.speed:

@@ -40,11 +40,11 @@ app = typer.Typer(
 _READ = frozenset(
     (
         *("data", "slices", "inputs", "image", "masks", "truth", "pred", "tracks", "images", "history"),
-        *("metrics", "a", "b"),
+        *("metrics", "a", "b", "learn"),
     )
 )
 # Commands that show images to a model as its training showed them.
-_AS_TRAINED = frozenset(("predict", "assess", "calibrate", "serve"))
+_AS_TRAINED = frozenset(("predict", "suggest", "assess", "calibrate", "serve"))
 # Commands that a start model (train.start_from) concerns.
 _MAY_START_FROM = frozenset(("prepare", "augment", "train", "search", "run"))
 # Options that set a parameter, like --set; they go last.
@@ -176,6 +176,16 @@ _OPTIONS: dict[str, Any] = {
     "predict.memory": typer.Option(help="Cut volumes that need more than this into blocks.", metavar="GB"),
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
+    "predict.track": typer.Option("--track", help="Link the nuclei over time, too."),
+    "suggest.inputs": typer.Argument(
+        help="Labelled embryos, files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
+    ),
+    "suggest.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
+    "suggest.count": typer.Option(help="Blocks wanted.", metavar="N"),
+    "suggest.out": typer.Option(help="Folder for the table and pictures.", metavar="DIR"),
+    "suggest.known": typer.Option(
+        "--known", help="Write masks of what is known once the blocks are labelled, too."
+    ),
     "evaluate.truth": typer.Option(help="Folder of true labels.", metavar="DIR"),
     "evaluate.pred": typer.Option(help="Folder of predicted labels.", metavar="DIR"),
     "evaluate.images": typer.Option(help="Images, for contrast and baselines.", metavar="DIR"),
@@ -190,6 +200,10 @@ _OPTIONS: dict[str, Any] = {
     "track.same_numbers": typer.Option(
         "--same-numbers", help="Write masks that keep their numbers over time, too."
     ),
+    "track.learn": typer.Option(
+        help="True tracks of this time-lapse: choose the parameters on them.", metavar="DIR"
+    ),
+    "track.apply": typer.Option("--apply", help="Write what --learn chose into the parameter file."),
     "evaluate.model": typer.Option(
         help="Model that made the predictions: was it trained on these volumes?", metavar="DIR"
     ),
@@ -377,21 +391,53 @@ def predict(
     memory: float | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
+    track: bool = False,
 ) -> Result:
     """Segment volumes and time-lapses in 3D."""
     from nuclei3d.stages.tracked import predict_tracked
 
-    return predict_tracked(params, inputs, model, out, overwrite=overwrite)
+    return predict_tracked(params, inputs, model, out, overwrite=overwrite, link=track)
+
+
+@_command
+def suggest(
+    params: Params,
+    inputs: list[Path],
+    model: str,
+    count: int = 10,
+    out: Path | None = None,
+    known: bool = False,
+) -> Result:
+    """Say which blocks of which unlabelled frames to label next."""
+    from nuclei3d.stages.suggest import suggest
+
+    return suggest(params, inputs, model, out, count=count, known=known)
 
 
 @_command
 def track(
-    params: Params, masks: Path, out: Path, images: Path | None = None, same_numbers: bool = False
+    params: Params,
+    masks: Path,
+    out: Path,
+    images: Path | None = None,
+    same_numbers: bool = False,
+    learn: Path | None = None,
+    apply: bool = False,
+    params_file: Path | None = None,
 ) -> Result:
     """Link nuclei over time: tracks, divisions, lineages."""
     from nuclei3d.stages.tracked import track_tracked
 
-    return track_tracked(params, masks, out, images=images, same_numbers=same_numbers)
+    return track_tracked(
+        params,
+        masks,
+        out,
+        images=images,
+        same_numbers=same_numbers,
+        learn=learn,
+        apply=apply,
+        params_file=params_file,
+    )
 
 
 @_command

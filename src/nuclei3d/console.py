@@ -6,7 +6,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,3 +130,8 @@ def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
     )
     with Progress(*columns, console=_console) as progress:
         yield Bar(progress, progress.add_task(description, total=total, note=""))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Name the first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

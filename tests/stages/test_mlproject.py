@@ -64,7 +64,7 @@ def test_every_parameter_reaches_the_command_line(entry: str, tmp_path: Path) ->
     given["set"] = "train.epochs=7"
     parsed = parse(command_line(entry, tmp_path, **given))
     for name, value in given.items():
-        if name in ("force", "apply", "same_numbers"):
+        if name in ("force", "apply", "same_numbers", "track"):
             assert parsed[name] is True
         else:
             assert value in str(parsed), name

@@ -30,6 +30,7 @@ class Made:
     frames: tuple[Any, ...] = ()
     done_before: bool = False
     page: Path | None = None
+    tracks: Any = None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -70,16 +71,15 @@ class Stages:
             (out / "history.csv").write_text("epoch\n1\n")
         return Made(out)
 
-    def predict(
-        self, params: Params, inputs: list[Path], model: str, out: Path, *, overwrite: bool = False
-    ) -> Made:
+    def predict(self, params: Params, inputs: list[Path], model: str, out: Path, *, link: bool) -> Made:
+        assert link, "the job ends with a page of tracks"
         self._begin("predict")
         out.mkdir(parents=True, exist_ok=True)
         for path in inputs:
             (out / f"{path.stem}_masks.ome.tif").write_text((Path(model) / "nuclei_3d").read_text())
         page = out / "prediction.html"
         page.write_text("")
-        return Made(out, frames=(Made(out, done_before=True), Made(out)), page=page)
+        return Made(out, frames=(Made(out, done_before=True), Made(out)), page=page, tracks=None)
 
     def evaluate(self, params: Params, truth: Path, pred: Path, out: Path, **options: Any) -> Made:
         self._begin("evaluate")

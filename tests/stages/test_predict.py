@@ -104,6 +104,20 @@ def test_a_page_comes_after_the_frames_unless_it_is_switched_off(movie, oracle_m
     assert all(frame.done_before for frame in result.frames)
 
 
+def test_nuclei_are_linked_and_the_page_shows_it(movie, oracle_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = predict(Params(), [movie], str(oracle_model), out, link=True)
+    assert (result.tracks.frames, result.tracks.nuclei, result.tracks.tracks) == (3, 6, 3)
+    rows = rows_of(out / "tracks" / "tracks.csv")
+    assert sorted(int(row["frame"]) for row in rows if row["track"] == "1") == [0, 1, 2]
+    assert "lineages" in result.page.read_text().lower()
+    # frames of two films are no film
+    (movie / "t3.ome.tif").rename(movie / "other7.ome.tif")
+    mixed = predict(load_params(None, ["predict.report=false"]), [movie], str(oracle_model), out, link=True)
+    assert mixed.tracks is None
+    assert "warning: the nuclei are not linked over time" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", ["settings", "image", "masks", "emptied masks", "table", "overwrite"])
 def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
     predict(Params(), [movie], str(oracle_model), tmp_path / "out")

@@ -148,6 +148,19 @@ def test_without_tracks_there_are_no_scores_of_tracks(film: Path, tmp_path: Path
         evaluate(film_params(), film, film / "labels", tmp_path / "scores", tracks=tmp_path)
 
 
+def test_tracks_of_a_part_of_the_film_hinder_no_other_scores(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for time in range(2, 5):
+        labels = read_labels(film / f"labels/t{time:03d}.tif")
+        write_labels(tmp_path / f"masks/t{time:03d}_masks.ome.tif", labels, VoxelSize(2.0, 0.348, 0.348))
+    track(Params(), tmp_path / "masks", tmp_path / "masks/tracks")
+    metrics = evaluate(film_params(), film / "labels", tmp_path / "masks", tmp_path / "scores").metrics
+    assert "tracks" not in metrics
+    assert metrics["ap"]["0.50"] > 0
+    assert "tracks are not scored" in capsys.readouterr().err
+
+
 def test_scores_and_intensities_come_from_the_tables_of_predict(tmp_path: Path) -> None:
     for time in range(2):
         labels = np.zeros((6, 20, 20), np.uint16)
@@ -174,6 +187,16 @@ def test_a_gap_is_a_new_number_for_the_challenge_and_the_same_for_people(tmp_pat
     assert (tmp_path / "out/res_track.txt").read_text() == "1 0 1 0\n2 3 3 1\n"
     assert read_labels(tmp_path / "out/mask003.tif").max() == 2
     assert read_labels(tmp_path / "out/t3_masks.ome.tif").max() == 1
+
+
+def test_tracks_within_the_folder_of_the_masks_are_none_of_them(tmp_path: Path) -> None:
+    labels = np.zeros((6, 20, 20), np.uint16)
+    labels[2:4, 5:12, 5:12] = 1
+    for time in range(2):
+        write_labels(tmp_path / f"masks/t{time}_masks.ome.tif", labels, SIZE)
+    for _ in range(2):
+        result = track(Params(), tmp_path / "masks", tmp_path / "masks/tracks", same_numbers=True)
+        assert (result.frames, result.tracks) == (2, 1)
 
 
 def test_a_film_without_nuclei_has_no_tracks(tmp_path: Path) -> None:
@@ -230,3 +253,25 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path, text: str, w
     (tmp_path / "res_track.txt").write_text(text)
     with pytest.raises(InputError, match=words):
         read_tracks(tmp_path / "res_track.txt")
+
+
+def test_parameters_are_learnt_from_true_tracks(film: Path, tmp_path: Path) -> None:
+    from nuclei3d.config.loading import load_params
+
+    file = tmp_path / "params.yaml"
+    file.write_text("tracks:\n  max_step: 0.05  # far too short\n")
+    poor = load_params(file)
+    options = {"learn": film, "apply": True, "params_file": file}
+    result = track(poor, film / "labels", tmp_path / "out", images=film / "images", **options)
+    assert result.learnt["tracks.max_step"] > 0.05
+    assert load_params(file).tracks.max_step == result.learnt["tracks.max_step"]
+    assert "# far too short" in file.read_text()
+    scores = [
+        evaluate(film_params(), film, film / "labels", tmp_path / "scores", tracks=out).metrics["tracks"]
+        for out in (track(poor, film / "labels", tmp_path / "poor").out, result.out)
+    ]
+    assert scores[1]["lnk"] > scores[0]["lnk"]
+    with pytest.raises(InputError, match="0 files man_track"):
+        track(poor, film / "labels", tmp_path / "none", learn=film / "images")
+    with pytest.raises(InputError, match="--apply"):
+        track(poor, film / "labels", tmp_path / "none", apply=True, params_file=file)

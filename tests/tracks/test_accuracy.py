@@ -8,8 +8,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.stages.track_files import read_track_masks, read_tracks, track_masks
-from nuclei3d.tracks.accuracy import TrackScores, match_frame, score_tracks
-from nuclei3d.tracks.nuclei import Tracks, trace_lineages
+from nuclei3d.tracks.accuracy import FrameMatch, TrackScores, match_frame, score_tracks
+from nuclei3d.tracks.nuclei import Nuclei, Tracks, trace_lineages
 
 Film = list[NDArray[np.uint16]]
 
@@ -89,6 +89,25 @@ def test_a_late_division_counts_only_with_tolerance(tmp_path: Path) -> None:
     assert (exact.tra, exact.lnk, exact.division_f1, exact.division_f1_tolerant) == (1, 1, 1, 1)
 
 
+def test_what_learning_counts_is_what_traccuracy_counts(tmp_path: Path) -> None:
+    from nuclei3d.config.sections import TracksParams
+    from nuclei3d.images.voxel_size import VoxelSize
+    from nuclei3d.tracks.learning import KnownFilm
+    from nuclei3d.tracks.linking import link_nuclei
+    from nuclei3d.tracks.nuclei import measure_frame
+
+    true = read_tracks(write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE))
+    size = VoxelSize(1.0, 1.0, 1.0)
+    for film in (TRUE_FILM, FOUND_FILM):
+        nuclei = Nuclei.joined(measure_frame(labels, size, time) for time, labels in enumerate(film))
+        matches = [match_frame(a, b) for a, b in zip(TRUE_FILM, film, strict=True)]
+        for limit in (0.01, 20.0):
+            params = TracksParams(division_limit=limit, max_step=0.7, division_distance=3.0)
+            expected = score_tracks(true, link_nuclei(nuclei, params), matches)
+            counts = KnownFilm.of(nuclei, true, matches).count(params)
+            assert counts.division_f1 == expected.division_f1
+
+
 def test_no_tracks_at_all_score_zero(tmp_path: Path) -> None:
     true = write(tmp_path / "true", "man", TRUE_FILM, TRUE_TABLE)
     nothing = scores(true, write(tmp_path / "none", "res", [blocks()] * 4, []))
@@ -107,6 +126,20 @@ def test_a_mask_of_less_than_half_a_nucleus_is_a_miss_but_may_divide() -> None:
     small = np.where(np.arange(60) < 12, labels, 0)
     found = match_frame(labels, small)
     assert (found.majority, found.single) == ([], [(3, 3)])
+
+
+def test_a_division_between_two_false_ones_is_right_once_with_tolerance() -> None:
+    def tracks(labels: list[int], predecessor: list[int], frames: list[int]) -> Tracks:
+        rows = Nuclei.unmeasured(np.array(frames), np.array(labels))
+        return Tracks(rows, np.array(predecessor))
+
+    true = tracks([1, 1, 1, 2, 1, 2], [-1, 0, 1, 1, 2, 3], [0, 1, 2, 2, 3, 3])
+    found = tracks([1, 1, 2, 1, 2, 1, 2], [-1, 0, 0, 1, 2, 3, 3], [0, 1, 1, 2, 2, 3, 3])
+    same = [[(1, 1)], [(1, 1)], [(1, 1), (2, 2)], [(1, 1), (2, 2)]]
+    score = score_tracks(true, found, [FrameMatch(pairs, pairs) for pairs in same])
+    assert score.division_f1 == 0
+    # one of one true, one of two found
+    assert score.division_f1_tolerant == pytest.approx(2 / 3)
 
 
 def test_lineages_become_tracks() -> None:

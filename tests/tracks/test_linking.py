@@ -63,6 +63,15 @@ def test_a_nucleus_that_is_missing_for_two_frames_goes_on() -> None:
     assert origin(linked([here], [], [], [there], max_gap=1)[1], 3, 1) is None
 
 
+def test_what_is_seen_in_one_frame_only_is_marked() -> None:
+    here: Seen = (0.0, 0.0, 0.0, 1.0, 100.0)
+    flash: Seen = (0.0, 20.0, -20.0, 0.3, 100.0)
+    nuclei, tracks = linked([here, flash], [here], [here, flash], [here], [here, flash], max_gap=0)
+    marked = np.flatnonzero(tracks.seen_once)
+    # of the first and the last frame it is not known
+    assert [(nuclei.frame[row], nuclei.label[row]) for row in marked] == [(2, 2)]
+
+
 def test_what_jumps_further_than_a_step_is_another() -> None:
     _, tracks = linked([(0.0, 0.0, 0.0, 1.0, 100.0)], [(0.0, 9.5, 0.0, 1.0, 100.0)])
     assert origin(tracks, 1, 1) is None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.charts import OUTLINES, draw_ap, draw_bins
+from nuclei3d.report.projections import Box
 from nuclei3d.report.viewer import Arrays, ShownVolume
 from nuclei3d.views import VIEWS
 
@@ -171,3 +174,81 @@ def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
                 axis.contour(labels[0] == label, levels=[0.5], colors=OUTLINE, linewidths=0.7)
             axis.set_title(f"{info.embryo} {info.frame} {view} {info.index}", fontsize=7)
     _save(figure, out)
+
+
+@dataclass(frozen=True)
+class ShownBlock:
+    """A block of an image with what lies around it.
+
+    `image` and `labels` (z, y, x) are cut to the box `around`; labels that `kept` (by label) does not name
+    are candidates below the score threshold. `focus` is a plane along each axis; boxes and planes are counted
+    in voxels of the whole image.
+    """
+
+    title: str
+    image: NDArray[Any]
+    labels: NDArray[np.integer[Any]]
+    kept: NDArray[np.bool_]
+    voxel_size: VoxelSize
+    around: Box
+    box: Box
+    focus: tuple[int, int, int]
+
+
+def draw_blocks(blocks: Sequence[ShownBlock], out: Path, columns: int = 5) -> None:
+    """Draw blocks with outlines of nuclei in xy and, below, xz, into a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = max(1, min(columns, len(blocks)))
+    rows = max(1, -(-len(blocks) // columns))
+    figure = Figure(figsize=(2.6 * columns, 5.0 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(2 * rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for number, block in enumerate(blocks):
+        low, high = np.percentile(block.image, (1, 99.8))
+        row, column = divmod(number, columns)
+        for axis in (0, 1):
+            panel = panels[2 * row + axis, column]
+            down, across = (k for k in range(3) if k != axis)
+            at = block.focus[axis] - block.around[axis].start
+            plane = np.take(block.image, at, axis).astype(np.float32)
+            edges = block.voxel_size.zyx
+            panel.imshow(
+                np.sqrt(np.clip((plane - low) / max(high - low, 1e-12), 0, 1)),
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                aspect=edges[down] / edges[across],
+            )
+            _outline(panel, np.take(block.labels, at, axis), block.kept)
+            corner, sides = (
+                [of[k] for k in (across, down)]
+                for of in (
+                    [b.start - a.start - 0.5 for a, b in zip(block.around, block.box, strict=True)],
+                    [b.stop - b.start for b in block.box],
+                )
+            )
+            panel.add_patch(Rectangle((corner[0], corner[1]), sides[0], sides[1], fill=False, color="white"))
+            panel.set_title(
+                f"{block.title}\nplane z {block.focus[0]}" if axis == 0 else f"y {block.focus[1]}", fontsize=8
+            )
+    figure.suptitle(
+        "white: the block   orange: nuclei   pink dashed: candidates below the score threshold", fontsize=9
+    )
+    _save(figure, out)
+
+
+def _outline(panel: Axes, labels: NDArray[np.integer[Any]], kept: NDArray[np.bool_]) -> None:
+    """Draw the outlines of a plane's labels."""
+    for label in np.unique(labels[labels > 0]):
+        panel.contour(
+            np.arange(-1, labels.shape[1] + 1),
+            np.arange(-1, labels.shape[0] + 1),
+            np.pad(labels == label, 1).astype(float),
+            levels=[0.5],
+            colors=OUTLINE if kept[label] else OUTLINES["false"],
+            linewidths=0.9 if kept[label] else 1.6,
+            linestyles="solid" if kept[label] else "dashed",
+        )

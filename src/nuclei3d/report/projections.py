@@ -126,9 +126,10 @@ def silhouettes(grid: PictureGrid, coarse: NDArray[np.uint32], labels: Sequence[
 
 def _trace(silhouette: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Trace the longest outline of a silhouette as (n, 2) of y and x, the first pixel covering 0 to 1."""
-    from skimage.measure import approximate_polygon, find_contours
+    from cv2 import approxPolyDP
+    from skimage.measure import find_contours
 
     padded = np.pad(silhouette, 1).astype(np.float32)
     contours = find_contours(padded, 0.5, fully_connected="high")  # type: ignore[no-untyped-call]
-    outline = approximate_polygon(max(contours, key=len), _TOLERANCE_PX)  # type: ignore[no-untyped-call]
-    return np.asarray(outline[:-1] - 0.5)
+    longest = max(contours, key=len)[:-1].astype(np.float32)
+    return np.asarray(approxPolyDP(longest, _TOLERANCE_PX, closed=True)[:, 0] - 0.5, np.float64)

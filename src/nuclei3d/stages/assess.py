@@ -64,8 +64,8 @@ def assess(
     return evaluate_held_out(params, data, model, out, slices=slices)
 
 
-def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
-    """Predict the held-out frames; tell whether all of them had been done before.
+def predict_held_out(params: Params, data: Path, model: str, out: Path, *, link: bool = False) -> bool:
+    """Predict the held-out frames, link their nuclei if wanted; tell whether all had been done before.
 
     Frames that were done before with the same model are kept; masks of frames that are no longer held out
     are removed, for the evaluation would take them in.
@@ -78,7 +78,8 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path) -> bool:
     images = [path for paths in frames.values() for path in paths]
     with stage_run("predict", params, inputs=inputs, name=predict_run_name(params, images, model)):
         results = [
-            predict_tracked(params, paths, model, predictions / embryo) for embryo, paths in frames.items()
+            predict_tracked(params, paths, model, predictions / embryo, link=link)
+            for embryo, paths in frames.items()
         ]
     _keep_only(frames, predictions)
     return all(frame.done_before for result in results for frame in result.frames)

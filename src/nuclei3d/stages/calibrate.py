@@ -19,7 +19,7 @@ from nuclei3d.scoring.matching import leave_out_unknown, match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
 from nuclei3d.segmentation.thresholds import LabelledFlow, Thresholds, choose_thresholds
-from nuclei3d.stages.diameters import read_to_scale, spread_evenly
+from nuclei3d.stages.labelled_frames import read_to_scale, spread_evenly
 from nuclei3d.stages.training_data import Slices
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.config import Params
-from nuclei3d.console import say
+from nuclei3d.console import say, some_of
 from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, PairedDifference
@@ -25,7 +25,6 @@ from nuclei3d.scoring.comparison import (
 )
 from nuclei3d.scoring.metrics import number_or_none, parse_metrics
 from nuclei3d.stages.assess import START_MODEL
-from nuclei3d.stages.pairing import some_of
 
 _NUMBERS = ("a", "b", "difference", "low", "high")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import say
+from nuclei3d.console import say, some_of
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
@@ -47,7 +47,7 @@ from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
-from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes, some_of
+from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 from nuclei3d.stages.track_scores import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
-from nuclei3d.console import warn
+from nuclei3d.console import some_of, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import block_of
 from nuclei3d.images.frames import (
@@ -478,11 +478,6 @@ def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], entry: Entry
             f"{' x '.join(map(str, expected))}; both must lie on the same grid, so write the prediction at "
             "the resolution of the labels"
         )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """Name the first three, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _examples(entries: Sequence[Entry]) -> str:

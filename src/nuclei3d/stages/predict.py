@@ -41,6 +41,7 @@ from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
+    from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
@@ -72,10 +73,18 @@ class PredictResult:
     page: Path | None = None
     series: tuple[Path, ...] = ()
     """Masks of whole time-lapses."""
+    tracks: TrackResult | None = None
+    """Their nuclei linked over time, if that was wanted."""
 
 
 def predict(
-    params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
+    params: Params,
+    inputs: Sequence[Path],
+    model: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    link: bool = False,
 ) -> PredictResult:
     """Segment volumes.
 
@@ -95,6 +104,9 @@ def predict(
         in one file too (`nuclei3d.stages.time_lapse`) and, at last, ``prediction.html``.
     overwrite
         Segment again what was done before.
+    link
+        Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
+        ``<out>/tracks``.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -157,6 +169,7 @@ def predict(
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
     if series:
         say(f"as time-lapses: {', '.join(map(str, series))}")
+    tracks = _link(params, out) if link and len(done) > 1 else None
     page = None
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
@@ -164,7 +177,19 @@ def predict(
         told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in warned]
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
-    return PredictResult(out, model, tuple(done), page, tuple(series))
+    return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
+
+
+def _link(params: Params, out: Path) -> TrackResult | None:
+    """Link the nuclei of what lies in a folder of masks; they stay, whatever hinders that."""
+    from nuclei3d.stages.predict_page import TRACKS_FILE
+    from nuclei3d.stages.track import track
+
+    try:
+        return track(params, out, out / TRACKS_FILE.parent)
+    except InputError as error:
+        say(f"warning: the nuclei are not linked over time: {error}")
+        return None
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.scoring.plausibility import LabelFault
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.check import describe_faults, find_volume_faults
-from nuclei3d.stages.diameters import measure_embryos
+from nuclei3d.stages.labelled_frames import measure_embryos
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,

@@ -50,7 +50,7 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     with stage_run("pipeline", params, inputs={"data": data}, name=name, job=_job(params, data, out)) as run:
         prepare_tracked(params, data, slices)
         trained = train(params, slices, model, data=data)
-        predicted_before = predict_held_out(params, data, str(model), out)
+        predicted_before = predict_held_out(params, data, str(model), out, link=True)
         evaluated = evaluate_held_out(params, data, str(model), out, slices=slices)
         registered = None
         if params.tracking.enabled:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.config.loading import write_values
+from nuclei3d.config.sections import TracksParams
+from nuclei3d.console import progress_bar, say, some_of
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import check_image
@@ -25,17 +28,22 @@ from nuclei3d.stages.pairing import (
     find_label_entries,
     first_voxel_size,
     pair_entries,
-    some_of,
 )
 from nuclei3d.stages.track_files import (
     RESULT,
+    find_table,
     mask_name,
+    read_track_masks,
+    read_tracks,
     renumber,
+    track_masks,
     write_geff,
     write_napari,
     write_nuclei_table,
     write_track_table,
 )
+from nuclei3d.tracks.accuracy import match_frame
+from nuclei3d.tracks.learning import TRIALS, KnownFilm, learn_tracks
 from nuclei3d.tracks.linking import link_nuclei
 from nuclei3d.tracks.nuclei import Floats, Nuclei, measure_frame
 
@@ -49,10 +57,21 @@ class TrackResult:
     nuclei: int
     tracks: int
     divisions: int
+    seen_once: int
+    learnt: dict[str, Any] = field(default_factory=dict)
+    """Parameters that were chosen on true tracks, where these are others than were given."""
 
 
 def track(
-    params: Params, masks: Path, out: Path, *, images: Path | None = None, same_numbers: bool = False
+    params: Params,
+    masks: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    same_numbers: bool = False,
+    learn: Path | None = None,
+    apply: bool = False,
+    params_file: Path | None = None,
 ) -> TrackResult:
     """Link the nuclei of one embryo's time-lapse.
 
@@ -70,9 +89,20 @@ def track(
         writes beside the masks, where there is one.
     same_numbers
         Write ``<stem>_masks.ome.tif`` too, in which a nucleus has one number over time, gaps included.
+    learn
+        Folder with the true tracks of this time-lapse (man_track.txt and its masks): the parameters that do
+        best on them are chosen, said, and used.
+    apply, params_file
+        Write the chosen parameters into this file.
     """
+    if apply and (learn is None or params_file is None or not params_file.is_file()):
+        raise InputError(
+            "--apply writes what --learn DIR chose into params.yaml; give both, or --params FILE"
+        )
     refuse_foreign_folder(out, RESULT, "tracking")
-    entries = find_label_entries(masks)
+    target = out.resolve()
+    # tracks may lie in the folder of the masks, and hold masks of their own
+    entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
     embryos = list(dict.fromkeys(entry.embryo for entry in entries))
     if len(embryos) > 1:
         raise InputError(
@@ -88,7 +118,10 @@ def track(
         return _measure(entries[frame], seen[frame], size, frame)
 
     nuclei = Nuclei.joined(_work("measure", measure, len(entries)))
-    tracks = link_nuclei(nuclei, params.tracks)
+    settings = params.tracks
+    if learn is not None:
+        settings = _learn(settings, entries, nuclei, learn)
+    tracks = link_nuclei(nuclei, settings)
     numbered, pieces = tracks.numbered(), tracks.numbered(split_gaps=True)
     rows = np.searchsorted(nuclei.frame, np.arange(len(entries) + 1))
     with whole_folder(out) as folder:
@@ -105,12 +138,48 @@ def track(
         _work("write masks", write, len(entries))
         write_track_table(folder / RESULT, nuclei, pieces)
         write_geff(folder / "tracks.geff", tracks, numbered)
-        write_nuclei_table(folder / "tracks.csv", nuclei, numbered)
+        write_nuclei_table(folder / "tracks.csv", tracks, numbered)
         write_napari(folder / "napari_tracks.csv", nuclei, numbered)
-    result = TrackResult(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions))
-    found = f"{result.tracks} tracks, {result.divisions} divisions"
+    result = TrackResult(
+        *(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions)),
+        seen_once=int(tracks.seen_once.sum()),
+        learnt=_changed(params.tracks, settings),
+    )
+    found = f"{result.tracks} tracks, {result.divisions} divisions, {result.seen_once} nuclei seen once only"
     say(f"{result.nuclei} nuclei in {result.frames} frames: {found}: {out}")
+    if apply and params_file is not None and result.learnt:
+        write_values(params_file, result.learnt)
+        say(f"written into {params_file}")
     return result
+
+
+def _learn(params: TracksParams, entries: Sequence[Entry], nuclei: Nuclei, truth: Path) -> TracksParams:
+    """Choose the parameters with which these nuclei are linked most like the true ones."""
+    table = find_table(truth)
+    true, paths = read_tracks(table), track_masks(table)
+    if len(paths) != len(entries):
+        raise InputError(f"{table.parent} has {len(paths)} frames, the masks have {len(entries)}")
+    matches = []
+    for own, labels in zip(entries, read_track_masks(paths, true), strict=True):
+        masks = own.read_labels()
+        if masks.shape != labels.shape:
+            raise InputError(f"{own.frame.path} and the masks of {table.parent} differ in shape")
+        matches.append(match_frame(labels, masks))
+    film = KnownFilm.of(nuclei, true, matches)
+    before = film.count(params)
+    with progress_bar("learn", total=TRIALS) as bar:
+        learnt, after = learn_tracks([film], params, bar.advance)
+    say(
+        f"learnt from {table}: F1 of links {before.link_f1:.3f} -> {after.link_f1:.3f}, of "
+        f"{len(true.divisions)} divisions {before.division_f1:.3f} -> {after.division_f1:.3f}"
+    )
+    for name, value in _changed(params, learnt).items():
+        say(f"  {name}={value}")
+    return learnt
+
+
+def _changed(before: TracksParams, after: TracksParams) -> dict[str, Any]:
+    return {f"tracks.{name}": value for name, value in after if value != getattr(before, name)}
 
 
 def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) -> list[Entry | None]:

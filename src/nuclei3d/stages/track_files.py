@@ -21,6 +21,7 @@ from nuclei3d.tracks.nuclei import Integers, Nuclei, NumberedTracks, Tracks
 RESULT, TRUTH = "res_track.txt", "man_track.txt"
 COLUMNS = (
     "track", "parent", "frame", "label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score",
+    "seen_once",
 )  # fmt: skip
 _MASKS = {RESULT: "mask", TRUTH: "man_track"}
 
@@ -72,6 +73,16 @@ def read_tracks(path: Path) -> Tracks:
     return Tracks(Nuclei.unmeasured(frames, labels), predecessor)
 
 
+def find_table(folder: Path) -> Path:
+    """Find the one table of true tracks at or below a folder."""
+    found = sorted(folder.rglob(TRUTH))
+    if len(found) != 1:
+        raise InputError(
+            f"{folder} holds {len(found)} files {TRUTH}; give a folder of one embryo's true tracks"
+        )
+    return found[0]
+
+
 def track_masks(table: Path) -> list[Path]:
     """List the masks beside a table of tracks, in the order of the frames."""
     pattern = re.compile(rf"{_MASKS[table.name]}\d+\.tiff?", re.IGNORECASE)
@@ -107,8 +118,12 @@ def renumber(labels: NDArray[np.uint32], old: Integers, new: Integers) -> NDArra
     return np.asarray(table[labels])
 
 
-def write_nuclei_table(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:
-    """Write one row a nucleus: track by track, each by its frames; what is not known is an empty cell."""
+def write_nuclei_table(path: Path, tracks: Tracks, numbered: NumberedTracks) -> None:
+    """Write one row a nucleus: track by track, each by its frames; what is not known is an empty cell.
+
+    ``seen_once`` is 1 where no frame before or behind has the nucleus: often debris or a piece of another.
+    """
+    nuclei, once = tracks.nuclei, tracks.seen_once
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -121,7 +136,8 @@ def write_nuclei_table(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> 
                 nuclei.score[row],
             )
             numbers = (track, numbered.parent[track], nuclei.frame[row], nuclei.label[row])
-            writer.writerow([*numbers, *("" if math.isnan(value) else f"{value:.6g}" for value in values)])
+            cells = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
+            writer.writerow([*numbers, *cells, int(once[row])])
 
 
 def write_napari(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:

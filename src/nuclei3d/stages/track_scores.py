@@ -38,7 +38,14 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
             f"no tracks of {found} have the name of an embryo with true tracks: found {', '.join(pred)} and "
             f"{', '.join(true)}"
         )
-    embryos = {name: _score(true[name], pred[other]) for name, other in names}
+    try:
+        embryos = {name: _score(true[name], pred[other]) for name, other in names}
+    except InputError as error:
+        # tracks of a part of a film, as of held-out frames, do not hinder other scores
+        if required:
+            raise
+        say(f"warning: tracks are not scored: {error}")
+        return None
     whole: dict[str, Any] = {}
     for key in next(iter(embryos.values())):
         values = [scores[key] for scores in embryos.values() if scores[key] is not None]

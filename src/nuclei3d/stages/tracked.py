@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuclei3d.config import Params
+from nuclei3d.console import some_of
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, stage_run
-from nuclei3d.stages.pairing import some_of
 
 if TYPE_CHECKING:
     from nuclei3d.stages.evaluate import EvaluateResult
@@ -56,7 +56,7 @@ def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = Fal
 
 
 def predict_tracked(
-    params: Params, inputs: Sequence[Path], model: str, out: Path, *, overwrite: bool = False
+    params: Params, inputs: Sequence[Path], model: str, out: Path, **options: Any
 ) -> PredictResult:
     """Segment volumes; see `nuclei3d.stages.predict.predict`. The page becomes an artifact."""
     from nuclei3d.stages.predict import predict
@@ -64,7 +64,9 @@ def predict_tracked(
     known = {"model": Path(model)} if Path(model).exists() else {}
     with stage_run("predict", params, inputs=known, name=predict_run_name(params, inputs, model)) as run:
         run.tags({"nuclei3d.model": model, "nuclei3d.out": str(out)})
-        result = predict(params, inputs, model, out, overwrite=overwrite)
+        result = predict(params, inputs, model, out, **options)
+        if result.tracks is not None:
+            run.metrics(_track_counts(result.tracks))
         if result.page is not None:
             run.artifact(result.page, out.name)
         return result
@@ -76,10 +78,15 @@ def track_tracked(params: Params, masks: Path, out: Path, **options: Any) -> Tra
 
     with stage_run("track", params, inputs={"masks": masks}) as run:
         result = track(params, masks, out, **options)
-        run.metrics({name: getattr(result, name) for name in ("frames", "nuclei", "tracks", "divisions")})
+        run.tags({f"nuclei3d.learnt.{name}": str(value) for name, value in result.learnt.items()})
+        run.metrics(_track_counts(result))
         for name in ("res_track.txt", "tracks.csv"):
             run.artifact(out / name)
     return result
+
+
+def _track_counts(result: TrackResult) -> dict[str, float]:
+    return {name: getattr(result, name) for name in ("frames", "nuclei", "tracks", "divisions", "seen_once")}
 
 
 def evaluate_tracked(

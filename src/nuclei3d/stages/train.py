@@ -20,7 +20,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, some_of
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -43,7 +43,6 @@ from nuclei3d.networks.unet3d import (
     same_architecture,
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
-from nuclei3d.stages.pairing import some_of
 from nuclei3d.stages.start_model import find_start_model, scale_of, trace_start
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid

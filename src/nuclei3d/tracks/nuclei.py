@@ -121,6 +121,14 @@ class Tracks:
         count = np.bincount(self.predecessor[self.predecessor >= 0], minlength=len(self.nuclei))
         return np.flatnonzero(count > 1).astype(np.int64)
 
+    @property
+    def seen_once(self) -> NDArray[np.bool_]:
+        """Tell of each nucleus whether it is linked to none, though frames lie before and behind it."""
+        alone = self.predecessor < 0
+        alone[self.edges[:, 0]] = False
+        frame = self.nuclei.frame
+        return np.asarray(alone & (frame > 0) & (frame < self.nuclei.n_frames - 1))
+
     def numbered(self, *, split_gaps: bool = False) -> NumberedTracks:
         """Number the tracks 1..n by their first row.
 

@@ -81,7 +81,7 @@ def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
     """List the validation frames that are segmented: all, or `search.volumes` of them, spread evenly."""
     from nuclei3d.images.embryos import find_embryos, split_embryos
-    from nuclei3d.stages.diameters import spread_evenly
+    from nuclei3d.stages.labelled_frames import spread_evenly
 
     if not data.is_dir():
         raise missing(
@@ -100,7 +100,7 @@ def assess_model(params: Params, model: Path, frames: Sequence[EmbryoFrame]) -> 
     from nuclei3d.scoring.assessment import assess_volume
     from nuclei3d.segmentation.segmenter import Segmenter
     from nuclei3d.stages.calibrate import common_diameter_um
-    from nuclei3d.stages.diameters import read_to_scale
+    from nuclei3d.stages.labelled_frames import read_to_scale
 
     predict = params.predict.of_one_network()
     if params.search.objective == "faint_recall":
