@@ -46,6 +46,8 @@ PARAMS: dict[str, Any] = {
         "diameter_px": 12,
         "device": "cpu",
     },
+    # after so short a training, these find nuclei to compare
+    "predict": {"cellprob_threshold": -1.0, "min_volume_um3": 0.0},
     "evaluate": {"bootstrap": 50},
     "search": {"heartbeat_s": 1, "grace_s": 4, "max_retries": 50},
 }
