@@ -63,7 +63,10 @@ COMMANDS = {
 NEEDS = {"train": ("prepare",), "predict": ("prepare", "train"), "search": ("prepare",)}
 #: What may differ: seconds, and the words of the machine and the run.
 TIMES = frozenset(
-    ("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "run_id", "attempts")
+    (
+        *("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "run_id", "attempts"),
+        *("created", "lineage", "versions", "provenance"),
+    )
 )
 
 
@@ -83,12 +86,10 @@ def digests_of(folder: Path) -> dict[str, str]:
             with path.open(newline="") as file:
                 content = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
         elif path.name == "metrics.json":
-            content = {
-                k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES | {"provenance"}
-            }
+            made |= _by_key(name, json.loads(path.read_text()))
         elif path.name == "model.json":
             model = load_model(path.parent)
-            content = model.info.model_dump(mode="json", exclude={"created", "lineage", "versions"})
+            made |= _by_key(name, model.info.model_dump(mode="json"))
             weights = model.network.state_dict()
             made[f"{name}:weights"] = _md5(
                 b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
@@ -96,6 +97,17 @@ def digests_of(folder: Path) -> dict[str, str]:
         if content is not None:
             made[name] = _md5(content if isinstance(content, bytes) else repr(content).encode())
     return made
+
+
+def _by_key(name: str, tree: dict[str, Any]) -> dict[str, str]:
+    """Digest the entries of a JSON object one by one, so that a difference has a name."""
+
+    def timeless(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
+
+    return {f"{name}:{key}": _md5(repr(value).encode()) for key, value in timeless(tree).items()}
 
 
 def _md5(content: bytes) -> str:
