@@ -46,6 +46,8 @@ PARAMS: dict[str, Any] = {
         "diameter_px": 12,
         "device": "cpu",
     },
+    # after so short a training, these find nuclei to compare
+    "predict": {"cellprob_threshold": -1.0, "min_volume_um3": 0.0},
     "evaluate": {"bootstrap": 50},
     "search": {"heartbeat_s": 1, "grace_s": 4, "max_retries": 50},
 }
@@ -61,7 +63,10 @@ COMMANDS = {
 NEEDS = {"train": ("prepare",), "predict": ("prepare", "train"), "search": ("prepare",)}
 #: What may differ: seconds, and the words of the machine and the run.
 TIMES = frozenset(
-    ("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "run_id", "attempts")
+    (
+        *("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "run_id", "attempts"),
+        *("created", "lineage", "versions", "provenance"),
+    )
 )
 
 
@@ -81,12 +86,10 @@ def digests_of(folder: Path) -> dict[str, str]:
             with path.open(newline="") as file:
                 content = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
         elif path.name == "metrics.json":
-            content = {
-                k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES | {"provenance"}
-            }
+            made |= _by_key(name, json.loads(path.read_text()))
         elif path.name == "model.json":
             model = load_model(path.parent)
-            content = [model.info.mask_threshold, model.info.score_threshold, model.info.min_volume_um3]
+            made |= _by_key(name, model.info.model_dump(mode="json"))
             weights = model.network.state_dict()
             made[f"{name}:weights"] = _md5(
                 b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
@@ -96,18 +99,34 @@ def digests_of(folder: Path) -> dict[str, str]:
     return made
 
 
+def _by_key(name: str, tree: dict[str, Any]) -> dict[str, str]:
+    """Digest the entries of a JSON object one by one, so that a difference has a name."""
+
+    def timeless(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
+
+    return {f"{name}:{key}": _md5(repr(value).encode()) for key, value in timeless(tree).items()}
+
+
 def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
+def temporary_of(folder: Path) -> Path:
+    """Give the folder beside another one that takes the temporary files of its commands."""
+    temporary = folder.with_name(f"{folder.name}_tmp")
+    temporary.mkdir(exist_ok=True)
+    return temporary
+
+
 def start(words: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, so that a kill takes its children too."""
+    """Start a command in a process group of its own, so that a kill takes its children too."""
     command = [sys.executable, "-m", "nuclei3d", *words.split()]
     log = (folder / "log.txt").open("ab")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, start_new_session=True, stdout=log, stderr=log
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary_of(folder))}
+    return subprocess.Popen(command, cwd=folder, env=environment, process_group=0, stdout=log, stderr=log)
 
 
 def run_whole(words: str, folder: Path) -> float:
@@ -185,7 +204,8 @@ def compare(name: str, scratch: Path, ready: Path, options: Any, draw: random.Ra
             say(f"{name}: differs in {', '.join(differing[:5])}")
         wrong += len(differing)
         leftovers += left_over(folder)
-        leftovers += [path.name for path in folder.rglob("*") if path.name.startswith((".tmp", "tmp"))]
+        leftovers += [path.name for path in folder.rglob("*") if ".partial-" in path.name]
+        leftovers += [path.name for path in temporary_of(folder).iterdir()]
         rounds += 1
         shutil.rmtree(folder)
     of = f"{kills} kills in {rounds} runs, {len(wanted)} results"

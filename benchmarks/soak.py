@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Crowd:
         self.answers[f"{kind} {response.status_code}"] += 1
         if response.status_code == BUSY and "Retry-After" in response.headers:
             # overload, rightly told, is no fault
-            time.sleep(0.1)
+            time.sleep(float(response.headers["Retry-After"]))
         elif response.status_code not in right:
             self.wrong[f"{kind}: {response.status_code} {response.text[:100]}"] += 1
         return response
@@ -160,15 +161,20 @@ class Crowd:
         rng = np.random.default_rng(number)
         deeds: list[Callable[[np.random.Generator], None]] = [self.ask_well, self.ask_badly, self.leave]
         while time.monotonic() < end:
-            deed = deeds[rng.choice(3, p=[0.4, 0.45, 0.15])]
+            deed = deeds[rng.choice(3, p=[0.75, 0.23, 0.02])]
             try:
                 deed(rng)
             except OSError as error:
                 self.wrong[f"{deed.__name__}: {type(error).__name__}"] += 1
 
 
-def measure(process: psutil.Process, folder: Path) -> dict[str, float]:
+def measure(process: psutil.Process, folder: Path) -> dict[str, Any]:
+    kinds: Counter[str] = Counter()
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(OSError):
+            kinds[os.readlink(entry).partition(":")[0]] += 1
     return {
+        "kinds_of_open_files": dict(kinds),
         "open_files": process.num_fds(),
         "rss_mb": round(process.memory_info().rss / 1e6, 1),
         "temporary_files": sum(1 for item in folder.rglob("*") if item.is_file() and item.name != ".lock"),
@@ -179,16 +185,17 @@ def soak_service(
     model: Path, clients: int, seconds: float, kill_every_s: float, folder: Path
 ) -> dict[str, Any]:
     """Let the crowd in; give what was seen, and what was wrong."""
-    images = [volume_of((6, 48, 48), seed) for seed in range(3)]
+    # small, so that hundreds are answered though processes are killed all the time
+    images = [volume_of((4, 40, 40), seed) for seed in range(12)]
     sizes = {f"PhysicalSize{axis}": size for axis, size in zip("ZYX", VOXEL_SIZE_UM, strict=True)}
     options = {"ome": True, "metadata": {"axes": "ZYX", **sizes}}
-    local = Segmenter(model, PredictParams())
     tiffs = [tiff_of(image, **options) for image in images]
     valid = [
-        (body_of(tiff), local.segment(image, VOXEL_SIZE_UM).labels)
+        (body_of(tiff, views=views), local.segment(image, VOXEL_SIZE_UM).labels)
+        for views in (["xy"], ["xy", "xz", "yz"])
+        for local in [Segmenter(model, PredictParams(views=tuple(views)))]
         for tiff, image in zip(tiffs, images, strict=True)
     ]
-    del local
     nuclei = [int(labels.max()) for _, labels in valid]
     os.environ["TMPDIR"] = str(folder / "tmp")
     (folder / "tmp").mkdir()
@@ -247,6 +254,7 @@ def soak_service(
         "seconds": seconds,
         "kills": kills,
         "nuclei": nuclei,
+        "different_masks": len({labels.tobytes() for _, labels in valid}),
         "answers": dict(sorted(crowd.answers.items())),
         "wrong": dict(crowd.wrong),
         "slowest_ping_s": round(slowest_ping, 3),

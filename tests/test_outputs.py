@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,28 @@ def test_temporary_files_of_a_killed_process_go_at_the_next_start(tmp_path: Path
     ended = start("ended")
     assert ended.stdout == "2\n", ended.stderr
     assert names(tmp_path) == [kept.name]
+
+
+def test_processes_may_be_started_from_a_temporary_folder_that_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, tempfile\n"
+        "from nuclei3d.outputs import own_temporary_folder\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in range(2):\n"
+        "        with own_temporary_folder():\n"
+        "            open(tempfile.mkdtemp() + '/volume.tif', 'w').write('voxels')\n"
+        "            process = multiprocessing.get_context('forkserver').Process(target=print)\n"
+        "            process.start()\n"
+        "            process.join()\n"
+    )
+    # the address of a socket has at most 108 characters, and pytest's folders are long
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TMPDIR": folder}
+        command = [sys.executable, str(script)]
+        ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        assert (ended.stdout, ended.stderr) == ("\n\n", "")
+        assert names(Path(folder)) == []
 
 
 def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:

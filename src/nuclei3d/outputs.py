@@ -108,7 +108,16 @@ def own_temporary_folder() -> Iterator[None]:
         del os.environ["TMPDIR"]
         if before is not None:
             os.environ["TMPDIR"] = before
-        shutil.rmtree(own, ignore_errors=True)
+        for entry in Path(own).glob("*"):
+            if not entry.name.startswith("pymp-"):
+                _remove(entry)
+        try:
+            os.rmdir(own)
+        except OSError:
+            # multiprocessing needs its folder in here until the process ends, and then wants to remove it
+            from multiprocessing.util import Finalize
+
+            Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)
 
 
 def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
@@ -183,10 +192,13 @@ def _remove_dead(folder: Path, pattern: str) -> None:
             continue
         import psutil  # only where there is a leftover: importing it takes time
 
-        if psutil.pid_exists(int(match.group(1))):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                entry.unlink()
+        if not psutil.pid_exists(int(match.group(1))):
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            entry.unlink()

@@ -239,6 +239,7 @@ class Service:
                 )
         except TimeoutError:
             raise _too_large(f"the body cannot be read within {_READ_S:g} s; send a smaller one") from None
+        body.unlink()
         if self.places > self.params.queue:
             raise _busy(f"the service is busy; try again in {self.retry_after_s} s", self.retry_after_s)
         task = asyncio.current_task()
@@ -264,7 +265,10 @@ class Service:
 
 
 async def _insist(worker: Worker, function: str, *arguments: Any) -> Any:
-    """Have a worker do something; once more if it died, for that may have had nothing to do with it."""
+    """Have a worker do something; once more if it died, for that may have had nothing to do with it.
+
+    So the function must leave what it was given as it was.
+    """
     with suppress(WorkerDiedError):
         return await worker.run(function, *arguments)
     return await worker.run(function, *arguments)

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from nuclei3d.console import printable, say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, MachineError
 
 _LOOK_S = 0.1
 _LONGEST_PAUSE_S = 60.0
@@ -71,7 +71,13 @@ class Worker:
         # A server that has imported everything and never worked gives birth to a process in milliseconds.
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
         try:
-            self._process = psutil.Process(pool.submit(_open, self._opening, self.arguments).result())
+            try:
+                opened = pool.submit(_open, self._opening, self.arguments)
+            except OSError as error:
+                # the path of a socket may have 107 characters
+                told = f"cannot start the process for the {self.name}: {error}"
+                raise MachineError(f"{told}; set TMPDIR to a short path") from None
+            self._process = psutil.Process(opened.result())
         except BaseException:
             pool.shutdown(wait=False)
             raise

@@ -27,6 +27,7 @@ from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
 from nuclei3d.serve import _own_folder, is_loopback
 from nuclei3d.stages.serve import serve
+from nuclei3d.worker import WorkerDiedError
 
 Image = np.ndarray[Any, Any]
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -202,6 +203,24 @@ def test_a_worker_that_others_kill_costs_nobody_an_answer(
         running.wait_for(lambda: psutil.Process().num_fds() <= open_files + 4)
 
 
+def test_a_worker_that_dies_when_it_has_done_all_costs_nobody_an_answer(
+    serving: Serving, volume: str, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as running:
+        for worker in (running.service.reader, running.service.segmenter):
+            run, deaths = worker.run, [WorkerDiedError]
+
+            async def die_once(*asked: Any, run: Any = run, deaths: Any = deaths) -> Any:
+                answer = await run(*asked)
+                if deaths:
+                    raise deaths.pop()
+                return answer
+
+            monkeypatch.setattr(worker, "run", die_once)
+            np.testing.assert_array_equal(labels_of(running.post(records(volume))), image > 100)
+            assert not deaths
+
+
 def test_what_its_sender_left_is_killed(serving: Serving, volume: str) -> None:
     with serving(queue=0) as running:
         running.model.hold()
@@ -280,6 +299,22 @@ def test_workers_end_with_a_service_that_is_killed() -> None:
     parent.wait()
     worker.wait(20)
     parent.stdout.close()
+
+
+def test_a_temporary_folder_with_too_long_a_name_for_sockets_is_told(tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    code = (
+        "from nuclei3d.worker import Worker; from nuclei3d.errors import MachineError\n"
+        "try: Worker('model', 'builtins:dict', memory_gb=1).start()\n"
+        "except MachineError as error: print(error)"
+    )
+    told = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env=os.environ | {"TMPDIR": str(long)}
+    )
+    assert (
+        told == "cannot start the process for the model: AF_UNIX path too long; set TMPDIR to a short path\n"
+    )
 
 
 def test_a_model_that_cannot_be_opened_again_is_not_ready(serving: Serving, volume: str) -> None:

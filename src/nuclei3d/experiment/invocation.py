@@ -124,8 +124,7 @@ def take_apart(admission: Admission, body: Path, folder: Path) -> tuple[list[Pat
     Parameters
     ----------
     body
-        File with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and ``params``;
-        it is emptied.
+        File with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and ``params``.
     folder
         Takes the volumes that were sent, one file each.
 
@@ -144,7 +143,6 @@ def take_apart(admission: Admission, body: Path, folder: Path) -> tuple[list[Pat
     except (ValueError, RecursionError):
         raise InputError("the body is not valid JSON") from None
     del content
-    body.write_bytes(b"")
     if not isinstance(tree, dict):
         raise InputError("the body must be a JSON object with 'dataframe_records' or 'dataframe_split'")
     unknown = sorted(set(tree) - {*_FORMATS, "params"})
