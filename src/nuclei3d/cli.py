@@ -164,7 +164,7 @@ _OPTIONS: dict[str, Any] = {
         help="Files, folders or OME-Zarr.", metavar="FILE...", show_default=False
     ),
     "inspect.model": typer.Option(help="Model folder: what it expects is compared.", metavar="DIR"),
-    "inspect.out": typer.Option(help="PNG to write: a plane and a section of each file.", metavar="FILE"),
+    "inspect.out": typer.Option(help="PNG to write: a plane of each file or time-lapse.", metavar="FILE"),
     "predict.inputs": typer.Argument(
         help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
     ),

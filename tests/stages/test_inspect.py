@@ -102,6 +102,17 @@ def test_a_time_lapse_is_one_image_of_which_three_frames_are_looked_at(tmp_path)
     assert any("predict --diameter auto follows them" in line for line in image.advice)
 
 
+def test_the_picture_shows_the_frame_with_most_nuclei_and_names_its_time_lapse(tmp_path, monkeypatch):
+    write_image(tmp_path / "mouse" / "t0.tif", np.full((20, 72, 80), 100, np.uint16), VOXELS)
+    write_image(tmp_path / "mouse" / "t1.tif", embryo(9), VOXELS)
+    drawn = []
+    monkeypatch.setattr("nuclei3d.stages.inspect._draw", lambda shown, path: drawn.extend(shown))
+    inspect_images(Params(), [tmp_path / "mouse"], None, tmp_path / "picture.png")
+    (plane,) = drawn
+    assert plane.name == "mouse t1"
+    assert plane.radius == pytest.approx(4.5 / 0.5, rel=0.2)
+
+
 def test_what_a_file_leaves_open_is_advised_and_not_refused(tmp_path):
     image = np.stack([embryo(9), embryo(9)], axis=1)
     tifffile.imwrite(tmp_path / "two.tif", image, imagej=True, metadata={"axes": "ZCYX"})

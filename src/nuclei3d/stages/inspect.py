@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ def _frames_of(source: Path, data: DataParams) -> tuple[tuple[str, ...], list[Fr
 def _inspect(
     channels: tuple[str, ...], frames: Sequence[Frame], data: DataParams, info: ModelInfo | None
 ) -> tuple[InspectedImage, _Plane]:
-    """Look at a time-lapse; give also a plane to show."""
+    """Look at a time-lapse; give also a plane to show, of the frame in which most nuclei were seen."""
     places = sorted({round(at) for at in np.linspace(0, len(frames) - 1, _LOOKED_AT)})
     looked_at, planes = zip(*(_look_at(frames[at]) for at in places), strict=True)
     first = frames[0]
@@ -166,7 +166,9 @@ def _inspect(
         looked_at=looked_at,
         advice=tuple(_advise(first, channels, looked_at, data, info)),
     )
-    return image, planes[0]
+    best = int(np.argmax([frame.nuclei_seen for frame in looked_at]))
+    name = f"{image.path.name} {planes[best].name}" if len(frames) > 1 else planes[best].name
+    return image, replace(planes[best], name=name)
 
 
 def _look_at(frame: Frame) -> tuple[InspectedFrame, _Plane]:
