@@ -33,7 +33,8 @@ def service(model: Path, tmp_path: Path) -> Service:
     reader = Worker("reader", "nuclei3d.experiment.invocation:open_admission", model, PARAMS, memory_gb=4)
     segmenter.start()
     reader.start()
-    return Service(PARAMS.serve, reader, segmenter, {"name": "oracle"}, tmp_path)
+    _, version = segmenter.call("nuclei3d.experiment.serving_model:describe")
+    return Service(PARAMS.serve, reader, segmenter, version, tmp_path)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"
 _PROCESS_TAG = "nuclei3d.process"
 _JOB_TAG = "nuclei3d.job"
 #: MD5 of the metrics.json that an evaluation wrote: by it a registration finds the run.
-METRICS_TAG = "nuclei3d.metrics_md5"
+METRICS_TAG = "nuclei3d.evaluation_md5"
 _FAILURE_TAG = "nuclei3d.failure"
 
 

@@ -551,7 +551,9 @@ def _describe_model(
     origin |= trace_start(params)
     voxel = float(described.summary["voxel_um"])
     own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
-    of_training = [own[embryo] for embryo in described.summary["embryos"]["train"] if embryo in own]
+    of_training = [
+        own[embryo] for embryo in described.summary.get("embryos", {}).get("train", ()) if embryo in own
+    ]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
         full3d=spec,

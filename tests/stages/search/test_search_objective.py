@@ -114,7 +114,8 @@ def test_a_real_search_from_embryos_to_a_model(tmp_path: Path) -> None:
 
 
 def test_thresholds_are_chosen_only_where_the_value_depends_on_them() -> None:
-    fixed = ["predict.cellprob_threshold=0.5", "predict.min_volume_um3=10"]
+    fixed = ["cellprob_threshold=0.5", "outline_threshold=0", "min_volume_um3=10"]
+    fixed = [f"predict.{each}" for each in fixed]
     assert without_idle_work(load_params(None)).calibrate.volumes
     assert without_idle_work(load_params(None, fixed)).calibrate.volumes
     # the score is cut where the precision is reached, whatever the model says
