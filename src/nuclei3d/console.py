@@ -46,7 +46,7 @@ def warn(text: str) -> None:
     if text not in warned:
         warned[text] = None
         if not _kept_quiet:
-            say(text)
+            say(f"warning: {text}")
 
 
 def keep_warnings() -> None:

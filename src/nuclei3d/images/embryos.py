@@ -420,7 +420,7 @@ def _refuse_lists(params: SplitParams) -> None:
 
 
 def _split_by_space(labelled: Sequence[Embryo], params: SplitParams) -> Split:
-    warn(f"WARNING: {ONE_IMAGE}")
+    warn(ONE_IMAGE)
     ends = (0.0, 1 - params.validation_fraction - params.test_fraction, 1 - params.test_fraction, 1.0)
     frames = [frame for embryo in labelled for frame in embryo.labelled]
     return Split(*(tuple(replace(frame, share=share) for frame in frames) for share in pairwise(ends)))

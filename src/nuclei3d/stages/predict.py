@@ -22,7 +22,7 @@ import numpy as np
 from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import (
@@ -188,7 +188,7 @@ def _link(params: Params, out: Path) -> TrackResult | None:
     try:
         return track(params, out, out / TRACKS_FILE.parent)
     except InputError as error:
-        say(f"warning: the nuclei are not linked over time: {error}")
+        warn(f"the nuclei are not linked over time: {error}")
         return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
 from nuclei3d.images.ome_zarr import is_zarr
@@ -131,7 +131,7 @@ def _add_tracks(
     for number, at in enumerate(order):
         own = tracks[tracks["frame"] == number]
         if sorted(own["label"]) != sorted(shown[at].nuclei["label"]):
-            say(f"warning: {table} is not of these masks ({shown[at].name}); the page leaves tracks out")
+            warn(f"{table} is not of these masks ({shown[at].name}); the page leaves tracks out")
             return list(shown), None
         linked[at] = replace(shown[at], nuclei=shown[at].nuclei.merge(own[["label", "track"]], on="label"))
     return linked, dict(zip(tracks["track"].tolist(), tracks["parent"].tolist(), strict=True))

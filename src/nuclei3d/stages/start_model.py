@@ -20,6 +20,8 @@ from nuclei3d.training.slicing import nucleus_volumes_um3, sphere_diameter_um
 
 _MEASURED = 4
 """Labelled frames that are enough to know how wide a nucleus is."""
+_fetched: dict[tuple[Path, str, str], Path] = {}
+"""Start models out of a registry: an alias that moves meanwhile changes nothing of a training that began."""
 
 
 def find_start_model(params: Params) -> Path | None:
@@ -28,9 +30,11 @@ def find_start_model(params: Params) -> Path | None:
         return None
     from nuclei3d.experiment.registry import find_model
 
-    path = find_model(params.train.start_from, params)
-    require_model(path, "train.start_from")
-    return path
+    asked = Path.cwd(), params.train.start_from, params.tracking.model_dump_json()
+    if asked not in _fetched or not _fetched[asked].exists():
+        _fetched[asked] = find_model(params.train.start_from, params)
+    require_model(_fetched[asked], "train.start_from")
+    return _fetched[asked]
 
 
 def load_fine_tuning(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.stages.track_files import RESULT, TRUTH, read_track_masks, read_tracks, track_masks
 from nuclei3d.tracks.accuracy import FrameMatch, match_frame, score_tracks
@@ -44,7 +44,7 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
         # tracks of a part of a film, as of held-out frames, do not hinder other scores
         if required:
             raise
-        say(f"warning: tracks are not scored: {error}")
+        warn(f"tracks are not scored: {error}")
         return None
     whole: dict[str, Any] = {}
     for key in next(iter(embryos.values())):
