@@ -35,7 +35,8 @@ from nuclei3d.images.embryos import read_labelled
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.networks.folder import load_model
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.calibrate import read_calibration_volumes, with_thresholds
+from nuclei3d.stages.calibrate import with_thresholds
+from nuclei3d.stages.labelled_frames import read_to_scale, spread_evenly
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.train import train
 from nuclei3d.training.loop import StopTraining
@@ -213,11 +214,10 @@ def judge(arm: str, data: Path, out: Path, profile: str) -> dict[str, Any]:
     model = load_model(trained[0] / "model")
     mixed_with = trained[1] / "model" if beside else None
     wished = params.predict.model_copy(update={"fusion": fusion, "volume_model": mixed_with})
-    wanted = params.calibrate.model_copy(update={"volumes": 4})
-    volumes = read_calibration_volumes(params.model_copy(update={"calibrate": wanted}), source)
+    volumes = list(read_to_scale(spread_evenly(split_of(params, source).validation, 4), params, None))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    info, _ = with_thresholds(model.info, wanted, Segmenter(model, wished, "auto"), volumes)
+    info, _ = with_thresholds(model.info, params.calibrate, Segmenter(model, wished, "auto"), volumes)
     segmenter = Segmenter(replace(model, info=info), wished, "auto")
     sums = np.zeros((3, 3))
     seconds = voxels = 0.0

@@ -46,9 +46,9 @@ from nuclei3d.segmentation.thresholds import LabelledFlow
 from nuclei3d.stages.calibrate import (
     choose_for,
     predict_labelled,
-    read_calibration_volumes,
     validation_settings,
 )
+from nuclei3d.stages.labelled_frames import read_to_scale, spread_evenly
 from shared import new_parser, params_of
 
 METHOD = "nuclei3d, embryos left out"
@@ -109,9 +109,8 @@ def pool_thresholds(params: Params, info: ModelInfo, data: Path, out: Path, fram
     seen: list[LabelledFlow] = []
     for fold in FOLDS:
         model = load_model(out / fold.name / "model")
-        calibrate = params.calibrate.model_copy(update={"volumes": frames * len(fold.held_out)})
-        unseen = with_split(params, [fold.validation], fold.held_out, ())
-        volumes = read_calibration_volumes(unseen.model_copy(update={"calibrate": calibrate}), data)
+        unseen = split_of(with_split(params, [fold.validation], fold.held_out, ()), data).validation
+        volumes = list(read_to_scale(spread_evenly(unseen, frames * len(fold.held_out)), params, None))
         segmenter = Segmenter(model, validation_settings(model.info, params), params.predict.device)
         seen += predict_labelled(segmenter, volumes)
     return choose_for(info, params.calibrate, validation_settings(info, params), seen)[0]
