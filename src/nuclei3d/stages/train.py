@@ -29,8 +29,6 @@ from nuclei3d.networks.folder import (
     TrainingFrames,
     info_beside,
     load_model,
-    network_from_state,
-    read_state,
     save_model,
 )
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -309,19 +307,24 @@ def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
     settings = params.train
     network: nn.Module = (
-        new_network(settings.diameter_px, params.seed)
+        new_network(settings.diameter_px, params.seed, settings.width)
         if spec is None
         else new_volume_network(spec, params.seed)
     )
     if path is None:
         return network, "scratch"
-    weights = load_model(path).path if path.is_dir() else path
+    model = load_model(path)
+    start = model.network
     if spec is None:
-        network = network_from_state(read_state(weights), where=str(weights))
+        if model.info.width != settings.width:
+            raise InputError(
+                f"train.start_from: the network of {path} has width {model.info.width}, train.width is "
+                f"{settings.width}; give the same, or null"
+            )
+        network = start
         with torch.no_grad():
             network.get_parameter("diam_mean").fill_(settings.diameter_px)
     else:
-        start = load_model(path).network
         if not same_architecture(start, spec):
             raise InputError(
                 f"train.start_from: {path} holds another network than this training shapes "
@@ -329,7 +332,7 @@ def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -
                 "the same voxel size with the same train.full3d.profile, or null"
             )
         network.load_state_dict(start.state_dict())
-    return network, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    return network, hashlib.md5(model.path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
@@ -556,6 +559,7 @@ def _describe_model(
     ]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
+        width=params.train.width,
         full3d=spec,
         name=params.train.name,
         diameter_px=params.train.diameter_px,
