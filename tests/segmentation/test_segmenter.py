@@ -134,22 +134,18 @@ def test_impossible_scales_and_modes_are_explained(shape, diameter_um, mode, mes
         Segmenter(OracleNetwork(separate=True), settings, CPU).segment(np.zeros(shape), CUBIC)
 
 
-@pytest.mark.parametrize("width", [32, 16])
-def test_mode_cellpose_is_stock_cellpose_with_the_same_weights(width):
+def test_mode_cellpose_is_stock_cellpose_with_the_same_weights():
     """Compared with a model that Cellpose made by itself, all else at its defaults."""
     from cellpose.models import CellposeModel
-    from cellpose.resnet_torch import CPnet
 
     truth = ball_labels((20, 40, 44), np.array([(10, 12, 12), (10, 28, 30.0)]), np.array([7.0, 8]), (1, 1, 1))
     image = (100 + 500 * (truth > 0)).astype(np.uint16)
-    network = new_network(15.0, 0, width)
+    network = new_network(15.0, seed=0)
     settings = SegmentationSettings(
         mode="cellpose", diameter_px=15, nucleus_diameter_um=15, lower_percentile=1, upper_percentile=99
     )
     # An untrained network's logit is about 0 everywhere: take half of the voxels as foreground.
     stock = CellposeModel(gpu=False, pretrained_model=False, diam_mean=15.0)
-    if width != 32:
-        stock.net = CPnet([2, 16, 32, 64, 128], 3, sz=3, mkldnn=stock.mkldnn, diam_mean=15.0)
     stock.net.load_state_dict(network.state_dict())
     stock.net_ortho = None
     options = {"channels": [0, 0], "z_axis": 0, "do_3D": True, "diameter": 15.0, "anisotropy": 1.0}
@@ -160,6 +156,13 @@ def test_mode_cellpose_is_stock_cellpose_with_the_same_weights(width):
     result = Segmenter(network, replace(settings, masks=masks), CPU).segment(image, CUBIC)
     np.testing.assert_array_equal(result.labels, expected)
     assert all(np.isnan(nucleus.score) for nucleus in result.nuclei)
+
+
+def test_mode_cellpose_refuses_a_network_that_cellpose_does_not_load(tmp_path):
+    info = ModelInfo(diameter_px=15, nucleus_diameter_um=9, width=16)
+    save_model(tmp_path / "thin", new_network(15, 0, 16), info, "")
+    with pytest.raises(InputError, match=r"does not load its width of 16"):
+        Segmenter(tmp_path / "thin", {"mode": "cellpose"})
 
 
 def test_other_thresholds_need_no_network(touching, settings):

@@ -160,6 +160,11 @@ class ModelInfo(BaseModel):
     )
     frames: TrainingFrames | None = None
 
+    @property
+    def for_cellpose(self) -> bool:
+        """Whether Cellpose 3 loads the weights; it knows 2D networks of one width only."""
+        return self.kind == "views2d" and self.width == CELLPOSE_WIDTH
+
     @model_validator(mode="after")
     def _check_kind(self) -> ModelInfo:
         if (self.kind == "full3d") != (self.full3d is not None):

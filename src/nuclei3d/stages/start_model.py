@@ -44,8 +44,8 @@ def load_fine_tuning(
 
     The kind and width of the network, the diameter in pixels and the normalisation are the start model's, and
     planes of `data`, if given, are cut at its scale. For a command that `trains`, learning rate, warm-up and
-    epochs are those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command line.
-    Whatever changes what the file says is told in a line.
+    epochs are those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command
+    line. Whatever changes what the file says is told in a line.
 
     Raises
     ------

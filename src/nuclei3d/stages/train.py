@@ -316,10 +316,10 @@ def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -
     model = load_model(path)
     start = model.network
     if spec is None:
-        if model.info.width != settings.width:
+        if (model.info.kind, model.info.width) != ("views2d", settings.width):
             raise InputError(
-                f"train.start_from: the network of {path} has width {model.info.width}, train.width is "
-                f"{settings.width}; give the same, or null"
+                f"train.start_from: {path} holds a network {model.info.kind} of width {model.info.width}, "
+                f"not views2d of train.width {settings.width}; give the same, or null"
             )
         network = start
         with torch.no_grad():
@@ -601,10 +601,12 @@ def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, descr
         *((name.replace("_", " "), value) for name, value in info.lineage.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = (
-        f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a plain "
-        "Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models.CellposeModel`."
-    )
+    what = f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a "
+    if info.for_cellpose:
+        what += "plain Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models."
+        what += "CellposeModel`."
+    else:
+        what += f"state dict of width {info.width}, which Cellpose itself does not load."
     if info.full3d is not None:
         what = (
             "A 3D network trained on embryos by nuclei3d, for voxels about "

@@ -64,7 +64,6 @@ def export(
     loaded = None
     if model is not None and set(wanted) & set(OF_MODELS):
         from nuclei3d.experiment.registry import find_model
-        from nuclei3d.networks.cpnet import CELLPOSE_WIDTH
         from nuclei3d.networks.folder import load_model
 
         loaded = load_model(find_model(model, params))
@@ -73,10 +72,10 @@ def export(
             f"the model '{loaded.info.name}' is a 3D network, which Cellpose cannot load; export it with "
             "--format bioimageio"
         )
-    if loaded is not None and "cellpose" in wanted and loaded.info.width != CELLPOSE_WIDTH:
+    if loaded is not None and "cellpose" in wanted and not loaded.info.for_cellpose:
         raise InputError(
             f"the network of '{loaded.info.name}' has width {loaded.info.width} (train.width), and Cellpose "
-            f"loads width {CELLPOSE_WIDTH} only; export it with --format bioimageio"
+            "loads width 32 only; export it with --format bioimageio"
         )
     if "bioimageio" in wanted:
         if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
