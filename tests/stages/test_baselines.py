@@ -96,7 +96,7 @@ def test_cellposes_fusion_is_left_out_beside_a_network_that_it_does_not_load(cal
     crown(monkeypatch, None)
     params = load_params(None, ["evaluate.baselines=[stock_fusion]"])
     for other in ({"kind": "full3d", "full3d": SPEC}, {"width": 16}):
-        model = write_model(tmp_path / "other", "new", **other)
+        model = write_model(tmp_path / next(iter(other)), "new", **other)
         assert predict_baselines(params, FRAMES, str(model), tmp_path / "one") == {}
     flat = write_model(tmp_path / "flat", "new")
     predict_baselines(params, FRAMES, str(flat), tmp_path / "two")
