@@ -748,6 +748,9 @@ class TracksParams(Section):
     """Cost of a division in which nothing grew brighter, against the same."""
     daughter_frames: PositiveInt = 2
     """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
+    weakest_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """``predict --track`` keeps nuclei from this score on if their lineage holds one of the model's
+    threshold; 1: those below the threshold never count."""
 
 
 class TrackingParams(Section):

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
+CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
+"""In it are, with ``--track``, the masks with all nuclei of low scores, before tracks decide which stay."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -106,7 +108,7 @@ def predict(
         Segment again what was done before.
     link
         Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
-        ``<out>/tracks``.
+        ``<out>/tracks``. Nuclei with scores below the threshold then stay where their lineage has one above.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -126,30 +128,18 @@ def predict(
             "diameter is estimated (--diameter gives it)"
         )
         diameters = estimate_diameters(frames)
-    done: list[PredictedFrame] = []
-    fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    with progress_bar("predict", total=len(frames)) as bar, _says_what_is_kept(done, len(frames), out):
-        for frame, diameter_um in zip(frames, diameters, strict=True):
-            if diameter_um is not None:
-                predictor = predictor.at(diameter_um)
-            fingerprint = fingerprint_of(frame, predictor)
-            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
-            if finished is not None:
-                bar.advance(1)
-            else:
-                bar.note(frame.name)
-                # before its masks are replaced: a record never speaks of other masks than its own
-                record = _record_file(out, frame.name)
-                require_writable(record)
-                record.unlink(missing_ok=True)
-                finished = _predict_frame(frame, predictor, out, bar.advance)
-                _note_done(out, finished, fingerprint)
-            done.append(replace(finished, diameter_um=diameter_um))
-            fingerprints.append(fingerprint)
+    sequence = list(zip(frames, diameters, strict=True))
+    score = predictor.sure_score if link and len(frames) > 1 else None
+    if score is None or score <= params.tracks.weakest_score or any(map(predictor.needs_blocks, frames)):
+        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
+    else:
+        weaker = predictor.with_score(params.tracks.weakest_score)
+        done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
+        done, fingerprints = _confirm(done, fingerprints, params, score, out)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
         chosen = [i for i, frame in enumerate(frames) if frame.path == source]
@@ -178,6 +168,70 @@ def predict(
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
+
+
+def _predict_frames(
+    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Segment frames, each at its diameter (None: the model's), but those done before; digest each."""
+    done: list[PredictedFrame] = []
+    fingerprints: list[str] = []
+    with (
+        progress_bar("predict", total=len(sequence)) as bar,
+        _says_what_is_kept(done, len(sequence), out),
+    ):
+        for frame, diameter_um in sequence:
+            if diameter_um is not None:
+                predictor = predictor.at(diameter_um)
+            fingerprint = fingerprint_of(frame, predictor)
+            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
+            if finished is not None:
+                bar.advance(1)
+            else:
+                bar.note(frame.name)
+                _forget(out, frame.name)
+                finished = _predict_frame(frame, predictor, out, bar.advance)
+                _note_done(out, finished, fingerprint)
+            done.append(replace(finished, diameter_um=diameter_um))
+            fingerprints.append(fingerprint)
+    return done, fingerprints
+
+
+def _confirm(
+    candidates: Sequence[PredictedFrame],
+    fingerprints: Sequence[str],
+    params: Params,
+    score: float,
+    out: Path,
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Write the masks of candidates that their tracks confirm (`nuclei3d.stages.confirm`)."""
+    from nuclei3d.stages.confirm import confirm_nuclei, write_confirmed
+
+    done: list[PredictedFrame] = []
+    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, score)
+    digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
+    for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
+        if _find_done(out, frame.name, digest) is None:
+            _forget(out, frame.name)
+            masks, table = out / frame.masks.name, _table_path(out, frame.name)
+            write_confirmed(frame.masks, frame.table, each, masks, table)
+            new = replace(frame, masks=masks, table=table, nuclei=len(each.labels), done_before=False)
+            _note_done(out, new, digest)
+        found = _find_done(out, frame.name, digest) or frame
+        done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
+    total = sum(frame.nuclei for frame in candidates)
+    say(
+        f"{sum(each.weak for each in confirmed)} nuclei with scores below {score:g} stay, since others of "
+        f"their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
+    )
+    return done, digests
+
+
+def _forget(out: Path, name: str) -> None:
+    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
+    record = _record_file(out, name)
+    require_writable(record)
+    record.unlink(missing_ok=True)
 
 
 def _link(params: Params, out: Path) -> TrackResult | None:
@@ -278,9 +332,31 @@ class Predictor:
             else self.model.models["main"].info.embryo_diameters_um
         )
 
+    @property
+    def sure_score(self) -> float | None:
+        """Score below which nuclei are dropped; of a service it is known if it was given."""
+        if isinstance(self.model, RemoteModel):
+            return self.params.score_threshold
+        return self.model.settings.masks.score_threshold
+
+    def needs_blocks(self, frame: Frame) -> bool:
+        """Tell whether a frame is larger than the memory."""
+        from nuclei3d.stages.predict_blocks import BlockRun, required_gb
+
+        if isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose":
+            return False
+        return required_gb(frame, self.model.settings) > BlockRun.of(self.params).worker_gb
+
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
-        predict = self.params.model_copy(update={"diameter_um": diameter_um})
+        return self._with(diameter_um=diameter_um)
+
+    def with_score(self, score: float) -> Predictor:
+        """Give the same model with another least score of nuclei."""
+        return self._with(score_threshold=score)
+
+    def _with(self, **update: float) -> Predictor:
+        predict = self.params.model_copy(update=update)
         if isinstance(self.model, RemoteModel):
             remote = replace(self.model, predict=predict)
             identity = {**self.identity, "predict": predict.model_dump(mode="json")}
@@ -312,7 +388,7 @@ def _write_masks(
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
-    if needed > run.worker_gb and settings.mode != "cellpose":
+    if predictor.needs_blocks(frame):
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor)

@@ -129,6 +129,19 @@ class Tracks:
         frame = self.nuclei.frame
         return np.asarray(alone & (frame > 0) & (frame < self.nuclei.n_frames - 1))
 
+    def confirmed(self, score: float) -> NDArray[np.bool_]:
+        """Tell of each nucleus whether its lineage, from the first mother on, holds one of at least a score.
+
+        So a nucleus that is faint in one frame counts by the frames in which it is not: hysteresis over time.
+        What has no score is taken for enough.
+        """
+        lineage = np.arange(len(self.nuclei))
+        for row in np.flatnonzero(self.predecessor >= 0):
+            lineage[row] = lineage[self.predecessor[row]]
+        sure = np.zeros(len(lineage), bool)
+        sure[lineage[~(self.nuclei.score < score)]] = True
+        return np.asarray(sure[lineage])
+
     def numbered(self, *, split_gaps: bool = False) -> NumberedTracks:
         """Number the tracks 1..n by their first row.
 
