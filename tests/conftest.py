@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nuclei3d.console import warned
+
 # What MLflow leaves in the environment for the processes that it starts, as it is before any test.
 _LEFT = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
 MLFLOW_ENVIRONMENT = {name: os.environ.get(name) for name in _LEFT}
@@ -31,6 +33,12 @@ def bbbc050() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real embryos not found at {folder}; set NUCLEI3D_BBBC050 to their folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_warned_of() -> None:
+    """Begin as a command does: what a test before has warned of is said again."""
+    warned.clear()
 
 
 @pytest.fixture(autouse=True)

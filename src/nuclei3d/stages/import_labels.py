@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, check_fit, find_embryo
@@ -188,7 +188,7 @@ def store_labels(
         done = "" if frame.written else " (nothing to write)"
         say(f"{frame.labels}: {_in_words(frame)}{done}")
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     return ImportResult(folder, tuple(frames.values()), tuple(warnings))
 
 

@@ -150,9 +150,10 @@ def predict(
             out,
             into_input=params.predict.into_input,
         )
-    if warned := [frame for frame in done if frame.warnings]:
-        others = f" (and {len(warned) - 1} other frames)" if len(warned) > 1 else ""
-        say(f"warning: {warned[0].name}{others}: {'; '.join(warned[0].warnings)}")
+    odd = [frame for frame in done if frame.warnings]
+    if odd:
+        others = f" (and {len(odd) - 1} other frames)" if len(odd) > 1 else ""
+        warn(f"{odd[0].name}{others}: {'; '.join(odd[0].warnings)}")
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
@@ -164,7 +165,7 @@ def predict(
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
 
-        told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in warned]
+        told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in odd]
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)

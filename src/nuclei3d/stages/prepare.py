@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PrepareParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
@@ -114,7 +114,7 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         if diameters:
             summary["embryo_diameters_um"] = diameters
         for warning in summary.get("warnings", ()):
-            say(f"warning: {warning}")
+            warn(warning)
         describe_samples(folder, summary, samples)
         if not solid:
             from nuclei3d.report.figures import draw_slices_sheet
