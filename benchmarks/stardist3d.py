@@ -83,7 +83,7 @@ def train(data: Path, out: Path, minutes: float, seed: int) -> Any:
             image, label = np.flip(image, axis), np.flip(label, axis)
         return image * random.uniform(0.6, 2) + random.uniform(-0.2, 0.2), label
 
-    class UntilSpent(keras.callbacks.Callback):  # type: ignore[misc, name-defined]
+    class UntilSpent(keras.callbacks.Callback):  # type: ignore[misc]
         """Lower the rate by a cosine over the time; end the training when it is used up."""
 
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
