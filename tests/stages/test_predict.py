@@ -148,7 +148,7 @@ def test_a_nucleus_that_is_dim_in_one_frame_stays_by_the_frames_in_which_it_is_n
     assert [frame.nuclei for frame in linked.frames] == [2, 2, 2, 2]
     assert (linked.tracks.nuclei, linked.tracks.tracks) == (8, 2)
     said = capsys.readouterr().err
-    assert "1 nuclei with scores below 0.8 stay" in said
+    assert "1 nuclei below the model's least score or volume stay" in said
     assert "; 1 do not" in said
     for frame in linked.frames:
         labels = [int(row["label"]) for row in rows_of(frame.table)]

@@ -749,8 +749,8 @@ class TracksParams(Section):
     daughter_frames: PositiveInt = 2
     """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
     weakest_score: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """``predict --track`` keeps nuclei from this score on if their lineage holds one of the model's
-    threshold; 1: those below the threshold never count."""
+    """``predict --track`` keeps nuclei from this score on, however small, whose lineage holds one of at least
+    the score and volume that count otherwise; 1: none of them."""
 
 
 class TrackingParams(Section):

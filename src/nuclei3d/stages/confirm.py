@@ -1,4 +1,4 @@
-"""Hysteresis over time: nuclei of low scores stay where their lineage holds one that the model is sure of."""
+"""Hysteresis over time: weak nuclei stay where their lineage holds one that counts by itself."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ from nuclei3d.tracks.nuclei import Integers, Nuclei
 
 
 @dataclass(frozen=True)
+class Sure:
+    """Least score and volume (um3) of a nucleus that counts by itself."""
+
+    score: float
+    volume_um3: float
+
+
+@dataclass(frozen=True)
 class Confirmed:
-    """The labels that stay of one frame's candidates; how many of them score below the threshold."""
+    """The labels that stay of one frame's candidates, and how many of them would not count by themselves."""
 
     labels: Integers
     weak: int
@@ -33,22 +41,26 @@ class Confirmed:
         return hashlib.sha256(f"{candidates} {self.labels.tolist()}".encode()).hexdigest()
 
 
-def confirm_nuclei(masks: Sequence[Path], params: TracksParams, score: float) -> list[Confirmed]:
-    """Link the candidates of a film's frames; give for each frame those whose lineage reaches a score.
+def confirm_nuclei(masks: Sequence[Path], params: TracksParams, sure: Sequence[Sure]) -> list[Confirmed]:
+    """Link the candidates of a film's frames; give those whose lineage holds one that counts by itself.
 
     Parameters
     ----------
     masks
         Files of masks as `nuclei3d.stages.predict.predict` writes them, in the order of time, with their
         tables beside them.
+    sure
+        What counts by itself in each frame.
     """
     entries = [find_label_entries(path)[0] for path in masks]
     size = entries[0].frame.require_voxel_size()
     parts = work_on_frames("link", lambda at: measure_masks(entries[at], None, size, at), len(entries))
     nuclei = Nuclei.joined(parts)
-    keep = link_nuclei(nuclei, params).confirmed(score)
+    least = np.array([(each.score, each.volume_um3) for each in sure])[nuclei.frame]
+    strong = ~(nuclei.score < least[:, 0]) & ~(nuclei.volume_um3 < least[:, 1])
+    keep = link_nuclei(nuclei, params).confirmed(strong)
     chosen = [keep & (nuclei.frame == at) for at in range(len(entries))]
-    return [Confirmed(nuclei.label[own], int((nuclei.score[own] < score).sum())) for own in chosen]
+    return [Confirmed(nuclei.label[own], int(np.count_nonzero(own & ~strong))) for own in chosen]
 
 
 def write_confirmed(masks: Path, table: Path, confirmed: Confirmed, new_masks: Path, new_table: Path) -> None:

@@ -41,11 +41,12 @@ from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
+    from nuclei3d.stages.confirm import Sure
     from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
 CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
-"""In it are, with ``--track``, the masks with all nuclei of low scores, before tracks decide which stay."""
+"""In it are, with ``--track``, the masks with weak nuclei too, before tracks decide which stay."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -108,7 +109,7 @@ def predict(
         Segment again what was done before.
     link
         Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
-        ``<out>/tracks``. Nuclei with scores below the threshold then stay where their lineage has one above.
+        ``<out>/tracks``. Nuclei below the least score or volume then stay where their lineage has one above.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -133,13 +134,14 @@ def predict(
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     sequence = list(zip(frames, diameters, strict=True))
-    score = predictor.sure_score if link and len(frames) > 1 else None
-    if score is None or score <= params.tracks.weakest_score or any(map(predictor.needs_blocks, frames)):
-        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
-    else:
-        weaker = predictor.with_score(params.tracks.weakest_score)
+    sure = [_at(predictor, diameter_um).sure for diameter_um in diameters] if link else []
+    weakest = params.tracks.weakest_score
+    if len(sure) > 1 and None not in sure and weakest < 1 and not any(map(predictor.needs_blocks, frames)):
+        weaker = predictor.with_least(weakest, 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        done, fingerprints = _confirm(done, fingerprints, params, score, out)
+        done, fingerprints = _confirm(done, fingerprints, params, [each for each in sure if each], out)
+    else:
+        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
         chosen = [i for i, frame in enumerate(frames) if frame.path == source]
@@ -171,6 +173,10 @@ def predict(
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
 
 
+def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
+    return predictor if diameter_um is None else predictor.at(diameter_um)
+
+
 def _predict_frames(
     sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
 ) -> tuple[list[PredictedFrame], list[str]]:
@@ -182,8 +188,7 @@ def _predict_frames(
         _says_what_is_kept(done, len(sequence), out),
     ):
         for frame, diameter_um in sequence:
-            if diameter_um is not None:
-                predictor = predictor.at(diameter_um)
+            predictor = _at(predictor, diameter_um)
             fingerprint = fingerprint_of(frame, predictor)
             finished = None if overwrite else _find_done(out, frame.name, fingerprint)
             if finished is not None:
@@ -202,14 +207,14 @@ def _confirm(
     candidates: Sequence[PredictedFrame],
     fingerprints: Sequence[str],
     params: Params,
-    score: float,
+    sure: Sequence[Sure],
     out: Path,
 ) -> tuple[list[PredictedFrame], list[str]]:
     """Write the masks of candidates that their tracks confirm (`nuclei3d.stages.confirm`)."""
     from nuclei3d.stages.confirm import confirm_nuclei, write_confirmed
 
     done: list[PredictedFrame] = []
-    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, score)
+    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, sure)
     digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
     for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
         if _find_done(out, frame.name, digest) is None:
@@ -222,8 +227,8 @@ def _confirm(
         done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
     total = sum(frame.nuclei for frame in candidates)
     say(
-        f"{sum(each.weak for each in confirmed)} nuclei with scores below {score:g} stay, since others of "
-        f"their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
+        f"{sum(each.weak for each in confirmed)} nuclei below the model's least score or volume stay, since "
+        f"others of their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
     )
     return done, digests
 
@@ -334,11 +339,15 @@ class Predictor:
         )
 
     @property
-    def sure_score(self) -> float | None:
-        """Score below which nuclei are dropped; of a service it is known if it was given."""
-        if isinstance(self.model, RemoteModel):
-            return self.params.score_threshold
-        return self.model.settings.masks.score_threshold
+    def sure(self) -> Sure | None:
+        """What counts as a nucleus by itself; of a service it is known only if it was given."""
+        from nuclei3d.stages.confirm import Sure
+
+        if not isinstance(self.model, RemoteModel):
+            masks = self.model.settings.masks
+            return Sure(masks.score_threshold, masks.min_volume_um3)
+        score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
+        return None if score is None or volume_um3 is None else Sure(score, volume_um3)
 
     def needs_blocks(self, frame: Frame) -> bool:
         """Tell whether a frame is larger than the memory."""
@@ -352,9 +361,9 @@ class Predictor:
         """Give the same model for nuclei of another diameter."""
         return self._with(diameter_um=diameter_um)
 
-    def with_score(self, score: float) -> Predictor:
-        """Give the same model with another least score of nuclei."""
-        return self._with(score_threshold=score)
+    def with_least(self, score: float, volume_um3: float) -> Predictor:
+        """Give the same model with another least score and volume of nuclei."""
+        return self._with(score_threshold=score, min_volume_um3=volume_um3)
 
     def _with(self, **update: float) -> Predictor:
         predict = self.params.model_copy(update=update)
