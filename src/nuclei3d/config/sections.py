@@ -358,12 +358,15 @@ class TrainParams(Section):
     network: Literal["views2d", "full3d"] = "views2d"
     """``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
     makes what it needs, so a change asks for a new data set."""
+    width: Annotated[int, Field(ge=8, le=64, multiple_of=8)] = 32
+    """Channels of the first level of the 2D network. 24 and 16 have about half and a quarter of the work of
+    32, which is Cellpose's own and the only one that Cellpose loads."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
     """A model folder, weights file or models:/name@alias to start from; None: from scratch. The commands take
-    its kind of network, diameter and normalisation, and cut planes at its scale, whatever stands in the file;
-    --set overrides that. The model as it is counts as epoch 0."""
+    its kind of network, width, diameter and normalisation, and cut planes at its scale, whatever stands in
+    the file; --set overrides that. The model as it is counts as epoch 0."""
     fine_tune: FineTuneParams | None = None
     """Used with start_from; None: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
     warmup_steps 20, epochs 10)."""
@@ -418,6 +421,12 @@ class TrainParams(Section):
     loss: LossParams = LossParams()
     augment: AugmentParams = AugmentParams()
     full3d: Full3dParams = Full3dParams()
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.network == "full3d" and self.width != 32:
+            raise ValueError("width is of network views2d; full3d.profile sets the channels of a 3D network")
+        return self
 
 
 Iou = Annotated[float, Field(ge=0.5, lt=1)]
