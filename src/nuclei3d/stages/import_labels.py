@@ -177,7 +177,7 @@ def store_labels(
     offset = common_offset(checks)
     warnings = [
         *describe_faults((check.place, fault) for check in checks for fault in check.faults),
-        *describe_offsets({} if offset is None else {folder.name: offset}, checks),
+        *describe_offsets({} if offset is None else {folder.name: offset}, checks, params.data),
         *(
             f"{frame.source} holds no label: a frame without nuclei"
             for frame in frames.values()

@@ -542,6 +542,8 @@ def _describe_model(
     if run_id is not None:
         origin["run_id"] = run_id
     origin |= trace_start(params)
+    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+        origin["label_shift_um"] = json.dumps(shift_um)
     voxel = float(described.summary["voxel_um"])
     own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
     of_training = [
