@@ -97,7 +97,7 @@ def flops_per_pixel(network: nn.Module) -> float:
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.cpu()(torch.zeros(1, 2, 128, 128))
-    return counter.get_total_flops() / 128**2
+    return float(counter.get_total_flops()) / 128**2
 
 
 def compare(
@@ -158,7 +158,7 @@ def main() -> None:
     device = choose_device(arguments.device)
     network = load_model(arguments.model).network
     with torch.no_grad():
-        network.diam_mean.fill_(arguments.diameter)
+        network.get_parameter("diam_mean").fill_(arguments.diameter)
     settings = SegmentationSettings(
         diameter_px=arguments.diameter,
         nucleus_diameter_um=arguments.diameter,

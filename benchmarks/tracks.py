@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import tifffile
+from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
@@ -129,7 +130,7 @@ def perturbed(nuclei: Nuclei, seed: int) -> tuple[Nuclei, Matches]:
         volume = nuclei.volume_um3[own] * np.exp(0.12 * rng.normal(size=count))
         light = nuclei.intensity[own] * (1 + 0.03 * rng.normal(size=count))
         label = nuclei.label[own]
-        found: list[tuple[np.ndarray, float, float, list[int]]] = []
+        found: list[tuple[NDArray[np.float64], float, float, list[int]]] = []
         used = np.zeros(count, bool)
         for i in range(count):
             if used[i]:

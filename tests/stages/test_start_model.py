@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nuclei3d.config import load_params
+from nuclei3d.console import warned
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
@@ -131,8 +132,8 @@ def test_epoch_0_is_judged_and_wins_over_what_is_worse_also_after_a_kill(model, 
 def test_images_unlike_the_start_models_are_told(model, tmp_path):
     slices = write_slices(tmp_path / "slices")
     given = [*SMALL, f"train.start_from={model}", "train.diameter_px=12"]
-    result = train(load_params(None, given), slices, tmp_path / "m")
-    assert [warning.split(":")[0] for warning in result.warnings] == [
+    train(load_params(None, given), slices, tmp_path / "m")
+    assert [warning.split(":")[0] for warning in warned] == [
         "train.diameter_px is 12, but 17 in the model that this starts from",
         "normalization.lower_percentile is 1, but 2 in the model that this starts from",
     ]

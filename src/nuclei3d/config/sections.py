@@ -23,6 +23,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+_Way = Annotated[float, Field(ge=-20, le=20, allow_inf_nan=False)]
+Shift = tuple[_Way, _Way, _Way]
 
 
 class SplitParams(Section):
@@ -58,6 +60,9 @@ class DataParams(Section):
     """(z, y, x), wins over what the files say; None reads it from them."""
     channel: str | int | None = None
     """Name or number, from 0, of the nuclear channel; None where the files hold one."""
+    label_shift_um: Shift | dict[str, Shift] | None = None
+    """Moves labels that lie off the image by a constant, as they are read: (z, y, x) for all embryos, or for
+    each by its name. ``nuclei3d check`` measures it."""
     unknown_label: int | None = -1
     """Number that marks, among the labels, what nobody looked at: no loss, no count there. None: no number; a
     mask ``labels/<frame>_known.tif``, 0 where nobody looked, says the same."""
@@ -71,6 +76,11 @@ class DataParams(Section):
         if label == 0:
             raise ValueError("0 is the background; give what nobody looked at another number, such as -1")
         return label
+
+    def label_shift_of(self, embryo: str) -> Shift | None:
+        """Give how far an embryo's labels are moved, (z, y, x) in um; None: not at all."""
+        shift = self.label_shift_um
+        return shift.get(embryo) if isinstance(shift, dict) else shift
 
 
 FrameCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -758,6 +768,9 @@ class TracksParams(Section):
     """Cost of a division in which nothing grew brighter, against the same."""
     daughter_frames: PositiveInt = 2
     """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
+    weakest_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """``predict --track`` keeps nuclei from this score on, however small, whose lineage holds one of at least
+    the score and volume that count otherwise; 1: none of them."""
 
 
 class TrackingParams(Section):

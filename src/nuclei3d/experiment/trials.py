@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from nuclei3d.config.sections import TrackingParams
-from nuclei3d.console import say
+from nuclei3d.console import warn
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.store import open_store
 
@@ -142,4 +142,4 @@ def _outage_tolerated(consequence: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError):
-        say(f"warning: the tracking server does not answer; {consequence}")
+        warn(f"the tracking server does not answer; {consequence}")

@@ -131,6 +131,8 @@ class Frame:
     time_step_s: float | None = None
     companions: frozenset[str] = frozenset()
     """Names of all files of a multi-file OME-TIFF, which lie beside each other."""
+    chunk: tuple[int, int, int] = (1, 1, 1)
+    """What is read at once at least, (z, y, x)."""
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -344,6 +346,7 @@ def _frames_of(
     found = lay_out_frames(layout, str(path), channel, labels=labels)
     for axes, name in zip(found, time_names(frame_stem(path), len(found)), strict=True):
         z, y, x = (layout.shape[place] for place in axes.spatial)
+        depth, height, width = (layout.chunk[place] for place in axes.spatial)
         yield Frame(
             path=path,
             name=name,
@@ -357,6 +360,7 @@ def _frames_of(
             image=layout.image,
             time_step_s=layout.time_step_s,
             companions=layout.companions,
+            chunk=(depth, height, width),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.config import Params
-from nuclei3d.console import say, some_of
+from nuclei3d.console import say, some_of, warn
 from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, PairedDifference
@@ -158,12 +158,13 @@ def _find_warnings(evaluations: Mapping[str, Mapping[str, Any]], found: Evaluati
             f"epoch or thresholds of one of the models were chosen on {some_of(found.chosen_on)}: it looks "
             "better there than it is"
         )
-    unknown = [name for name, metrics in evaluations.items() if not metrics.get("training_frames_known")]
-    if unknown:
-        warnings.append(
-            f"what the model of {' and '.join(unknown)} was trained on is not recorded, so nobody can tell "
-            "whether it has seen these volumes (evaluate with --model; models made before do not say it)"
-        )
+    for side, metrics in evaluations.items():
+        if not metrics.get("training_frames_known"):
+            why = "it, or one that it started from, is of a version that did not record it"
+            warnings.append(
+                f"what the model of {side} was trained on is not known, so nobody can tell whether it has "
+                f"seen these volumes ({why if 'model' in metrics else 'evaluate with --model'})"
+            )
     return warnings
 
 
@@ -205,7 +206,7 @@ def _say(result: CompareResult, primary: str) -> None:
     for note in result.notes:
         say(f"note: {note}")
     for warning in result.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     say(result.verdict)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, check_fit, find_embryo
@@ -177,7 +177,7 @@ def store_labels(
     offset = common_offset(checks)
     warnings = [
         *describe_faults((check.place, fault) for check in checks for fault in check.faults),
-        *describe_offsets({} if offset is None else {folder.name: offset}, checks),
+        *describe_offsets({} if offset is None else {folder.name: offset}, checks, params.data),
         *(
             f"{frame.source} holds no label: a frame without nuclei"
             for frame in frames.values()
@@ -188,7 +188,7 @@ def store_labels(
         done = "" if frame.written else " (nothing to write)"
         say(f"{frame.labels}: {_in_words(frame)}{done}")
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     return ImportResult(folder, tuple(frames.values()), tuple(warnings))
 
 

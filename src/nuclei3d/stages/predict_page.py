@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
-from nuclei3d.console import progress_bar, say, warn
+from nuclei3d.console import progress_bar, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
 from nuclei3d.images.ome_zarr import is_zarr
@@ -71,7 +71,7 @@ def write_page(
     if tracks.is_file():
         shown, parents = _add_tracks(shown, predicted, tracks)
     for line in odd_numbers(shown):
-        say(f"warning: {line}")
+        warn(line)
     animation = Animation() if animated else None
     with whole_file(page) as partial_page, progress_bar("page", total=len(shown)) as bar:
         write_prediction_page(

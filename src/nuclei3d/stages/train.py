@@ -20,7 +20,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say, some_of
+from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -71,7 +71,6 @@ class TrainResult:
     `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
     `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
     early, or is empty. `done_before`: the same training had been finished before; its model was kept.
-    `warnings` say how it differs from what its start model was trained with.
     """
 
     model: Path
@@ -81,7 +80,6 @@ class TrainResult:
     metrics: dict[str, float]
     run_id: str | None
     done_before: bool = False
-    warnings: Sequence[str] = ()
 
 
 def train(
@@ -135,6 +133,7 @@ def train(
     described = read_slices(slices)
     described.check_content()
     refuse_foreign_folder(out, "model.json", "model folder")
+    _warn_of_start(params, described)
     cause = _cause_of_model(params, described, data)
     checkpoints = Checkpoints(out)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
@@ -182,15 +181,7 @@ def train(
         + (f" ({outcome.stopped})" if outcome.stopped else "")
         + ("" if outcome.epoch else ": no epoch was better than the model that this started from")
     )
-    result = TrainResult(
-        out,
-        outcome.state.epoch,
-        outcome.epoch,
-        outcome.stopped,
-        metrics,
-        run.run_id,
-        warnings=training.warnings,
-    )
+    result = TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
@@ -236,7 +227,6 @@ class Training:
     examples: Examples
     samples: SampleSet
     plan: str
-    warnings: Sequence[str] = ()
 
 
 def open_training(params: Params, described: Slices) -> Training:
@@ -277,25 +267,24 @@ def open_training(params: Params, described: Slices) -> Training:
         )
     examples = Examples(samples, validation, settings, grid, seed=params.seed)
     fingerprint = _fingerprint(params, described, digest)
-    warnings = [] if start is None else _find_warnings(params, described, start, len(validation))
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return Training(network, fingerprint, spec, examples, samples, plan, warnings)
+    return Training(network, fingerprint, spec, examples, samples, plan)
 
 
-def _find_warnings(params: Params, described: Slices, start: Path, validation: int) -> list[str]:
+def _warn_of_start(params: Params, described: Slices) -> None:
     """Say in what the training shows other images than the start model saw, and what cannot be judged."""
+    start = find_start_model(params)
+    if start is None:
+        return
     normalization = {f"normalization.{name}": value for name, value in _normalization(params, described)}
     shown = {"train.diameter_px": params.train.diameter_px, **normalization}
-    warnings = [
-        f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must unlearn that; "
-        "'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
-        for name, value in scale_of(load_model(start)).items()
-        if name in shown and shown[name] != value
-    ]
-    if not validation:
-        warnings.append("no validation data: the last epoch is kept even if the start model is better")
-    return warnings
+    for name, value in scale_of(load_model(start)).items():
+        if name in shown and shown[name] != value:
+            warn(
+                f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must "
+                "unlearn that; 'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
+            )
+    if not described.infos["validation"]:
+        warn("no validation data: the last epoch is kept even if the start model is better")
 
 
 def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
@@ -401,6 +390,7 @@ class Checkpoints:
                 return None
         except _UNREADABLE:
             return None
+        record["result"].pop("warnings", None)  # of versions before
         return TrainResult(**{**record["result"], "model": self._model, "done_before": True})
 
     def note_finished(self, result: TrainResult, cause: str) -> None:
@@ -552,6 +542,8 @@ def _describe_model(
     if run_id is not None:
         origin["run_id"] = run_id
     origin |= trace_start(params)
+    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+        origin["label_shift_um"] = json.dumps(shift_um)
     voxel = float(described.summary["voxel_um"])
     own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
     of_training = [
