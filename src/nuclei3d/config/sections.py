@@ -509,8 +509,8 @@ class SegmentationParams(Section):
     flip_average: bool = False
     """Average over the four flips of each plane (four times the work)."""
     precision: Precision = "auto"
-    """auto takes bfloat16 where the hardware computes it. int8 is for a 2D network by OpenVINO on a CPU: three
-    times as fast with AVX512-VNNI, masks nearly the same (docs/results.md)."""
+    """auto takes bfloat16 where the hardware computes it. int8 is for a 2D network by OpenVINO on a CPU: with
+    AVX512-VNNI three times as fast, masks nearly the same (docs/results.md)."""
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The least overlap at which mode stitch links masks of neighbouring planes."""
     stitch_max_gap: Annotated[int, Field(ge=0, le=100)] = 1
