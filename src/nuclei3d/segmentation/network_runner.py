@@ -242,7 +242,7 @@ def _compile(
 def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, threads: int) -> Compiled:
     """Compile a CPnet by OpenVINO for the CPU: the same function, about 1.5 times faster than torch's.
 
-    For float32, bfloat16 or int8 (rounded, and 3 times faster again with AVX512-VNNI) and so many threads of an
+    For float32, bfloat16 or int8 (rounded; 3 times faster again with AVX512-VNNI) and so many threads of an
     inference. The callable turns float32 (n, 2, height, width), sides multiples of 8, into float32 (n, 3,
     height, width), in one thread at a time. The graph is built from the weights: OpenVINO's own conversion
     takes ten times as long.
@@ -267,7 +267,7 @@ def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, thr
 
 
 _INT8_SIGMAS = 16
-"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26 from
+"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26 off
 the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
 _KERNEL_VALUES = 127
