@@ -267,7 +267,7 @@ def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, thr
 
 
 _INT8_SIGMAS = 16
-"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26 off
+"""Spread of a batch normalisation's output that 8 bits span. On real planes largest values lie 8 to 26 from
 the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
 _KERNEL_VALUES = 127
