@@ -35,8 +35,7 @@ from nuclei3d.stages.predict import predict
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track_files import read_tracks
 from nuclei3d.tracks.accuracy import FrameMatch, TrackScores, match_frame, score_tracks
-from nuclei3d.tracks.linking import link_nuclei
-from nuclei3d.tracks.motion import follow_motion
+from nuclei3d.tracks.linking import follow_motion, link_nuclei
 from nuclei3d.tracks.nuclei import Nuclei, Tracks, measure_frame
 from shared import markdown, new_parser
 

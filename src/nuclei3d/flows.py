@@ -47,11 +47,7 @@ def flows_2d(labels: Labels) -> NDArray[np.float32]:
 
 
 def flows_3d(
-    labels: Labels,
-    voxel_size: VoxelSize,
-    *,
-    tolerance: float = 1e-3,
-    threads: int | None = None,
+    labels: Labels, voxel_size: VoxelSize, *, tolerance: float = 1e-3, threads: int | None = None
 ) -> NDArray[np.float32]:
     """Compute the flow of every voxel of a labelled volume (Z, Y, X), in physical space.
 
@@ -254,11 +250,7 @@ def _piece_flows_3d(
 
 @njit(cache=True, nogil=True)
 def _steady_heat(
-    inside: Floats,
-    spans: NDArray[np.int32],
-    centre: tuple[int, int, int],
-    edges: Floats,
-    tolerance: float,
+    inside: Floats, spans: NDArray[np.int32], centre: tuple[int, int, int], edges: Floats, tolerance: float
 ) -> Floats:
     """Solve the steady heat equation in a piece: a source at the centre, heat 0 outside.
 

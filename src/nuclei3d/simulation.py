@@ -461,10 +461,7 @@ def chromatin_pattern(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def draw_scene(
-    bodies: Sequence[Body],
-    fragments: Sequence[Body],
-    grid: FineGrid,
-    pattern: NDArray[np.float32],
+    bodies: Sequence[Body], fragments: Sequence[Body], grid: FineGrid, pattern: NDArray[np.float32]
 ) -> Scene:
     """Put bodies on the fine grid and label the camera's voxels 1..n in their order, those without a voxel
     left out.

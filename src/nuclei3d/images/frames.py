@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.console import warn
+from nuclei3d.console import some_of, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.formats import FOREIGN_SUFFIXES, ForeignArray, NoReaderError
 from nuclei3d.images.layout import FrameAxes, Layout, NoVolumeError, lay_out_frames
@@ -88,8 +88,7 @@ def list_volumes(folder: Path) -> list[Path]:
 def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
     """Say once which files of a folder are not used."""
     if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warn(f"{folder}: {len(names)} passed over: {shown} ({reason})")
+        warn(f"{folder}: {len(names)} passed over: {some_of(names)} ({reason})")
 
 
 def volume_paths(source: Path) -> list[Path]:
@@ -309,6 +308,48 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
                 f"{where} holds the label {labels.max():g}, expected at most 2**32 - 1; renumber the labels"
             )
     return labels.astype(np.uint32, copy=False)
+
+
+KNOWN_MARK = "_known"
+"""Ends the name of a mask of what was looked at."""
+
+
+def is_known_mask(path: Path) -> bool:
+    """Say whether a file among labels is a mask of what was looked at."""
+    return frame_stem(path).endswith(KNOWN_MARK)
+
+
+def read_partial_labels(
+    frame: Frame, unknown_label: int | None
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
+    """Read labels (z, y, x), 0 where unknown, and say where that is; None: all is known.
+
+    A mask ``<frame>_known`` beside the labels counts. InputError is raised as by `to_labels`, or if the mask
+    has another shape or leaves nothing known.
+    """
+    labels: NDArray[Any] = frame.read()
+    unknown = np.zeros(labels.shape, bool) if unknown_label is None else np.asarray(labels == unknown_label)
+    mask = find_known_mask(frame.path)
+    if mask is not None:
+        known = single_frame(mask).read()
+        if known.shape != labels.shape:
+            raise InputError(
+                f"{mask} has the shape {known.shape}, its labels {labels.shape}; expected the same"
+            )
+        unknown |= known == 0
+    if unknown.all():
+        raise InputError(f"{frame.path}: nothing is known of this frame; remove its labels")
+    if not unknown.any():
+        return to_labels(labels, str(frame.path)), None
+    return to_labels(np.where(unknown, labels.dtype.type(0), labels), str(frame.path)), unknown
+
+
+def find_known_mask(labels: Path) -> Path | None:
+    """Find the mask beside labels; inside an OME-Zarr there is none."""
+    if not labels.is_file():
+        return None
+    wanted = frame_stem(labels) + KNOWN_MARK
+    return next((path for path in list_volumes(labels.parent) if frame_stem(path) == wanted), None)
 
 
 def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:

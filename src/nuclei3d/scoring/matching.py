@@ -231,11 +231,7 @@ def _sizes(labels: Integers, voxels: Integers) -> tuple[Integers, Integers]:
 
 
 def _match_crowded(
-    rows: Integers,
-    columns: Integers,
-    ious: Floats,
-    n_true: int,
-    n_pred: int,
+    rows: Integers, columns: Integers, ious: Floats, n_true: int, n_pred: int
 ) -> list[tuple[Integers, Integers, Floats]]:
     """Solve the connected parts of the graph of admissible pairs one by one."""
     graph = coo_array((np.ones(len(rows)), (rows, columns + n_true)), shape=(n_true + n_pred,) * 2)

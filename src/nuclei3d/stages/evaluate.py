@@ -23,8 +23,7 @@ from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
-from nuclei3d.images.frames import frame_stem
-from nuclei3d.images.unknown import read_partial_labels
+from nuclei3d.images.frames import frame_stem, read_partial_labels
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -48,7 +47,7 @@ from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
-from nuclei3d.stages.track_scores import score_track_folders
+from nuclei3d.stages.track_files import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000

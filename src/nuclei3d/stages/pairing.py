@@ -24,15 +24,16 @@ from nuclei3d.images.frames import (
     check_image,
     find_frames,
     frame_stem,
+    is_known_mask,
     label_stem,
     list_volumes,
     natural_key,
+    read_partial_labels,
     say_passed_over,
     to_labels,
 )
 from nuclei3d.images.layout import NoVolumeError
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
-from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import drop_small_labels
 
@@ -49,16 +50,9 @@ _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
-    Folders called `labels`, `images` and the like count for nothing here.
-
-    Attributes
-    ----------
-    folders
-        Names of the folders between the root and the file.
-    stem
-        Name of the frame without `_masks` and the like.
-    home, root
-        The innermost folder, and the name of the one that was searched.
+    `folders` are those between the root and the file, but none called `labels`, `images` and the like; `stem`
+    is the name of the frame without `_masks` and the like; `home` the innermost folder, and `root` the name
+    of the one that was searched.
     """
 
     frame: Frame
@@ -272,20 +266,10 @@ def _volumes_below(folder: Path) -> list[Path]:
 class VolumePair:
     """A true volume with all that belongs to it.
 
-    Attributes
-    ----------
-    name
-        ``<embryo>/<frame>``, unique.
-    voxel_size
-        In um if `physical`; else of unit length, because no file says it.
-    baselines
-        Predictions of other methods by their names.
-    min_true_volume_um3
-        True labels below are background.
-    unknown_label
-        Number of what nobody looked at.
-    share
-        The part of the volume that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
+    `name` is ``<embryo>/<frame>``, unique; `voxel_size` is in um if `physical`, else of unit length, because
+    no file says it; `baselines` are predictions of other methods by their names. True labels below
+    `min_true_volume_um3` are background, `unknown_label` is the number of what nobody looked at, and `share`
+    the part that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
     """
 
     name: str

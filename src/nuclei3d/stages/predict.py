@@ -25,14 +25,7 @@ from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import (
-    Frame,
-    check_image,
-    find_frames,
-    frame_stem,
-    natural_key,
-    say_passed_over,
-)
+from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import require_writable, whole_file
@@ -304,12 +297,7 @@ def _write_masks(
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import (
-        BlockRun,
-        predict_in_blocks,
-        required_gb,
-        with_frame_ranges,
-    )
+    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb, with_frame_ranges
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
