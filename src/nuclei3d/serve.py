@@ -156,9 +156,7 @@ class Service:
             )
 
     async def answer(self, request: Request) -> bytes:
-        """Answer one request for segmentation with the JSON that MLflow's server gives, or raise a
-        `Refusal`; ClientDisconnect if the sender hung up.
-        """
+        """Answer with the JSON of MLflow's server, or raise a `Refusal`; ClientDisconnect if it hung up."""
         self.check_token(request)
         self._check_head(request)
         try:

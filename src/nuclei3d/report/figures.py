@@ -159,9 +159,7 @@ def _save(figure: Figure, out: Path) -> None:
 
 
 def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
-    """Draw evenly chosen training planes of each view into a PNG, one view a row, outlines of labels
-    on them.
-    """
+    """Draw evenly chosen training planes into a PNG, one view a row, with outlines of labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(VIEWS)), layout="constrained")

@@ -333,13 +333,8 @@ def pair_volumes(
     """Find which prediction, image and baseline belongs to each true volume.
 
     If given, `only` of those files, at those times in them (None: of one), and of each the part that counts
-    (`VolumePair.share`).
-
-    Raises
-    ------
-    InputError
-        If a folder holds nothing to read, nothing pairs, it is in doubt what pairs, or a baseline lacks
-        volumes that are paired.
+    (`VolumePair.share`). InputError is raised if a folder holds nothing to read, nothing pairs, it is in
+    doubt what pairs, or a baseline lacks volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     shares: dict[Entry, tuple[float, float] | None] = {}
