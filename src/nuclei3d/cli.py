@@ -311,8 +311,7 @@ def _add_command(
         result = getattr(import_module(f"nuclei3d.{module}"), function)(chosen, **options)
         if as_json:
             plain = result.as_json() if hasattr(result, "as_json") else asdict(result)
-            warnings = dict.fromkeys((*plain.get("warnings", ()), *warned))
-            emit_json({**plain, "warnings": list(warnings)})
+            emit_json({**plain, "warnings": list(warned)})
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 

@@ -55,6 +55,16 @@ def test_the_start_models_scale_and_a_gentle_schedule_replace_the_files_aloud(mo
     assert "train.learning_rate=0.0005, for this start; 0.002 otherwise" in said
 
 
+def test_the_start_models_kind_and_width_come_with_it(tmp_path, capsys):
+    save_model(tmp_path / "thin", new_network(17.0, 3, 16), ModelInfo(diameter_px=17.0, width=16), "")
+    start = f"train.start_from={tmp_path / 'thin'}"
+    assert load_fine_tuning(None, [start], asked=True).train.width == 16
+    assert "train.width=16, for this start; 32 otherwise" in capsys.readouterr().err
+    assert load_fine_tuning(None, [start, "train.width=24"], asked=True).train.width == 24
+    with pytest.raises(InputError, match="width is of network views2d"):
+        load_fine_tuning(None, ["train.network=full3d", "train.width=16"], asked=False)
+
+
 def test_what_is_set_on_the_command_line_wins(model, file):
     given = [f"train.start_from={model}", "train.diameter_px=12", "train.epochs=2", "normalization={}"]
     assert taken_of(load_fine_tuning(file, given, asked=True)) == (12.0, 1.0, 5e-4, 20, 2)

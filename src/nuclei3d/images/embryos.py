@@ -23,17 +23,16 @@ from nuclei3d.images.frames import (
     check_image,
     count_times,
     frame_stem,
-    is_known_mask,
     label_stem,
     list_volumes,
     natural_key,
-    read_partial_labels,
     say_passed_over,
     single_frame,
     single_label_frame,
     time_names,
 )
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
+from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 
 PARTS = ("train", "validation", "test")
@@ -148,7 +147,8 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
-    labels, unknown = read_partial_labels(label_frame, params.unknown_label)
+    shift_um = params.label_shift_of(frame.embryo)
+    labels, unknown = read_partial_labels(label_frame, params.unknown_label, shift_um, voxel_size)
     labels = compact_labels(labels)
     if frame.share is not None:
         block = block_of(labels, frame.share, str(frame.label_path))
@@ -157,6 +157,20 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     if not labels.any():
         warn(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
+
+
+def check_shifts(embryos: Sequence[Embryo], params: DataParams) -> None:
+    """Raise InputError if labels are to be moved of an embryo that is not there."""
+    known = [embryo.name for embryo in embryos]
+    for name in params.label_shift_um if isinstance(params.label_shift_um, dict) else ():
+        if name not in known:
+            raise InputError(_unknown_name("data.label_shift_um", name, known))
+
+
+def _unknown_name(where: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{where} names the embryo '{name}', which the data do not hold; {hint}known: {', '.join(known)}"
 
 
 def block_of(labels: NDArray[np.uint32], share: tuple[float, float], where: str) -> tuple[slice, ...]:
@@ -384,12 +398,7 @@ def _check_names(
     for name in chain.from_iterable(lists.values()):
         parts = [part for part, names in lists.items() if name in names]
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise InputError(
-                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; "
-                f"{hint}known: {', '.join(known)}"
-            )
+            raise InputError(_unknown_name(f"data.split.{parts[0]}", name, known))
         if len(parts) > 1:
             raise InputError(
                 f"embryo '{name}' is in {' and '.join(parts)} of data.split; leave it in one of them"

@@ -130,6 +130,8 @@ class Frame:
     time_step_s: float | None = None
     companions: frozenset[str] = frozenset()
     """Names of all files of a multi-file OME-TIFF, which lie beside each other."""
+    chunk: tuple[int, int, int] = (1, 1, 1)
+    """What is read at once at least, (z, y, x)."""
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -310,48 +312,6 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
     return labels.astype(np.uint32, copy=False)
 
 
-KNOWN_MARK = "_known"
-"""Ends the name of a mask of what was looked at."""
-
-
-def is_known_mask(path: Path) -> bool:
-    """Say whether a file among labels is a mask of what was looked at."""
-    return frame_stem(path).endswith(KNOWN_MARK)
-
-
-def read_partial_labels(
-    frame: Frame, unknown_label: int | None
-) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
-    """Read labels (z, y, x), 0 where unknown, and say where that is; None: all is known.
-
-    A mask ``<frame>_known`` beside the labels counts. InputError is raised as by `to_labels`, or if the mask
-    has another shape or leaves nothing known.
-    """
-    labels: NDArray[Any] = frame.read()
-    unknown = np.zeros(labels.shape, bool) if unknown_label is None else np.asarray(labels == unknown_label)
-    mask = find_known_mask(frame.path)
-    if mask is not None:
-        known = single_frame(mask).read()
-        if known.shape != labels.shape:
-            raise InputError(
-                f"{mask} has the shape {known.shape}, its labels {labels.shape}; expected the same"
-            )
-        unknown |= known == 0
-    if unknown.all():
-        raise InputError(f"{frame.path}: nothing is known of this frame; remove its labels")
-    if not unknown.any():
-        return to_labels(labels, str(frame.path)), None
-    return to_labels(np.where(unknown, labels.dtype.type(0), labels), str(frame.path)), unknown
-
-
-def find_known_mask(labels: Path) -> Path | None:
-    """Find the mask beside labels; inside an OME-Zarr there is none."""
-    if not labels.is_file():
-        return None
-    wanted = frame_stem(labels) + KNOWN_MARK
-    return next((path for path in list_volumes(labels.parent) if frame_stem(path) == wanted), None)
-
-
 def check_image(image: NDArray[Any], where: str, *, part: bool = False) -> None:
     """Raise InputError if an array is no volume (Z, Y, X), each axis longer than 1, of real numbers.
 
@@ -385,6 +345,7 @@ def _frames_of(
     found = lay_out_frames(layout, str(path), channel, labels=labels)
     for axes, name in zip(found, time_names(frame_stem(path), len(found)), strict=True):
         z, y, x = (layout.shape[place] for place in axes.spatial)
+        depth, height, width = (layout.chunk[place] for place in axes.spatial)
         yield Frame(
             path=path,
             name=name,
@@ -398,6 +359,7 @@ def _frames_of(
             image=layout.image,
             time_step_s=layout.time_step_s,
             companions=layout.companions,
+            chunk=(depth, height, width),
         )
 
 

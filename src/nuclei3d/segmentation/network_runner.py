@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import Engine
 from nuclei3d.errors import InputError
-from nuclei3d.networks.cpnet import CHANNELS, FLOW_SCALE
+from nuclei3d.networks.cpnet import FLOW_SCALE, INPUT_CHANNELS, LEVELS
 from nuclei3d.networks.unet3d import VolumeNetwork
 
 Compiled = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -167,7 +167,7 @@ class NetworkRunner:
     def _forward(self, images: Tensor) -> Tensor:
         """Give what the network says, 5 x flow and logit, of images of a size that it takes."""
         started = time.perf_counter()
-        channels = 1 if self._solid else CHANNELS[0]
+        channels = 1 if self._solid else INPUT_CHANNELS
         stack = torch.zeros((len(images), channels, *images.shape[1:]), device=self.device)
         stack[:, 0] = images
         total: Tensor | None = None
@@ -216,7 +216,7 @@ def _compile(
     """Compile the network if that is wanted and possible, or take one of the last few of the same weights."""
     if engine not in ("auto", "torch", "openvino"):
         raise InputError(f"engine '{engine}' is unknown; choose auto, torch or openvino")
-    fits = device.type == "cpu" and isinstance(network, CPnet) and network.nbase[0] == CHANNELS[0]
+    fits = device.type == "cpu" and isinstance(network, CPnet) and network.nbase[0] == INPUT_CHANNELS
     if engine == "torch" or (engine == "auto" and not (fits and has_openvino())):
         return None
     if not fits:
@@ -273,9 +273,9 @@ class _Graph:
         import openvino as ov  # type: ignore[import-not-found,unused-ignore]
 
         ops = self._ops
-        stack = ops.parameter([-1, CHANNELS[0], -1, -1], np.float32, name="stack")
+        stack = ops.parameter([-1, INPUT_CHANNELS, -1, -1], np.float32, name="stack")
         levels: list[Node] = []
-        for level in range(len(CHANNELS) - 1):
+        for level in range(LEVELS):
             below = stack
             if level > 0:
                 below = ops.max_pool(levels[-1], [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
@@ -284,8 +284,8 @@ class _Graph:
         length = ops.sqrt(ops.reduce_sum(ops.multiply(mean, mean), np.array([1]), keep_dims=True))
         style = ops.divide(mean, length)
         result = levels[-1]
-        for level in reversed(range(len(CHANNELS) - 1)):
-            if level < len(CHANNELS) - 2:
+        for level in reversed(range(LEVELS)):
+            if level < LEVELS - 1:
                 scales = np.array([2.0, 2.0], np.float32)
                 result = ops.interpolate(
                     result, scales, "nearest", "scales", axes=np.array([2, 3]), nearest_mode="floor",

@@ -306,6 +306,11 @@ def _mode(info: ModelInfo, wished: Mode, volume: ModelInfo | None) -> ResolvedMo
         mode = "mixed"
     else:
         mode = "full3d" if solid else "ortho"
+    if mode == "cellpose" and not (solid or info.for_cellpose):
+        raise InputError(
+            f"mode 'cellpose' is not for the model '{info.name}': Cellpose does not load its width of "
+            f"{info.width}; use auto, ortho or stitch"
+        )
     if mode == "mixed" and solid:
         raise InputError(
             f"mode 'mixed' takes a 2D model and, beside it, a 3D one (predict.volume_model); '{info.name}' "

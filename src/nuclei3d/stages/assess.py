@@ -202,8 +202,8 @@ def _wanted(params: Params, model: str) -> list[_Baseline]:
     wanted = []
     if "stock_fusion" in params.evaluate.baselines and params.predict.mode != "cellpose":
         file = Path(model) / INFO_FILE
-        if params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d"):
-            say("Cellpose has no fusion for a 3D network: that baseline is left out")
+        if params.predict.mode == "full3d" or (file.is_file() and not read_info(file).for_cellpose):
+            say("Cellpose does not load this network (3D, or of another width): its fusion is left out")
         else:
             wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):

@@ -15,8 +15,9 @@ from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
 from nuclei3d.grid import resize_nearest
-from nuclei3d.images.frames import Frame, check_image, read_partial_labels, to_labels
+from nuclei3d.images.frames import Frame, check_image, to_labels
 from nuclei3d.images.tiff import write_labels
+from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import overlap_table, relabel_sequential
 from nuclei3d.scoring.suspicion import Suspect, find_missed, rank_nuclei

@@ -23,7 +23,7 @@ from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
-from nuclei3d.images.frames import frame_stem, read_partial_labels
+from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -178,6 +178,10 @@ def evaluate(
         "contrast_edges_from": edges_from,
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
+    moved = {pair.embryo: list(pair.label_shift_um) for pair in pairing.pairs if pair.label_shift_um}
+    if moved:
+        metrics["label_shift_um"] = moved
+        say(f"true labels are moved by (z, y, x) um (data.label_shift_um): {moved}")
     mark_seen(metrics, None if info is None else info.frames)
     if warnings := _find_warnings(metrics, assessed, pairing.pairs):
         metrics["warnings"] = warnings
@@ -293,7 +297,7 @@ def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair:
     """Digest the part of a frame that counts, as prepare does."""
     if pair.share is None:
         return digest_of_frame(image, true)
-    whole, _ = read_partial_labels(pair.truth.frame, pair.unknown_label)
+    whole, _ = pair.read_whole_truth()
     block = block_of(whole, pair.share, str(pair.truth.frame.path))
     return digest_of_frame(None if image is None else image[block], true[block])
 

@@ -19,21 +19,18 @@ from nuclei3d.grid import compact_labels
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, check_fit, find_embryo
 from nuclei3d.images.foreign_labels import FOREIGN_LABELS, read_rois, read_seg
 from nuclei3d.images.frames import (
-    KNOWN_MARK,
     Frame,
     check_image,
     count_times,
-    find_known_mask,
     frame_stem,
-    is_known_mask,
     label_stem,
     list_volumes,
-    read_partial_labels,
     single_label_frame,
     to_labels,
 )
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.tiff import write_image, write_labels
+from nuclei3d.images.unknown import KNOWN_MARK, find_known_mask, is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import require_writable, whole_file
 from nuclei3d.scoring.matching import match, overlap_table
@@ -166,7 +163,7 @@ def store_labels(
     offset = common_offset(checks)
     warnings = [
         *describe_faults((check.place, fault) for check in checks for fault in check.faults),
-        *describe_offsets({} if offset is None else {folder.name: offset}, checks),
+        *describe_offsets({} if offset is None else {folder.name: offset}, checks, params.data),
         *(
             f"{frame.source} holds no label: a frame without nuclei"
             for frame in frames.values()

@@ -24,16 +24,15 @@ from nuclei3d.images.frames import (
     check_image,
     find_frames,
     frame_stem,
-    is_known_mask,
     label_stem,
     list_volumes,
     natural_key,
-    read_partial_labels,
     say_passed_over,
     to_labels,
 )
 from nuclei3d.images.layout import NoVolumeError
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
+from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.training.slicing import drop_small_labels
 
@@ -268,8 +267,9 @@ class VolumePair:
 
     `name` is ``<embryo>/<frame>``, unique; `voxel_size` is in um if `physical`, else of unit length, because
     no file says it; `baselines` are predictions of other methods by their names. True labels below
-    `min_true_volume_um3` are background, `unknown_label` is the number of what nobody looked at, and `share`
-    the part that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
+    `min_true_volume_um3` are background, `unknown_label` is the number of what nobody looked at,
+    `label_shift_um` how far true labels are moved (z, y, x), and `share` the part that counts
+    (`nuclei3d.images.embryos.block_of`); None: not at all, all of it.
     """
 
     name: str
@@ -283,11 +283,16 @@ class VolumePair:
     baselines: dict[str, Entry] = field(default_factory=dict)
     min_true_volume_um3: float = 0.0
     unknown_label: int | None = None
+    label_shift_um: Sequence[float] | None = None
     share: tuple[float, float] | None = None
+
+    def read_whole_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
+        """Read all true labels, and say where nobody looked (None: nowhere)."""
+        return read_partial_labels(self.truth.frame, self.unknown_label, self.label_shift_um, self.voxel_size)
 
     def read_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
         """Read the true labels that count, and say where nobody looked (None: nowhere)."""
-        labels, unknown = read_partial_labels(self.truth.frame, self.unknown_label)
+        labels, unknown = self.read_whole_truth()
         if self.share is not None:
             block = block_of(labels, self.share, str(self.truth.frame.path))
             outside = np.ones(labels.shape, bool)
@@ -376,9 +381,12 @@ def pair_volumes(
         name = name if names[name] == 1 else entry.key
         image = image_of.get(entry)
         size = given or first_voxel_size(entry, image, prediction)
-        if size is None and params.evaluate.min_true_volume_um3:
+        shift_um = params.data.label_shift_of(entry.embryo)
+        needs = ["evaluate.min_true_volume_um3"] if params.evaluate.min_true_volume_um3 else []
+        needs += ["data.label_shift_um"] if shift_um else []
+        if size is None and needs:
             raise InputError(
-                f"evaluate.min_true_volume_um3 needs a voxel size, and none of the files of {name} has one; "
+                f"{needs[0]} needs a voxel size, and none of the files of {name} has one; "
                 "give --set data.voxel_size_um=[Z,Y,X]"
             )
         pairs.append(
@@ -394,6 +402,7 @@ def pair_volumes(
                 baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
                 unknown_label=params.data.unknown_label,
+                label_shift_um=shift_um,
                 share=shares.get(entry),
             )
         )

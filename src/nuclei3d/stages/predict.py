@@ -34,9 +34,12 @@ from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
+    from nuclei3d.stages.confirm import Sure
     from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
+CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
+"""In it are, with ``--track``, the masks with weak nuclei too, before tracks decide which stay."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -99,7 +102,7 @@ def predict(
         Segment again what was done before.
     link
         Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
-        ``<out>/tracks``.
+        ``<out>/tracks``. Nuclei below the least score or volume then stay where their lineage has one above.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -119,30 +122,19 @@ def predict(
             "diameter is estimated (--diameter gives it)"
         )
         diameters = estimate_diameters(frames)
-    done: list[PredictedFrame] = []
-    fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    with progress_bar("predict", total=len(frames)) as bar, _says_what_is_kept(done, len(frames), out):
-        for frame, diameter_um in zip(frames, diameters, strict=True):
-            if diameter_um is not None:
-                predictor = predictor.at(diameter_um)
-            fingerprint = fingerprint_of(frame, predictor)
-            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
-            if finished is not None:
-                bar.advance(1)
-            else:
-                bar.note(frame.name)
-                # before its masks are replaced: a record never speaks of other masks than its own
-                record = _record_file(out, frame.name)
-                require_writable(record)
-                record.unlink(missing_ok=True)
-                finished = _predict_frame(frame, predictor, out, bar.advance)
-                _note_done(out, finished, fingerprint)
-            done.append(replace(finished, diameter_um=diameter_um))
-            fingerprints.append(fingerprint)
+    sequence = list(zip(frames, diameters, strict=True))
+    sure = [_at(predictor, diameter_um).sure for diameter_um in diameters] if link else []
+    weakest = params.tracks.weakest_score
+    if len(sure) > 1 and None not in sure and weakest < 1 and not any(map(predictor.needs_blocks, frames)):
+        weaker = predictor.with_least(weakest, 0.0)
+        done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
+        done, fingerprints = _confirm(done, fingerprints, params, [each for each in sure if each], out)
+    else:
+        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
         chosen = [i for i, frame in enumerate(frames) if frame.path == source]
@@ -172,6 +164,73 @@ def predict(
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
+
+
+def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
+    return predictor if diameter_um is None else predictor.at(diameter_um)
+
+
+def _predict_frames(
+    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Segment frames, each at its diameter (None: the model's), but those done before; digest each."""
+    done: list[PredictedFrame] = []
+    fingerprints: list[str] = []
+    with (
+        progress_bar("predict", total=len(sequence)) as bar,
+        _says_what_is_kept(done, len(sequence), out),
+    ):
+        for frame, diameter_um in sequence:
+            predictor = _at(predictor, diameter_um)
+            fingerprint = fingerprint_of(frame, predictor)
+            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
+            if finished is not None:
+                bar.advance(1)
+            else:
+                bar.note(frame.name)
+                _forget(out, frame.name)
+                finished = _predict_frame(frame, predictor, out, bar.advance)
+                _note_done(out, finished, fingerprint)
+            done.append(replace(finished, diameter_um=diameter_um))
+            fingerprints.append(fingerprint)
+    return done, fingerprints
+
+
+def _confirm(
+    candidates: Sequence[PredictedFrame],
+    fingerprints: Sequence[str],
+    params: Params,
+    sure: Sequence[Sure],
+    out: Path,
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Write the masks of candidates that their tracks confirm (`nuclei3d.stages.confirm`)."""
+    from nuclei3d.stages.confirm import confirm_nuclei, write_confirmed
+
+    done: list[PredictedFrame] = []
+    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, sure)
+    digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
+    for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
+        if _find_done(out, frame.name, digest) is None:
+            _forget(out, frame.name)
+            masks, table = out / frame.masks.name, _table_path(out, frame.name)
+            write_confirmed(frame.masks, frame.table, each, masks, table)
+            new = replace(frame, masks=masks, table=table, nuclei=len(each.labels), done_before=False)
+            _note_done(out, new, digest)
+        found = _find_done(out, frame.name, digest) or frame
+        done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
+    total = sum(frame.nuclei for frame in candidates)
+    say(
+        f"{sum(each.weak for each in confirmed)} nuclei below the model's least score or volume stay, since "
+        f"others of their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
+    )
+    return done, digests
+
+
+def _forget(out: Path, name: str) -> None:
+    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
+    record = _record_file(out, name)
+    require_writable(record)
+    record.unlink(missing_ok=True)
 
 
 def _link(params: Params, out: Path) -> TrackResult | None:
@@ -272,9 +331,35 @@ class Predictor:
             else self.model.models["main"].info.embryo_diameters_um
         )
 
+    @property
+    def sure(self) -> Sure | None:
+        """What counts as a nucleus by itself; of a service it is known only if it was given."""
+        from nuclei3d.stages.confirm import Sure
+
+        if not isinstance(self.model, RemoteModel):
+            masks = self.model.settings.masks
+            return Sure(masks.score_threshold, masks.min_volume_um3)
+        score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
+        return None if score is None or volume_um3 is None else Sure(score, volume_um3)
+
+    def needs_blocks(self, frame: Frame) -> bool:
+        """Tell whether a frame is larger than the memory."""
+        from nuclei3d.stages.predict_blocks import BlockRun, required_gb
+
+        if isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose":
+            return False
+        return required_gb(frame, self.model.settings) > BlockRun.of(self.params).worker_gb
+
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
-        predict = self.params.model_copy(update={"diameter_um": diameter_um})
+        return self._with(diameter_um=diameter_um)
+
+    def with_least(self, score: float, volume_um3: float) -> Predictor:
+        """Give the same model with another least score and volume of nuclei."""
+        return self._with(score_threshold=score, min_volume_um3=volume_um3)
+
+    def _with(self, **update: float) -> Predictor:
+        predict = self.params.model_copy(update=update)
         if isinstance(self.model, RemoteModel):
             remote = replace(self.model, predict=predict)
             identity = {**self.identity, "predict": predict.model_dump(mode="json")}
@@ -301,7 +386,7 @@ def _write_masks(
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
-    if needed > run.worker_gb and settings.mode != "cellpose":
+    if predictor.needs_blocks(frame):
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
         fingerprint = fingerprint_of(frame, predictor)

@@ -27,6 +27,7 @@ from nuclei3d.images.embryos import (
     PARTS,
     EmbryoFrame,
     LabelledVolume,
+    check_shifts,
     find_embryos,
     read_labelled,
     split_embryos,
@@ -95,7 +96,9 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
             "prepare.cellpose_files is for planes: Cellpose's training takes no volumes "
             "(train.network is full3d)"
         )
-    split = split_embryos(find_embryos(data), params.data.split)
+    embryos = find_embryos(data)
+    check_shifts(embryos, params.data)
+    split = split_embryos(embryos, params.data.split)
     tasks = [(part, frame) for part in PARTS for frame in split.of(part)]
     with whole_folder(out) as folder:
         for part in PARTS:

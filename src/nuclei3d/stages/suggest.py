@@ -18,9 +18,10 @@ from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.grid import resize_nearest
 from nuclei3d.images.embryos import EmbryoFrame, find_embryo, find_embryos
-from nuclei3d.images.frames import Frame, check_image, frame_stem, read_partial_labels, single_label_frame
+from nuclei3d.images.frames import Frame, check_image, frame_stem, single_label_frame
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.tiff import write_image
+from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of

@@ -29,8 +29,6 @@ from nuclei3d.networks.folder import (
     TrainingFrames,
     info_beside,
     load_model,
-    network_from_state,
-    read_state,
     save_model,
 )
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -298,19 +296,24 @@ def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
     settings = params.train
     network: nn.Module = (
-        new_network(settings.diameter_px, params.seed)
+        new_network(settings.diameter_px, params.seed, settings.width)
         if spec is None
         else new_volume_network(spec, params.seed)
     )
     if path is None:
         return network, "scratch"
-    weights = load_model(path).path if path.is_dir() else path
+    model = load_model(path)
+    start = model.network
     if spec is None:
-        network = network_from_state(read_state(weights), where=str(weights))
+        if (model.info.kind, model.info.width) != ("views2d", settings.width):
+            raise InputError(
+                f"train.start_from: {path} holds a network {model.info.kind} of width {model.info.width}, "
+                f"not views2d of train.width {settings.width}; give the same, or null"
+            )
+        network = start
         with torch.no_grad():
             network.get_parameter("diam_mean").fill_(settings.diameter_px)
     else:
-        start = load_model(path).network
         if not same_architecture(start, spec):
             raise InputError(
                 f"train.start_from: {path} holds another network than this training shapes "
@@ -318,7 +321,7 @@ def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -
                 "the same voxel size with the same train.full3d.profile, or null"
             )
         network.load_state_dict(start.state_dict())
-    return network, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    return network, hashlib.md5(model.path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
@@ -539,6 +542,8 @@ def _describe_model(
     if run_id is not None:
         origin["run_id"] = run_id
     origin |= trace_start(params)
+    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+        origin["label_shift_um"] = json.dumps(shift_um)
     voxel = float(described.summary["voxel_um"])
     own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
     of_training = [
@@ -546,6 +551,7 @@ def _describe_model(
     ]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
+        width=params.train.width,
         full3d=spec,
         name=params.train.name,
         diameter_px=params.train.diameter_px,
@@ -587,10 +593,12 @@ def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, descr
         *((name.replace("_", " "), value) for name, value in info.lineage.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = (
-        f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a plain "
-        "Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models.CellposeModel`."
-    )
+    what = f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a "
+    if info.for_cellpose:
+        what += "plain Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models."
+        what += "CellposeModel`."
+    else:
+        what += f"state dict of width {info.width}, which Cellpose itself does not load."
     if info.full3d is not None:
         what = (
             "A 3D network trained on embryos by nuclei3d, for voxels about "

@@ -63,6 +63,11 @@ def export(
             f"the model '{loaded.info.name}' is a 3D network, which Cellpose cannot load; export it with "
             "--format bioimageio"
         )
+    if loaded is not None and "cellpose" in wanted and not loaded.info.for_cellpose:
+        raise InputError(
+            f"the network of '{loaded.info.name}' has width {loaded.info.width} (train.width), and Cellpose "
+            "loads width 32 only; export it with --format bioimageio"
+        )
     if "bioimageio" in wanted:
         if find_spec("bioimageio") is None or find_spec("bioimageio.spec") is None:
             raise InputError("the format bioimageio needs bioimageio.core: pip install 'nuclei3d[export]'")
