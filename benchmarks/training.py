@@ -40,13 +40,13 @@ from typing import Any
 import numpy as np
 import torch
 from cellpose.resnet_torch import CPnet
-from skimage.segmentation import relabel_sequential
 
 from nuclei3d.config import load_params
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.console import say
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import choose_device, new_network
+from nuclei3d.scoring.matching import relabel_sequential
 from nuclei3d.stages.export.cellpose import write_training_set
 from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
@@ -216,17 +216,15 @@ def write_planes(folder: Path, planes: int, edge: int) -> None:
     samples: list[StoredSample] = []
     for number in range(planes):
         view, frame = VIEWS[number % len(VIEWS)], f"t{number // 768:03d}"
-        names = {
-            "file": f"train/e_{frame}_{view}_{number:05d}",
-            "frame": frame,
-            "view": view,
-            "index": number,
-        }
+        file = f"train/e_{frame}_{view}_{number:05d}"
         if number < DRAWN:
             plane = relabel_sequential(labels[number])[0].astype(np.uint16)
             info = SampleInfo(
-                **names,
+                file=file,
                 embryo="e",
+                frame=frame,
+                view=view,
+                index=number,
                 shape=(1, edge, edge),
                 voxel_size=VoxelSize(0.35, 0.35, 0.35),
                 nuclei=int(plane.max()),
@@ -238,8 +236,9 @@ def write_planes(folder: Path, planes: int, edge: int) -> None:
             samples.append(store_sample(folder, "train", info, image[number][None], plane[None], flows))
         else:
             first = samples[number % DRAWN]
-            os.link(folder / f"{first.info.file}.bin", folder / f"{names['file']}.bin")
-            samples.append(replace(first, info=replace(first.info, **names)))
+            os.link(folder / f"{first.info.file}.bin", folder / f"{file}.bin")
+            info = replace(first.info, file=file, frame=frame, view=view, index=number)
+            samples.append(replace(first, info=info))
     summary = {"data": "absent", "nucleus_diameter_um": 12.0, "voxel_um": 0.35, "diameter_px": 34.0}
     describe_samples(folder, summary, samples)
 

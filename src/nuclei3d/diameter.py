@@ -8,7 +8,7 @@ an image are looked at, those with most signal, so that its size does not matter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,29 +18,41 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d, laplace, maximum_f
 
 from nuclei3d.grid import isotropic_shape, resize_linear
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.intensity import IntensityRange, measure_range, sampled_planes
-
-Box = tuple[slice, slice, slice]
+from nuclei3d.intensity import (
+    LOWER_PERCENTILE,
+    UPPER_PERCENTILE,
+    Box,
+    IntensityRange,
+    measure_boxes,
+    sampled_boxes,
+)
 
 _BLOCKS = 3
-_BLOCK_VOXELS = 8_000_000
-_GRID_VOXELS = 4_000_000
+_BLOCK_VOXELS = 6_000_000
+_GRID_VOXELS = 3_000_000
 _STEP = 2 ** (1 / 3)
 """Ratio of the diameters that are tried."""
 _LEAST_VOXELS = 4.0
+_SIGMA = 1 / (2 * math.sqrt(3))
+"""Of the Gaussian that answers most to a ball of diameter 1."""
 _SIGMA_PX = 1.5
 """Of the Gaussian, on the grid on which a diameter is tried."""
+_FIRST_SIGMA_PX = 0.75
+"""Of the one that takes out noise before intensities are cut off."""
 _PLATEAU = 0.5
 """Share of the range at which intensities are cut off: texture inside of nuclei does not count as blobs."""
 _LEAST_RESPONSE = 0.2
-"""Noise alone, of which the range is at least ten standard deviations, reaches .15."""
+_LEAST_NOISE = 5.0
+"""A response is at least so many standard deviations of that to noise."""
 _LEAST_SHARE = 0.5
 """Of the response of the strongest tenth; weaker blobs are no nuclei."""
 _MOST_BLOBS = 2000
 _SIGNAL = 0.25
-_FALL_OFF = 1.2
-"""Nuclei are brightest in the middle, and people outline them where they end: on BBBC050 and on simulated
-embryos a labelled nucleus is so many times as wide as its blob."""
+_SIGNAL_PX = 8
+"""Means over squares of so many pixels tell where there is signal: noise alone is not."""
+_FALL_OFF = 1.15
+"""Nuclei are brightest in the middle, and people outline them where they end: on BBBC050 a labelled nucleus
+is so many times as wide as its blob."""
 _OWN_ERROR = 0.1
 """Relative error with any number of nuclei (BBBC050, simulated embryos: two frames of three are within)."""
 
@@ -64,55 +76,100 @@ def estimate_diameter(
 
     `intensity` is its range if that is known.
     """
-    planes = image[:: sampled_planes(image.shape).step]
-    intensity = intensity or measure_range(planes, sampled=True)
-    return estimate_from_blocks(image.__getitem__, image.shape, planes, voxel_size, intensity)
+    boxes = sampled_boxes(image.shape)
+    parts = [image[box] for box in boxes]
+    intensity = intensity or measure_boxes(parts)
+    chosen = choose_blocks(image.shape, boxes, parts, voxel_size, intensity)
+    return estimate_from_blocks(
+        [clean_block(image[box], box, intensity) for box in chosen], voxel_size, intensity
+    )
+
+
+def clean_block(block: NDArray[Any], box: Box, intensity: IntensityRange) -> NDArray[np.float32]:
+    """Give a box of an image without fill, debris and uneven background, in the image's units."""
+    return intensity.of_part(*box[1:]).clean(block)[0].astype(np.float32)
 
 
 def estimate_from_blocks(
-    read_block: Callable[[Box], NDArray[Any]],
+    blocks: Sequence[NDArray[np.float32]], voxel_size: VoxelSize, intensity: IntensityRange
+) -> DiameterEstimate | None:
+    """Estimate the diameter of the nuclei in an image from its blocks (z, y, x), equal in shape.
+
+    What is bright is told by the blocks, once noise is smoothed out, and not by the range of the image, which
+    is wide where it is noisy.
+    """
+    shape, edges = blocks[0].shape, voxel_size
+    least = max(
+        _LEAST_VOXELS * edges.x,
+        1.2 * edges.z,
+        _SIGMA_PX / _SIGMA * (math.prod(shape) * edges.volume_um3 / _GRID_VOXELS) ** (1 / 3),
+    )
+    finest = isotropic_shape(shape, edges, max(_SIGMA * least / _SIGMA_PX, edges.x))
+    grids = [
+        gaussian_filter(resize_linear(block, finest), _FIRST_SIGMA_PX, mode="nearest") for block in blocks
+    ]
+    low = min(float(np.percentile(grid, LOWER_PERCENTILE)) for grid in grids)
+    high = max(float(np.percentile(grid, UPPER_PERCENTILE)) for grid in grids)
+    if not high > low:
+        return None
+    extent = np.array(shape) * edges.zyx
+    noise = intensity.noise * math.sqrt(edges.volume_um3) / (high - low)
+    return _summarise(
+        np.concatenate(
+            [
+                _find_blobs(np.clip((grid - low) / (high - low), 0, _PLATEAU), extent, least, noise)
+                for grid in grids
+            ]
+        )
+    )
+
+
+def choose_blocks(
     shape: Sequence[int],
-    planes: NDArray[Any],
+    boxes: Sequence[Box],
+    parts: Sequence[NDArray[Any]],
     voxel_size: VoxelSize,
     intensity: IntensityRange,
-) -> DiameterEstimate | None:
-    """Estimate the diameter of the nuclei in a volume that is read in blocks.
-
-    Parameters
-    ----------
-    read_block
-        Gives the voxels of a box (z, y, x).
-    shape
-        Of the volume, (z, y, x).
-    planes
-        Those of its planes that `sampled_planes` names.
-    """
-    found = []
-    for box in _choose_blocks(shape, planes, voxel_size, intensity):
-        part = intensity.of_part(*box[1:])
-        block = part.apply(part.clean(read_block(box))[0])
-        found.append(_find_blobs(np.clip(block, 0, _PLATEAU), voxel_size))
-    return _summarise(np.concatenate(found))
-
-
-def _choose_blocks(
-    shape: Sequence[int], planes: NDArray[Any], voxel_size: VoxelSize, intensity: IntensityRange
 ) -> list[Box]:
-    """Choose the blocks with most signal; the whole of a small volume is one."""
-    depth, height, width = _block_shape(shape, voxel_size)
-    stride = sampled_planes(shape).step
-    slabs = range(0, len(planes), max(1, math.ceil(depth / stride)))
-    ranked: list[tuple[float, Box]] = []
-    for slab in slabs:
-        z = min(max(0, slab * stride - (depth // 2 if stride > depth else 0)), shape[0] - depth)
-        seen = planes[slab : slab + slabs.step]
-        bright = intensity.apply(intensity.clean(seen)[0]) > _SIGNAL
-        for y in _starts(shape[1], height):
-            for x in _starts(shape[2], width):
-                share = float(bright[:, y : y + height, x : x + width].mean())
-                ranked.append((share, np.s_[z : z + depth, y : y + height, x : x + width]))
-    ranked.sort(key=lambda entry: -entry[0])
-    return [box for _, box in ranked[:_BLOCKS]]
+    """Choose the blocks of a volume with most signal; the whole of a small volume is one.
+
+    `parts` are what the volume holds in its `sampled_boxes`, `boxes`.
+    """
+    sides = _block_shape(shape, voxel_size)
+    if sides == tuple(shape):
+        return [(slice(0, sides[0]), slice(0, sides[1]), slice(0, sides[2]))]
+    counts = [math.ceil(size / side) for size, side in zip(shape, sides, strict=True)]
+    means, places = [], []
+    for box, part in zip(boxes, parts, strict=True):
+        clean = clean_block(part, box, intensity)
+        coarse = resize_linear(
+            clean, [part.shape[0], *(max(1, round(size / _SIGNAL_PX)) for size in part.shape[1:])]
+        )
+        means.append(coarse.ravel())
+        # the block in which the middle of each square lies
+        at = [
+            ((np.arange(n) + 0.5) * size / n + side.start).astype(int) // edge
+            for n, size, side, edge in zip(coarse.shape, part.shape, box, sides, strict=True)
+        ]
+        places.append(np.ravel_multi_index(np.meshgrid(*at, indexing="ij"), counts).ravel())
+    mean, place = np.concatenate(means), np.concatenate(places)
+    low, high = np.percentile(mean, (LOWER_PERCENTILE, UPPER_PERCENTILE))
+    seen = np.bincount(place, minlength=math.prod(counts))
+    bright = np.bincount(place, mean > low + _SIGNAL * (high - low), minlength=math.prod(counts))
+    # of a block of which little was seen nothing is said
+    share = np.where(seen > seen.max() / 10, bright / np.maximum(seen, 1), -1)
+    chosen = []
+    for number in np.argsort(-share, kind="stable")[:_BLOCKS]:
+        if share[number] >= 0:
+            starts = [
+                min(i * edge, size - edge)
+                for i, edge, size in zip(np.unravel_index(number, counts), sides, shape, strict=True)
+            ]
+            z, y, x = (
+                slice(int(start), int(start) + edge) for start, edge in zip(starts, sides, strict=True)
+            )
+            chosen.append((z, y, x))
+    return chosen
 
 
 def _block_shape(shape: Sequence[int], voxel_size: VoxelSize) -> tuple[int, int, int]:
@@ -130,29 +187,28 @@ def _block_shape(shape: Sequence[int], voxel_size: VoxelSize) -> tuple[int, int,
     return sides[0], sides[1], sides[2]
 
 
-def _starts(length: int, side: int) -> list[int]:
-    """Lay sides over a length, the last against its end."""
-    return [*range(0, length - side, side), length - side]
+def _find_blobs(
+    image: NDArray[np.float32], extent: NDArray[np.float64], least: float, noise: float
+) -> NDArray[np.float64]:
+    """Find blobs that do not overlap, a row each: response and diameter in um.
 
-
-def _find_blobs(block: NDArray[np.float32], voxel_size: VoxelSize) -> NDArray[np.float64]:
-    """Find blobs that do not overlap, a row each: response and diameter in um."""
-    extent = np.array(block.shape) * voxel_size.zyx
-    sigma = 1 / (2 * math.sqrt(3))  # of a diameter of 1
-    least = max(
-        _LEAST_VOXELS * voxel_size.x,
-        1.2 * voxel_size.z,
-        _SIGMA_PX / sigma * (extent.prod() / _GRID_VOXELS) ** (1 / 3),
-    )
+    `image`, from 0 to the plateau, is on the grid of the `least` diameter and `extent` um wide; `noise` is
+    the standard deviation in voxels of 1 um3.
+    """
     diameters, strongest, candidates = [], [], []
-    diameter = least
+    voxel = extent[2] / image.shape[2]
+    diameter, first_sigma = least, _FIRST_SIGMA_PX * voxel
     while diameter < extent[1:].min() / 2:
-        edge = max(sigma * diameter / _SIGMA_PX, voxel_size.x)
-        grid = resize_linear(block, isotropic_shape(block.shape, voxel_size, edge))
-        width = sigma * diameter / edge
-        response = -(width**2) * laplace(gaussian_filter(grid, width, mode="nearest"), mode="nearest")
+        sigma = _SIGMA * diameter
+        edge = max(sigma / _SIGMA_PX, voxel)
+        grid = resize_linear(image, [max(1, round(length / edge)) for length in extent])
+        smooth = gaussian_filter(grid, math.sqrt(sigma**2 - first_sigma**2) / edge, mode="nearest")
+        response = -((sigma / edge) ** 2) * laplace(smooth, mode="nearest")
+        # the response to white noise has this standard deviation (Gaussian integrals)
+        expected = noise * math.sqrt(15 / 32) * math.pi**-0.75 * sigma**-1.5
         strongest.append(maximum_filter(response, 3))
-        candidates.append(np.argwhere((response == strongest[-1]) & (response > _LEAST_RESPONSE)))
+        bright = response > max(_LEAST_RESPONSE, _LEAST_NOISE * expected)
+        candidates.append(np.argwhere((response == strongest[-1]) & bright))
         diameters.append(diameter)
         diameter *= _STEP
     rows: list[NDArray[np.float64]] = [np.empty((0, 5))]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.ndimage import distance_transform_edt, grey_opening, maximum_filter, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Box = tuple[slice, slice, slice]
 Floats = TypeVar("Floats", NDArray[np.float32], "Tensor")
 
 LOWER_PERCENTILE = 1.0
@@ -35,6 +37,9 @@ NOISE_FLOOR = 10.0
 _MAX_SAMPLES = 16_000_000
 #: However large they are: the first plane seldom shows a nucleus.
 _FEWEST_PLANES = 4
+#: Of the boxes that are looked at where planes would be too much to read.
+_LEAST_BOX_PX = 128
+_FEWEST_BOXES = 16
 _FILL_SHARE = 2e-3
 _FILL_SIGMAS = 6.0
 _MOSTLY_FILL = 0.9
@@ -382,6 +387,47 @@ def sampled_planes(shape: Sequence[int]) -> range:
     step = min(math.ceil(math.prod(shape) / _MAX_SAMPLES), math.ceil(shape[0] / _FEWEST_PLANES))
     step = max(1, step)
     return range(0, shape[0], step)
+
+
+def sampled_boxes(shape: Sequence[int], chunk: Sequence[int] = (1, 1, 1)) -> list[Box]:
+    """Say which boxes, spread evenly over a volume (z, y, x), tell what it is like; a small one is its own.
+
+    Parameters
+    ----------
+    shape
+        Of the volume.
+    chunk
+        What is read at once: boxes of a large volume are whole chunks, or rows of them, where they are small.
+    """
+    if math.prod(shape) <= _MAX_SAMPLES:
+        return [(slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))]
+    least = (1, _LEAST_BOX_PX, _LEAST_BOX_PX)
+    sides = [
+        min(size, math.ceil(low / part) * part) for size, low, part in zip(shape, least, chunk, strict=True)
+    ]
+    counts = [size // side for size, side in zip(shape, sides, strict=True)]
+    taken = list(counts)
+    while math.prod(taken) > max(_FEWEST_BOXES, _MAX_SAMPLES // math.prod(sides)):
+        taken[int(np.argmax(taken))] -= 1
+    starts = [
+        [int((i + 0.5) * count / number) * side for i in range(number)]
+        for side, count, number in zip(sides, counts, taken, strict=True)
+    ]
+    return [
+        (slice(z, z + sides[0]), slice(y, y + sides[1]), slice(x, x + sides[2]))
+        for z, y, x in product(*starts)
+    ]
+
+
+def measure_boxes(parts: Sequence[NDArray[Any]]) -> IntensityRange:
+    """Measure the robust intensity range of a volume in its `sampled_boxes`.
+
+    Of a volume that is its own box it is that of `measure_range`; of others an uneven background is not told.
+    """
+    if len(parts) == 1:
+        return measure_range(parts[0])
+    step = math.ceil(sum(part.size for part in parts) / _MAX_SAMPLES)
+    return measure_range(np.concatenate([part[::step].reshape(-1, part.shape[-1]) for part in parts]))
 
 
 def measure_noise(image: NDArray[Any], fill: float | None = None) -> float:

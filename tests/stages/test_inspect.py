@@ -149,6 +149,7 @@ def test_an_image_without_nuclei_is_said_to_have_none(tmp_path):
 
 def test_of_a_large_file_few_voxels_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("nuclei3d.intensity._MAX_SAMPLES", 200_000)
+    monkeypatch.setattr("nuclei3d.intensity._FEWEST_BOXES", 2)
     monkeypatch.setattr("nuclei3d.diameter._BLOCK_VOXELS", 100_000)
     with_nuclei = embryo(9, (20, 72, 400))
     array = create_zarr(tmp_path / "large.zarr", (200, 72, 400), np.uint16, VOXELS, (10, 72, 80))
@@ -165,7 +166,8 @@ def test_of_a_large_file_few_voxels_are_read(tmp_path, monkeypatch):
     (image,) = inspect_images(Params(), [tmp_path / "large.zarr"]).images
     assert image.voxel_size_from == "OME-Zarr metadata"
     assert image.looked_at[0].diameter_um == pytest.approx(9, rel=0.2)
-    assert sum(block.size for block in read) <= 200_000 + 3 * 100_000
+    # two boxes of two chunks and three blocks
+    assert sum(block.size for block in read) <= 4 * 10 * 72 * 80 + 3 * 100_000
 
 
 @pytest.mark.parametrize("asked_for", ["auto", ""])

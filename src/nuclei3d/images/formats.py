@@ -115,6 +115,7 @@ def _open_bioio(path: Path, wanted: str | int | None) -> tuple[Any, Any, Layout]
         time_step_s=step if step and step > 0 else None,
         image=number,
         passed_over=passed_over,
+        chunk=tuple(file.dask_data.chunksize),
     )
     return file, file.dask_data, layout
 
@@ -141,6 +142,7 @@ def _open_imaris(path: Path, wanted: str | int | None) -> tuple[Any, Any, Layout
             scale_note=note,
             channels=names if len(names) > 1 else (),
             time_step_s=_imaris_time_step(info.get("TimeInfo")),
+            chunk=(1, 1, *(arrays[0][0].chunks or shape)),
         )
         choose_image([ImageInFile(path.stem, layout.axes, layout.shape)], str(path), wanted)
     except BaseException:

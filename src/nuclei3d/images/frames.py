@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.console import warn
+from nuclei3d.console import some_of, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.formats import FOREIGN_SUFFIXES, ForeignArray, NoReaderError
 from nuclei3d.images.layout import FrameAxes, Layout, NoVolumeError, lay_out_frames
@@ -88,8 +88,7 @@ def list_volumes(folder: Path) -> list[Path]:
 def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
     """Say once which files of a folder are not used."""
     if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warn(f"{folder}: {len(names)} passed over: {shown} ({reason})")
+        warn(f"{folder}: {len(names)} passed over: {some_of(names)} ({reason})")
 
 
 def volume_paths(source: Path) -> list[Path]:
@@ -131,6 +130,8 @@ class Frame:
     time_step_s: float | None = None
     companions: frozenset[str] = frozenset()
     """Names of all files of a multi-file OME-TIFF, which lie beside each other."""
+    chunk: tuple[int, int, int] = (1, 1, 1)
+    """What is read at once at least, (z, y, x)."""
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
@@ -344,6 +345,7 @@ def _frames_of(
     found = lay_out_frames(layout, str(path), channel, labels=labels)
     for axes, name in zip(found, time_names(frame_stem(path), len(found)), strict=True):
         z, y, x = (layout.shape[place] for place in axes.spatial)
+        depth, height, width = (layout.chunk[place] for place in axes.spatial)
         yield Frame(
             path=path,
             name=name,
@@ -357,6 +359,7 @@ def _frames_of(
             image=layout.image,
             time_step_s=layout.time_step_s,
             companions=layout.companions,
+            chunk=(depth, height, width),
         )
 
 

@@ -31,7 +31,8 @@ class Layout:
     and `scale_note` then says why, if known. `channels` is empty where the file does not name them,
     `companions` unless this is a multi-file OME-TIFF: then it names all the files that share the array, this
     one included. `time_step_s` is None where no time is stated. `image` is the number of the array among the
-    images of the file; `passed_over` describes the others.
+    images of the file; `passed_over` describes the others. `chunk` is what is read at once at least, a length
+    per axis.
     """
 
     axes: str
@@ -44,6 +45,7 @@ class Layout:
     time_step_s: float | None = None
     image: int = 0
     passed_over: tuple[str, ...] = ()
+    chunk: tuple[int, ...] = ()
 
     @property
     def planes(self) -> int:

@@ -32,7 +32,7 @@ class ZarrArray:
         self.path = path
         self.array, attributes, number, passed_over = _open_array(path, image)
         layout = _read_layout(self.array, attributes, path)
-        self.layout = replace(layout, image=number, passed_over=passed_over)
+        self.layout = replace(layout, image=number, passed_over=passed_over, chunk=self.array.chunks)
 
     @property
     def folder(self) -> Path:

@@ -50,9 +50,10 @@ _OME_DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32",
 class TiffArray:
     """An open TIFF file whose first image is read in parts.
 
-    Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane, so that no more than
-    one plane is held besides what is asked for. A `stranger`'s file, that of a request, is never followed to
-    other files, and may not make large what is read of its header. InputError is raised if the file is
+    Uncompressed contiguous data are memory-mapped; all else is decoded plane by plane (of strips and tiles
+    those that are wanted), so that no more than one plane is held besides what is asked for. A `stranger`'s
+    file, that of a request, is never followed to other files, and may not make large what is read of its
+    header. InputError is raised if the file is
     missing, empty, no TIFF, damaged, or leaves open which of several images is meant (`image`: number from 0,
     or name), TooLargeError of strange ones with many planes.
     """
@@ -107,7 +108,16 @@ class TiffArray:
             time_step_s=_read_time_step(self._file, pixels),
             image=number,
             passed_over=passed_over,
+            chunk=self._chunk(),
         )
+
+    def _chunk(self) -> tuple[int, ...]:
+        shape, page = self._series.shape, self._series.keyframe
+        inner = page.chunks if len(page.chunks) == len(page.shape) else page.shape
+        if self._series.dataoffset is not None and not self._series.is_multifile:
+            inner = (1,) * (len(page.shape) - 1) + page.shape[-1:]
+        inner = inner[-len(shape) :]
+        return (1,) * (len(shape) - len(inner)) + tuple(int(length) for length in inner)
 
     def _check_complete(self) -> None:
         """Find a file that was cut off before anything is computed from it."""
@@ -161,7 +171,7 @@ class TiffArray:
             number = int(np.ravel_multi_index(position, self.layout.shape[:leading])) if leading else 0
             page = self._series.pages[number]
             assert page is not None  # _check_complete has looked
-            planes.append(np.array(_decode(page)[inner]))
+            planes.append(_decode(page, inner))
         kept = [len(at) for at, part in zip(outer, index[:leading], strict=True) if isinstance(part, slice)]
         if not planes:
             empty = np.empty(page_shape, self.layout.dtype)[inner]
@@ -285,16 +295,22 @@ def _damage_explained(path: Path) -> Iterator[None]:
         raise InputError(_say_truncated(path, reason)) from error
 
 
-def _decode(page: tifffile.TiffPage | tifffile.TiffFrame) -> NDArray[Any]:
+def _decode(page: tifffile.TiffPage | tifffile.TiffFrame, inner: tuple[int | slice, ...]) -> NDArray[Any]:
+    """Decode a part of a plane, as a copy."""
     handle = page.parent.filehandle
-    if not handle.closed:
-        return np.asarray(page.asarray())
-    # tifffile closes the other files of a multi-file set.
-    handle.open()
+    closed = handle.closed
+    if closed:
+        # tifffile closes the other files of a multi-file set.
+        handle.open()
     try:
-        return np.asarray(page.asarray())
+        if len(page.dataoffsets) == 1 or all(part == slice(None) for part in inner):
+            return np.array(page.asarray()[inner])
+        import zarr
+
+        return np.asarray(zarr.open_array(page.aszarr(), mode="r")[inner])
     finally:
-        handle.close()
+        if closed:
+            handle.close()
 
 
 def _say_truncated(path: Path, reason: str) -> str:

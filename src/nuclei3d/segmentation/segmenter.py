@@ -294,6 +294,8 @@ def segment_with_cellpose(
     """
     import numpy as np
 
+    from nuclei3d.networks.cpnet import new_network
+
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
         from cellpose.models import CellposeModel
 
@@ -302,6 +304,9 @@ def segment_with_cellpose(
     model = CellposeModel(
         gpu=device.type == "cuda", pretrained_model=False, device=device, diam_mean=diameter
     )
+    # its own has Cellpose's width; the last batch normalisation has as many channels as the first level
+    model.net = new_network(diameter, 0, len(state["output.0.weight"])).to(device)
+    model.net.mkldnn = model.mkldnn
     model.net.load_state_dict(state)
     model.net.eval()
     # Cellpose sets this only where it loads a file.

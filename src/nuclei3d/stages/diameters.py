@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.console import progress_bar, say
-from nuclei3d.diameter import DiameterEstimate, estimate_from_blocks, smooth_over_time
+from nuclei3d.diameter import (
+    DiameterEstimate,
+    choose_blocks,
+    clean_block,
+    estimate_from_blocks,
+    smooth_over_time,
+)
 from nuclei3d.errors import InputError
-from nuclei3d.intensity import measure_range, sampled_planes
+from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.intensity import IntensityRange, measure_boxes, sampled_boxes, sampled_planes
 
 if TYPE_CHECKING:
     from nuclei3d.images.frames import Frame
@@ -31,11 +39,37 @@ def read_sampled_planes(frame: Frame) -> NDArray[Any]:
     return np.concatenate(planes)
 
 
-def estimate_frame(frame: Frame, planes: NDArray[Any] | None = None) -> DiameterEstimate | None:
-    """Estimate the diameter of the nuclei in a frame; `planes` are those of `read_sampled_planes`."""
-    planes = read_sampled_planes(frame) if planes is None else planes
-    intensity = measure_range(planes, sampled=True)
-    return estimate_from_blocks(frame.read_block, frame.shape, planes, frame.require_voxel_size(), intensity)
+@dataclass(frozen=True)
+class Look:
+    """What a few boxes of a frame show.
+
+    `fill` is the share of voxels that registration or fusion left around the image, `picture` (z, y, x) what
+    can be shown of it: all, or a block with nuclei. `diameter` is None where nothing stands out.
+    """
+
+    intensity: IntensityRange
+    fill: float
+    picture: NDArray[Any]
+    diameter: DiameterEstimate | None
+
+
+def look_at(frame: Frame) -> Look:
+    """Measure intensities, and the diameter of the nuclei if the voxel size is known, reading few boxes."""
+    boxes = sampled_boxes(frame.shape, frame.chunk)
+    parts = [frame.read_block(box) for box in boxes]
+    intensity = measure_boxes(parts)
+    masks = [intensity.fill_mask(part) for part in parts]
+    voxel_size = frame.voxel_size or VoxelSize(1, 1, 1)
+    blocks = [
+        clean_block(parts[0][box] if len(parts) == 1 else frame.read_block(box), box, intensity)
+        for box in choose_blocks(frame.shape, boxes, parts, voxel_size, intensity)
+    ]
+    return Look(
+        intensity,
+        float(np.mean([0.0 if mask is None else mask.mean() for mask in masks])),
+        clean_block(parts[0], boxes[0], intensity) if len(parts) == 1 else blocks[0],
+        None if frame.voxel_size is None else estimate_from_blocks(blocks, voxel_size, intensity),
+    )
 
 
 def estimate_diameters(frames: Sequence[Frame]) -> list[float]:
@@ -51,7 +85,8 @@ def estimate_diameters(frames: Sequence[Frame]) -> list[float]:
         found: dict[int, DiameterEstimate] = {}
         with progress_bar("diameter", total=len(looked_at)) as bar:
             for at in looked_at:
-                estimate = estimate_frame(movie[at])
+                movie[at].require_voxel_size()
+                estimate = look_at(movie[at]).diameter
                 if estimate is not None:
                     found[at] = estimate
                 bar.advance()

@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
 from nuclei3d.console import progress_bar, say
-from nuclei3d.diameter import estimate_from_blocks
 from nuclei3d.grid import resize_linear
 from nuclei3d.images.frames import Frame, find_frames, read_layout, volume_paths
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.intensity import measure_range
 from nuclei3d.outputs import whole_file
-from nuclei3d.stages.diameters import read_sampled_planes, time_lapse_of
+from nuclei3d.stages.diameters import look_at, time_lapse_of
 
 if TYPE_CHECKING:
     from nuclei3d.networks.folder import ModelInfo
@@ -172,18 +170,14 @@ def _inspect(
 
 
 def _look_at(frame: Frame) -> tuple[InspectedFrame, _Plane]:
-    planes = read_sampled_planes(frame)
-    intensity = measure_range(planes, sampled=True)
-    mask = intensity.fill_mask(planes)
-    found = None
-    if frame.voxel_size is not None:
-        found = estimate_from_blocks(frame.read_block, frame.shape, planes, frame.voxel_size, intensity)
+    look = look_at(frame)
+    intensity, found = look.intensity, look.diameter
     inspected = InspectedFrame(
         name=frame.name,
         low=intensity.low,
         high=intensity.high,
         noise=intensity.noise,
-        fill=0.0 if mask is None else float(mask.mean()),
+        fill=look.fill,
         debris=intensity.ceiling is not None,
         uneven_background=intensity.background is not None,
         diameter_um=None if found is None else round(found.diameter_um, 2),
@@ -191,8 +185,8 @@ def _look_at(frame: Frame) -> tuple[InspectedFrame, _Plane]:
         nuclei_seen=0 if found is None else found.nuclei,
     )
     # the plane with most signal
-    plane = planes[int(np.argmax([np.nanpercentile(each[::4, ::4], 95) for each in planes]))]
-    shown = intensity.apply(intensity.clean(plane)[0])
+    brightness = [np.percentile(plane[::4, ::4], 95) for plane in look.picture]
+    shown = intensity.apply(look.picture[int(np.argmax(brightness))])
     factor = min(1.0, _PICTURE_PX / max(shown.shape))
     pixels = resize_linear(shown, [max(1, round(side * factor)) for side in shown.shape])
     radius = None
