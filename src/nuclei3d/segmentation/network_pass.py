@@ -13,6 +13,7 @@ computed and summed up.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -427,15 +428,21 @@ def _group_planes(
     cost much more than each plane in its own box, as at the pole of an embryo, where planes begin small.
     """
     rows, columns = (other for other in range(3) if other != axis)
-    indices = computed_indices(shape[axis], step)
+    indices, edges = computed_indices(shape[axis], step), occupied.edges[axis]
+    blocks = (np.searchsorted(edges, range(shape[axis]), side="right") - 1).tolist()
 
-    def box_of(first: int, last: int) -> PlaneBox | None:
+    # what blocks hold is asked once: planes are many, and a GPU waits for the answers
+    @functools.cache
+    def box_of_blocks(first: int, last: int) -> PlaneBox | None:
         among = [slice(0, size) for size in shape]
-        among[axis] = slice(first, last + 1)
+        among[axis] = slice(int(edges[first]), int(edges[last + 1]))
         box = occupied.bounds(among)
         if box is None:
             return None
         return PlaneBox.around((box[rows], box[columns]), shape[rows], shape[columns], depth)
+
+    def box_of(first: int, last: int) -> PlaneBox | None:
+        return box_of_blocks(blocks[first], blocks[last])
 
     while indices:
         common = box_of(indices[0], indices[0])

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
-from nuclei3d.console import Bar, progress_bar, say, warn
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
@@ -174,18 +174,6 @@ def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
     return predictor if diameter_um is None else predictor.at(diameter_um)
 
 
-def _predict_frames(
-    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
-) -> tuple[list[PredictedFrame], list[str]]:
-    """Segment frames, each at its diameter (None: the model's), but those done before; digest each."""
-    done: list[PredictedFrame] = []
-    jobs = [(frame, _at(predictor, diameter_um)) for frame, diameter_um in sequence]
-    with progress_bar("predict", total=len(jobs)) as bar, _says_what_is_kept(done, len(jobs), out):
-        fingerprints = _predict_in_turn(jobs, out, done, bar, overwrite=overwrite)
-    known = zip(done, sequence, strict=True)
-    return [replace(each, diameter_um=diameter_um) for each, (_, diameter_um) in known], fingerprints
-
-
 def _confirm(
     candidates: Sequence[PredictedFrame],
     fingerprints: Sequence[str],
@@ -254,66 +242,59 @@ class _Opened(NamedTuple):
     image: NDArray[Any] | None = None
 
 
-def _predict_in_turn(
-    jobs: Sequence[tuple[Frame, Predictor]],
-    out: Path,
-    done: list[PredictedFrame],
-    bar: Bar,
-    *,
-    overwrite: bool,
-) -> list[str]:
-    """Segment frames; append them to `done` when they are written, and give their fingerprints.
+def _predict_frames(
+    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Segment frames, each at its diameter (None: the model's), but those done before; digest each.
 
     While one is segmented, a thread reads the next and another writes the one before. Where the memory would
     not hold two frames, each waits for its turn.
     """
+    done: list[PredictedFrame] = []
     fingerprints: list[str] = []
     ahead: Future[_Opened] | None = None
     written: Future[None] | None = None
 
-    def open_frame(frame: Frame, predictor: Predictor, *, read: bool) -> _Opened:
-        fingerprint = fingerprint_of(frame, predictor)
+    def open_frame(frame: Frame, diameter_um: float | None, *, read: bool) -> _Opened:
+        wanted = _at(predictor, diameter_um)
+        fingerprint = fingerprint_of(frame, wanted)
         finished = None if overwrite else _find_done(out, frame.name, fingerprint)
-        if finished is None and read and _has_room(frame, predictor):
-            return _Opened(fingerprint, None, *_read(frame, predictor))
-        return _Opened(fingerprint, finished, predictor)
+        if finished is None and read and wanted.fits(frame, 2):
+            return _Opened(fingerprint, None, *_read(frame, wanted))
+        return _Opened(fingerprint, finished, wanted)
 
-    def write(finish: Callable[[], PredictedFrame], fingerprint: str) -> None:
+    def write(finish: Callable[[], PredictedFrame], fingerprint: str, diameter_um: float | None) -> None:
         frame = finish()
         if not frame.done_before:
             _note_done(out, frame, fingerprint)
-        done.append(frame)
+        done.append(replace(frame, diameter_um=diameter_um))
 
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        for number, (frame, predictor) in enumerate(jobs, start=1):
-            bar.note(frame.name)
-            opened = ahead.result() if ahead else open_frame(frame, predictor, read=False)
-            ahead, roomy, finished = None, False, opened.finished
-            if finished is None:
+    with (
+        progress_bar("predict", total=len(sequence)) as bar,
+        _says_what_is_kept(done, len(sequence), out),
+        ThreadPoolExecutor(1) as reading,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        for number, (frame, diameter_um) in enumerate(sequence, start=1):
+            opened = ahead.result() if ahead else open_frame(frame, diameter_um, read=False)
+            ahead, roomy = None, False
+            if opened.finished is None:
+                bar.note(frame.name)
                 _forget(out, frame.name)
-                roomy = _has_room(frame, predictor)
-                if roomy and number < len(jobs):
-                    ahead = reading.submit(open_frame, *jobs[number], read=True)
+                roomy = opened.predictor.fits(frame, 2)
+                if roomy and number < len(sequence):
+                    ahead = reading.submit(open_frame, *sequence[number], read=True)
                 finish = _predict_frame(frame, opened, out, bar.advance)
             else:
                 bar.advance(1)
-                finish = partial(replace, finished)
+                finish = partial(replace, opened.finished)
             if written is not None:
                 written.result()
-            written = writing.submit(write, finish, opened.fingerprint)
+            written = writing.submit(write, finish, opened.fingerprint, diameter_um)
             fingerprints.append(opened.fingerprint)
-            if not roomy or number == len(jobs):
+            if not roomy or number == len(sequence):
                 written.result()
-    return fingerprints
-
-
-def _has_room(frame: Frame, predictor: Predictor) -> bool:
-    """Say whether the memory holds a frame beside another."""
-    if isinstance(predictor.model, RemoteModel):
-        return True
-    from nuclei3d.stages.predict_blocks import BlockRun, required_gb
-
-    return 2 * required_gb(frame, predictor.model.settings) <= BlockRun.of(predictor.params).worker_gb
+    return done, fingerprints
 
 
 def _read(frame: Frame, predictor: Predictor) -> tuple[Predictor, NDArray[Any]]:
@@ -432,13 +413,18 @@ class Predictor:
         score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
         return None if score is None or volume_um3 is None else Sure(score, volume_um3)
 
-    def needs_blocks(self, frame: Frame) -> bool:
-        """Tell whether a frame is larger than the memory."""
+    def fits(self, frame: Frame, times: int = 1) -> bool:
+        """Tell whether the memory holds a frame, so many times; that of a service is not known."""
         from nuclei3d.stages.predict_blocks import BlockRun, required_gb
 
-        if isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose":
-            return False
-        return required_gb(frame, self.model.settings) > BlockRun.of(self.params).worker_gb
+        if isinstance(self.model, RemoteModel):
+            return True
+        return times * required_gb(frame, self.model.settings) <= BlockRun.of(self.params).worker_gb
+
+    def needs_blocks(self, frame: Frame) -> bool:
+        """Tell whether a frame is larger than the memory."""
+        whole = isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose"
+        return not whole and not self.fits(frame)
 
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
