@@ -206,7 +206,7 @@ def score_seed(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, 
         out = arguments.work / f"predicted{seed}"
         step = f"predict.orthogonal_step={arguments.orthogonal_step}"
         params = load_params(None, [step, "tracking.enabled=false"])
-        predict(params, [embryo / "images"], str(arguments.model), out)
+        predict(params, [embryo / "images"], str(arguments.model), out, link=True)
         sources["predicted masks"] = measure(out, embryo, truth=False)
     found: dict[str, dict[str, TrackScores]] = {}
     for name, (nuclei, matches) in sources.items():

@@ -284,8 +284,8 @@ def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, thr
 
 
 _INT8_SIGMAS = 16
-"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26 off
-the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
+"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26
+off the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
 _KERNEL_VALUES = 127
 """7 bits, at no cost in accuracy: without VNNI, the sum of two products of 8 bits would not fit into 16."""
