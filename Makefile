@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # another index for torch, e.g. TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_FLAGS ?=
 # two processes, each with one thread; the tests of a file share what is slow to make
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # more arguments for `nuclei3d run`, e.g. DEMO_ARGS="--set train.epochs=1"
 DEMO_ARGS ?=
 

@@ -35,6 +35,7 @@ from embryos import EMBRYOS, described, predict_frames, prepare_once, score, spl
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.console import say
+from nuclei3d.images.embryos import EmbryoFrame
 from nuclei3d.stages.compare import compare
 from nuclei3d.stages.train import train
 from shared import new_parser
@@ -128,7 +129,7 @@ def main() -> None:
     if options.epochs is not None and options.epochs != profile.epochs:
         profile = replace(profile, epochs=options.epochs)
         out = options.out / f"{options.profile}_{options.epochs}"
-    frames = []
+    frames: list[EmbryoFrame] = []
     # fold by fold, so that a run cut short compares all arms on the same embryos
     for fold in options.only or range(folds):
         recipe = params_of("recipe", fold, profile)

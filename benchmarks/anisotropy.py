@@ -9,8 +9,10 @@ planes while the anisotropy becomes 5.75 and 11.5; the network sees the same dia
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.config.sections import DataParams
 from nuclei3d.console import emit_json, say
@@ -19,13 +21,13 @@ from nuclei3d.images.embryos import LabelledVolume, find_embryos, read_labelled
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
-from shared import new_parser
+from shared import Labels, new_parser
 
 ANISOTROPIES = (5.75, 11.5)
 BAR = 0.02
 
 
-def upsampled(volume: LabelledVolume, anisotropy: float) -> tuple[np.ndarray, np.ndarray, VoxelSize]:
+def upsampled(volume: LabelledVolume, anisotropy: float) -> tuple[NDArray[Any], Labels, VoxelSize]:
     """Upsample x and y until the voxels have this anisotropy."""
     image, voxel_size = volume.image, volume.voxel_size
     factor = anisotropy / voxel_size.anisotropy
@@ -50,7 +52,7 @@ def main() -> None:
         for embryo in find_embryos(arguments.data)
         for frame in embryo.labelled
     }
-    counts: dict[str, np.ndarray] = {}
+    counts: dict[str, NDArray[np.float64]] = {}
     for name in arguments.frames:
         volume = read_labelled(frames[name], DataParams())
         shown = {"native": (volume.image, volume.labels, volume.voxel_size)}

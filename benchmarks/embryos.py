@@ -84,18 +84,17 @@ def score(
 ) -> dict[str, Any]:
     """Evaluate predictions of some frames into ``out/evaluation``; give what metrics.json holds."""
     truth, images = out / "truth" / "labels", out / "truth" / "images"
-    only = {}
+    only: dict[tuple[Path, int | None], tuple[float, float] | None] = {}
     for frame in frames:
         # the shape that `evaluate` pairs with predictions
+        assert frame.label_path is not None
         for target, source in ((truth, frame.label_path), (images, frame.image_path)):
-            assert source is not None
             link = target / frame.embryo / source.name
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(source.resolve())
         only[truth / frame.embryo / frame.label_path.name, frame.label_time] = frame.share
-    options = {"images": images, "only": only} | options
-    return evaluate(params, truth, pred, out / "evaluation", **options).metrics
+    return evaluate(params, truth, pred, out / "evaluation", images=images, only=only, **options).metrics
 
 
 def figures_of(metrics: Mapping[str, Any], method: str) -> dict[str, Any]:

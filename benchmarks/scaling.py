@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nuclei3d.console import emit_json, say
 from nuclei3d.images.frames import find_frames, read_labels
@@ -49,15 +51,16 @@ def time_per_voxel(
     piece, _ = draw_volume((50, 100, 200), diameter, 1.0, rng)
     settings = SegmentationSettings(diameter_px=diameter, nucleus_diameter_um=diameter)
     device = torch.device("cpu")
-    Segmenter(network, settings, device).segment(piece[:20], CUBIC)
+
+    def segment(image: NDArray[Any]) -> int:
+        return len(Segmenter(network, settings, device).segment(image, CUBIC).nuclei)
+
+    segment(piece[:20])
     rows = {}
     for size in sizes:
         side = max(1, round((size * 1e6 / piece.size) ** (1 / 3)))
         image = np.tile(piece, (side, side, side))
-        timing, _ = measure(
-            lambda image=image: len(Segmenter(network, settings, device).segment(image, CUBIC).nuclei),
-            repeats,
-        )
+        timing, _ = measure(partial(segment, image), repeats)
         rows[f"{image.size / 1e6:g}"] = {
             "us_per_voxel": round(1e6 * timing.median / image.size, 4),
             "cpu_us_per_voxel": round(1e6 * timing.cpu_median / image.size, 4),

@@ -166,7 +166,7 @@ def draw_volume(
         rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
         semi_axes = diameter / 2 * rng.uniform(0.85, 1.15) * rng.uniform(0.9, 1.1, 3)
         bodies.append(Ellipsoid(centre, semi_axes, rotation))
-    labels = draw_labels(bodies, tuple(map(float, shape)), CUBIC)
+    labels = draw_labels(bodies, shape, CUBIC)
     brightness = np.append(0, rng.uniform(0.5, 1.2, int(labels.max())))[labels]
     light = ndimage.gaussian_filter(brightness.astype(np.float32), (diameter / 9, 0.8, 0.8))
     image = rng.poisson(100 + 300 * light) + rng.normal(0, 3, shape)

@@ -188,7 +188,7 @@ def choose(
             found.append((frame, block))
             places.append(Place(frame.embryo, frame.index, 11, (centre[0], centre[1], centre[2])))
     if way == "random":
-        drawn = np.random.default_rng(seed).permutation(len(found))[:BLOCKS]
+        drawn = np.random.default_rng(seed).permutation(len(found))[:BLOCKS].tolist()
     else:
         drawn = choose_blocks([block.uncertainty for _, block in found], places, BLOCKS, bench.edge_um)
     return [found[at] for at in drawn]
@@ -298,8 +298,8 @@ def fine_tune(bench: Bench, folder: Path, start: Path, seed: int, crops: int) ->
     # the scale at which the first model sees nuclei, whatever the size of those in the blocks
     found_um = json.loads((slices / "summary.json").read_text())["nucleus_diameter_um"]
     diameter_px = bench.settings.diameter_px * found_um / bench.settings.nucleus_diameter_um
-    settings = params.train.model_copy(update={"diameter_px": diameter_px})
-    train(params.model_copy(update={"train": settings}), slices, folder / "model", data=data)
+    scaled = params.train.model_copy(update={"diameter_px": diameter_px})
+    train(params.model_copy(update={"train": scaled}), slices, folder / "model", data=data)
     return folder / "model"
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import tifffile
+from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
@@ -34,8 +35,7 @@ from nuclei3d.stages.predict import predict
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track_files import read_tracks
 from nuclei3d.tracks.accuracy import FrameMatch, TrackScores, match_frame, score_tracks
-from nuclei3d.tracks.linking import link_nuclei
-from nuclei3d.tracks.motion import follow_motion
+from nuclei3d.tracks.linking import follow_motion, link_nuclei
 from nuclei3d.tracks.nuclei import Nuclei, Tracks, measure_frame
 from shared import markdown, new_parser
 
@@ -129,7 +129,7 @@ def perturbed(nuclei: Nuclei, seed: int) -> tuple[Nuclei, Matches]:
         volume = nuclei.volume_um3[own] * np.exp(0.12 * rng.normal(size=count))
         light = nuclei.intensity[own] * (1 + 0.03 * rng.normal(size=count))
         label = nuclei.label[own]
-        found: list[tuple[np.ndarray, float, float, list[int]]] = []
+        found: list[tuple[NDArray[np.float64], float, float, list[int]]] = []
         used = np.zeros(count, bool)
         for i in range(count):
             if used[i]:
@@ -206,7 +206,7 @@ def score_seed(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, 
         out = arguments.work / f"predicted{seed}"
         step = f"predict.orthogonal_step={arguments.orthogonal_step}"
         params = load_params(None, [step, "tracking.enabled=false"])
-        predict(params, [embryo / "images"], str(arguments.model), out)
+        predict(params, [embryo / "images"], str(arguments.model), out, link=True)
         sources["predicted masks"] = measure(out, embryo, truth=False)
     found: dict[str, dict[str, TrackScores]] = {}
     for name, (nuclei, matches) in sources.items():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nuclei3d.console import warned
+
 # What MLflow leaves in the environment for the processes that it starts, as it is before any test.
 _LEFT = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID")
 MLFLOW_ENVIRONMENT = {name: os.environ.get(name) for name in _LEFT}
@@ -23,6 +25,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: processes that share the files then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def bbbc050() -> Path:
     """Folder of the real mouse embryos (BBBC050); tests that need it are skipped where it is absent."""
@@ -31,6 +39,12 @@ def bbbc050() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real embryos not found at {folder}; set NUCLEI3D_BBBC050 to their folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_warned_of() -> None:
+    """Begin as a command does: what a test before has warned of is said again."""
+    warned.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """The commands of the README and of docs/ are real: all parse, those of the README's bash blocks run."""
 
-import json
-import os
 import re
 import shlex
 import shutil
@@ -9,26 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tifffile
 import typer
 import yaml
 
 from nuclei3d.cli import app
 from nuclei3d.config import load_params
-from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.stages.simulate import simulate
+from pages_fixture import BLOCK, ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def environment() -> dict[str, str]:
-    """Leave out the store of the test before, which MLflow itself puts there."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
 
 
 def commands(page: Path, kinds: tuple[str, ...] = ("bash", "sh")) -> list[str]:
@@ -106,38 +94,3 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert " nuclei" in done.stdout
-
-
-@pytest.mark.slow  # a dozen processes that import torch: about a minute on two quiet cores
-def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "tutorial.md").read_text()
-    (parameters,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    tree = yaml.safe_load(parameters)
-    tree["train"].update(crops_per_epoch=8, validation_crops=2)
-    tree["train"]["fine_tune"].update(epochs=1)
-    tree["evaluate"].update(bootstrap=50)
-    tree["simulate"].update(frames=1, shape=[16, 56, 56], nuclei=6)
-    folder = tmp_path / "tutorial"
-    folder.mkdir()
-    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-    info = ModelInfo(diameter_px=12.0, nucleus_diameter_um=9.0)
-    save_model(tmp_path / "runs" / "nuclei_3d", new_network(12.0, 0), info, "")
-    lines = [body for kind, body in BLOCK.findall(page) if kind == "bash"]
-    # as typed: the shell's loops and copies too
-    script = "\n".join(['nuclei3d() { "$PYTHON" -m nuclei3d "$@"; }', *lines])
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        cwd=folder,
-        env=environment() | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for embryo in tree["simulate"]["embryos"]:
-        (truth,) = (folder / "lab" / embryo / "labels").glob("*.tif")
-        (taken,) = (folder / "data" / embryo / "labels").glob("*.tif")
-        assert np.array_equal(tifffile.imread(taken), tifffile.imread(truth))
-    compared = json.loads((folder / "compare.json").read_text())
-    assert compared["volumes"] == 1
-    assert compared["start_models"]["b"]["name"] == "start model (../runs/nuclei_3d)"

@@ -7,7 +7,14 @@ import torch
 from matplotlib.path import Path as Polygon
 from numpy.typing import NDArray
 
-from nuclei3d.grid import isotropic_shape, resize_labels, resize_linear, resize_nearest, trace_outlines
+from nuclei3d.grid import (
+    isotropic_shape,
+    resize_labels,
+    resize_linear,
+    resize_nearest,
+    shift_labels,
+    trace_outlines,
+)
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_noise, measure_range
 
@@ -226,3 +233,41 @@ def test_balls_overlap_better_after_it_than_by_the_nearest_voxel() -> None:
 
     small = ball(20)
     assert iou(resize_labels(small, (24, 24, 24))) > iou(resize_nearest(small, (24, 24, 24))) + 0.01
+
+
+def draw_ellipsoids(offset_um=(0.0, 0.0, 0.0)):
+    """Two nuclei that nearly touch, and one that the first plane cuts, in voxels of 1.75 x .8 x .8 um."""
+    labels = np.zeros((18, 40, 30), np.uint32)
+    places = np.stack(np.indices(labels.shape), -1) * VOXEL.zyx - offset_um
+    for name, centre in ((7, (15, 8, 12)), (3, (15, 23, 12)), (9, (1, 15, 12))):
+        labels[(((places - centre) / (6.0, 7.0, 6.5)) ** 2).sum(-1) < 1] = name
+    return labels
+
+
+VOXEL = VoxelSize(1.75, 0.8, 0.8)
+
+
+@pytest.mark.parametrize("way", [(0.5, 0, 0), (-0.4, 0.3, -0.15), (0.9, 0.4, 0.4), (3.5, -1.6, 0.8)])
+def test_labels_move_by_parts_of_a_voxel(way):
+    moved, drawn, before = (
+        shift_labels(draw_ellipsoids(), way, VOXEL),
+        draw_ellipsoids(way),
+        draw_ellipsoids(),
+    )
+    assert set(np.unique(moved)) == {0, 3, 7, 9}
+    for name in (3, 7, 9):
+        own, true = moved == name, drawn == name
+        assert (own & true).sum() / (own | true).sum() > (0.8 if name == 9 else 0.93)
+    for name in (3, 7):
+        gone = np.argwhere(moved == name).mean(0) - np.argwhere(before == name).mean(0)
+        assert gone * VOXEL.zyx == pytest.approx(way, abs=0.25)
+        assert (moved == name).sum() == pytest.approx((before == name).sum(), rel=0.01)
+
+
+def test_what_moves_out_is_gone_and_what_is_empty_stays_so():
+    labels = draw_ellipsoids()
+    assert set(np.unique(shift_labels(labels, (-12.0, 0, 0), VOXEL))) == {0, 3, 7}
+    np.testing.assert_array_equal(shift_labels(labels * 0, (1, 1, 1), VOXEL), 0)
+    plane = np.zeros((7, 12, 12), np.uint32)
+    plane[3, 3:9, 3:9] = 5
+    assert (shift_labels(plane, (0.8, 0, 0), VOXEL) == 5).sum() == pytest.approx(36, abs=2)

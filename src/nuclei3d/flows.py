@@ -47,11 +47,7 @@ def flows_2d(labels: Labels) -> NDArray[np.float32]:
 
 
 def flows_3d(
-    labels: Labels,
-    voxel_size: VoxelSize,
-    *,
-    tolerance: float = 1e-3,
-    threads: int | None = None,
+    labels: Labels, voxel_size: VoxelSize, *, tolerance: float = 1e-3, threads: int | None = None
 ) -> NDArray[np.float32]:
     """Compute the flow of every voxel of a labelled volume (Z, Y, X), in physical space.
 
@@ -208,8 +204,6 @@ def _piece_flows_3d(
             high[axis] = max(high[axis], at)
             mean[axis] += at
     mean /= count
-    extent = (high - low + 1) * edges
-    heat_tolerance = max(tolerance * _faintest_heat(extent, count * edges.prod()), 1e-15)
     best = np.inf
     central = 0
     for i in range(count):
@@ -234,7 +228,8 @@ def _piece_flows_3d(
         members[central, 1] - low[1] + 1,
         members[central, 2] - low[2] + 1,
     )
-    heat = _steady_heat(inside, spans, centre, edges, heat_tolerance)
+    rho, rounds = heat_rounds(np.array(inside.shape), edges, count, tolerance)
+    heat = _steady_heat(inside, spans, centre, edges, rho, rounds)
     for i in range(count):
         z = members[i, 0] - low[0] + 1
         y = members[i, 1] - low[1] + 1
@@ -253,20 +248,14 @@ def _piece_flows_3d(
 
 
 @njit(cache=True, nogil=True)
-def _steady_heat(
-    inside: Floats,
-    spans: NDArray[np.int32],
-    centre: tuple[int, int, int],
-    edges: Floats,
-    tolerance: float,
-) -> Floats:
-    """Solve the steady heat equation in a piece: a source at the centre, heat 0 outside.
+def heat_rounds(
+    shape: NDArray[np.integer[Any]], edges: Floats, voxels: int, tolerance: float
+) -> tuple[float, int]:
+    """Plan the iteration of a piece's heat: the spectral radius, and after how many rounds it ends.
 
-    The 7-point Laplacian has weights 1 / edge^2, so the equation is that of the physical piece. It is solved
-    by Jacobi's iteration with Chebyshev acceleration (Golub and Varga 1961), whose number of steps grows
-    with the diameter of the piece, not with its square, and follows from `tolerance` and the box alone.
+    `shape` is that of the piece's box with a border of one voxel; of the piece itself only the number of
+    `voxels` counts, and the relative `tolerance` at its far ends.
     """
-    shape = inside.shape
     coupling = 1.0 / edges**2
     coupling = coupling / (2.0 * coupling.sum())
     # Bound on the spectral radius of Jacobi's iteration inside the piece's box, with heat 0 around it: a
@@ -278,7 +267,29 @@ def _steady_heat(
     rate = rho / (1.0 + np.sqrt(1.0 - rho * rho))
     rounds = 2
     if rate > 0.0:
-        rounds = max(2, int(np.ceil(np.log(tolerance / 2.0) / np.log(rate))))
+        extent = (shape - 2) * edges
+        heat_tolerance = max(tolerance * _faintest_heat(extent, voxels * edges.prod()), 1e-15)
+        rounds = max(2, int(np.ceil(np.log(heat_tolerance / 2.0) / np.log(rate))))
+    return rho, rounds
+
+
+@njit(cache=True, nogil=True)
+def _steady_heat(
+    inside: Floats,
+    spans: NDArray[np.int32],
+    centre: tuple[int, int, int],
+    edges: Floats,
+    rho: float,
+    rounds: int,
+) -> Floats:
+    """Solve the steady heat equation in a piece: a source at the centre, heat 0 outside.
+
+    The 7-point Laplacian has weights 1 / edge^2, so the equation is that of the physical piece. It is solved
+    by Jacobi's iteration with Chebyshev acceleration (Golub and Varga 1961), whose number of steps
+    (`heat_rounds`) grows with the diameter of the piece, not with its square.
+    """
+    coupling = 1.0 / edges**2
+    coupling = coupling / (2.0 * coupling.sum())
     old = np.zeros_like(inside)
     new = np.zeros_like(inside)
     cz, cy, cx = centre

@@ -16,6 +16,15 @@ def test_a_new_network_is_the_one_that_cellpose_builds():
     assert 6.5e6 < sum(p.numel() for p in ours.parameters()) < 6.7e6
 
 
+def test_a_narrow_network_has_its_part_of_the_weights():
+    def kernels(width):
+        return sum(p.numel() for p in new_network(17.0, 0, width).parameters() if p.ndim == 4)
+
+    assert new_network(17.0, 0, 16).nbase == [2, 16, 32, 64, 128]
+    assert kernels(16) / kernels(32) == pytest.approx(0.25, abs=0.01)
+    assert kernels(24) / kernels(32) == pytest.approx(0.5625, abs=0.01)
+
+
 def test_the_seed_decides_and_the_global_generator_stays():
     torch.manual_seed(5)
     expected = torch.rand(3)

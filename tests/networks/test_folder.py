@@ -173,6 +173,26 @@ def test_a_shape_that_no_memory_holds_is_refused_before_it_is_made(tmp_path, wro
         load_model(tmp_path / "m")
 
 
+def test_a_narrow_network_keeps_its_width(tmp_path):
+    network = new_network(17.0, 4, 16)
+    save_model(tmp_path / "m", network, ModelInfo(name="thin", diameter_px=17.0, width=16), "")
+    loaded = load_model(tmp_path / "m").network.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
+    check_output(load_model(tmp_path / "m" / "thin"))
+    info = tmp_path / "m" / "model.json"
+    for width, told in (
+        (24, "shape.*of width 24"),
+        (None, "shape.*of width 32"),
+        (20, "multiple of 8"),
+        (72, "width"),
+    ):
+        described = json.loads(info.read_text())
+        described.pop("width", None)
+        info.write_text(json.dumps(described if width is None else described | {"width": width}))
+        with pytest.raises(InputError, match=told):
+            load_model(tmp_path / "m")
+
+
 def test_weights_that_blow_up_are_found_by_a_look_at_noise(folder):
     model = load_model(folder)
     check_output(model)

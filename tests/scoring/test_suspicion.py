@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.scoring.suspicion import _measure, rank_nuclei
+from nuclei3d.scoring.suspicion import _measure, find_missed, rank_nuclei
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 
@@ -77,3 +77,16 @@ def test_what_the_border_cuts_may_be_small() -> None:
     labels[labels == 60] = 0
     labels[ellipsoid(labels.shape, (15.0, 23.0, 48.5), (5.0,) * 3)] = 60
     assert "small" not in {s.label: s.reasons for s in rank_nuclei(labels, SIZE)}[60]
+
+
+def test_what_is_missed_is_where_a_nucleus_fits_outside_the_labels_not_their_rinds() -> None:
+    truth = six()
+    labels = np.where(np.isin(truth, (20, 60)), 0, six(5.0))
+    # half of 60 has a mask after all
+    labels[:, :, 76:][truth[:, :, 76:] == 60] = 60
+    first, second = find_missed(labels, truth > 0, SIZE, 12.0)
+    assert first.label == second.label == 0
+    assert first.centre_um == pytest.approx((15.0, 8.0, 23.0), abs=1.0)
+    assert (first.volume_um3 * 3 / 4 / np.pi) ** (1 / 3) == pytest.approx(6.0, abs=1.0)
+    assert second.centre_um[1:] == pytest.approx((23.0, 35.0), abs=1.0)
+    assert find_missed(truth, truth > 0, SIZE, 12.0) == []

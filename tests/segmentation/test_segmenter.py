@@ -158,6 +158,13 @@ def test_mode_cellpose_is_stock_cellpose_with_the_same_weights():
     assert all(np.isnan(nucleus.score) for nucleus in result.nuclei)
 
 
+def test_mode_cellpose_refuses_a_network_that_cellpose_does_not_load(tmp_path):
+    info = ModelInfo(diameter_px=15, nucleus_diameter_um=9, width=16)
+    save_model(tmp_path / "thin", new_network(15, 0, 16), info, "")
+    with pytest.raises(InputError, match=r"does not load its width of 16"):
+        Segmenter(tmp_path / "thin", {"mode": "cellpose"})
+
+
 def test_other_thresholds_need_no_network(touching, settings):
     network = OracleNetwork(separate=False)
     segmenter = Segmenter(network, settings, CPU)

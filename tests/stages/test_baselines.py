@@ -92,11 +92,12 @@ def test_beside_a_mixed_prediction_each_network_stands_by_itself(calls, monkeypa
     assert seen == [None, None]
 
 
-def test_cellposes_fusion_is_left_out_beside_a_3d_model(calls, monkeypatch, tmp_path):
+def test_cellposes_fusion_is_left_out_beside_a_network_that_it_does_not_load(calls, monkeypatch, tmp_path):
     crown(monkeypatch, None)
     params = load_params(None, ["evaluate.baselines=[stock_fusion]"])
-    solid = write_model(tmp_path / "solid", "new", kind="full3d", full3d=SPEC)
-    assert predict_baselines(params, FRAMES, str(solid), tmp_path / "one") == {}
+    for other in ({"kind": "full3d", "full3d": SPEC}, {"width": 16}):
+        model = write_model(tmp_path / next(iter(other)), "new", **other)
+        assert predict_baselines(params, FRAMES, str(model), tmp_path / "one") == {}
     flat = write_model(tmp_path / "flat", "new")
     predict_baselines(params, FRAMES, str(flat), tmp_path / "two")
     assert [mode for _, mode, _ in calls] == ["cellpose"]

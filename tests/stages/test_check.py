@@ -100,6 +100,33 @@ def test_everything_is_told_at_once_and_refused_with_code_2(tmp_path: Path) -> N
     assert told["offsets_um"]["c"] == pytest.approx([4, 0, 0], abs=0.3)
 
 
+def test_labels_off_the_image_are_moved_wherever_they_are_read(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    (tmp_path / "true").mkdir()
+    for name in ("t000", "t001"):
+        path = data / "c" / "labels" / f"{name}.tif"
+        labels = tifffile.imread(path)
+        write_labels(tmp_path / "true" / f"{name}.tif", labels, VOXEL)
+        write_labels(path, np.roll(labels, 2, axis=0), VOXEL)
+    (warning,) = check(load_params(None, QUICK), data).warnings
+    given = warning.split("--set '")[1].rstrip("'")
+    params = load_params(None, [given, *QUICK])
+    assert params.data.label_shift_of("c") == pytest.approx((-4, 0, 0), abs=0.3)
+    assert params.data.label_shift_of("a") is None
+    assert check(params, data).warnings == ()
+    summary = prepare(params, data, tmp_path / "slices").summary
+    assert list(summary["params"]["data"]["label_shift_um"]) == ["c"]
+    for options, least, most in (([], 0.0, 0.6), ([given], 0.8, 1.0)):
+        scored = load_params(None, [*options, *QUICK, "evaluate.report=false", "evaluate.bootstrap=0"])
+        result = evaluate(scored, data / "c", tmp_path / "true", tmp_path / "scores")
+        assert least <= result.metrics["seg"] <= most
+        assert result.metrics.get("label_shift_um", {}).keys() == ({"c"} if options else set())
+    wrong = load_params(None, ["data.label_shift_um={d: [1, 0, 0]}", *QUICK])
+    with pytest.raises(InputError, match=r"data\.label_shift_um names the embryo 'd'.*known: a, b, c"):
+        prepare(wrong, data, tmp_path / "other")
+    assert any("'d'" in error for error in check(wrong, data).errors)
+
+
 def test_embryos_of_two_microscopes_train_together_at_one_scale(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

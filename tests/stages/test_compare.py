@@ -121,7 +121,13 @@ def test_embryos_that_a_model_was_trained_on_are_not_judged_on(outs, tmp_path):
     assert result.volumes == 8
     assert "2 volumes are of embryos that one of the models was trained on" in result.warnings[0]
     # of A nothing is known
-    assert "the model of A was trained on is not recorded" in result.warnings[1]
+    assert "the model of A was trained on is not known" in result.warnings[1]
+    assert "(evaluate with --model)" in result.warnings[1]
+    tree = {**json.loads((outs["worse"] / "metrics.json").read_text()), "model": {"name": "old"}}
+    (tmp_path / "old.json").write_text(json.dumps(tree))
+    told = compare(PARAMS, tmp_path / "old.json", seen("train")).warnings
+    assert len(told) == 1
+    assert told[0].endswith("(it, or one that it started from, is of a version that did not record it)")
     result = compare(PARAMS, outs["worse"], seen("validation", "E3/t0"))
     assert result.volumes == 10
     assert "were chosen on E3/t0" in result.warnings[0]

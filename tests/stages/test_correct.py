@@ -1,6 +1,7 @@
 """Corrections: what is opened, where they go, what counts as looked at, and napari's panel."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from nuclei3d.images.embryos import find_embryos, read_labelled
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.stages.correct import Correction, correct, known_region, open_correction
+from nuclei3d.stages.correct import Correction, Foreground, correct, known_region, open_correction
 
 SIZE = VoxelSize(2.0, 1.0, 1.0)
 SHAPE = (12, 40, 60)
@@ -135,7 +136,7 @@ def test_other_masks_do_not_replace_labels_unasked(data: Path) -> None:
 
 def test_a_model_finds_what_to_correct_or_disputes_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(
-        labels=np.where(balls() == 2, 0, balls()), nuclei=[SimpleNamespace(label=3, score=0.4)]
+        labels=np.where(balls() == 2, 0, balls()), scores=np.array([0, 0.5, 0, 0.25, 0.5], np.float32)
     )
     predictor = SimpleNamespace(model=SimpleNamespace(segment=lambda volume, size: found))
     monkeypatch.setattr("nuclei3d.stages.predict.open_model", lambda params, model: predictor)
@@ -144,7 +145,8 @@ def test_a_model_finds_what_to_correct_or_disputes_it(data: Path, monkeypatch: p
     assert (disputed[1], disputed[2]) == (1.0, 0.0)
     alone = open_correction(Params(), data / "e1/images/t000.tif", model="m")
     assert np.array_equal(alone.labels, found.labels)
-    assert alone.score == {3: 0.4}
+    assert alone.score is not None
+    assert alone.score[3] == 0.25
 
 
 def test_without_masks_model_or_labels_there_is_nothing_to_correct(data: Path) -> None:
@@ -222,6 +224,34 @@ def test_a_click_in_the_panel_goes_there_and_save_saves(data: Path, qt: Any) -> 
     panel.only_seen.setChecked(False)
     panel.save_button.click()
     assert set(np.unique(read_labels(data / "e1/labels/t000.tif"))) == {0, 1, 2, 3}
+
+
+@needs_napari
+def test_a_missed_nucleus_is_gone_to_with_a_new_number_in_hand(data: Path, qt: Any) -> None:
+    from nuclei3d.stages.correction_panel import CorrectionPanel
+
+    # seen on a coarser grid; 3 has no mask, and around the others the model sees more than theirs
+    where = balls(r1=7.0, r2=7.0, r4=7.0)[:, ::2, ::2] > 0
+    seen = Foreground(where, VoxelSize(2.0, 2.0, 2.0), 12.0)
+    without = np.where(balls() == 3, 0, balls())
+    correction = replace(opened(data), labels=without, foreground=seen)
+    panel = CorrectionPanel(model_viewer(correction), correction)
+    assert [suspect.label for suspect in panel.suspects].count(0) == 1
+    row = [suspect.label for suspect in panel.suspects].index(0)
+    assert panel.table.item(row, 1).text() == "missed?"
+    panel.table.setCurrentCell(row, 1)
+    z, y, x = CENTRES[3]
+    assert panel.viewer.camera.center == pytest.approx((2.0 * z, y, x), abs=2.0)
+    assert panel.layer.selected_label == 5
+    # looked at and left without a mask, it is known to be none
+    panel.save_button.click()
+    stored = read_labelled(find_embryos(data)[0].labelled[0], Params().data)
+    assert stored.unknown is not None
+    assert not stored.unknown[z, y - 4 : y + 5, x].any()
+    assert not stored.labels.any()
+    panel.layer.data = balls()
+    panel.rank_button.click()
+    assert all(suspect.label for suspect in panel.suspects)
 
 
 @needs_napari

@@ -12,6 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from nuclei3d.config import Params
+from nuclei3d.console import warned
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
@@ -153,8 +154,8 @@ def test_label_volumes_without_images_are_scored_without_contrast(folders: Path,
     assert (tmp_path / "out/report.html").is_file()
 
 
-def test_contrast_bins_and_diameter_come_from_the_training_set_if_it_is_named(folders, tmp_path):
-    facts = {"contrast_quintiles": [5.0, 10.0, 20.0, 30.0], "nucleus_diameter_um": 8.0}
+def test_contrast_bins_come_from_the_training_set_if_it_is_named_and_otsu_from_the_frames(folders, tmp_path):
+    facts = {"contrast_quintiles": [5.0, 10.0, 20.0, 30.0], "nucleus_diameter_um": 30.0}
     (tmp_path / "summary.json").write_text(json.dumps(facts))
     metrics = evaluate(QUICK, folders / "data", folders / "pred", tmp_path / "out", summary=tmp_path).metrics
     assert metrics["contrast_edges"] == [5, 10, 20, 30]
@@ -162,6 +163,8 @@ def test_contrast_bins_and_diameter_come_from_the_training_set_if_it_is_named(fo
     # only the faint sixth of each frame lies below a contrast of 5
     assert metrics["recall_by_contrast"][0]["n"] == 6
     assert metrics["recall_faint"] == 0
+    alone = evaluate(QUICK, folders / "data", folders / "pred", tmp_path / "alone").metrics
+    assert metrics["baselines"][OTSU]["seg"] == alone["baselines"][OTSU]["seg"]
 
 
 def test_other_methods_can_be_put_beside(folders: Path, tmp_path: Path) -> None:
@@ -201,6 +204,7 @@ def test_volumes_that_the_model_knows_are_told_by_their_voxels(
     assert metrics["training_frames_known"]
     assert "the model was trained on x/f7" in metrics["warnings"][0]
     assert "chosen on y/f7" in metrics["warnings"][1]
+    assert list(warned) == metrics["warnings"]
     assert "warning: the model was trained on x/f7" in capsys.readouterr().err
     # of whose predictions nothing is said, nothing is known
     metrics = evaluate(params, tmp_path / "again", tmp_path / "pred", tmp_path / "out").metrics

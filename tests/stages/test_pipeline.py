@@ -175,7 +175,8 @@ def test_the_job_is_one_run_with_a_child_per_stage_whatever_kills_it(
 def test_a_job_that_was_stopped_or_had_ended_ends_the_same(settings, tmp_path, monkeypatch):
     small = ["simulate.embryos=[a, b, c]", "simulate.frames=1", "simulate.shape=[8, 64, 64]"]
     quick = ["train.epochs=1", "train.crops_per_epoch=4", "train.batch_size=2", "calibrate.volumes=0"]
-    quick += ["evaluate.bootstrap=20", "evaluate.report=false"]
+    quick += ["train.crop_px=64", "train.validation_crops=2", "prepare.workers=1"]
+    quick += ["evaluate.bootstrap=20", "evaluate.report=false", "predict.report=false"]
     params = load_params(None, [*settings, *small, "simulate.nuclei=6", "prepare.min_nuclei=1", *quick])
     simulate(params, tmp_path / "data")
 

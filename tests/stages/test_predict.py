@@ -1,20 +1,23 @@
 import csv
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.images import tiff
-from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.frames import Frame, find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.predict import COLUMNS, predict
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
@@ -116,6 +119,55 @@ def test_nuclei_are_linked_and_the_page_shows_it(movie, oracle_model, tmp_path, 
     mixed = predict(load_params(None, ["predict.report=false"]), [movie], str(oracle_model), out, link=True)
     assert mixed.tracks is None
     assert "warning: the nuclei are not linked over time" in capsys.readouterr().err
+
+
+class UnsureOracle(OracleNetwork):
+    """Is not sure of what is dim."""
+
+    def forward(self, stack: torch.Tensor) -> tuple[torch.Tensor, None]:
+        output, style = super().forward(stack)
+        dim = (stack[:, 0] > 0.5) & (stack[:, 0] < 0.75)
+        output[:, 2][dim] = 0.5
+        return output, style
+
+
+def test_a_nucleus_that_is_dim_in_one_frame_stays_by_the_frames_in_which_it_is_not(
+    movie, tmp_path, monkeypatch, capsys
+):
+    one, two, three = (embryo(count) for count in (1, 2, 3))
+    for t, image in enumerate((two, one + (two - one) // 8 * 5, two, two + (three - two) // 8 * 5)):
+        write_image(movie / f"t{t}.ome.tif", image, VOXELS)
+    unsure = UnsureOracle(separate=True)
+    monkeypatch.setattr(
+        "nuclei3d.networks.folder.load_model", lambda path: Model(unsure, INFO, path / "oracle")
+    )
+    params = load_params(None, ["predict.score_threshold=0.8", "predict.report=false"])
+    alone = predict(params, [movie], str(tmp_path / "model"), tmp_path / "alone")
+    assert [frame.nuclei for frame in alone.frames] == [2, 1, 2, 2]
+    out = tmp_path / "out"
+    linked = predict(params, [movie], str(tmp_path / "model"), out, link=True)
+    # the third nucleus is dim in the only frame that has it
+    assert [frame.nuclei for frame in linked.frames] == [2, 2, 2, 2]
+    assert (linked.tracks.nuclei, linked.tracks.tracks) == (8, 2)
+    said = capsys.readouterr().err
+    assert "1 nuclei below the model's least score or volume stay" in said
+    assert "; 1 do not" in said
+    for frame in linked.frames:
+        labels = [int(row["label"]) for row in rows_of(frame.table)]
+        assert labels == list(range(1, read_labels(frame.masks).max() + 1)) == [1, 2]
+    for name in ("t0", "t2"):
+        np.testing.assert_array_equal(
+            read_labels(out / f"{name}_masks.ome.tif"),
+            read_labels(tmp_path / "alone" / f"{name}_masks.ome.tif"),
+        )
+    again = predict(params, [movie], str(tmp_path / "model"), out, link=True)
+    assert all(frame.done_before for frame in again.frames)
+    (out / "t1_masks.ome.tif").write_bytes(b"")
+    healed = predict(params, [movie], str(tmp_path / "model"), out, link=True)
+    assert read_labels(healed.frames[1].masks).max() == 2
+    params = load_params(None, ["predict.score_threshold=0.8", "tracks.weakest_score=1"])
+    plain = predict(params, [movie], str(tmp_path / "model"), out, link=True)
+    assert [frame.nuclei for frame in plain.frames] == [2, 1, 2, 2]
 
 
 @pytest.mark.parametrize("change", ["settings", "image", "masks", "emptied masks", "table", "overwrite"])
@@ -230,6 +282,47 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_m
     result = predict(Params(), [movie], str(oracle_model), out)
     assert [frame.done_before for frame in result.frames] == [True, True, False]
     assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1.5])
+def test_the_next_frame_is_read_and_segmented_while_one_is_written(
+    movie, oracle_model, tmp_path, monkeypatch, memory_gb
+):
+    events, waits = [], {}
+    overlapped = memory_gb is None
+    segment, write, read = Segmenter.segment, tiff.write_labels, Frame.read
+
+    def note(event: str) -> None:
+        events.append(event)
+        waits.setdefault(event, threading.Event()).set()
+
+    def wait_for(event: str) -> None:
+        assert waits.setdefault(event, threading.Event()).wait(60 if overlapped else 0) == overlapped
+
+    def slow_write(path: Path, *arguments: object) -> None:
+        if path.name.startswith("t1"):
+            wait_for("segment 2")
+            wait_for("read t3")
+        write(path, *arguments)
+        note(f"wrote {path.name[:2]}")
+
+    def noted_segment(self: Segmenter, image: np.ndarray, *arguments: object) -> object:
+        note(f"segment {1 + sum(event.startswith('segment') for event in events)}")
+        return segment(self, image, *arguments)
+
+    def noted_read(self: Frame) -> np.ndarray:
+        note(f"read {self.name}")
+        return read(self)
+
+    monkeypatch.setattr(Segmenter, "segment", noted_segment)
+    monkeypatch.setattr(Frame, "read", noted_read)
+    monkeypatch.setattr(tiff, "write_labels", slow_write)
+    params = load_params(None, [f"predict.memory_gb={memory_gb or 'null'}", "predict.report=false"])
+    result = predict(params, [movie], str(oracle_model), tmp_path / "out")
+    assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
+    assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+    if not overlapped:
+        assert events == [f"{what}{n}" for n in (1, 2, 3) for what in ("read t", "segment ", "wrote t")]
 
 
 @pytest.mark.parametrize("mode", ["ortho", "stitch"])

@@ -87,7 +87,6 @@ def test_warnings_of_workers_are_said_once(
 ) -> None:
     from noting import find_odd
 
-    warned.clear()
     assert map_in_processes("check", find_odd, [1, 2, 3], workers=workers) == [1, 2, 3]
     assert capfd.readouterr().err.count("one is odd") == 1
     assert list(warned) == ["one is odd"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nuclei3d.config import load_params
+from nuclei3d.console import warned
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
@@ -52,6 +53,16 @@ def test_the_start_models_scale_and_a_gentle_schedule_replace_the_files_aloud(mo
     assert "train.diameter_px=17.0, for this start; 12.0 otherwise" in said
     assert "normalization.lower_percentile=2.0, for this start; 1.0 otherwise" in said
     assert "train.learning_rate=0.0005, for this start; 0.002 otherwise" in said
+
+
+def test_the_start_models_kind_and_width_come_with_it(tmp_path, capsys):
+    save_model(tmp_path / "thin", new_network(17.0, 3, 16), ModelInfo(diameter_px=17.0, width=16), "")
+    start = f"train.start_from={tmp_path / 'thin'}"
+    assert load_fine_tuning(None, [start], asked=True).train.width == 16
+    assert "train.width=16, for this start; 32 otherwise" in capsys.readouterr().err
+    assert load_fine_tuning(None, [start, "train.width=24"], asked=True).train.width == 24
+    with pytest.raises(InputError, match="width is of network views2d"):
+        load_fine_tuning(None, ["train.network=full3d", "train.width=16"], asked=False)
 
 
 def test_what_is_set_on_the_command_line_wins(model, file):
@@ -121,8 +132,8 @@ def test_epoch_0_is_judged_and_wins_over_what_is_worse_also_after_a_kill(model, 
 def test_images_unlike_the_start_models_are_told(model, tmp_path):
     slices = write_slices(tmp_path / "slices")
     given = [*SMALL, f"train.start_from={model}", "train.diameter_px=12"]
-    result = train(load_params(None, given), slices, tmp_path / "m")
-    assert [warning.split(":")[0] for warning in result.warnings] == [
+    train(load_params(None, given), slices, tmp_path / "m")
+    assert [warning.split(":")[0] for warning in warned] == [
         "train.diameter_px is 12, but 17 in the model that this starts from",
         "normalization.lower_percentile is 1, but 2 in the model that this starts from",
     ]

@@ -213,6 +213,22 @@ def test_changed_parameters_or_slices_start_afresh_and_say_so(slices, tmp_path, 
     assert epochs == [1, 1]
 
 
+def test_a_narrow_network_is_trained_and_trained_on_as_such(slices, tmp_path, capsys):
+    for model in ("m", "other"):
+        train(params_of(epochs=1, width=16), slices, tmp_path / model)
+    assert load_model(tmp_path / "m").info.width == 16
+    assert "Cellpose itself does not load" in (tmp_path / "m" / "README.md").read_text()
+    assert weights_of(tmp_path / "m")["output.2.weight"].shape == (3, 16, 1, 1)
+    train(params_of(epochs=1, width=8), slices, tmp_path / "other")
+    assert "afresh" in capsys.readouterr().err
+    assert load_model(tmp_path / "other").info.width == 8
+    start = str(tmp_path / "m")
+    train(params_of(epochs=1, width=16, start_from=start), slices, tmp_path / "further")
+    assert load_model(tmp_path / "further").info.width == 16
+    with pytest.raises(InputError, match=r"width 16, not views2d of train\.width 32"):
+        train(params_of(start_from=start), slices, tmp_path / "wide")
+
+
 def test_a_constant_schedule_can_be_prolonged(slices, tmp_path):
     epochs = []
     settings = {"schedule": "constant", "select": "last"}

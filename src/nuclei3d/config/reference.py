@@ -26,6 +26,7 @@ _BOUNDS = {
     "exclusiveMinimum": "above",
     "maximum": "at most",
     "exclusiveMaximum": "below",
+    "multipleOf": "a multiple of",
 }
 
 

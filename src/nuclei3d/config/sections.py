@@ -23,6 +23,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+_Way = Annotated[float, Field(ge=-20, le=20, allow_inf_nan=False)]
+Shift = tuple[_Way, _Way, _Way]
 
 
 class SplitParams(Section):
@@ -58,6 +60,9 @@ class DataParams(Section):
     """(z, y, x), wins over what the files say; None reads it from them."""
     channel: str | int | None = None
     """Name or number, from 0, of the nuclear channel; None where the files hold one."""
+    label_shift_um: Shift | dict[str, Shift] | None = None
+    """Moves labels that lie off the image by a constant, as they are read: (z, y, x) for all embryos, or for
+    each by its name. ``nuclei3d check`` measures it."""
     unknown_label: int | None = -1
     """Number that marks, among the labels, what nobody looked at: no loss, no count there. None: no number; a
     mask ``labels/<frame>_known.tif``, 0 where nobody looked, says the same."""
@@ -71,6 +76,11 @@ class DataParams(Section):
         if label == 0:
             raise ValueError("0 is the background; give what nobody looked at another number, such as -1")
         return label
+
+    def label_shift_of(self, embryo: str) -> Shift | None:
+        """Give how far an embryo's labels are moved, (z, y, x) in um; None: not at all."""
+        shift = self.label_shift_um
+        return shift.get(embryo) if isinstance(shift, dict) else shift
 
 
 FrameCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -358,12 +368,15 @@ class TrainParams(Section):
     network: Literal["views2d", "full3d"] = "views2d"
     """``views2d``: Cellpose's 2D CNN on planes of three views; ``full3d``: a 3D network on patches. prepare
     makes what it needs, so a change asks for a new data set."""
+    width: Annotated[int, Field(ge=8, le=64, multiple_of=8)] = 32
+    """Channels of the first level of the 2D network. 24 and 16 have about half and a quarter of the work of
+    32, which is Cellpose's own and the only one that Cellpose loads."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
     """A model folder, weights file or models:/name@alias to start from; None: from scratch. The commands take
-    its kind of network, diameter and normalisation, and cut planes at its scale, whatever stands in the file;
-    --set overrides that. The model as it is counts as epoch 0."""
+    its kind of network, width, diameter and normalisation, and cut planes at its scale, whatever stands in
+    the file; --set overrides that. The model as it is counts as epoch 0."""
     fine_tune: FineTuneParams | None = None
     """Used with start_from; None: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
     warmup_steps 20, epochs 10)."""
@@ -419,6 +432,12 @@ class TrainParams(Section):
     augment: AugmentParams = AugmentParams()
     full3d: Full3dParams = Full3dParams()
 
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.network == "full3d" and self.width != 32:
+            raise ValueError("width is of network views2d; full3d.profile sets the channels of a 3D network")
+        return self
+
 
 Iou = Annotated[float, Field(ge=0.5, lt=1)]
 
@@ -444,7 +463,7 @@ class CalibrateParams(Section):
 Mode = Literal["auto", "ortho", "stitch", "cellpose", "full3d", "mixed"]
 View = Literal["xy", "xz", "yz"]
 Fusion = Literal["mean", "consensus"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "int8"]
 Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
 Logit = Annotated[float, Field(ge=-1000, le=1000)]
 Engine = Literal["auto", "torch", "openvino"]
@@ -490,7 +509,8 @@ class SegmentationParams(Section):
     flip_average: bool = False
     """Average over the four flips of each plane (four times the work)."""
     precision: Precision = "auto"
-    """auto takes bfloat16 where the hardware computes it."""
+    """auto takes bfloat16 where the hardware computes it. int8 is for a 2D network by OpenVINO on a CPU: with
+    AVX512-VNNI three times as fast, masks nearly the same (docs/results.md)."""
     stitch_min_iou: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The least overlap at which mode stitch links masks of neighbouring planes."""
     stitch_max_gap: Annotated[int, Field(ge=0, le=100)] = 1
@@ -748,6 +768,9 @@ class TracksParams(Section):
     """Cost of a division in which nothing grew brighter, against the same."""
     daughter_frames: PositiveInt = 2
     """A second daughter that is seen in fewer frames is taken for a piece of a nucleus, not a daughter."""
+    weakest_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """``predict --track`` keeps nuclei from this score on, however small, whose lineage holds one of at least
+    the score and volume that count otherwise; 1: none of them."""
 
 
 class TrackingParams(Section):

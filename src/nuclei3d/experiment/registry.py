@@ -17,7 +17,7 @@ import numpy as np
 import nuclei3d
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PredictParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
@@ -84,7 +84,7 @@ class Registered:
     """What the registry holds after a call about one version: which is champion, and why it moved or stayed.
 
     `run_id` is the MLflow run that logged the model (None after a roll-back); `done_before` says that this
-    very model with these very scores had been registered before; `warnings` what makes the scores doubtful.
+    very model with these very scores had been registered before.
     """
 
     name: str
@@ -93,7 +93,6 @@ class Registered:
     reason: str
     run_id: str | None = None
     done_before: bool = False
-    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
@@ -105,7 +104,6 @@ class Registered:
             "reason": self.reason,
             "uri": f"{_SCHEME}{self.name}/{self.version}",
             "run_id": self.run_id,
-            "warnings": list(self.warnings),
         }
 
 
@@ -133,15 +131,9 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     judged by them, and one that a killed process began is gone on with. The version, and the runs that
     trained and evaluated the model where the store has them, name each other in their tags.
 
-    Parameters
-    ----------
-    params
-        `tracking` names the store and the registered model, `predict` gives the defaults of the service,
-        `evaluate.primary_metric` decides.
-    folder
-        A model folder.
-    metrics
-        metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    `metrics` is the metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    `tracking` names the store and the registered model, `predict` gives the defaults of the service,
+    `evaluate.primary_metric` decides.
     """
     refuse_second_model(params.predict)
     if not params.tracking.enabled:
@@ -155,16 +147,13 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     info = model.info
     metrics = metrics / _METRICS_FILE if metrics.is_dir() else metrics
     result = read_metrics(metrics)
-    warnings = _mark_seen(result, info.frames, "the model")
+    _mark_seen(result, info.frames, "the model")
     client = open_store(params.tracking)
     with store_lock(params.tracking):
         made = _register(client, params, folder, metrics, info, result, force)
     say(
         f"registered{' before' if made.done_before else ''} {made.name} version {made.version}: {made.reason}"
     )
-    made = replace(made, warnings=(*warnings, *made.warnings))
-    for warning in made.warnings:
-        say(f"warning: {warning}")
     if made.champion is not None:
         say(f"champion of {made.name} is version {made.champion}")
     return made
@@ -200,14 +189,13 @@ def _register(
             client.set_model_version_tag(name, found.version, _SCORES_TAG, run.run_id)
             client.set_model_version_tag(name, found.version, _DIGEST_TAG, digest)
         version = str(found.version)
-        warnings: tuple[str, ...] = ()
         while True:
             before, _ = _champion(client, name)
             if version == before:
                 # Evaluated anew, or killed after it had become champion: the verdict stands.
                 verdict = Verdict(True, found.tags.get(_REASON_TAG, "it is the champion"))
             else:
-                verdict, warnings = _compare_with_champion(client, name, before, result, params, force)
+                verdict = _compare_with_champion(client, name, before, result, params, force)
             if _champion(client, name)[0] == before:
                 break
             # another machine, which the lock does not hold, made a champion meanwhile: compared with that one
@@ -225,7 +213,7 @@ def _register(
                 "mlflow.runName": f"{named}: version {version}{', champion' if champion == version else ''}",
             }
         )
-    return Registered(name, version, champion, verdict.reason, run.run_id, warnings=warnings)
+    return Registered(name, version, champion, verdict.reason, run.run_id)
 
 
 def _link_runs(client: MlflowClient, name: str, version: str, info: ModelInfo, metrics: Path) -> None:
@@ -241,12 +229,11 @@ def _link_runs(client: MlflowClient, name: str, version: str, info: ModelInfo, m
             client.set_tag(run_id, _REGISTERED_TAG, f"{name} version {version}")
 
 
-def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> list[str]:
+def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> None:
     """Mark the volumes of a metrics.json that a model was trained on; say what makes them doubtful."""
     volumes: Mapping[str, Any] = result["volumes"]
-    warnings: list[str] = []
     if frames is None or not frames.complete or not all("frame_digest" in v for v in volumes.values()):
-        warnings.append(
+        warn(
             f"whether {who} was trained on these volumes cannot be checked: model or evaluation are of a "
             "version that did not record it"
         )
@@ -256,8 +243,7 @@ def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: st
             volume["seen"] = part
     chosen = [name for name, volume in volumes.items() if volume.get("seen") == "validation"]
     if chosen:
-        warnings.append(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
-    return warnings
+        warn(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
 
 
 def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
@@ -545,9 +531,8 @@ def _compare_with_champion(
     result: Mapping[str, Any],
     params: Params,
     force: bool,
-) -> tuple[Verdict, tuple[str, ...]]:
+) -> Verdict:
     metric = params.evaluate.primary_metric
-    warnings: list[str] = []
     if champion is None:
         verdict = judge_first(result, metric=metric)
     else:
@@ -558,7 +543,7 @@ def _compare_with_champion(
                 # an evaluation of before does not say it, and `judge` asks for the same truth
                 if digest := result["volumes"].get(volume, {}).get("frame_digest"):
                     scores.setdefault("frame_digest", digest)
-            warnings = _mark_seen(theirs, frames, f"the {who}")
+            _mark_seen(theirs, frames, f"the {who}")
             verdict = judge(theirs, result, who, seed=params.seed, metric=metric)
         except InputError as error:
             verdict = Verdict(False, f"the {who} has no metrics to compare with ({error})")
@@ -567,7 +552,7 @@ def _compare_with_champion(
     elif not verdict.better:
         stays = "nobody is champion" if champion is None else "the champion stays"
         verdict = replace(verdict, reason=f"{verdict.reason}; {stays} (register --force overrides)")
-    return verdict, tuple(warnings)
+    return verdict
 
 
 def _scores_of(client: MlflowClient, name: str, version: str) -> tuple[dict[str, Any], TrainingFrames | None]:

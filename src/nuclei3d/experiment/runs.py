@@ -16,7 +16,7 @@ import yaml
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import flat
-from nuclei3d.console import say
+from nuclei3d.console import warn
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.provenance import environment_listing, trace_provenance
 from nuclei3d.experiment.store import (
@@ -63,7 +63,6 @@ class StageRun:
         self.client = client
         self.stage = stage
         self._unsent: list[Callable[[], None]] = []
-        self._told = False
         self._next_try = 0.0
         self.run_id = run_id
 
@@ -106,7 +105,7 @@ class StageRun:
         self._next_try = 0.0
         if self._flush():
             return
-        say(f"warning: {len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
+        warn(f"{len(self._unsent)} entries of run {self.run_id} never reached the tracking server")
 
     def _log(self, kind: str, entity: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if self.client is None:
@@ -122,9 +121,8 @@ class StageRun:
             return
         client = self.client
         self._unsent.append(lambda: getattr(client, method)(self.run_id, *values, **named))
-        if not self._flush() and not self._told:
-            self._told = True
-            say("warning: the tracking server stopped answering; going on, trying again with the next values")
+        if not self._flush():
+            warn("the tracking server stopped answering; going on, trying again with the next values")
 
     def _flush(self) -> bool:
         from mlflow.exceptions import MlflowException
@@ -166,20 +164,12 @@ def stage_run(
     `stage_run` (the pipeline) the new run is a child; inside one of the same stage it is that very run.
     Otherwise it is a run of its own in the experiment `tracking.experiment`.
 
-    Parameters
-    ----------
-    params
-        All parameters; those of the stage's own sections are logged, the rest is an artifact.
-    inputs
-        Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
-        tags.
-    name
-        Of the run, where it says more than the stage's.
-    job
-        What tells this job from all others; the last run of it, unless it finished, is gone on with.
-    earlier
-        Id of a run to go on with whatever its end, with the parameters that it has; one that the store does
-        not know (another tracking.uri, a deleted database) is replaced by a new one.
+    The parameters of the stage's own sections are logged, the rest is an artifact; the MD5s of `inputs`,
+    files or folders that the stage reads, by name (``data``, ``slices``, ``model``), become tags. `name` is
+    that of the run, where it says more than the stage's. A `job` is what tells this one from all others: the
+    last run of it, unless it finished, is gone on with. So is `earlier`, the id of a run, whatever its end,
+    with the parameters that it has; one that the store does not know (another tracking.uri, a deleted
+    database) is replaced by a new one.
     """
     if not params.tracking.enabled:
         yield StageRun(None, None)
@@ -321,7 +311,7 @@ def _end(status: str) -> None:
     try:
         mlflow.end_run(status)
     except (mlflow.exceptions.MlflowException, OSError):
-        say("warning: the tracking server does not answer; the run stays marked as running there")
+        warn("the tracking server does not answer; the run stays marked as running there")
 
 
 def _stage_params(stage: str, params: Params) -> dict[str, object]:

@@ -147,7 +147,8 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     voxel_size = image_frame.voxel_size or label_frame.voxel_size or image_frame.require_voxel_size()
     image = image_frame.read()
     check_image(image, str(frame.image_path))
-    labels, unknown = read_partial_labels(label_frame, params.unknown_label)
+    shift_um = params.label_shift_of(frame.embryo)
+    labels, unknown = read_partial_labels(label_frame, params.unknown_label, shift_um, voxel_size)
     labels = compact_labels(labels)
     if frame.share is not None:
         block = block_of(labels, frame.share, str(frame.label_path))
@@ -156,6 +157,20 @@ def read_labelled(frame: EmbryoFrame, params: DataParams) -> LabelledVolume:
     if not labels.any():
         warn(f"{frame.label_path} holds no label: the frame counts as one without nuclei")
     return LabelledVolume(image, labels, voxel_size, unknown)
+
+
+def check_shifts(embryos: Sequence[Embryo], params: DataParams) -> None:
+    """Raise InputError if labels are to be moved of an embryo that is not there."""
+    known = [embryo.name for embryo in embryos]
+    for name in params.label_shift_um if isinstance(params.label_shift_um, dict) else ():
+        if name not in known:
+            raise InputError(_unknown_name("data.label_shift_um", name, known))
+
+
+def _unknown_name(where: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{where} names the embryo '{name}', which the data do not hold; {hint}known: {', '.join(known)}"
 
 
 def block_of(labels: NDArray[np.uint32], share: tuple[float, float], where: str) -> tuple[slice, ...]:
@@ -208,18 +223,14 @@ def find_embryo(folder: Path) -> Embryo:
     if not images:
         raise InputError(f"{folder / 'images'} holds no .tif, .tiff or .zarr; expected one file per frame")
     labels = _find_stored(folder / "labels") if (folder / "labels").is_dir() else {}
-    for name, (path, _) in labels.copy().items():
-        if is_known_mask(path):
-            del labels[name]
+    labels = {name: stored for name, stored in labels.items() if not is_known_mask(stored[0])}
     label_of = _match_labels(folder, images, labels)
-    embryo = Embryo(
-        folder.name,
-        tuple(
-            EmbryoFrame(folder.name, name, path, label_path, index, time, label_time)
-            for index, (name, (path, time)) in enumerate(images.items())
-            for label_path, label_time in [label_of.get(name, (None, None))]
-        ),
+    frames = (
+        EmbryoFrame(folder.name, name, path, label_path, index, time, label_time)
+        for index, (name, (path, time)) in enumerate(images.items())
+        for label_path, label_time in [label_of.get(name, (None, None))]
     )
+    embryo = Embryo(folder.name, tuple(frames))
     if 0 < len(embryo.labelled) < len(embryo.frames):
         warn(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
     return embryo
@@ -292,11 +303,7 @@ def _is_unlabelled(stored: tuple[Path, int | None]) -> bool:
 
 
 def check_fit(
-    image: Frame,
-    path: Path,
-    shape: tuple[int, ...],
-    voxel_size: VoxelSize | None,
-    given: VoxelSize | None,
+    image: Frame, path: Path, shape: tuple[int, ...], voxel_size: VoxelSize | None, given: VoxelSize | None
 ) -> None:
     """Raise InputError if labels in `path` have another shape than their image, or another voxel size.
 
@@ -384,21 +391,14 @@ def _default_lists(labelled: Sequence[Embryo]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_names(
-    lists: dict[str, tuple[str, ...]],
-    embryos: Sequence[Embryo],
-    labelled: Sequence[Embryo],
+    lists: dict[str, tuple[str, ...]], embryos: Sequence[Embryo], labelled: Sequence[Embryo]
 ) -> None:
     known = [embryo.name for embryo in embryos]
     with_labels = {embryo.name for embryo in labelled}
     for name in chain.from_iterable(lists.values()):
         parts = [part for part, names in lists.items() if name in names]
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise InputError(
-                f"data.split.{parts[0]} names the embryo '{name}', which the data do not hold; "
-                f"{hint}known: {', '.join(known)}"
-            )
+            raise InputError(_unknown_name(f"data.split.{parts[0]}", name, known))
         if len(parts) > 1:
             raise InputError(
                 f"embryo '{name}' is in {' and '.join(parts)} of data.split; leave it in one of them"

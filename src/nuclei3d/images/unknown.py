@@ -6,6 +6,7 @@ It has a number of its own among the labels (`data.unknown_label`), or lies wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d.errors import InputError
+from nuclei3d.grid import shift_labels
 from nuclei3d.images.frames import Frame, frame_stem, list_volumes, single_frame, to_labels
+from nuclei3d.images.voxel_size import VoxelSize
 
 KNOWN_MARK = "_known"
 """Ends the name of a mask of what was looked at."""
@@ -25,12 +28,16 @@ def is_known_mask(path: Path) -> bool:
 
 
 def read_partial_labels(
-    frame: Frame, unknown_label: int | None
+    frame: Frame,
+    unknown_label: int | None,
+    shift_um: Sequence[float] | None = None,
+    voxel_size: VoxelSize | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
     """Read labels (z, y, x), 0 where unknown, and say where that is; None: all is known.
 
-    A mask ``<frame>_known`` beside the labels counts. InputError is raised as by `to_labels`, or if the mask
-    has another shape or leaves nothing known.
+    A mask ``<frame>_known`` beside the labels counts. What was read is moved by `shift_um` (z, y, x), if
+    given, with the `voxel_size`. InputError is raised as by `to_labels`, or if the mask has another shape or
+    leaves nothing known.
     """
     labels: NDArray[Any] = frame.read()
     unknown = np.zeros(labels.shape, bool) if unknown_label is None else np.asarray(labels == unknown_label)
@@ -44,9 +51,15 @@ def read_partial_labels(
         unknown |= known == 0
     if unknown.all():
         raise InputError(f"{frame.path}: nothing is known of this frame; remove its labels")
-    if not unknown.any():
-        return to_labels(labels, str(frame.path)), None
-    return to_labels(np.where(unknown, labels.dtype.type(0), labels), str(frame.path)), unknown
+    partial = bool(unknown.any())
+    found = to_labels(np.where(unknown, labels.dtype.type(0), labels) if partial else labels, str(frame.path))
+    if shift_um is not None and any(shift_um):
+        assert voxel_size is not None
+        found = shift_labels(found, shift_um, voxel_size)
+        if partial:
+            unknown = shift_labels(unknown.astype(np.uint32), shift_um, voxel_size) > 0
+            found[unknown] = 0
+    return found, unknown if partial else None
 
 
 def find_known_mask(labels: Path) -> Path | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM
-from nuclei3d.networks.cpnet import CHANNELS, new_network
+from nuclei3d.networks.cpnet import CELLPOSE_WIDTH, INPUT_CHANNELS, new_network
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
 from nuclei3d.outputs import whole_folder
 
@@ -122,6 +122,8 @@ class ModelInfo(BaseModel):
         Normalisation (`nuclei3d.intensity`).
     training
         What the training frames were like; None: unknown.
+    width
+        Channels of the first level of the 2D network; models of before have Cellpose's 32.
     full3d
         Shape of the 3D network and of what it sees; None for kind ``views2d``.
     cellprob_threshold, score_threshold, min_volume_um3, outline_threshold, outline_threshold_z
@@ -144,6 +146,7 @@ class ModelInfo(BaseModel):
     upper_percentile: Percentile = 99.8
     noise_floor: Annotated[float, Field(ge=0, le=1e4)] = 10.0
     training: TrainingRange | None = None
+    width: Annotated[int, Field(ge=8, le=64, multiple_of=8)] = CELLPOSE_WIDTH
     full3d: VolumeSpec | None = None
     cellprob_threshold: Annotated[float, Field(ge=-1000, le=1000)] = 0.0
     outline_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = None
@@ -156,6 +159,11 @@ class ModelInfo(BaseModel):
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
     frames: TrainingFrames | None = None
+
+    @property
+    def for_cellpose(self) -> bool:
+        """Whether Cellpose 3 loads the weights; it knows 2D networks of one width only."""
+        return self.kind == "views2d" and self.width == CELLPOSE_WIDTH
 
     @model_validator(mode="after")
     def _check_kind(self) -> ModelInfo:
@@ -267,8 +275,8 @@ def load_model(path: str | PathLike[str]) -> Model:
         )
     info = info_beside(path)
     weights = path / info.name if info is not None and path.is_dir() else path
-    spec = None if info is None else info.full3d
-    network = network_from_state(read_state(weights), str(weights), spec)
+    spec, width = (None, CELLPOSE_WIDTH) if info is None else (info.full3d, info.width)
+    network = network_from_state(read_state(weights), str(weights), spec, width)
     if info is None:
         diameter = float(network.get_parameter("diam_mean").item())
         name = re.sub("[^A-Za-z0-9_.-]", "_", weights.name)
@@ -295,7 +303,7 @@ def info_beside(path: Path) -> ModelInfo | None:
 def check_output(model: Model) -> None:
     """Raise InputError where the network, shown noise, gives anything but finite numbers."""
     network = model.network
-    shape: tuple[int, ...] = (1, CHANNELS[0], 32, 32)
+    shape: tuple[int, ...] = (1, INPUT_CHANNELS, 32, 32)
     if isinstance(network, VolumeNetwork):
         shape = (1, 1, *network.spec.architecture.multiple)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -320,12 +328,15 @@ def read_state(weights: Path) -> Mapping[str, Tensor]:
 
 
 def network_from_state(
-    state: Mapping[str, Tensor], where: str = "the weights", spec: VolumeSpec | None = None
+    state: Mapping[str, Tensor],
+    where: str = "the weights",
+    spec: VolumeSpec | None = None,
+    width: int = CELLPOSE_WIDTH,
 ) -> nn.Module:
     """Make a network from weights saved by this package or by Cellpose 3, in evaluation mode.
 
     `where` is what to call the weights in an error, such as their file; without the `spec` of a 3D network
-    they are those of a Cellpose 3 CNN with two input channels.
+    they are those of a Cellpose 3 CNN with two input channels and `width` channels in its first level.
 
     Raises
     ------
@@ -342,7 +353,8 @@ def network_from_state(
         if spec is not None:
             network, kind = new_volume_network(spec, seed=0), "the 3D network that model.json describes"
         else:
-            network, kind = new_network(30.0, seed=0), "a Cellpose 3 CNN with 2 channels in and 3 out"
+            network = new_network(30.0, 0, width)
+            kind = f"a Cellpose 3 CNN with 2 channels in and 3 out, of width {width}"
     if spec is None:
         if "W2" in state or any(name.startswith("encoder.") for name in state):
             raise InputError(
@@ -358,7 +370,7 @@ def network_from_state(
     for name, value in state.items():
         if reason := _unusable(value, wanted[name], name):
             raise InputError(f"{where}: '{name}' {reason} ({kind})")
-    network = new_network(30.0, seed=0) if spec is None else new_volume_network(spec, seed=0)
+    network = new_network(30.0, 0, width) if spec is None else new_volume_network(spec, seed=0)
     network.load_state_dict({n: v.reshape(wanted[n].shape) for n, v in state.items()}, strict=False)
     return network.eval()
 

@@ -1,4 +1,4 @@
-"""Which nuclei of a segmentation are most likely wrong: those unlike the others and those in dispute."""
+"""Which nuclei of a segmentation are most likely wrong or missed: unlike the others, or in dispute."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects
+from scipy.ndimage import distance_transform_edt, find_objects, maximum_position
+from scipy.ndimage import label as label_pieces
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import Floats, Labels, relabel_sequential
 
 #: How odd a nucleus is that the frame before does not have.
 _NEWCOMER = 3.0
+#: Depth from which on foreground without a label is no rind of a nucleus, in diameters.
+_LEAST_DEPTH = 0.2
 #: Oddness from which on a reason is told.
 _ODD = 2.0
 #: Spread below which nuclei are called alike, however alike the others are.
@@ -24,7 +27,8 @@ _LEAST_SPREAD = {"score": 0.03, "size": 0.1, "shape": 0.04, "growth": 0.1, "agre
 class Suspect:
     """A nucleus; `oddness` is how many robust standard deviations it lies off the others where it is worst.
 
-    The centre is (z, y, x) in um, that of the first voxel is at 0. `reasons` start with the worst.
+    The centre is (z, y, x) in um, that of the first voxel is at 0. `reasons` start with the worst. Label 0 is
+    a place without a label.
     """
 
     label: int
@@ -43,18 +47,11 @@ def rank_nuclei(
     growth: Mapping[int, float] | None = None,
     agreement: Mapping[int, float] | None = None,
 ) -> list[Suspect]:
-    """List the nuclei of labels (z, y, x), most suspicious first.
+    """List the nuclei of labels (z, y, x), whose numbers may have gaps, most suspicious first.
 
-    Parameters
-    ----------
-    labels, voxel_size
-        Numbers may have gaps.
-    score
-        By label; what the network was sure of.
-    growth
-        By label: volume over that of the same nucleus in the frame before; absent: it was not there.
-    agreement
-        By label: best intersection over union with another segmentation.
+    By label, `score` is what the network was sure of, `growth` the volume over that of the same nucleus in
+    the frame before (absent: it was not there), `agreement` the best intersection over union with another
+    segmentation.
     """
     sequential, names = relabel_sequential(labels)
     numbers = names[1:]
@@ -93,6 +90,27 @@ def rank_nuclei(
         reasons = tuple(words for odd, words in ordered if odd >= _ODD)
         suspects.append(Suspect(int(number), (z, y, x), float(volume[index]), value, ordered[0][0], reasons))
     return sorted(suspects, key=lambda suspect: (-suspect.oddness, suspect.label))
+
+
+def find_missed(
+    labels: Labels, foreground: NDArray[np.bool_], voxel_size: VoxelSize, diameter_um: float
+) -> list[Suspect]:
+    """List where a nucleus fits into the `foreground` (z, y, x) outside all labels, deepest first.
+
+    The centre is the deepest point, the volume that of the sphere that fits there. Rinds of nuclei are left
+    out, for outlines never agree. `diameter_um` is that of a typical nucleus.
+    """
+    depth = distance_transform_edt(foreground & (labels == 0), sampling=voxel_size.zyx)
+    pieces, count = label_pieces(depth >= _LEAST_DEPTH * diameter_um)
+    places = sorted(maximum_position(depth, pieces, range(1, count + 1)), key=lambda at: -depth[at])
+    reasons = ("the model sees a nucleus that has no mask",)
+    missed = []
+    for place in places:
+        z, y, x = (float(at * edge) for at, edge in zip(place, voxel_size.zyx, strict=True))
+        missed.append(
+            Suspect(0, (z, y, x), float(4 / 3 * np.pi * depth[place] ** 3), None, _NEWCOMER, reasons)
+        )
+    return missed
 
 
 def _oddness(kind: str, values: Floats) -> Floats:

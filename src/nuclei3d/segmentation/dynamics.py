@@ -12,28 +12,68 @@
    handled one by one, and two sinks are two only if they lie further apart than that distance.
 3. What flows to one sink is a nucleus, made whole and scored (`masks`).
 
-Lengths are in um or fractions of the nucleus' diameter, so the same settings serve any grid.
+Lengths are in um or fractions of the nucleus' diameter, so the same settings serve any grid. A field in a
+GPU's memory (`DeviceField`) is followed there (`nuclei3d.segmentation.device`); labels come back at the end.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads, resize_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, FlowField
-from nuclei3d.segmentation.masks import finish_labels, grow_labels, keep_labels, renumber_labels
+from nuclei3d.segmentation import device
+from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, DeviceField, FlowField
+from nuclei3d.segmentation.masks import (
+    Labels,
+    box_labels,
+    fetch_labels,
+    finish_labels,
+    grow_labels,
+    keep_labels,
+    renumber_labels,
+)
 from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 from nuclei3d.segmentation.stitching import stitch_planes
 
 _SLOW = 0.25
 """Flows shorter than this move a particle by proportionally shorter steps; others by whole steps."""
+
+
+class Paths(NamedTuple):
+    """How the voxels of a field are followed, and their ends grouped.
+
+    Lengths are in um; the threshold of the logit, those of outlines along z and in the plane, and `slow` in
+    units of the field. `bins` is the shape of the grid of bins; `offsets`, int64 (k, 3), are those in reach.
+    """
+
+    threshold: float
+    outline: tuple[float, float]
+    step_um: float
+    smallest_step_um: float
+    slow: float
+    rounds: int
+    bin_um: float
+    bins: tuple[int, int, int]
+    offsets: NDArray[np.int64]
+
+    @property
+    def margin(self) -> int:
+        """Bins around the grid so that all of `offsets`, and the next neighbours, have a place in it."""
+        return max(1, int(self.offsets.max()))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Shape of the grid of bins with its margin."""
+        z, y, x = (count + 2 * self.margin for count in self.bins)
+        return z, y, x
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -214,25 +254,15 @@ def _number_roots(parents: NDArray[np.int64]) -> NDArray[np.uint32]:
     return np.cumsum(parents == np.arange(len(parents)), dtype=np.uint32)[roots]
 
 
-def _group_sinks(
-    ends: NDArray[np.uint32],
-    packed: NDArray[np.int16],
-    threshold_units: float,
-    bin_shape: tuple[int, int, int],
-    bin_um: float,
-    radius_um: float,
-) -> None:
+def _group_sinks(ends: NDArray[np.uint32], packed: NDArray[np.int16], paths: Paths) -> None:
     """Replace, in place, 1 + the bin of every voxel's end point (0: background) by the number of its sink."""
-    table = np.zeros(1 + int(np.prod(bin_shape)), np.uint32)
-    _count(ends, packed, threshold_units, table)
+    table = np.zeros(1 + int(np.prod(paths.bins)), np.uint32)
+    _count(ends, packed, paths.threshold, table)
     counts = table[1:]
     bins = np.flatnonzero(counts).astype(np.int64)
-    densities = _densities(counts, bin_shape, bins)
-    reach = int(np.floor(radius_um / bin_um))
-    around = np.argwhere(np.ones(3 * (2 * reach + 1,), bool)) - reach
-    offsets = around[((around * bin_um) ** 2).sum(1) <= radius_um**2].astype(np.int64)
+    densities = _densities(counts, paths.bins, bins)
     counts[bins] = np.arange(1, len(bins) + 1, dtype=np.uint32)
-    counts[bins] = _number_roots(_parents(counts, densities, bin_shape, bins, offsets))
+    counts[bins] = _number_roots(_parents(counts, densities, paths.bins, bins, paths.offsets))
     renumber_labels(ends, table)
 
 
@@ -241,28 +271,34 @@ _PLANE_DEPTH = 1e4
 
 
 def label_flows(
-    flows: FlowField, shape: tuple[int, ...], settings: SegmentationSettings
+    flows: FlowField | DeviceField, shape: tuple[int, ...], settings: SegmentationSettings
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Bring a flow to labels on the image's grid: followed in 3D, or (mode ``stitch``) plane by plane.
 
     Labels are uint32 of the image's shape (z, y, x), 1..n without gaps; scores float32 (n + 1,) by label.
     """
     diameter_um = settings.nucleus_diameter_um
+    labels: Labels
     if settings.mode == "stitch":
+        flows = flows.fetch()
         planes = _label_planes(flows, diameter_um, settings.masks)
         labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
         bounds_um3 = settings.masks.bounds_um3(diameter_um)
         scores = _finish(labels, flows, bounds_um3, settings.masks)
     else:
-        labels, scores = masks_from_field(flows, diameter_um, settings.masks)
-    if labels.shape == tuple(shape):
-        return labels, scores
-    resized = resize_labels(labels, shape)
-    present = np.zeros(len(scores), np.bool_)
-    present[np.unique(resized)] = True
-    present[0] = True
-    keep_labels(resized, present)
-    return resized, scores[present]
+        labels, scores = _label_field(flows, diameter_um, settings.masks)
+    if labels.shape != tuple(shape):
+        if isinstance(labels, Tensor):
+            labels = device.resize_labels(labels, shape)
+        else:
+            labels = resize_labels(labels, shape)
+        voxels = box_labels(labels).voxels
+        present = np.zeros(len(scores), np.bool_)
+        present[: len(voxels)] = voxels > 0
+        present[0] = True
+        keep_labels(labels, present)
+        scores = scores[present]
+    return fetch_labels(labels), scores
 
 
 def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) -> NDArray[np.uint32]:
@@ -279,13 +315,28 @@ def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) 
 
 
 def masks_from_field(
-    field: FlowField, nucleus_diameter_um: float, settings: MaskSettings, *, threads: int | None = None
+    field: FlowField | DeviceField,
+    nucleus_diameter_um: float,
+    settings: MaskSettings,
+    *,
+    threads: int | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Segment nuclei from their flow, with all processors unless `threads` are given.
 
     Labels are uint32 (Z, Y, X), nuclei 1..n, each one 6-connected piece without holes; scores, in 0..1 by
     label, float32 (n + 1,).
     """
+    labels, scores = _label_field(field, nucleus_diameter_um, settings, threads)
+    return fetch_labels(labels), scores
+
+
+def _label_field(
+    field: FlowField | DeviceField,
+    nucleus_diameter_um: float,
+    settings: MaskSettings,
+    threads: int | None = None,
+) -> tuple[Labels, NDArray[np.float32]]:
+    """Segment nuclei where the field is."""
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
@@ -294,8 +345,8 @@ def masks_from_field(
 
 
 def _finish(
-    labels: NDArray[np.uint32],
-    field: FlowField,
+    labels: Labels,
+    field: FlowField | DeviceField,
     bounds_um3: tuple[float, float],
     settings: MaskSettings,
     threads: int | None = None,
@@ -304,7 +355,7 @@ def _finish(
     if min(settings.outline_thresholds) >= settings.cellprob_threshold:
         return finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
     found = field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS
-    core = np.where(found, labels, np.uint32(0))
+    core = labels * found
     scores = finish_labels(core, field, (0.0, np.inf), settings.score_threshold, threads)
     return grow_labels(labels, core, scores, np.array(bounds_um3) / field.voxel_size.volume_um3, threads)
 
@@ -331,14 +382,10 @@ def masks_2d_from_flows(
     return np.asarray(labels[0])
 
 
-def _sink_of_each_voxel(
-    field: FlowField, diameter_um: float, settings: MaskSettings, threads: int | None
-) -> NDArray[np.uint32]:
-    """Label every foreground voxel with the number of the sink that it flows to."""
-    threads = available_threads() if threads is None else threads
-    shape, voxel_size = field.shape, field.voxel_size
-    ends = np.empty(shape, np.uint32)
-    edges = np.array(voxel_size.zyx, np.float32)
+def _plan_paths(
+    shape: tuple[int, int, int], voxel_size: VoxelSize, diameter_um: float, settings: MaskSettings
+) -> Paths:
+    """Turn settings into lengths and thresholds for a field."""
     in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
     # Bins finer than voxels would only cost memory.
     bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))
@@ -347,22 +394,43 @@ def _sink_of_each_voxel(
         for length, edge in zip(shape, voxel_size.zyx, strict=True)
     )
     step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
-    rounds = 40 + int(4 * diameter_um / step_um)
-    bin_edges = np.full(3, bin_um, np.float32)
-    threshold = settings.cellprob_threshold * LOGIT_UNITS
+    radius_um = settings.sink_radius * diameter_um
+    reach = int(np.floor(radius_um / bin_um))
+    around = np.argwhere(np.ones(3 * (2 * reach + 1,), bool)) - reach
     outline_z, outline_xy = settings.outline_thresholds
-    outline = (outline_z * LOGIT_UNITS, outline_xy * LOGIT_UNITS)
+    return Paths(
+        threshold=settings.cellprob_threshold * LOGIT_UNITS,
+        outline=(outline_z * LOGIT_UNITS, outline_xy * LOGIT_UNITS),
+        step_um=step_um,
+        smallest_step_um=0.15 * step_um,
+        slow=_SLOW * FLOW_UNITS,
+        rounds=40 + int(4 * diameter_um / step_um),
+        bin_um=bin_um,
+        bins=(z, y, x),
+        offsets=around[((around * bin_um) ** 2).sum(1) <= radius_um**2].astype(np.int64),
+    )
+
+
+def _sink_of_each_voxel(
+    field: FlowField | DeviceField, diameter_um: float, settings: MaskSettings, threads: int | None
+) -> Labels:
+    """Label every foreground voxel with the number of the sink that it flows to."""
+    paths = _plan_paths(field.shape, field.voxel_size, diameter_um, settings)
+    if isinstance(field, DeviceField):
+        return device.label_sinks(field, paths)
+    packed, threads = field.packed, available_threads() if threads is None else threads
+    ends = np.empty(field.shape, np.uint32)
+    edges = np.array(field.voxel_size.zyx, np.float32)
+    bin_edges = np.full(3, paths.bin_um, np.float32)
 
     def run(start: int, stop: int) -> int:
-        steps = (step_um, 0.15 * step_um, rounds)
-        return int(
-            _follow(field.packed, threshold, outline, edges, *steps, bin_edges, (z, y, x), ends, start, stop)
-        )
+        steps = (paths.step_um, paths.smallest_step_um, paths.rounds)
+        thresholds = (paths.threshold, paths.outline)
+        return int(_follow(packed, *thresholds, edges, *steps, bin_edges, paths.bins, ends, start, stop))
 
-    slabs = np.linspace(0, shape[0], min(shape[0], 8 * threads) + 1).astype(int)
+    slabs = np.linspace(0, len(ends), min(len(ends), 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:
         foreground = sum(pool.map(run, slabs[:-1], slabs[1:]))
     if foreground > 0:
-        radius_um = settings.sink_radius * diameter_um
-        _group_sinks(ends, field.packed, threshold, (z, y, x), bin_um, radius_um)
+        _group_sinks(ends, packed, paths)
     return ends

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads, resize_nearest
@@ -32,6 +34,7 @@ MOST_UNITS = 32767
 _MOST_FLOW = MOST_UNITS / FLOW_UNITS
 _MOST_LOGIT = MOST_UNITS / LOGIT_UNITS
 _LONGEST = 1.5
+_EXCLUDED = (0, 0, 0, -MOST_UNITS)
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,18 @@ class FlowField:
         flow /= np.float32(FLOW_UNITS)
         return flow, part[..., 3] / np.float32(LOGIT_UNITS)
 
+    def fetch(self) -> FlowField:
+        """Give the field on the host, where it is."""
+        return self
+
+    def to(self, device: torch.device) -> DeviceField:
+        """Copy the field to a device."""
+        return DeviceField(torch.from_numpy(self.packed).to(device, copy=True), self.voxel_size)
+
     def exclude(self, outside: NDArray[np.bool_]) -> None:
         """Let no nucleus be where `outside` (z, y, x), on any grid of the same box, is true."""
         there = resize_nearest(outside, self.shape)
-        self.packed[there] = (0, 0, 0, -32767)
+        self.packed[there] = _EXCLUDED
 
     def add(
         self,
@@ -125,6 +136,30 @@ class FlowField:
         invalid = -most if component == LOGIT else 0.0
         shares = np.broadcast_to(np.asarray(share, np.float32), values.shape)
         _add(self.packed[(*box, component)], values, shares, units, most, invalid)
+
+
+@dataclass(frozen=True)
+class DeviceField:
+    """A `FlowField` in the memory of a GPU: `packed` is a tensor, int16 (z, y, x, 4)."""
+
+    packed: Tensor
+    voxel_size: VoxelSize
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (z, y, x) of the grid."""
+        depth, height, width = self.packed.shape[:3]
+        return depth, height, width
+
+    @torch.inference_mode()
+    def exclude(self, outside: NDArray[np.bool_]) -> None:
+        """Let no nucleus be where `outside` is true, as `FlowField.exclude` does."""
+        there = torch.from_numpy(resize_nearest(outside, self.shape)).to(self.packed.device)
+        self.packed[there] = torch.tensor(_EXCLUDED, dtype=torch.int16, device=there.device)
+
+    def fetch(self) -> FlowField:
+        """Bring the field to the host."""
+        return FlowField(self.packed.cpu().numpy(), self.voxel_size)
 
 
 @njit(cache=True, nogil=True)

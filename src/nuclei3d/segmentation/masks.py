@@ -9,19 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nuclei3d.errors import InputError
 from nuclei3d.flows import cut_label, nucleus_flows_3d, take_piece
 from nuclei3d.grid import LabelBoxes, find_boxes, share_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.flow_field import FlowField
+from nuclei3d.segmentation import device
+from nuclei3d.segmentation.flow_field import DeviceField, FlowField
+
+Labels = NDArray[np.uint32] | Tensor
+"""uint32 (z, y, x); or int32 in a GPU's memory, for `nuclei3d.segmentation.device`."""
 
 _LEAST_SCORE = 0.01
+_HEAT_TOLERANCE = 0.01
 
 
 @njit(cache=True, nogil=True)
@@ -101,7 +108,7 @@ def _score(
     depth, height, width = crop.shape
     own = np.zeros((3, depth, height, width), np.float32)
     box = np.array([0, depth - 1, 0, height - 1, 0, width - 1], np.int32)
-    nucleus_flows_3d(crop, label, box, edges, 0.01, own)
+    nucleus_flows_3d(crop, label, box, edges, _HEAT_TOLERANCE, own)
     seen = np.zeros(3, np.bool_)
     for z in range(depth):
         for y in range(height):
@@ -136,15 +143,32 @@ def _score(
 
 
 @njit(cache=True, nogil=True)
-def renumber_labels(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
-    """Replace every label but 0, in place, by its entry in a table."""
+def _renumber(labels: NDArray[np.uint32], table: NDArray[np.uint32]) -> None:
     flat = labels.reshape(-1)
     for i in range(len(flat)):
         if flat[i] > 0:
             flat[i] = table[flat[i]]
 
 
-def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
+def renumber_labels(labels: Labels, table: NDArray[np.uint32]) -> None:
+    """Replace every label but 0, in place, by its entry in a table."""
+    if isinstance(labels, Tensor):
+        device.renumber_labels(labels, table)
+    else:
+        _renumber(labels, table)
+
+
+def box_labels(labels: Labels) -> LabelBoxes:
+    """Find the box and the size of every label in one pass."""
+    return device.find_boxes(labels) if isinstance(labels, Tensor) else find_boxes(labels)
+
+
+def fetch_labels(labels: Labels) -> NDArray[np.uint32]:
+    """Bring labels to the host, if they are not there."""
+    return labels.cpu().numpy().view(np.uint32) if isinstance(labels, Tensor) else labels
+
+
+def keep_labels(labels: Labels, keep: NDArray[np.bool_]) -> None:
     """Drop, in place, the labels that are not to be kept and number the others 1..n in their order.
 
     `keep` is (highest label + 1,); entry 0 (background) is ignored.
@@ -155,7 +179,7 @@ def keep_labels(labels: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
 
 
 def clean_labels(
-    labels: NDArray[np.uint32],
+    labels: Labels,
     min_voxels: float = 1.0,
     max_voxels: float = np.inf,
     threads: int | None = None,
@@ -164,11 +188,13 @@ def clean_labels(
 
     Those smaller or larger than the bounds, after filling, are dropped. Gives boxes and sizes of the others.
     """
-    where = find_boxes(labels)
-    share_labels(lambda chosen: _keep_largest_pieces(labels, chosen, where.boxes), where, threads)
-    where = find_boxes(labels)
-    share_labels(lambda chosen: _fill_holes(labels, chosen, where.boxes), where, threads)
-    where = find_boxes(labels)
+    if isinstance(labels, Tensor):
+        device.make_whole(labels)
+    else:
+        for work in (_keep_largest_pieces, _fill_holes):
+            where = find_boxes(labels)
+            share_labels(partial(work, labels, boxes=where.boxes), where, threads)
+    where = box_labels(labels)
     keep = (where.voxels >= max(min_voxels, 1)) & (where.voxels <= max_voxels)
     keep_labels(labels, keep)
     keep[0] = True
@@ -177,9 +203,9 @@ def clean_labels(
 
 
 def score_labels(
-    labels: NDArray[np.uint32],
+    labels: Labels,
     where: LabelBoxes,
-    field: FlowField,
+    field: FlowField | DeviceField,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Score every label: mean probability times consistency of the flow.
@@ -190,8 +216,10 @@ def score_labels(
     all over a nucleus (z, where only xy planes were seen) is left out on both sides.
     Scores are float32 (n + 1,), in 0..1 by label; that of the background is 0.
     """
-    scores = np.zeros(len(where.voxels), np.float32)
     edges = np.array(field.voxel_size.zyx) / min(field.voxel_size.zyx)
+    if isinstance(field, DeviceField):
+        return device.score_labels(labels, where, field, edges, _HEAT_TOLERANCE)
+    scores = np.zeros(len(where.voxels), np.float32)
 
     def work(chosen: NDArray[np.int64]) -> None:
         for label in chosen:
@@ -204,8 +232,8 @@ def score_labels(
 
 
 def finish_labels(
-    labels: NDArray[np.uint32],
-    field: FlowField,
+    labels: Labels,
+    field: FlowField | DeviceField,
     bounds_um3: tuple[float, float],
     score_threshold: float,
     threads: int | None = None,
@@ -228,8 +256,8 @@ def finish_labels(
 
 
 def grow_labels(
-    labels: NDArray[np.uint32],
-    core: NDArray[np.uint32],
+    labels: Labels,
+    core: Labels,
     scores: NDArray[np.float32],
     bounds: Sequence[float] | NDArray[np.float64],
     threads: int | None = None,
@@ -240,8 +268,11 @@ def grow_labels(
     or more voxels than the bounds are dropped. Gives the scores of the others.
     """
     inside = core > 0
-    table = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
-    table[labels[inside]] = core[inside]
+    if isinstance(labels, Tensor):
+        table = device.numbers_within(labels, core)
+    else:
+        table = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
+        table[labels[inside]] = core[inside]
     table[0] = 0
     renumber_labels(labels, table)
     labels[inside] = core[inside]

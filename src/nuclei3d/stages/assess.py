@@ -49,16 +49,9 @@ def assess(
 ) -> EvaluateResult:
     """Predict the held-out (test) frames of a data set and evaluate them, with the baselines beside them.
 
-    Parameters
-    ----------
-    params
-        `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
-    model
-        A model folder, weights file, or URI.
-    out
-        The folder for predictions and baselines (a folder per embryo), and evaluation.
-    slices
-        The slice data set of the training, whose bins of contrast the evaluation then takes.
+    `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model, a folder,
+    weights file or URI. `out` gets predictions and baselines (a folder per embryo), and evaluation; `slices`
+    is the data set of the training, whose bins of contrast the evaluation then takes.
     """
     predict_held_out(params, data, model, out)
     return evaluate_held_out(params, data, model, out, slices=slices)
@@ -209,8 +202,8 @@ def _wanted(params: Params, model: str) -> list[_Baseline]:
     wanted = []
     if "stock_fusion" in params.evaluate.baselines and params.predict.mode != "cellpose":
         file = Path(model) / INFO_FILE
-        if params.predict.mode == "full3d" or (file.is_file() and read_info(file).kind == "full3d"):
-            say("Cellpose has no fusion for a 3D network: that baseline is left out")
+        if params.predict.mode == "full3d" or (file.is_file() and not read_info(file).for_cellpose):
+            say("Cellpose does not load this network (3D, or of another width): its fusion is left out")
         else:
             wanted.append(_Baseline(STOCK_FUSION, "stock_fusion", model, "cellpose"))
     if "champion" in params.evaluate.baselines and (champion := _find_champion(params, model)):

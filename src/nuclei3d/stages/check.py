@@ -13,12 +13,13 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import (
     Embryo,
     EmbryoFrame,
     LabelledVolume,
+    check_shifts,
     find_embryos,
     read_labelled,
     split_embryos,
@@ -104,10 +105,14 @@ def check(params: Params, data: Path) -> CheckResult:
     work = partial(check_frame, params=params)
     frames = map_in_processes("check", work, tasks, workers=workers) if tasks else []
     errors = [f"{frame.place}: {frame.error}" for frame in frames if frame.error]
-    try:
-        split_embryos(embryos, params.data.split)
-    except InputError as error:
-        errors.append(str(error))
+    for refuse in (
+        lambda: split_embryos(embryos, params.data.split),
+        lambda: check_shifts(embryos, params.data),
+    ):
+        try:
+            refuse()
+        except InputError as error:
+            errors.append(str(error))
     usable = [frame for frame in frames if not frame.error]
     offsets = {
         embryo.name: offset
@@ -117,12 +122,12 @@ def check(params: Params, data: Path) -> CheckResult:
     warnings = [
         *describe_faults((frame.place, fault) for frame in usable for fault in frame.faults),
         *_compare_embryos(usable),
-        *describe_offsets(offsets, usable),
+        *describe_offsets(offsets, usable, params.data),
     ]
     for embryo in embryos:
         say(_describe_embryo(embryo, [frame for frame in usable if frame.embryo == embryo.name]))
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     for error_text in errors:
         say(f"cannot be used: {error_text}")
     say(f"{len(usable)} labelled frames can be used; {len(warnings)} warnings, {len(errors)} errors")
@@ -241,7 +246,9 @@ def common_offset(frames: Sequence[FrameCheck]) -> tuple[Any, Any] | None:
     return np.median(known, axis=0), 1.25 * spread / np.sqrt(len(known))
 
 
-def describe_offsets(offsets: dict[str, tuple[Any, Any]], frames: Sequence[FrameCheck]) -> list[str]:
+def describe_offsets(
+    offsets: dict[str, tuple[Any, Any]], frames: Sequence[FrameCheck], params: DataParams
+) -> list[str]:
     """Say where labels lie off the image by more than their spread and a share of a nucleus."""
     diameters = [d for frame in frames for d in frame.diameters_um]
     if not diameters:
@@ -258,7 +265,15 @@ def describe_offsets(offsets: dict[str, tuple[Any, Any]], frames: Sequence[Frame
         f"{name} {', '.join(f'{axis} {value:+.2f}' for axis, value in zip('zyx', median, strict=True))}"
         for name, median in off.items()
     )
-    return [f"labels lie off the image by a constant, in um: {listed}"]
+    moves = {
+        name: np.round(np.subtract(params.label_shift_of(name) or (0, 0, 0), median), 2).tolist()
+        for name, median in off.items()
+    }
+    given = ", ".join(f"{name}: {move}" for name, move in moves.items())
+    return [
+        f"labels lie off the image by a constant, in um: {listed}; look at one, and if you agree, move them "
+        f"as they are read: --set 'data.label_shift_um={{{given}}}'"
+    ]
 
 
 def _describe_embryo(embryo: Embryo, frames: Sequence[FrameCheck]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nuclei3d.config import Params
-from nuclei3d.console import say, some_of
+from nuclei3d.console import say, some_of, warn
 from nuclei3d.errors import InputError
 from nuclei3d.outputs import whole_file
 from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, PairedDifference
@@ -69,13 +69,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     embryos (or blocks of time, see `nuclei3d.scoring.bootstrap`) are drawn with replacement, the same for
     both, so what varies between embryos cancels out and small differences become visible.
     `evaluate.primary_metric` decides. The result goes to `out`, a ``.json`` file or a folder to hold
-    compare.json.
-
-    Raises
-    ------
-    InputError
-        If a file is no metrics.json, the two share no volume, a shared volume has another truth, or all that
-        they share is of embryos that a model was trained on.
+    compare.json. InputError is raised if a file is no metrics.json, the two share no volume, a shared volume
+    has another truth, or all that they share is of embryos that a model was trained on.
     """
     a, b = (path / "metrics.json" if path.is_dir() else path for path in (a, b))
     first, second = _read(a), _read(b)
@@ -158,12 +153,13 @@ def _find_warnings(evaluations: Mapping[str, Mapping[str, Any]], found: Evaluati
             f"epoch or thresholds of one of the models were chosen on {some_of(found.chosen_on)}: it looks "
             "better there than it is"
         )
-    unknown = [name for name, metrics in evaluations.items() if not metrics.get("training_frames_known")]
-    if unknown:
-        warnings.append(
-            f"what the model of {' and '.join(unknown)} was trained on is not recorded, so nobody can tell "
-            "whether it has seen these volumes (evaluate with --model; models made before do not say it)"
-        )
+    for side, metrics in evaluations.items():
+        if not metrics.get("training_frames_known"):
+            why = "it, or one that it started from, is of a version that did not record it"
+            warnings.append(
+                f"what the model of {side} was trained on is not known, so nobody can tell whether it has "
+                f"seen these volumes ({why if 'model' in metrics else 'evaluate with --model'})"
+            )
     return warnings
 
 
@@ -205,7 +201,7 @@ def _say(result: CompareResult, primary: str) -> None:
     for note in result.notes:
         say(f"note: {note}")
     for warning in result.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     say(result.verdict)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,13 @@ from scipy.ndimage import distance_transform_edt
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say
 from nuclei3d.errors import InputError
+from nuclei3d.grid import resize_nearest
 from nuclei3d.images.frames import Frame, check_image, to_labels
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import overlap_table, relabel_sequential
-from nuclei3d.scoring.suspicion import Suspect, rank_nuclei
+from nuclei3d.scoring.suspicion import Suspect, find_missed, rank_nuclei
 from nuclei3d.stages.evaluate import read_scores
 from nuclei3d.stages.import_labels import ImportResult, NewLabels, label_target, list_frames, store_labels
 from nuclei3d.stages.pairing import Entry, find_label_entries, first_voxel_size
@@ -28,20 +29,22 @@ from nuclei3d.tracks.linking import link_nuclei
 from nuclei3d.tracks.nuclei import Nuclei, measure_frame
 
 
+class Foreground(NamedTuple):
+    """What a model takes for nuclei, bool (z, y, x), and the diameter of a typical one."""
+
+    where: NDArray[np.bool_]
+    voxel_size: VoxelSize
+    diameter_um: float
+
+
 @dataclass(frozen=True)
 class Correction:
     """A frame to correct: image and labels (Z, Y, X) as they were opened, and where they go.
 
-    Attributes
-    ----------
-    folder, frame
-        The embryo's folder in the data set, and the frame's name there.
-    source
-        Where the labels came from.
-    known
-        What earlier corrections looked at; None: all, or nothing is known of it.
-    score, growth, agreement
-        By label, as `rank_nuclei` takes them.
+    `folder` is the embryo's in the data set, `frame` the frame's name there, `source` where the labels came
+    from; `known` is what earlier corrections looked at (None: all, or nothing is known of it). `score`,
+    `growth` and `agreement` are by label, as `rank_nuclei` takes them; `foreground` is what a model takes for
+    nuclei, None where it does not say it.
     """
 
     params: Params
@@ -56,15 +59,25 @@ class Correction:
     score: Mapping[int, float] | None = None
     growth: Mapping[int, float] | None = None
     agreement: Mapping[int, float] | None = None
+    foreground: Foreground | None = None
 
     def rank(self, labels: NDArray[np.integer[Any]]) -> list[Suspect]:
-        """List the nuclei of labels, most suspicious first."""
-        return rank_nuclei(
+        """List the nuclei of labels, and where the model sees others, most suspicious first."""
+        nuclei = rank_nuclei(
             labels, self.voxel_size, score=self.score, growth=self.growth, agreement=self.agreement
         )
+        if self.foreground is None:
+            return nuclei
+        there = np.asarray(resize_nearest(labels, self.foreground.where.shape), labels.dtype)
+        return sorted([*find_missed(there, *self.foreground), *nuclei], key=lambda each: -each.oddness)
 
     def save(
-        self, labels: NDArray[np.integer[Any]], seen: Collection[int], *, only_seen: bool
+        self,
+        labels: NDArray[np.integer[Any]],
+        seen: Collection[int],
+        places_um: Collection[tuple[float, float, float]] = (),
+        *,
+        only_seen: bool,
     ) -> ImportResult:
         """Store corrected labels in the data set.
 
@@ -74,7 +87,7 @@ class Correction:
         """
         unknown = None
         if only_seen:
-            known = known_region(labels, self.labels, seen, self.voxel_size)
+            known = known_region(labels, self.labels, seen, self.voxel_size, places_um)
             unknown = ~known if self.known is None else ~(known | self.known)
             if unknown.all():
                 raise InputError("nothing was looked at yet: choose nuclei in the list, or save all")
@@ -94,21 +107,19 @@ def known_region(
     opened: NDArray[np.integer[Any]],
     seen: Collection[int],
     voxel_size: VoxelSize,
+    places_um: Collection[tuple[float, float, float]] = (),
 ) -> NDArray[np.bool_]:
-    """Say what was looked at: nuclei that were seen, what was changed, and half a nucleus around these.
+    """Say what was looked at: nuclei and places seen, what was changed, and half a nucleus around these.
 
-    Parameters
-    ----------
-    labels, opened
-        (z, y, x), as they are now and as they were opened.
-    seen
-        Numbers of the nuclei that were looked at.
-
-    Around is what lies nearer to what was seen than to nuclei that were not; their own voxels do not count.
+    Labels are (z, y, x), as they are now and as they were opened; `seen` are numbers of nuclei, `places_um`
+    places (z, y, x) in none, the first voxel being at 0. Around is what lies nearer to what was seen than to
+    nuclei that were not; their own voxels do not count.
     """
     numbers = list(seen)
     looked = np.isin(labels, numbers) & (labels > 0) | np.isin(opened, numbers) & (opened > 0)
     looked |= labels != opened
+    for place in places_um:
+        looked[tuple(round(at / edge) for at, edge in zip(place, voxel_size.zyx, strict=True))] = True
     others = (labels > 0) & ~looked
     if not looked.any():
         return looked
@@ -154,18 +165,24 @@ def open_correction(
     size = VoxelSize.of(given) if given is not None else stated or entry.frame.require_voxel_size()
     volume = entry.frame.read()
     check_image(volume, str(entry.frame.path))
-    predicted = None
+    predicted, score, foreground = None, None, None
     if model is not None:
-        from nuclei3d.stages.predict import open_model
-
         with progress_bar("segment", total=1) as bar:
-            predicted = open_model(params, model).model.segment(volume, size)
+            predicted, score, foreground = _ask(params, model, volume, size)
             bar.advance(1)
     if not layers:
         assert predicted is not None
-        score = {nucleus.label: nucleus.score for nucleus in predicted.nuclei}
         return Correction(
-            params, folder, name, entry.frame, volume, predicted.labels, size, entry.frame.path, score=score
+            params,
+            folder,
+            name,
+            entry.frame,
+            volume,
+            predicted,
+            size,
+            entry.frame.path,
+            score=score,
+            foreground=foreground,
         )
     (_, layer) = layers[0]
     labels, known = _read(layer, params, with_known=own)
@@ -176,7 +193,7 @@ def open_correction(
         )
     agreement = None
     if predicted is not None:
-        table = overlap_table(labels, predicted.labels)
+        table = overlap_table(labels, predicted)
         agreement = dict(zip(table.true_labels.tolist(), table.best_true_iou.tolist(), strict=True))
     return Correction(
         params,
@@ -191,7 +208,27 @@ def open_correction(
         read_scores(layer),
         _growth(layer, labels, size, params),
         agreement,
+        foreground,
     )
+
+
+def _ask(
+    params: Params, model: str, volume: NDArray[Any], size: VoxelSize
+) -> tuple[NDArray[np.uint32], dict[int, float], Foreground | None]:
+    """Have a model segment a volume: labels, scores by label, and its foreground, if it says it."""
+    from nuclei3d.segmentation.segmenter import Segmenter
+    from nuclei3d.stages.predict import open_model
+
+    segmenter, foreground = open_model(params, model).model, None
+    if isinstance(segmenter, Segmenter) and segmenter.settings.mode != "cellpose":
+        flows, settings = segmenter.flows(volume, size), segmenter.settings
+        labels, scores = segmenter.label(flows, volume.shape)
+        where = flows.logit > settings.masks.cellprob_threshold
+        foreground = Foreground(where, flows.voxel_size, settings.nucleus_diameter_um)
+    else:
+        found = segmenter.segment(volume, size)
+        labels, scores = found.labels, found.scores
+    return labels, dict(enumerate(scores.tolist())), foreground
 
 
 def _place_of(entry: Entry, data: Path | None, embryo: str | None) -> tuple[Path, str]:
@@ -250,20 +287,12 @@ def correct(
 ) -> Any:
     """Open a frame in napari to correct its masks; give the panel.
 
-    Parameters
-    ----------
-    image
-        A file, or a folder, of which the first volume that the masks know is taken.
-    masks
-        Label volume, or folder of them; if None what the data set has of the frame, or what the model finds.
-    model
-        Model folder, weights file, ``models:/name@alias`` or URL; nuclei on which it disagrees come first.
-    data, embryo
-        Where corrections go, if not to where the image lies; ``data`` and the name of its folder.
-    overwrite
-        Replace labels that the data set has of this frame by these.
-    block
-        Wait until the window is closed. What was not saved by then goes to ``unsaved/``.
+    Of a folder of images the first volume that the masks know is taken. `masks` are a label volume or a
+    folder of them; if None, what the data set has of the frame, or what the model finds. `model` is a folder,
+    weights file, ``models:/name@alias`` or URL; nuclei on which it disagrees come first. Corrections go to
+    `data` and the folder of `embryo`, if not to where the image lies; with `overwrite` they replace labels
+    that the data set has of this frame. With `block` it waits until the window is closed; what was not saved
+    by then goes to ``unsaved/``.
     """
     require_napari(
         "correct", "; or correct masks in Cellpose or Fiji and take them in with: nuclei3d import FILE"

@@ -29,28 +29,18 @@ _NUCLEUS_PX = 120.0
 
 
 class CorrectionPanel(QWidget):  # type: ignore[misc]
-    """A list of the nuclei beside napari's canvas.
+    """A list of the nuclei beside the canvas of a viewer with an image and, topmost, the labels to correct.
 
-    Parameters
-    ----------
-    napari_viewer
-        With an image and, topmost, the labels to correct.
-    correction
-        What is corrected; if None it is found by the files that the layers were opened from, with params.yaml
-        of the working directory.
-
-    Attributes
-    ----------
-    layer
-        napari's layer of the labels.
-    seen
-        Numbers of the nuclei that were looked at.
+    What is corrected, if not given, is found by the files that the layers were opened from, with params.yaml
+    of the working directory. `layer` is napari's layer of the labels; `seen` are the numbers of the nuclei,
+    and `places_um` the places where nuclei are missed, that were looked at.
     """
 
     def __init__(self, napari_viewer: Any, correction: Correction | None = None) -> None:
         super().__init__()
         self.viewer = napari_viewer
         self.seen: set[int] = set()
+        self.places_um: set[tuple[float, float, float]] = set()
         self.suspects: list[Suspect] = []
         self.table = QTableWidget(0, len(_COLUMNS))
         self.table.setHorizontalHeaderLabels(_COLUMNS)
@@ -93,8 +83,14 @@ class CorrectionPanel(QWidget):  # type: ignore[misc]
         self.table.setRowCount(len(self.suspects))
         for row, suspect in enumerate(self.suspects):
             score = "" if suspect.score is None else f"{suspect.score:.2f}"
-            seen = "✓" if suspect.label in self.seen else ""
-            cells = (seen, suspect.label, score, f"{suspect.volume_um3:.0f}", ", ".join(suspect.reasons))
+            seen = "✓" if {suspect.label, suspect.centre_um} & (self.seen | self.places_um) else ""
+            cells = (
+                seen,
+                suspect.label or "missed?",
+                score,
+                f"{suspect.volume_um3:.0f}",
+                ", ".join(suspect.reasons),
+            )
             for column, text in enumerate(cells):
                 item = QTableWidgetItem(str(text))
                 item.setToolTip(str(text))
@@ -107,7 +103,7 @@ class CorrectionPanel(QWidget):  # type: ignore[misc]
         self.table.blockSignals(False)
 
     def go_to(self, row: int) -> None:
-        """Show the nucleus of a row, choose its label, and note that it was looked at."""
+        """Show the nucleus of a row, choose its label (a new one if missed), note that it was seen."""
         if not 0 <= row < len(self.suspects):
             return
         suspect = self.suspects[row]
@@ -115,15 +111,20 @@ class CorrectionPanel(QWidget):  # type: ignore[misc]
         self.viewer.camera.center = suspect.centre_um
         diameter_um = (6 / np.pi * suspect.volume_um3) ** (1 / 3)
         self.viewer.camera.zoom = max(self.viewer.camera.zoom, _NUCLEUS_PX / diameter_um)
-        self.layer.selected_label = suspect.label
-        self.seen.add(suspect.label)
+        self.layer.selected_label = suspect.label or int(self.layer.data.max()) + 1
+        if suspect.label:
+            self.seen.add(suspect.label)
+        else:
+            self.places_um.add(suspect.centre_um)
         self.table.item(row, 0).setText("✓")
 
     def save(self) -> None:
         """Store the labels in the data set, whole or not at all, and say what changed."""
         labels = self.layer.data.copy()
         try:
-            result = self.correction.save(labels, self.seen, only_seen=self.only_seen.isChecked())
+            result = self.correction.save(
+                labels, self.seen, self.places_um, only_seen=self.only_seen.isChecked()
+            )
         except InputError as error:
             self.words.setText(f"Not saved: {error}")
             return

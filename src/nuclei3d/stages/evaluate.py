@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import say, some_of
+from nuclei3d.console import say, some_of, warn
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.images.frames import frame_stem
-from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -48,7 +47,7 @@ from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
-from nuclei3d.stages.track_scores import score_track_folders
+from nuclei3d.stages.track_files import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
@@ -123,8 +122,8 @@ def evaluate(
     baselines
         Label volumes of other methods by name, put beside the model everywhere.
     summary
-        Slice data set or its summary.json: the contrast bins and the diameter of the training nuclei.
-        If None, both come from the true labels themselves, and the report says so.
+        Slice data set or its summary.json: the contrast bins of the training nuclei. If None, those of the
+        true labels themselves, and the report says so.
     history
         CSV of the training with a column ``epoch``, drawn in the report.
     method
@@ -144,14 +143,14 @@ def evaluate(
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
-    edges, diameter_um = _training_facts(summary)
+    edges = None if summary is None else _training_edges(summary)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     if alone := pairing.truths_alone:
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
     info = None if model is None else info_beside(model)
-    assessed, digests = _assess(params, pairing.pairs, diameter_um, method)
+    assessed, digests = _assess(params, pairing.pairs, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
     edges_from: str | None = "true labels" if edges is None else "training labels"
     if not np.isfinite(contrast).any():
@@ -179,6 +178,10 @@ def evaluate(
         "contrast_edges_from": edges_from,
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
+    moved = {pair.embryo: list(pair.label_shift_um) for pair in pairing.pairs if pair.label_shift_um}
+    if moved:
+        metrics["label_shift_um"] = moved
+        say(f"true labels are moved by (z, y, x) um (data.label_shift_um): {moved}")
     mark_seen(metrics, None if info is None else info.frames)
     if warnings := _find_warnings(metrics, assessed, pairing.pairs):
         metrics["warnings"] = warnings
@@ -208,22 +211,19 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
     return baselines
 
 
-def _training_facts(summary: Path | None) -> tuple[list[float] | None, float | None]:
-    """Read the bins of contrast and the diameter (um) of nuclei from a slice data set or its summary.json."""
-    if summary is None:
-        return None, None
+def _training_edges(summary: Path) -> list[float]:
+    """Read the bins of contrast from a slice data set or its summary.json."""
     path = summary / "summary.json" if summary.is_dir() else summary
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         edges = [float(edge) for edge in tree["contrast_quintiles"]]
-        diameter_um = float(tree["nucleus_diameter_um"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; nuclei3d prepare writes it") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no summary.json of nuclei3d prepare") from None
-    if edges != sorted(edges) or diameter_um <= 0:
-        raise InputError(f"{path}: contrast_quintiles must ascend and nucleus_diameter_um be positive")
-    return edges, diameter_um
+    if edges != sorted(edges):
+        raise InputError(f"{path}: contrast_quintiles must ascend")
+    return edges
 
 
 def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | None:
@@ -247,12 +247,12 @@ def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | 
 
 
 def _assess(
-    params: Params, pairs: Sequence[VolumePair], diameter_um: float | None, method: str
+    params: Params, pairs: Sequence[VolumePair], method: str
 ) -> tuple[dict[str, list[Assessment]], list[tuple[str, str]]]:
     """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
 
     Gives the assessments of each method in the order of `pairs`, and digests of the true labels and of the
-    frames.
+    frames. Otsu's diameter is that of the true nuclei: its scores depend on the frames alone.
     """
     voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
     workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
@@ -260,10 +260,9 @@ def _assess(
     digests = [digest for digest, _ in results]
     assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
     volumes_um3 = np.concatenate([own.true.volume_um3 for own in assessed[method]])
-    if diameter_um is None and len(volumes_um3):
+    possible = len(volumes_um3) and all(pair.physical and pair.image is not None for pair in pairs)
+    if "otsu" in params.evaluate.baselines and possible:
         diameter_um = float((6 / np.pi * np.median(volumes_um3)) ** (1 / 3))
-    possible = all(pair.physical and pair.image is not None for pair in pairs)
-    if "otsu" in params.evaluate.baselines and possible and diameter_um is not None:
         contrasts = [own.true.contrast for own in assessed[method]]
         otsu = partial(_assess_otsu, params, diameter_um)
         assessed[OTSU] = map_in_processes("Otsu baseline", otsu, pairs, contrasts, workers=workers)
@@ -298,7 +297,7 @@ def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair:
     """Digest the part of a frame that counts, as prepare does."""
     if pair.share is None:
         return digest_of_frame(image, true)
-    whole, _ = read_partial_labels(pair.truth.frame, pair.unknown_label)
+    whole, _ = pair.read_whole_truth()
     block = block_of(whole, pair.share, str(pair.truth.frame.path))
     return digest_of_frame(None if image is None else image[block], true[block])
 
@@ -349,7 +348,7 @@ def _find_warnings(
                 "predict.diameter_um and data.voxel_size_um"
             )
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     return warnings
 
 

@@ -49,16 +49,9 @@ _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
-    Folders called `labels`, `images` and the like count for nothing here.
-
-    Attributes
-    ----------
-    folders
-        Names of the folders between the root and the file.
-    stem
-        Name of the frame without `_masks` and the like.
-    home, root
-        The innermost folder, and the name of the one that was searched.
+    `folders` are those between the root and the file, but none called `labels`, `images` and the like; `stem`
+    is the name of the frame without `_masks` and the like; `home` the innermost folder, and `root` the name
+    of the one that was searched.
     """
 
     frame: Frame
@@ -272,20 +265,11 @@ def _volumes_below(folder: Path) -> list[Path]:
 class VolumePair:
     """A true volume with all that belongs to it.
 
-    Attributes
-    ----------
-    name
-        ``<embryo>/<frame>``, unique.
-    voxel_size
-        In um if `physical`; else of unit length, because no file says it.
-    baselines
-        Predictions of other methods by their names.
-    min_true_volume_um3
-        True labels below are background.
-    unknown_label
-        Number of what nobody looked at.
-    share
-        The part of the volume that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
+    `name` is ``<embryo>/<frame>``, unique; `voxel_size` is in um if `physical`, else of unit length, because
+    no file says it; `baselines` are predictions of other methods by their names. True labels below
+    `min_true_volume_um3` are background, `unknown_label` is the number of what nobody looked at,
+    `label_shift_um` how far true labels are moved (z, y, x), and `share` the part that counts
+    (`nuclei3d.images.embryos.block_of`); None: not at all, all of it.
     """
 
     name: str
@@ -299,11 +283,16 @@ class VolumePair:
     baselines: dict[str, Entry] = field(default_factory=dict)
     min_true_volume_um3: float = 0.0
     unknown_label: int | None = None
+    label_shift_um: Sequence[float] | None = None
     share: tuple[float, float] | None = None
+
+    def read_whole_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
+        """Read all true labels, and say where nobody looked (None: nowhere)."""
+        return read_partial_labels(self.truth.frame, self.unknown_label, self.label_shift_um, self.voxel_size)
 
     def read_truth(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_] | None]:
         """Read the true labels that count, and say where nobody looked (None: nowhere)."""
-        labels, unknown = read_partial_labels(self.truth.frame, self.unknown_label)
+        labels, unknown = self.read_whole_truth()
         if self.share is not None:
             block = block_of(labels, self.share, str(self.truth.frame.path))
             outside = np.ones(labels.shape, bool)
@@ -349,13 +338,8 @@ def pair_volumes(
     """Find which prediction, image and baseline belongs to each true volume.
 
     If given, `only` of those files, at those times in them (None: of one), and of each the part that counts
-    (`VolumePair.share`).
-
-    Raises
-    ------
-    InputError
-        If a folder holds nothing to read, nothing pairs, it is in doubt what pairs, or a baseline lacks
-        volumes that are paired.
+    (`VolumePair.share`). InputError is raised if a folder holds nothing to read, nothing pairs, it is in
+    doubt what pairs, or a baseline lacks volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     shares: dict[Entry, tuple[float, float] | None] = {}
@@ -397,9 +381,12 @@ def pair_volumes(
         name = name if names[name] == 1 else entry.key
         image = image_of.get(entry)
         size = given or first_voxel_size(entry, image, prediction)
-        if size is None and params.evaluate.min_true_volume_um3:
+        shift_um = params.data.label_shift_of(entry.embryo)
+        needs = ["evaluate.min_true_volume_um3"] if params.evaluate.min_true_volume_um3 else []
+        needs += ["data.label_shift_um"] if shift_um else []
+        if size is None and needs:
             raise InputError(
-                f"evaluate.min_true_volume_um3 needs a voxel size, and none of the files of {name} has one; "
+                f"{needs[0]} needs a voxel size, and none of the files of {name} has one; "
                 "give --set data.voxel_size_um=[Z,Y,X]"
             )
         pairs.append(
@@ -415,6 +402,7 @@ def pair_volumes(
                 baselines={method: found[entry] for method, found in others.items()},
                 min_true_volume_um3=params.evaluate.min_true_volume_um3,
                 unknown_label=params.data.unknown_label,
+                label_shift_um=shift_um,
                 share=shares.get(entry),
             )
         )

@@ -12,12 +12,15 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
@@ -25,14 +28,7 @@ from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import (
-    Frame,
-    check_image,
-    find_frames,
-    frame_stem,
-    natural_key,
-    say_passed_over,
-)
+from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import require_writable, whole_file
@@ -41,9 +37,12 @@ from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
+    from nuclei3d.stages.confirm import Sure
     from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
+CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
+"""In it are, with ``--track``, the masks with weak nuclei too, before tracks decide which stay."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -88,8 +87,9 @@ def predict(
 ) -> PredictResult:
     """Segment volumes.
 
-    Each frame's masks and table appear, whole, as soon as the frame is done. Frames that were done before by
-    the same model with the same settings are passed over, so a run that was stopped goes on where it was.
+    Each frame's masks and table appear, whole, as soon as the frame is done, while the next is segmented and
+    the one after it read. Frames that were done before by the same model with the same settings are passed
+    over, so a run that was stopped goes on where it was.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def predict(
         Segment again what was done before.
     link
         Link the nuclei of several frames over time, too, as `nuclei3d.stages.track.track` does, into
-        ``<out>/tracks``.
+        ``<out>/tracks``. Nuclei below the least score or volume then stay where their lineage has one above.
     """
     frames = find_all(inputs, params)
     diameters: Sequence[float | None] = [None] * len(frames)
@@ -126,30 +126,19 @@ def predict(
             "diameter is estimated (--diameter gives it)"
         )
         diameters = estimate_diameters(frames)
-    done: list[PredictedFrame] = []
-    fingerprints: list[str] = []
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    with progress_bar("predict", total=len(frames)) as bar, _says_what_is_kept(done, len(frames), out):
-        for frame, diameter_um in zip(frames, diameters, strict=True):
-            if diameter_um is not None:
-                predictor = predictor.at(diameter_um)
-            fingerprint = fingerprint_of(frame, predictor)
-            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
-            if finished is not None:
-                bar.advance(1)
-            else:
-                bar.note(frame.name)
-                # before its masks are replaced: a record never speaks of other masks than its own
-                record = _record_file(out, frame.name)
-                require_writable(record)
-                record.unlink(missing_ok=True)
-                finished = _predict_frame(frame, predictor, out, bar.advance)
-                _note_done(out, finished, fingerprint)
-            done.append(replace(finished, diameter_um=diameter_um))
-            fingerprints.append(fingerprint)
+    sequence = list(zip(frames, diameters, strict=True))
+    sure = [_at(predictor, diameter_um).sure for diameter_um in diameters] if link else []
+    weakest = params.tracks.weakest_score
+    if len(sure) > 1 and None not in sure and weakest < 1 and not any(map(predictor.needs_blocks, frames)):
+        weaker = predictor.with_least(weakest, 0.0)
+        done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
+        done, fingerprints = _confirm(done, fingerprints, params, [each for each in sure if each], out)
+    else:
+        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
         chosen = [i for i, frame in enumerate(frames) if frame.path == source]
@@ -160,9 +149,10 @@ def predict(
             out,
             into_input=params.predict.into_input,
         )
-    if warned := [frame for frame in done if frame.warnings]:
-        others = f" (and {len(warned) - 1} other frames)" if len(warned) > 1 else ""
-        say(f"warning: {warned[0].name}{others}: {'; '.join(warned[0].warnings)}")
+    odd = [frame for frame in done if frame.warnings]
+    if odd:
+        others = f" (and {len(odd) - 1} other frames)" if len(odd) > 1 else ""
+        warn(f"{odd[0].name}{others}: {'; '.join(odd[0].warnings)}")
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
@@ -174,10 +164,51 @@ def predict(
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
 
-        told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in warned]
+        told = [f"{frame.name}: {'; '.join(frame.warnings)}" for frame in odd]
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
+
+
+def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
+    return predictor if diameter_um is None else predictor.at(diameter_um)
+
+
+def _confirm(
+    candidates: Sequence[PredictedFrame],
+    fingerprints: Sequence[str],
+    params: Params,
+    sure: Sequence[Sure],
+    out: Path,
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Write the masks of candidates that their tracks confirm (`nuclei3d.stages.confirm`)."""
+    from nuclei3d.stages.confirm import confirm_nuclei, write_confirmed
+
+    done: list[PredictedFrame] = []
+    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, sure)
+    digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
+    for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
+        if _find_done(out, frame.name, digest) is None:
+            _forget(out, frame.name)
+            masks, table = out / frame.masks.name, _table_path(out, frame.name)
+            write_confirmed(frame.masks, frame.table, each, masks, table)
+            new = replace(frame, masks=masks, table=table, nuclei=len(each.labels), done_before=False)
+            _note_done(out, new, digest)
+        found = _find_done(out, frame.name, digest) or frame
+        done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
+    total = sum(frame.nuclei for frame in candidates)
+    say(
+        f"{sum(each.weak for each in confirmed)} nuclei below the model's least score or volume stay, since "
+        f"others of their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
+    )
+    return done, digests
+
+
+def _forget(out: Path, name: str) -> None:
+    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
+    record = _record_file(out, name)
+    require_writable(record)
+    record.unlink(missing_ok=True)
 
 
 def _link(params: Params, out: Path) -> TrackResult | None:
@@ -202,7 +233,99 @@ def _says_what_is_kept(done: Sequence[PredictedFrame], count: int, out: Path) ->
         ) from None
 
 
-def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
+class _Opened(NamedTuple):
+    """A frame, and if it was `finished` before; if it was read, its image, and its range in the predictor."""
+
+    fingerprint: str
+    finished: PredictedFrame | None
+    predictor: Predictor
+    image: NDArray[Any] | None = None
+
+
+def _predict_frames(
+    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Segment frames, each at its diameter (None: the model's), but those done before; digest each.
+
+    While one is segmented, a thread reads the next and another writes the one before. Where the memory would
+    not hold two frames, each waits for its turn.
+    """
+    done: list[PredictedFrame] = []
+    fingerprints: list[str] = []
+    ahead: Future[_Opened] | None = None
+    written: Future[None] | None = None
+
+    def open_frame(frame: Frame, diameter_um: float | None, *, read: bool) -> _Opened:
+        wanted = _at(predictor, diameter_um)
+        fingerprint = fingerprint_of(frame, wanted)
+        finished = None if overwrite else _find_done(out, frame.name, fingerprint)
+        if finished is None and read and wanted.fits(frame, 2):
+            return _Opened(fingerprint, None, *_read(frame, wanted))
+        return _Opened(fingerprint, finished, wanted)
+
+    def write(finish: Callable[[], PredictedFrame], fingerprint: str, diameter_um: float | None) -> None:
+        frame = finish()
+        if not frame.done_before:
+            _note_done(out, frame, fingerprint)
+        done.append(replace(frame, diameter_um=diameter_um))
+
+    with (
+        progress_bar("predict", total=len(sequence)) as bar,
+        _says_what_is_kept(done, len(sequence), out),
+        ThreadPoolExecutor(1) as reading,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        for number, (frame, diameter_um) in enumerate(sequence, start=1):
+            opened = ahead.result() if ahead else open_frame(frame, diameter_um, read=False)
+            ahead, roomy = None, False
+            if opened.finished is None:
+                bar.note(frame.name)
+                _forget(out, frame.name)
+                roomy = opened.predictor.fits(frame, 2)
+                if roomy and number < len(sequence):
+                    ahead = reading.submit(open_frame, *sequence[number], read=True)
+                finish = _predict_frame(frame, opened, out, bar.advance)
+            else:
+                bar.advance(1)
+                finish = partial(replace, opened.finished)
+            if written is not None:
+                written.result()
+            written = writing.submit(write, finish, opened.fingerprint, diameter_um)
+            fingerprints.append(opened.fingerprint)
+            if not roomy or number == len(sequence):
+                written.result()
+    return done, fingerprints
+
+
+def _read(frame: Frame, predictor: Predictor) -> tuple[Predictor, NDArray[Any]]:
+    """Read and check a frame; its range of intensities goes with the predictor."""
+    with _named(frame):
+        image = frame.read()
+        check_image(image, str(frame.path))
+    model = predictor.model
+    if isinstance(model, Segmenter):
+        from nuclei3d.segmentation.settings import with_ranges
+
+        model = model.with_settings(with_ranges(model.settings, image))
+    return replace(predictor, model=model), image
+
+
+@contextmanager
+def _named(frame: Frame) -> Iterator[None]:
+    """Let errors name the frame."""
+    try:
+        yield
+    except InputError as error:
+        if str(frame.path) in str(error):
+            raise
+        where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _predict_frame(
+    frame: Frame, opened: _Opened, out: Path, advance: Progress
+) -> Callable[[], PredictedFrame]:
+    """Segment a frame; give what writes its masks and table."""
     started, shown = time.perf_counter(), 0.0
 
     def progress(share: float) -> None:
@@ -210,18 +333,19 @@ def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progr
         advance(share - shown)
         shown = share
 
-    try:
-        masks, nuclei, warnings = _write_masks(predictor, frame, out, progress)
-    except InputError as error:
-        if str(frame.path) in str(error):
-            raise
-        where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
-        raise type(error)(f"{where}: {error}") from error
-    table = _table_path(out, frame.name)
-    _write_table(table, nuclei)
+    with _named(frame):
+        write_masks = _segment(frame, opened, out, progress)
     progress(1.0)
-    seconds = round(time.perf_counter() - started, 3)
-    return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+
+    def finish() -> PredictedFrame:
+        with _named(frame):
+            masks, nuclei, warnings = write_masks()
+        table = _table_path(out, frame.name)
+        _write_table(table, nuclei)
+        seconds = round(time.perf_counter() - started, 3)
+        return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+
+    return finish
 
 
 def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
@@ -278,9 +402,40 @@ class Predictor:
             else self.model.models["main"].info.embryo_diameters_um
         )
 
+    @property
+    def sure(self) -> Sure | None:
+        """What counts as a nucleus by itself; of a service it is known only if it was given."""
+        from nuclei3d.stages.confirm import Sure
+
+        if not isinstance(self.model, RemoteModel):
+            masks = self.model.settings.masks
+            return Sure(masks.score_threshold, masks.min_volume_um3)
+        score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
+        return None if score is None or volume_um3 is None else Sure(score, volume_um3)
+
+    def fits(self, frame: Frame, times: int = 1) -> bool:
+        """Tell whether the memory holds a frame, so many times; that of a service is not known."""
+        from nuclei3d.stages.predict_blocks import BlockRun, required_gb
+
+        if isinstance(self.model, RemoteModel):
+            return True
+        return times * required_gb(frame, self.model.settings) <= BlockRun.of(self.params).worker_gb
+
+    def needs_blocks(self, frame: Frame) -> bool:
+        """Tell whether a frame is larger than the memory."""
+        whole = isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose"
+        return not whole and not self.fits(frame)
+
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
-        predict = self.params.model_copy(update={"diameter_um": diameter_um})
+        return self._with(diameter_um=diameter_um)
+
+    def with_least(self, score: float, volume_um3: float) -> Predictor:
+        """Give the same model with another least score and volume of nuclei."""
+        return self._with(score_threshold=score, min_volume_um3=volume_um3)
+
+    def _with(self, **update: float) -> Predictor:
+        predict = self.params.model_copy(update=update)
         if isinstance(self.model, RemoteModel):
             remote = replace(self.model, predict=predict)
             identity = {**self.identity, "predict": predict.model_dump(mode="json")}
@@ -293,31 +448,28 @@ class Predictor:
         return replace(self, model=self.model.with_settings(settings), params=predict, identity=identity)
 
 
-def _write_masks(
-    predictor: Predictor, frame: Frame, out: Path, progress: Progress
-) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
-    """Segment a frame, in blocks if it is larger than the memory; give file of masks, nuclei, warnings."""
+_Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
+"""File of masks, nuclei, warnings."""
+
+
+def _segment(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
+    """Segment a frame, in blocks if it is larger than the memory; give what writes its masks."""
+    predictor = opened.predictor
     model = predictor.model
     if isinstance(model, RemoteModel):
-        return _write_whole(model, frame, out, progress, predictor.identity["model"])
+        return _segment_whole(frame, opened, out, progress)
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import (
-        BlockRun,
-        predict_in_blocks,
-        required_gb,
-        with_frame_ranges,
-    )
+    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb, with_frame_ranges
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
-    if needed > run.worker_gb and settings.mode != "cellpose":
+    if opened.image is None and predictor.needs_blocks(frame):
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
-        fingerprint = fingerprint_of(frame, predictor)
         settings = with_frame_ranges(frame, settings)
-        nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
+        nuclei = predict_in_blocks(frame, model.models, settings, run, opened.fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
             frame.require_voxel_size(),
@@ -325,9 +477,9 @@ def _write_masks(
             model.models["main"].info.training,
             settings.intensity_range,
         )
-        return masks, nuclei, tuple(unlike)
+        return lambda: (masks, nuclei, tuple(unlike))
     try:
-        return _write_whole(model, frame, out, progress)
+        return _segment_whole(frame, opened, out, progress)
     except (MemoryError, torch.OutOfMemoryError):
         raise MachineError(
             f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
@@ -358,20 +510,24 @@ def open_model(params: Params, model: str) -> Predictor:
     return Predictor(segmenter, params.predict, identity)
 
 
-def _write_whole(
-    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress, served: object = None
-) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
-    """Segment a frame as a whole; if the service said which model it serves (`served`), by no other."""
-    from nuclei3d.images.tiff import write_labels
-
-    image = frame.read()
-    check_image(image, str(frame.path))
-    result = model.segment(image, frame.require_voxel_size(), progress)
+def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
+    """Segment a frame as a whole; if the service said which model it serves, by no other."""
+    predictor, image = opened.predictor, opened.image
+    if image is None:
+        predictor, image = _read(frame, predictor)
+    result = predictor.model.segment(image, frame.require_voxel_size(), progress)
+    served = predictor.identity.get("model")
     if isinstance(served, dict) and isinstance(result, RemoteSegmentation) and result.model != served:
         raise InputError("the service serves another model than at the start; give the same command again")
-    path = out / f"{frame.name}_masks.ome.tif"
-    write_labels(path, result.labels, frame.require_voxel_size())
-    return path, result.nuclei, result.warnings
+
+    def write() -> _Written:
+        from nuclei3d.images.tiff import write_labels
+
+        path = out / f"{frame.name}_masks.ome.tif"
+        write_labels(path, result.labels, frame.require_voxel_size())
+        return path, result.nuclei, result.warnings
+
+    return write
 
 
 def _table_path(out: Path, name: str) -> Path:

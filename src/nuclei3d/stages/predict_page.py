@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
-from nuclei3d.console import progress_bar, say, warn
+from nuclei3d.console import progress_bar, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
 from nuclei3d.images.ome_zarr import is_zarr
@@ -50,16 +50,9 @@ def write_page(
 ) -> Path:
     """Write `PAGE_FILE` of predicted frames into `out`, or leave the one there that shows just these.
 
-    Beside it is the table of tracks (`TRACKS_FILE`), if nuclei are to be shown by track.
-
-    Parameters
-    ----------
-    frames, predicted
-        The images, and masks and tables of each, in the order of time.
-    warnings
-        Of the prediction; the page says them.
-    animated
-        Write `ANIMATION_FILE` too.
+    `frames` and `predicted` are in the order of time; the page says the `warnings`. Beside it is the table of
+    tracks (`TRACKS_FILE`), if nuclei are to be shown by track. If `animated`, `ANIMATION_FILE` is written
+    too.
     """
     page = out / PAGE_FILE
     tracks = out / TRACKS_FILE
@@ -71,7 +64,7 @@ def write_page(
     if tracks.is_file():
         shown, parents = _add_tracks(shown, predicted, tracks)
     for line in odd_numbers(shown):
-        say(f"warning: {line}")
+        warn(line)
     animation = Animation() if animated else None
     with whole_file(page) as partial_page, progress_bar("page", total=len(shown)) as bar:
         write_prediction_page(

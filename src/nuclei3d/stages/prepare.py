@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.sections import PrepareParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_3d, tanh_flows_3d
@@ -27,6 +27,7 @@ from nuclei3d.images.embryos import (
     PARTS,
     EmbryoFrame,
     LabelledVolume,
+    check_shifts,
     find_embryos,
     read_labelled,
     split_embryos,
@@ -95,7 +96,9 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
             "prepare.cellpose_files is for planes: Cellpose's training takes no volumes "
             "(train.network is full3d)"
         )
-    split = split_embryos(find_embryos(data), params.data.split)
+    embryos = find_embryos(data)
+    check_shifts(embryos, params.data)
+    split = split_embryos(embryos, params.data.split)
     tasks = [(part, frame) for part in PARTS for frame in split.of(part)]
     with whole_folder(out) as folder:
         for part in PARTS:
@@ -114,7 +117,7 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         if diameters:
             summary["embryo_diameters_um"] = diameters
         for warning in summary.get("warnings", ()):
-            say(f"warning: {warning}")
+            warn(warning)
         describe_samples(folder, summary, samples)
         if not solid:
             from nuclei3d.report.figures import draw_slices_sheet

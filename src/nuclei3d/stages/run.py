@@ -28,7 +28,6 @@ class PipelineResult:
     reason: str | None
     skipped: tuple[str, ...]
     run_id: str | None
-    warnings: tuple[str, ...] = ()
 
 
 def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
@@ -73,7 +72,6 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
         **{key: made.get(key) for key in ("name", "version", "champion", "reason")},
         skipped=tuple(stage for stage, done in skipped.items() if done),
         run_id=run.run_id,
-        warnings=made.get("warnings", ()),
     )
     _say_result(result, model, evaluation)
     return result

@@ -42,15 +42,11 @@ def load_fine_tuning(
 ) -> Params:
     """Load parameters; those that follow from `train.start_from`, if it is given, come before the overrides.
 
-    The kind of network, the diameter in pixels and the normalisation are the start model's, and planes of
-    `data`, if given, are cut at its scale. For a command that `trains`, learning rate, warm-up and epochs are
-    those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command line.
-    Whatever changes what the file says is told in a line.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or it is a bare weights file and no diameter was given with it.
+    The kind and width of the network, the diameter in pixels and the normalisation are the start model's, and
+    planes of `data`, if given, are cut at its scale. For a command that `trains`, learning rate, warm-up and
+    epochs are those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command
+    line. Whatever changes what the file says is told in a line. InputError is raised if there is no such
+    model, or it is a bare weights file and no diameter was given with it.
     """
     params = load_params(file, overrides)
     path = find_start_model(params)
@@ -85,9 +81,9 @@ def load_fine_tuning(
 
 
 def scale_of(model: Model) -> dict[str, Any]:
-    """Give what a network's input was like in training, by parameter; of bare weights only their kind."""
+    """Give what a network's input was like in training, by parameter; of bare weights only kind and width."""
     info = model.info
-    scale: dict[str, Any] = {"train.network": info.kind}
+    scale: dict[str, Any] = {"train.network": info.kind, "train.width": info.width}
     if info.full3d is not None:
         scale["prepare.targets"] = info.full3d.targets
     if (model.path.parent / INFO_FILE).is_file():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.client import is_service
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.grid import resize_nearest
 from nuclei3d.images.embryos import EmbryoFrame, find_embryo, find_embryos
@@ -60,12 +60,11 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class SuggestResult:
-    """Blocks, most helpful first; frames that were looked at, and that have labels; warnings; files."""
+    """Blocks, most helpful first; frames that were looked at, and that have labels; files."""
 
     blocks: tuple[Suggestion, ...]
     looked_at: int
     labelled: tuple[str, ...]
-    warnings: tuple[str, ...]
     files: tuple[Path, ...]
 
 
@@ -159,18 +158,15 @@ def suggest(
         chosen = [found[at] for at in choose_blocks(worth, [each.place for each in found], count, edge_um)]
         blocks = tuple(_suggestion(each) for each in chosen)
         files = () if out is None else _write(out, chosen, blocks, params if known else None)
-    warnings = tuple(
-        f"{name}: {text}"
-        for name, text in dict.fromkeys((e.candidate.name, t) for e in found for t in e.unlike)
-    )
-    for text in warnings:
-        say(f"warning: {text}")
+    for one in found:
+        for text in one.unlike:
+            warn(f"{one.candidate.name}: {text}")
     for rank, each in enumerate(blocks, start=1):
         place = f"z {each.z0}-{each.z1} y {each.y0}-{each.y1} x {each.x0}-{each.x1}"
         say(f"{rank:3d}. {each.embryo}/{each.frame} {place}: {each.reason}")
     where = "" if out is None else f"; a picture of each: {out / SHEET_FILE}"
     say(f"{len(blocks)} blocks to label, of {len(candidates)} frames{where}")
-    return SuggestResult(blocks, len(candidates), labelled, warnings, files)
+    return SuggestResult(blocks, len(candidates), labelled, files)
 
 
 def _find_candidates(params: Params, inputs: Sequence[Path]) -> list[_Candidate]:

@@ -115,9 +115,9 @@ def track(
     size = size or entries[0].frame.require_voxel_size()
 
     def measure(frame: int) -> Nuclei:
-        return _measure(entries[frame], seen[frame], size, frame)
+        return measure_masks(entries[frame], seen[frame], size, frame)
 
-    nuclei = Nuclei.joined(_work("measure", measure, len(entries)))
+    nuclei = Nuclei.joined(work_on_frames("measure", measure, len(entries)))
     settings = params.tracks
     if learn is not None:
         settings = _learn(settings, entries, nuclei, learn)
@@ -135,7 +135,7 @@ def track(
                 name = f"{entries[frame].stem}_masks.ome.tif"
                 write_labels(folder / name, renumber(labels, old, numbered.track[own]), size)
 
-        _work("write masks", write, len(entries))
+        work_on_frames("write masks", write, len(entries))
         write_track_table(folder / RESULT, nuclei, pieces)
         write_geff(folder / "tracks.geff", tracks, numbered)
         write_nuclei_table(folder / "tracks.csv", tracks, numbered)
@@ -191,7 +191,8 @@ def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) ->
     return [pairs.get(entry) for entry in entries]
 
 
-def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> Nuclei:
+def measure_masks(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> Nuclei:
+    """Measure the nuclei of a frame's masks, with its image or the table that predict wrote beside them."""
     volume = None
     if image is not None:
         volume = image.frame.read()
@@ -215,7 +216,7 @@ def _measure(entry: Entry, image: Entry | None, size: VoxelSize, frame: int) -> 
     )
 
 
-def _work(words: str, work: Callable[[int], Result], count: int) -> list[Result]:
+def work_on_frames(words: str, work: Callable[[int], Result], count: int) -> list[Result]:
     """Do frame after frame, a few at a time: reading, packing and counting leave Python's lock."""
     with progress_bar(words, total=count) as bar, ThreadPoolExecutor(available_threads()) as pool:
         results: list[Result] = []

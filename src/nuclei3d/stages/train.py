@@ -20,7 +20,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
-from nuclei3d.console import progress_bar, say, some_of
+from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
@@ -29,8 +29,6 @@ from nuclei3d.networks.folder import (
     TrainingFrames,
     info_beside,
     load_model,
-    network_from_state,
-    read_state,
     save_model,
 )
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -73,7 +71,6 @@ class TrainResult:
     `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
     `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
     early, or is empty. `done_before`: the same training had been finished before; its model was kept.
-    `warnings` say how it differs from what its start model was trained with.
     """
 
     model: Path
@@ -83,7 +80,6 @@ class TrainResult:
     metrics: dict[str, float]
     run_id: str | None
     done_before: bool = False
-    warnings: Sequence[str] = ()
 
 
 def train(
@@ -137,6 +133,7 @@ def train(
     described = read_slices(slices)
     described.check_content()
     refuse_foreign_folder(out, "model.json", "model folder")
+    _warn_of_start(params, described)
     cause = _cause_of_model(params, described, data)
     checkpoints = Checkpoints(out)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
@@ -184,15 +181,7 @@ def train(
         + (f" ({outcome.stopped})" if outcome.stopped else "")
         + ("" if outcome.epoch else ": no epoch was better than the model that this started from")
     )
-    result = TrainResult(
-        out,
-        outcome.state.epoch,
-        outcome.epoch,
-        outcome.stopped,
-        metrics,
-        run.run_id,
-        warnings=training.warnings,
-    )
+    result = TrainResult(out, outcome.state.epoch, outcome.epoch, outcome.stopped, metrics, run.run_id)
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
@@ -238,7 +227,6 @@ class Training:
     examples: Examples
     samples: SampleSet
     plan: str
-    warnings: Sequence[str] = ()
 
 
 def open_training(params: Params, described: Slices) -> Training:
@@ -279,25 +267,24 @@ def open_training(params: Params, described: Slices) -> Training:
         )
     examples = Examples(samples, validation, settings, grid, seed=params.seed)
     fingerprint = _fingerprint(params, described, digest)
-    warnings = [] if start is None else _find_warnings(params, described, start, len(validation))
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return Training(network, fingerprint, spec, examples, samples, plan, warnings)
+    return Training(network, fingerprint, spec, examples, samples, plan)
 
 
-def _find_warnings(params: Params, described: Slices, start: Path, validation: int) -> list[str]:
+def _warn_of_start(params: Params, described: Slices) -> None:
     """Say in what the training shows other images than the start model saw, and what cannot be judged."""
+    start = find_start_model(params)
+    if start is None:
+        return
     normalization = {f"normalization.{name}": value for name, value in _normalization(params, described)}
     shown = {"train.diameter_px": params.train.diameter_px, **normalization}
-    warnings = [
-        f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must unlearn that; "
-        "'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
-        for name, value in scale_of(load_model(start)).items()
-        if name in shown and shown[name] != value
-    ]
-    if not validation:
-        warnings.append("no validation data: the last epoch is kept even if the start model is better")
-    return warnings
+    for name, value in scale_of(load_model(start)).items():
+        if name in shown and shown[name] != value:
+            warn(
+                f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must "
+                "unlearn that; 'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
+            )
+    if not described.infos["validation"]:
+        warn("no validation data: the last epoch is kept even if the start model is better")
 
 
 def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
@@ -309,19 +296,24 @@ def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
     settings = params.train
     network: nn.Module = (
-        new_network(settings.diameter_px, params.seed)
+        new_network(settings.diameter_px, params.seed, settings.width)
         if spec is None
         else new_volume_network(spec, params.seed)
     )
     if path is None:
         return network, "scratch"
-    weights = load_model(path).path if path.is_dir() else path
+    model = load_model(path)
+    start = model.network
     if spec is None:
-        network = network_from_state(read_state(weights), where=str(weights))
+        if (model.info.kind, model.info.width) != ("views2d", settings.width):
+            raise InputError(
+                f"train.start_from: {path} holds a network {model.info.kind} of width {model.info.width}, "
+                f"not views2d of train.width {settings.width}; give the same, or null"
+            )
+        network = start
         with torch.no_grad():
             network.get_parameter("diam_mean").fill_(settings.diameter_px)
     else:
-        start = load_model(path).network
         if not same_architecture(start, spec):
             raise InputError(
                 f"train.start_from: {path} holds another network than this training shapes "
@@ -329,7 +321,7 @@ def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -
                 "the same voxel size with the same train.full3d.profile, or null"
             )
         network.load_state_dict(start.state_dict())
-    return network, hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+    return network, hashlib.md5(model.path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
@@ -398,6 +390,7 @@ class Checkpoints:
                 return None
         except _UNREADABLE:
             return None
+        record["result"].pop("warnings", None)  # of versions before
         return TrainResult(**{**record["result"], "model": self._model, "done_before": True})
 
     def note_finished(self, result: TrainResult, cause: str) -> None:
@@ -549,6 +542,8 @@ def _describe_model(
     if run_id is not None:
         origin["run_id"] = run_id
     origin |= trace_start(params)
+    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+        origin["label_shift_um"] = json.dumps(shift_um)
     voxel = float(described.summary["voxel_um"])
     own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
     of_training = [
@@ -556,6 +551,7 @@ def _describe_model(
     ]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
+        width=params.train.width,
         full3d=spec,
         name=params.train.name,
         diameter_px=params.train.diameter_px,
@@ -597,10 +593,12 @@ def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, descr
         *((name.replace("_", " "), value) for name, value in info.lineage.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = (
-        f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a plain "
-        "Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models.CellposeModel`."
-    )
+    what = f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a "
+    if info.for_cellpose:
+        what += "plain Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models."
+        what += "CellposeModel`."
+    else:
+        what += f"state dict of width {info.width}, which Cellpose itself does not load."
     if info.full3d is not None:
         what = (
             "A 3D network trained on embryos by nuclei3d, for voxels about "

@@ -75,10 +75,7 @@ class Nuclei:
 
 
 def measure_frame(
-    labels: NDArray[np.integer[Any]],
-    voxel_size: VoxelSize,
-    frame: int,
-    image: NDArray[Any] | None = None,
+    labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, frame: int, image: NDArray[Any] | None = None
 ) -> Nuclei:
     """Measure the nuclei of one frame's masks (Z, Y, X), whose numbers may have gaps.
 
@@ -128,6 +125,18 @@ class Tracks:
         alone[self.edges[:, 0]] = False
         frame = self.nuclei.frame
         return np.asarray(alone & (frame > 0) & (frame < self.nuclei.n_frames - 1))
+
+    def confirmed(self, sure: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell of each nucleus whether its lineage, from the first mother on, holds one that is `sure` (n,).
+
+        So a nucleus that is faint or small in one frame counts by the others: hysteresis over time.
+        """
+        lineage = np.arange(len(self.nuclei))
+        for row in np.flatnonzero(self.predecessor >= 0):
+            lineage[row] = lineage[self.predecessor[row]]
+        held = np.zeros(len(lineage), bool)
+        held[lineage[sure]] = True
+        return np.asarray(held[lineage])
 
     def numbered(self, *, split_gaps: bool = False) -> NumberedTracks:
         """Number the tracks 1..n by their first row.

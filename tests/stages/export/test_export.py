@@ -38,6 +38,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def narrow_model(folder: Path) -> Path:
+    save_model(folder, new_network(12.0, 3, 16), ModelInfo(name="thin", diameter_px=12.0, width=16), "")
+    return folder
+
+
 def volume_model(folder: Path, anisotropy: float, style: bool = False) -> Path:
     architecture = plan_architecture(anisotropy, "small", style=style)
     spec = VolumeSpec(architecture, anisotropy, plan_patch(architecture, 12.0, anisotropy, 2.0))
@@ -171,10 +176,14 @@ def test_regions_for_imagej_lie_in_their_planes(embryo: Path) -> None:
 
 
 @pytest.mark.slow  # bioimageio.core imports torch and runs both kinds of weights at several sizes
-@pytest.mark.parametrize("kind", ["views2d", "full3d"])
+@pytest.mark.parametrize("kind", ["views2d", "narrow", "full3d"])
 def test_bioimageio_accepts_the_package(model: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("bioimageio.core", reason="pip install 'nuclei3d[export]'")
-    folder = model if kind == "views2d" else volume_model(tmp_path / "solid", 11.5)
+    folder = {"views2d": model, "narrow": tmp_path / "thin", "full3d": tmp_path / "solid"}[kind]
+    if kind == "narrow":
+        narrow_model(folder)
+    elif kind == "full3d":
+        volume_model(folder, 11.5)
     (package,) = run(tmp_path, model=str(folder), formats=["bioimageio"]).files["bioimageio"]
     assert package.name == f"{folder.name}.zip"
     if kind == "views2d":
@@ -256,6 +265,16 @@ def test_cellpose_gets_no_3d_network(tmp_path: Path, formats: list[str]) -> None
         run(tmp_path, model=str(folder), formats=formats)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "exports").exists()
+
+
+def test_cellpose_gets_no_narrow_network_which_it_would_not_load(tmp_path: Path) -> None:
+    from cellpose.models import CellposeModel
+
+    folder = narrow_model(tmp_path / "thin")
+    with pytest.raises(InputError, match=r"'thin' has width 16.*width 32 only.*--format bioimageio"):
+        run(tmp_path, model=str(folder))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CellposeModel(gpu=False, pretrained_model=str(folder / "thin"))
 
 
 def test_masks_without_their_image_are_told(embryo: Path) -> None:

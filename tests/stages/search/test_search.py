@@ -19,6 +19,7 @@ import pytest
 import requests
 import search_toys
 import yaml
+from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -230,6 +231,8 @@ def test_a_trial_whose_process_dies_again_and_again_fails(tmp_path: Path) -> Non
         ("search.more={train.augment.dim_share: {low: 0, high: 2}}", r"train\.augment\.dim_share"),
         ("search.epochs={low: 1.5, high: 3, log: false}", "whole number"),
         ("train.weight_decay=0", "log: false"),
+        ("search.more={train.width: {low: 16, high: 36}}", "multiple of 8"),
+        ("search.more={train.width: {low: 16, high: 32, log: true}}", "give choices"),
     ],
 )
 def test_unusable_ranges_are_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -241,6 +244,11 @@ def test_ranges_are_widened_to_hold_the_start() -> None:
     space = search_space(parameters("train.epochs=200", "train.batch_size=5"))
     assert space.distributions["train.epochs"].high == 200  # type: ignore[attr-defined]
     assert 5 in space.distributions["train.batch_size"].choices  # type: ignore[attr-defined]
+
+
+def test_what_must_be_a_multiple_is_drawn_as_one() -> None:
+    space = search_space(parameters("search.more={train.width: {low: 16, high: 32}}"))
+    assert space.distributions["train.width"] == IntDistribution(16, 32, step=8)
 
 
 def test_further_parameters_reach_the_training(tmp_path: Path) -> None:

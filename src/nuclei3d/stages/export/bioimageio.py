@@ -21,7 +21,7 @@ from torch import nn
 
 from nuclei3d import __version__
 from nuclei3d.networks import unet3d
-from nuclei3d.networks.cpnet import CHANNELS
+from nuclei3d.networks.cpnet import channels
 from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, Model, ModelInfo
 from nuclei3d.networks.planning import plan_patch
 from nuclei3d.networks.unet3d import VolumeSpec
@@ -143,7 +143,7 @@ def plane_contents(info: ModelInfo) -> Contents:
         example=np.stack([image, 0 * image])[None].astype(np.float32),
         source=Path(plane_network.__file__),
         make=plane_network.PlaneNetwork.__name__,
-        arguments=dict(nbase=list(CHANNELS), nout=3, sz=3, max_pool=True, diam_mean=info.diameter_px),
+        arguments=dict(nbase=channels(info.width), nout=3, sz=3, max_pool=True, diam_mean=info.diameter_px),
         packages=[f"cellpose=={metadata.version('cellpose')}"],
     )
 
@@ -309,9 +309,7 @@ def _weights(contents: Contents, folder: Path) -> Any:
         f"  - python=3.11\n  - pip\n  - pip:\n{packages}"
     )
     architecture = v0_5.ArchitectureFromFileDescr(
-        source=contents.source,
-        callable=v0_5.Identifier(contents.make),
-        kwargs=dict(contents.arguments),
+        source=contents.source, callable=v0_5.Identifier(contents.make), kwargs=dict(contents.arguments)
     )
     return v0_5.WeightsDescr(
         pytorch_state_dict=v0_5.PytorchStateDictWeightsDescr(

@@ -13,7 +13,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 
-from nuclei3d.console import progress_bar, say
+from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.grid import compact_labels, trace_outlines
 from nuclei3d.images.embryos import PARTS
@@ -88,9 +88,9 @@ def write_seg(
     write_image(file, image, voxel_size)
     shape, shortest = image.shape, int(np.argmin(image.shape))
     if shortest and shape[shortest] < max(shape) / 3:
-        say(
-            f"warning: Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x "
-            f"{shape[2]}, so it will show image and masks turned against each other"
+        warn(
+            f"Cellpose's GUI takes the shortest axis for z; {name} is {shape[0]} x {shape[1]} x {shape[2]}, "
+            "so it will show image and masks turned against each other"
         )
     # the GUI renumbers labels with gaps, and then loses their outlines
     masks: NDArray[Any] = relabel_sequential(compact_labels(labels))[0]  # type: ignore[no-untyped-call]

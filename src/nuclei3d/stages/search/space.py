@@ -6,14 +6,10 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from optuna import Trial
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import flat, validate_params
@@ -146,8 +142,23 @@ def _distribution(params: Params, name: str, found: Range, start: Value) -> Base
     if (low, high) != (found.low, found.high):
         say(f"search: {name} is {start:g} in the parameters; its range becomes {low:g} to {high:g}")
     if whole:
-        return IntDistribution(int(low), int(high), log=found.log)
+        step = _step(params, name)
+        if step > 1 and found.log:
+            raise InputError(
+                f"{name} is a multiple of {step}, so its range cannot have log: true; give choices"
+            )
+        return IntDistribution(int(low), int(high), log=found.log, step=step)
     return FloatDistribution(low, high, log=found.log)
+
+
+def _step(params: Params, name: str) -> int:
+    """Give what the values of a whole number are multiples of."""
+    section: Any = params
+    *sections, last = name.split(".")
+    for each in sections:
+        section = getattr(section, each)
+    limits = type(section).model_fields[last].metadata
+    return int(next((limit.multiple_of for limit in limits if hasattr(limit, "multiple_of")), 1))
 
 
 def _check_values(params: Params, name: str, values: Iterable[Value]) -> None:
