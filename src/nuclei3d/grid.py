@@ -145,7 +145,7 @@ def shift_labels(
 
     What moves is each label's signed distance to its surface (Raya and Udupa 1990), smoothed, for a vote of
     neighbours leaves flat faces where they are up to half a voxel, and then moves them by a whole one. A
-    label keeps its number of voxels; of two that come to lie in one place the one that is deeper there stays.
+    label inside keeps its number of voxels; where two come to lie, the one that is deeper there stays.
     """
     names, places = np.unique(labels, return_inverse=True)
     if len(names) == 1:
@@ -154,19 +154,21 @@ def shift_labels(
     voxels = [way / edge for way, edge in zip(shift_um, edges, strict=True)]
     margin = [2 + ceil(abs(way)) for way in voxels]
     numbers = places.reshape(labels.shape) + (0 if names[0] == 0 else 1)
-    numbers = np.pad(numbers, [(m, m) for m in margin], mode="edge")
-    result = np.zeros(numbers.shape, np.uint32)
-    deepest = np.zeros(numbers.shape, np.float32)
+    result = np.zeros(labels.shape, np.uint32)
+    deepest = np.zeros(labels.shape, np.float32)
     for name, (number, box) in zip(names[names > 0], enumerate(find_objects(numbers), 1), strict=True):
         around = tuple(slice(max(b.start - m, 0), b.stop + m) for b, m in zip(box, margin, strict=True))
         own = numbers[around] == number
         depth = distance_transform_edt(own, edges) - distance_transform_edt(~own, edges)
         moved = shift(gaussian_filter(depth, 1.0, mode="nearest"), voxels, order=3, mode="nearest")
-        moved -= np.partition(moved, -own.sum(), axis=None)[-own.sum()]
+        count = np.count_nonzero(shift(own.view(np.uint8), voxels, order=0, mode="nearest"))
+        if count == 0:
+            continue
+        moved -= np.partition(moved, -count, axis=None)[-count]
         here = (moved >= 0) & ((moved > deepest[around]) | (result[around] == 0))
         result[around][here] = name
         deepest[around][here] = moved[here]
-    return result[tuple(slice(m, m + n) for m, n in zip(margin, labels.shape, strict=True))].copy()
+    return result
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def test_each_error_is_sorted_and_mended_as_counted_by_hand(errors: ModuleType) 
     assert sorted_.n_true == 8
     missed = {f"missed {where}": 1 for where in ("deep", "faint", "elsewhere")}
     assert dict(sorted_.counts) == {"merged": 2, "split": 1, "off": 1, **missed, "false": 1}
+    assert dict(sorted_.faint) == {"missed faint": 1}
     assert sorted_.mended[""].tolist() == [1, 1, 6]
     assert sorted_.mended["merged"].tolist() == [3, 3, 7]
     assert sorted_.mended["split"].tolist() == [2, 2, 5]
@@ -42,3 +43,12 @@ def test_each_error_is_sorted_and_mended_as_counted_by_hand(errors: ModuleType) 
     assert sorted_.mended["missed faint"].tolist() == [2, 2, 7]
     assert sorted_.mended["false"].tolist() == [1, 1, 5]
     assert errors.average_precisions([sorted_], "merged") == (3 / 12, 3 / 12)
+
+
+def test_deep_is_where_nuclei_are_fainter(errors: ModuleType) -> None:
+    truth = np.zeros((10, 2, 2), np.uint32)
+    for label, z in ((1, 0), (4, 5), (7, 9)):
+        truth[z] = label
+    table = overlap_table(truth, truth)
+    assert errors.deep_third(truth, table, np.array([1.0, 5.0, 9.0])).tolist() == [True, False, False]
+    assert errors.deep_third(truth, table, np.array([9.0, np.nan, 1.0])).tolist() == [False, False, True]

@@ -335,3 +335,26 @@ def test_a_frame_without_labels_or_scale_says_what_is_missing(tmp_path: Path) ->
         tifffile.imwrite(path, np.ones((6, 8, 6), np.uint16))
     with pytest.raises(InputError, match=r"does not state its voxel size.*data\.voxel_size_um"):
         read_labelled(frame, DataParams())
+
+
+def test_what_is_unknown_moves_with_the_labels(tmp_path: Path) -> None:
+    labels = np.zeros((6, 20, 20), np.int16)
+    labels[2:4, 4:10, 4:10] = 3
+    labels[:, 12:] = -1
+    for kind in ("images", "labels"):
+        (tmp_path / "a" / kind).mkdir(parents=True)
+    write_image(tmp_path / "a" / "images" / "t.tif", np.abs(labels).astype(np.uint16), VOXEL)
+    tifffile.imwrite(tmp_path / "a" / "labels" / "t.tif", labels)
+    (frame,) = find_embryos(tmp_path)[0].labelled
+    still = read_labelled(frame, DataParams())
+    assert still.unknown is not None
+    np.testing.assert_array_equal(still.labels, np.maximum(labels, 0))
+    moved = read_labelled(frame, DataParams(label_shift_um={"a": (2.0, 1.0, 0.0)}))
+    np.testing.assert_array_equal(
+        moved.unknown, np.roll(still.unknown, 2, axis=1) & (np.arange(20) > 1)[:, None]
+    )
+    overlap = (moved.labels == 3) & np.roll(still.labels == 3, (1, 2), (0, 1))
+    assert overlap.sum() > 60
+    assert not moved.labels[moved.unknown].any()
+    other = read_labelled(frame, DataParams(label_shift_um={"b": (2.0, 1.0, 0.0)}))
+    np.testing.assert_array_equal(other.labels, still.labels)

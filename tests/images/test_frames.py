@@ -464,6 +464,47 @@ def test_big_tiff_and_its_suffix(tmp_path: Path) -> None:
     assert (frame.name, frame.require_voxel_size().z) == ("a", 2.0)
 
 
+def write_lsm(path: Path, movie: NDArray[np.uint16], names: list[str], compression: str | None) -> None:
+    """Write (T, Z, C, Y, X) as Zeiss does: a page a plane, channels apart, then a small picture."""
+    times, depth, channels, height, width = movie.shape
+    info = np.zeros(1, tifffile.TIFF.CZ_LSMINFO)
+    sizes = {"DimensionX": width, "DimensionY": height, "DimensionZ": depth}
+    sizes |= {"DimensionChannels": channels, "DimensionTime": times, "ScanType": 6}
+    # metres and seconds
+    scale = {"VoxelSizeX": 0.25e-6, "VoxelSizeY": 0.5e-6, "VoxelSizeZ": 2e-6, "TimeIntervall": 90.0}
+    head = {"MagicNumber": 67127628, "StructureSize": info.itemsize}
+    for name, value in (head | sizes | scale).items():
+        info[name] = value
+    with tifffile.TiffWriter(path, byteorder="<") as writer:
+        for t, z in np.ndindex(times, depth):
+            more = {"extratags": [(34412, 1, info.itemsize, info.tobytes(), True)]} if t == z == 0 else {}
+            options = {"planarconfig": "separate", "photometric": "minisblack", "metadata": None}
+            writer.write(movie[t, z], compression=compression, rowsperstrip=4, **options, **more)
+            writer.write(movie[t, z, :, :2, :2], subfiletype=1, **options)
+    colours = bytes(4 * channels)
+    listed = b"".join(len(name + "0").to_bytes(4, "little") + name.encode() + b"\0" for name in names)
+    end, data = path.stat().st_size, bytearray(path.read_bytes())
+    at = data.index(info.tobytes()) + info.dtype.fields["OffsetChannelColors"][1]
+    data[at : at + 4] = end.to_bytes(4, "little")
+    header = [24 + len(colours) + len(listed), channels, channels, 24, 24 + len(colours), 0]
+    path.write_bytes(bytes(data) + np.array(header, "<u4").tobytes() + colours + listed)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_a_zeiss_lsm_has_its_scale_channels_and_times(tmp_path: Path, compression: str | None) -> None:
+    movie = ramp((2, 3, 3, 8, 9))
+    write_lsm(tmp_path / "a.lsm", movie, ["DAPI", "mCherry", "Cy5"], compression)
+    frames = find_frames(tmp_path / "a.lsm", channel="mcherry")
+    assert [frame.name for frame in frames] == ["a_t000", "a_t001"]
+    assert frames[0].require_voxel_size().zyx == pytest.approx((2.0, 0.5, 0.25))
+    assert frames[0].time_step_s == 90
+    np.testing.assert_array_equal(frames[1].read(), movie[1, :, 1])
+    box = np.s_[1:3, 5:8, 2:7]
+    np.testing.assert_array_equal(frames[1].read_block(box), movie[1, :, 1][box])
+    with pytest.raises(InputError, match=r"3 channels: 0 \(DAPI\), 1 \(mCherry\), 2 \(Cy5\)"):
+        find_frames(tmp_path / "a.lsm")
+
+
 @pytest.mark.parametrize("unit", [None, "min"])
 def test_the_time_step_is_read(tmp_path: Path, unit: str | None) -> None:
     movie = ramp((4, *SHAPE))

@@ -78,9 +78,8 @@ class NetworkRunner:
 
     Attributes
     ----------
-    seconds, pixels
-        Time inside the network's forward pass so far, and pixels, padding and overlap included, that went
-        through it.
+    pixels
+        Those, padding and overlap included, that went through the network so far.
     """
 
     def __init__(
@@ -93,8 +92,8 @@ class NetworkRunner:
         engine: Engine = "auto",
     ) -> None:
         self.device = device
-        self.seconds = 0.0
         self.pixels = 0
+        self._passes: list[tuple[Any, Any]] = []
         self._precision = precision
         self._multiple: Sequence[int] = (POOLING, POOLING)
         if isinstance(network, VolumeNetwork):
@@ -113,6 +112,26 @@ class NetworkRunner:
         if self._compiled is None:
             self._network.to(device)
             self._network.to(memory_format=self._format)  # type: ignore[call-overload]
+
+    @property
+    def seconds(self) -> float:
+        """Time inside the network's forward pass so far; a GPU, whose own time it is, is waited for."""
+        total = 0.0
+        for began, ended in self._passes:
+            if isinstance(began, torch.cuda.Event):
+                ended.synchronize()
+                total += began.elapsed_time(ended) / 1e3
+            else:
+                total += ended - began
+        return total
+
+    def _mark(self) -> Any:
+        """Note the time; of a GPU, that at which it will have done what it was asked: nobody waits for it."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def planes_per_batch(self, pixels: int) -> int:
         """How many planes of so many pixels, padding included, are best passed at once."""
@@ -166,7 +185,7 @@ class NetworkRunner:
 
     def _forward(self, images: Tensor) -> Tensor:
         """Give what the network says, 5 x flow and logit, of images of a size that it takes."""
-        started = time.perf_counter()
+        began = self._mark()
         channels = 1 if self._solid else INPUT_CHANNELS
         stack = torch.zeros((len(images), channels, *images.shape[1:]), device=self.device)
         stack[:, 0] = images
@@ -180,9 +199,7 @@ class NetworkRunner:
         assert total is not None
         if len(self._flips) > 1:
             total /= len(self._flips)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - started
+        self._passes.append((began, self._mark()))
         self.pixels += images.numel()
         return total
 
@@ -267,8 +284,8 @@ def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, thr
 
 
 _INT8_SIGMAS = 16
-"""Spread of a batch normalisation's output that 8 bits span. On real planes largest values lie 8 to 26 from
-the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
+"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26
+off the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
 _KERNEL_ROOM = 2
 """Range of a kernel's 8 bits over its largest weight. With 7 bits in use the error is the same, and without

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna import Trial
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import flat, validate_params
