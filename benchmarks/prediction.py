@@ -1,21 +1,30 @@
 """Whole prediction beside stock Cellpose 3: same weights, same volume, same machine.
 
     python benchmarks/prediction.py [--model models/nuclei_3d] [--repeats 3] [--peer-repeats 1]
-        [--volumes embryo full] [--json]
+        [--volumes embryo full] [--frame IMAGE] [--json]
 
 Two volumes of 96 x 256 x 256 cubic voxels at the network's scale: nuclei in an ellipsoid that fills 40 % of
 it (an embryo), and nuclei everywhere. Stock is `CellposeModel.eval(do_3D=True)` with its defaults; its runs
 and ours take turns, so that both meet the same load. Peak memory is measured at 30 Mvox in processes of their
 own, with three small filters in place of CPnet on both sides for all but the first batches, because stock
 would take most of an hour; `--volumes` with nothing behind it measures the memory alone.
+
+--frame IMAGE measures something else, on a CPU: the network pass over a real image with networks of width 32,
+24 and 16 (the narrow ones untrained, which is as fast), by torch and by OpenVINO in float32 and int8, with
+every second orthogonal plane, and stock, by turns. Give OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +33,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nuclei3d.console import emit_json, say
-from nuclei3d.networks.cpnet import choose_device, choose_precision
-from nuclei3d.networks.folder import load_model
+from nuclei3d.images.frames import find_frames
+from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
+from nuclei3d.networks.folder import Model, load_model
 from nuclei3d.segmentation.network_runner import NetworkRunner, has_openvino
 from nuclei3d.segmentation.segmenter import Segmenter, segment_with_cellpose
 from nuclei3d.segmentation.settings import SegmentationSettings
@@ -48,7 +58,7 @@ SHARES = {"embryo": 0.4, "full": 1.0}
 """Share of each volume that nuclei fill."""
 BARS = {
     "cpu": {"speedup_embryo": 4.0, "speedup_full": 2.0, "network_share": 0.85},
-    "cuda": {"speedup_embryo": 5.0, "speedup_full": 5.0},
+    "cuda": {"speedup_embryo": 12.0, "speedup_full": 5.0, "network_share": 0.6},
 }
 MEMORY_BAR = 1 / 3
 
@@ -139,12 +149,53 @@ def compare(
     say(f"{name}: {spreads[0]} x as fast, {spreads[1]} x by processor time; AP .5, .75: {ap}")
 
 
+def compare_networks(path: Path, model: Model, scale: float, repeats: tuple[int, int]) -> dict[str, Any]:
+    """Time the pass of narrower and rounded networks over a frame, by turns with stock: a row for each."""
+    (frame,) = find_frames(path)
+    voxel_size = frame.require_voxel_size()
+    image = frame.read()
+    image = image[tuple(slice(round(size * scale)) for size in image.shape)]
+    settings = Segmenter(model, {"precision": "float32"}, "cpu").settings
+    passes: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    for width in (32, 24, 16):
+        wide = model.info.width == width
+        network = model.network if wide else new_network(model.info.diameter_px, 0, width)
+        passes[f"torch, width {width}"] = network, {"engine": "torch"}
+        if has_openvino():
+            passes[f"OpenVINO, width {width}"] = network, {"engine": "openvino"}
+            passes[f"OpenVINO int8, width {width}"] = network, {"precision": "int8"}
+    passes["torch, every second xz and yz plane"] = model.network, {"engine": "torch", "orthogonal_step": 2}
+    works: dict[str, tuple[Callable[[], Any], int]] = {}
+    for name, (network, chosen) in passes.items():
+        # channels last, as the first run leaves it, must not change a network that others measure
+        segmenter = Segmenter(copy.deepcopy(network), replace(settings, **chosen), torch.device("cpu"))
+        segmenter.flows(image[:8], voxel_size)
+        works[name] = partial(segmenter.flows, image, voxel_size), repeats[0]
+    stock = partial(segment_with_cellpose, image, voxel_size, model.network, settings, torch.device("cpu"))
+    done = {
+        name: timing
+        for name, (timing, _) in measure_in_turns({**works, "stock": (stock, repeats[1])}).items()
+    }
+    rows = {
+        name: {**timing.as_json(), "speedup_cpu": ratio_of(done["stock"].cpu_seconds, timing.cpu_seconds)}
+        for name, timing in done.items()
+    }
+    for name, row in rows.items():
+        ratio = row["speedup_cpu"]
+        say(
+            f"{name}: {row['cpu_median_s']:.1f} s of processor time, {ratio['median']} ({ratio['least']} to "
+            f"{ratio['most']}) x stock, {row['peak_mb']:.0f} MB"
+        )
+    return {"frame": path.name, "voxels": int(image.size), "threads": torch.get_num_threads(), "passes": rows}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     add_network_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=1)
     parser.add_argument("--volumes", nargs="*", choices=tuple(SHARES), default=list(SHARES))
+    parser.add_argument("--frame", type=Path, help="measure networks on this image instead")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the volumes, to try things out")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--engine", default="auto", choices=["auto", "torch", "openvino"])
@@ -154,6 +205,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.memory_of:
         emit_json({"peak_mb": memory_of(arguments.memory_of, arguments.diameter)})
+        return
+    if arguments.frame is not None:
+        repeats = (arguments.repeats, arguments.peer_repeats)
+        emit_json(compare_networks(arguments.frame, load_model(arguments.model), arguments.scale, repeats))
         return
     device = choose_device(arguments.device)
     network = load_model(arguments.model).network
@@ -186,7 +241,7 @@ def main() -> None:
         runner = NetworkRunner(network, device, precision=choose_precision(arguments.precision, device))
         planes = torch.rand((runner.planes_per_batch(256 * 256), 256, 256), device=device)
         runner.run(planes)
-        timing, _ = measure(lambda: runner.run(planes), 10)
+        timing, _ = measure(lambda: (runner.run(planes), torch.cuda.synchronize()), 10)
         operations = flops_per_pixel(network) * planes.numel()
         report["teraflops"] = round(operations / timing.median / 1e12, 1)
     if arguments.memory:

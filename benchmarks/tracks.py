@@ -35,8 +35,7 @@ from nuclei3d.stages.predict import predict
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track_files import read_tracks
 from nuclei3d.tracks.accuracy import FrameMatch, TrackScores, match_frame, score_tracks
-from nuclei3d.tracks.linking import link_nuclei
-from nuclei3d.tracks.motion import follow_motion
+from nuclei3d.tracks.linking import follow_motion, link_nuclei
 from nuclei3d.tracks.nuclei import Nuclei, Tracks, measure_frame
 from shared import markdown, new_parser
 
@@ -207,7 +206,7 @@ def score_seed(seed: int, arguments: argparse.Namespace) -> dict[str, dict[str, 
         out = arguments.work / f"predicted{seed}"
         step = f"predict.orthogonal_step={arguments.orthogonal_step}"
         params = load_params(None, [step, "tracking.enabled=false"])
-        predict(params, [embryo / "images"], str(arguments.model), out)
+        predict(params, [embryo / "images"], str(arguments.model), out, link=True)
         sources["predicted masks"] = measure(out, embryo, truth=False)
     found: dict[str, dict[str, TrackScores]] = {}
     for name, (nuclei, matches) in sources.items():

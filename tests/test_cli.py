@@ -1,8 +1,10 @@
-"""How commands end: one line on stderr and a code."""
+"""What commands pass on, and how they end: one line on stderr and a code."""
 
 import signal
 import subprocess
 import sys
+from importlib import import_module
+from inspect import Parameter, signature
 
 import pytest
 
@@ -39,7 +41,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from nuclei3d import cli
 import nuclei3d.stages.compare as stage
-def wait(*_):
+def wait(*_, **__):
     try:
         print("ready", flush=True)
         time.sleep(600)
@@ -122,3 +124,18 @@ def test_what_cannot_work_is_said_before_anything_large_is_imported(tmp_path, ar
     )
     assert (done.returncode, done.stderr, done.stdout) == (2, f"nuclei3d: {line}\n", "[]\n")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [c.callback.passes for c in cli.app.registered_commands if hasattr(c.callback, "passes")],
+)
+def test_a_command_passes_on_what_its_stage_takes(stage, names):
+    module, _, function = stage.partition(":")
+    taken = dict(signature(getattr(import_module(f"nuclei3d.{module}"), function)).parameters)
+    if any(each.kind is Parameter.VAR_KEYWORD for each in taken.values()):
+        name = function.removesuffix("_tracked")
+        taken |= signature(getattr(import_module(f"nuclei3d.stages.{name}"), name)).parameters
+    assert names <= set(taken)
+    needed = {name for name, each in taken.items() if each.default is each.empty}
+    assert needed <= {*names, "params", "options"}

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -266,12 +268,23 @@ Result = Any
 """What a stage gives back: a dataclass, with `as_json` where its plain data are more than its fields."""
 
 
-def _command(work: Callable[..., Result]) -> Callable[..., None]:
-    """Make a command, with the options --params, --set and, where there is a result, --json for `params`."""
-    shape = signature(work, locals={"Params": object}, eval_str=True)
+def _command(stage: str, **renamed: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Make a command of a function's parameters that calls `stage` (``module:function``) with them.
+
+    They are passed on by name, or as they are `renamed`, if they were given; not those of `_SET_BY`. The
+    options --params, --set and, where there is a result, --json are added.
+    """
+    return partial(_add_command, stage, renamed)
+
+
+def _add_command(
+    stage: str, renamed: dict[str, str], described: Callable[..., Result]
+) -> Callable[..., None]:
+    shape = signature(described, locals={"Params": object}, eval_str=True)
     wanted = {name: (option.annotation, option.default) for name, option in shape.parameters.items()}
     reads_file = wanted.pop("params_file", None) is not None
     wanted.pop("params")
+    passed = {option: renamed.get(option, option) for option in wanted.keys() - _SET_BY.keys()}
     wanted |= {"params": (Path | None, None), "overrides": (list[str] | None, None)}
     if shape.return_annotation is not None:
         wanted["as_json"] = (bool, False)
@@ -282,8 +295,6 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         if params is None and Path("params.yaml").is_file():
             params = Path("params.yaml")
         given = [f"{_SET_BY[name]}={own[name]}" for name in own.keys() & _SET_BY if own[name] is not None]
-        if reads_file:
-            own["params_file"] = params
         warned.clear()
         overrides = [*(overrides or ()), *given]
         chosen = load_params(params, overrides)
@@ -293,15 +304,18 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
             asked, cut = own.get("start") is not None, own.get("data") if name in ("prepare", "run") else None
             trains = name in ("train", "search", "run")
             chosen = load_fine_tuning(params, overrides, asked=asked, trains=trains, data=cut)
-        result = work(chosen, **own)
+        options = {new: own[option] for option, new in passed.items() if own[option] is not None}
+        if reads_file:
+            options["params_file"] = params
+        module, _, function = stage.partition(":")
+        result = getattr(import_module(f"nuclei3d.{module}"), function)(chosen, **options)
         if as_json:
             plain = result.as_json() if hasattr(result, "as_json") else asdict(result)
-            warnings = dict.fromkeys((*plain.get("warnings", ()), *warned))
-            emit_json({**plain, "warnings": list(warnings)})
+            emit_json({**plain, "warnings": list(warned)})
         if code := getattr(result, "exit_code", 0):
             raise typer.Exit(code)
 
-    name = work.__name__.rstrip("_")
+    name = described.__name__.rstrip("_")
     options = [
         Parameter(
             option,
@@ -311,45 +325,34 @@ def _command(work: Callable[..., Result]) -> Callable[..., None]:
         )
         for option, (kind, default) in wanted.items()
     ]
-    command.__name__, command.__doc__ = name, work.__doc__
+    command.__name__, command.__doc__ = name, described.__doc__
     command.__signature__ = shape.replace(parameters=options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
+    command.passes = stage, {*passed.values()}  # type: ignore[attr-defined]
     return app.command(cls=_Command)(command)
 
 
-@_command
+@_command("stages.tracked:simulate_tracked")
 def simulate(params: Params, out: Path) -> Result:
     """Make time-lapses of synthetic embryos with exact labels."""
-    from nuclei3d.stages.tracked import simulate_tracked
-
-    return simulate_tracked(params, out)
 
 
-@_command
+@_command("stages.check:check")
 def check(params: Params, data: Path) -> Result:
     """Tell all that is odd about labelled embryos, before any work."""
-    from nuclei3d.stages.check import check
-
-    return check(params, data)
 
 
-@_command
+@_command("stages.tracked:prepare_tracked")
 def prepare(params: Params, data: Path, out: Path, start: str | None = None, strict: bool = False) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
-    from nuclei3d.stages.tracked import prepare_tracked
-
-    return prepare_tracked(params, data, out, strict=strict)
 
 
-@_command
+@_command("stages.augment:write_augmentation_sheet")
 def augment(params: Params, slices: Path, out: Path) -> Result:
     """Draw a sheet of augmented crops with their labels, to look at before training."""
-    from nuclei3d.stages.augment import write_augmentation_sheet
-
-    return write_augmentation_sheet(params, slices, out)
 
 
-@_command
+@_command("stages.train:train")
 def train(
     params: Params,
     slices: Path,
@@ -359,28 +362,19 @@ def train(
     resume: bool = True,
 ) -> Result:
     """Train a network on prepared planes."""
-    from nuclei3d.stages.train import train
-
-    return train(params, slices, out, data=data, resume=resume)
 
 
-@_command
+@_command("stages.calibrate:calibrate")
 def calibrate(params: Params, model: Path, data: Path) -> Result:
     """Choose a model's thresholds on the validation embryos (train does it by itself)."""
-    from nuclei3d.stages.calibrate import calibrate
-
-    return calibrate(params, model, data)
 
 
-@_command
+@_command("stages.inspect:inspect_images", out="picture")
 def inspect(params: Params, inputs: list[Path], model: Path | None = None, out: Path | None = None) -> Result:
     """Say what is in images, estimate the size of the nuclei, and say what to set."""
-    from nuclei3d.stages.inspect import inspect_images
-
-    return inspect_images(params, inputs, model, out)
 
 
-@_command
+@_command("stages.tracked:predict_tracked", track="link")
 def predict(
     params: Params,
     inputs: list[Path],
@@ -394,12 +388,9 @@ def predict(
     track: bool = False,
 ) -> Result:
     """Segment volumes and time-lapses in 3D."""
-    from nuclei3d.stages.tracked import predict_tracked
-
-    return predict_tracked(params, inputs, model, out, overwrite=overwrite, link=track)
 
 
-@_command
+@_command("stages.suggest:suggest")
 def suggest(
     params: Params,
     inputs: list[Path],
@@ -409,12 +400,9 @@ def suggest(
     known: bool = False,
 ) -> Result:
     """Say which blocks of which unlabelled frames to label next."""
-    from nuclei3d.stages.suggest import suggest
-
-    return suggest(params, inputs, model, out, count=count, known=known)
 
 
-@_command
+@_command("stages.tracked:track_tracked")
 def track(
     params: Params,
     masks: Path,
@@ -426,21 +414,9 @@ def track(
     params_file: Path | None = None,
 ) -> Result:
     """Link nuclei over time: tracks, divisions, lineages."""
-    from nuclei3d.stages.tracked import track_tracked
-
-    return track_tracked(
-        params,
-        masks,
-        out,
-        images=images,
-        same_numbers=same_numbers,
-        learn=learn,
-        apply=apply,
-        params_file=params_file,
-    )
 
 
-@_command
+@_command("stages.tracked:evaluate_tracked", slices="summary", name="method", baseline="baselines")
 def evaluate(
     params: Params,
     truth: Path,
@@ -455,39 +431,21 @@ def evaluate(
     model: Path | None = None,
 ) -> Result:
     """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
-    from nuclei3d.stages.evaluate import read_baselines
-    from nuclei3d.stages.tracked import evaluate_tracked
-
-    options: dict[str, Any] = {
-        "images": images,
-        "summary": slices,
-        "history": history,
-        "method": name,
-        "tracks": tracks,
-        "model": model,
-    }
-    return evaluate_tracked(params, truth, pred, out, baselines=read_baselines(baseline or ()), **options)
 
 
-@_command
+@_command("stages.assess:assess")
 def assess(
     params: Params, data: Path, model: str, out: Path = Path("."), slices: Path | None = None
 ) -> Result:
     """Predict the held-out embryos of a data set and evaluate them."""
-    from nuclei3d.stages.assess import assess
-
-    return assess(params, data, model, out, slices=slices)
 
 
-@_command
+@_command("stages.compare:compare")
 def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Result:
     """Say whether model B is really better than model A on the same volumes."""
-    from nuclei3d.stages.compare import compare
-
-    return compare(params, a, b, out)
 
 
-@_command
+@_command("stages.search.study:search")
 def search(
     params: Params,
     slices: Path,
@@ -500,38 +458,19 @@ def search(
     params_file: Path | None = None,
 ) -> Result:
     """Search for the training parameters that do best in 3D."""
-    from nuclei3d.stages.search.study import search
-
-    return search(
-        params,
-        slices,
-        out,
-        trials,
-        storage=storage,
-        workers=workers,
-        data=data,
-        apply=apply,
-        params_file=params_file,
-    )
 
 
-@_command
+@_command("experiment.registry:register", model="folder")
 def register(params: Params, model: Path, metrics: Path, force: bool = False) -> Result:
     """Register a model as challenger; it becomes champion if it is better."""
-    from nuclei3d.experiment.registry import register
-
-    return register(params, model, metrics, force=force)
 
 
-@_command
+@_command("experiment.registry:roll_back")
 def rollback(params: Params, version: str | None = None) -> Result:
     """Make an earlier version of the registered model the champion again."""
-    from nuclei3d.experiment.registry import roll_back
-
-    return roll_back(params, version)
 
 
-@_command
+@_command("stages.serve:serve")
 def serve(
     params: Params,
     model: str = "models:/nuclei_3d@champion",
@@ -540,12 +479,9 @@ def serve(
     insecure: bool | None = None,
 ) -> None:
     """Serve a model over HTTP."""
-    from nuclei3d.stages.serve import serve
-
-    serve(params, model)
 
 
-@_command
+@_command("stages.export:export")
 def export(
     params: Params,
     out: Path,
@@ -556,12 +492,9 @@ def export(
     formats: list[str] | None = None,
 ) -> Result:
     """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
-    from nuclei3d.stages.export import export
-
-    return export(params, out, model=model, masks=masks, images=images, slices=slices, formats=formats or ())
 
 
-@_command
+@_command("stages.import_labels:import_labels", into="data")
 def import_(
     params: Params,
     inputs: list[Path],
@@ -571,12 +504,9 @@ def import_(
     overwrite: bool = False,
 ) -> Result:
     """Take corrected labels of any program into a data set, and say what changed."""
-    from nuclei3d.stages.import_labels import import_labels
-
-    return import_labels(params, inputs, into, embryo, images, overwrite=overwrite)
 
 
-@_command
+@_command("stages.correct:correct", into="data")
 def correct(
     params: Params,
     image: Path,
@@ -587,27 +517,18 @@ def correct(
     overwrite: bool = False,
 ) -> None:
     """Correct masks in napari, most suspicious nuclei first, and save them in a data set."""
-    from nuclei3d.stages.correct import correct
-
-    correct(params, image, masks, model, into, embryo, overwrite=overwrite)
 
 
-@_command
+@_command("stages.view:view")
 def view(params: Params, image: Path, masks: list[Path] | None = None) -> None:
     """Open an image and masks in napari, at the right scale."""
-    from nuclei3d.stages.view import view
-
-    view(params, image, masks or ())
 
 
-@_command
+@_command("stages.run:run_pipeline")
 def run(
     params: Params, data: Path = Path("data"), out: Path = Path("out"), start: str | None = None
 ) -> Result:
     """Do the whole job: prepare, train, predict, evaluate, register."""
-    from nuclei3d.stages.run import run_pipeline
-
-    return run_pipeline(params, data, out)
 
 
 @app.command(cls=_Command)

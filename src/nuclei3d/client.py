@@ -41,20 +41,11 @@ class RemoteSegmentation(Segmentation):
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model behind the address of a service: `nuclei3d serve` or `mlflow models serve`.
+    """A model behind a service's address (``http://host:5050``): `nuclei3d serve` or `mlflow models serve`.
 
-    Attributes
-    ----------
-    url
-        Such as ``http://host:5050``.
-    predict
-        What it says (None: the service's default) is sent; the device is the service's own business.
-    token
-        Bearer token; None takes it from the environment variable NUCLEI3D_TOKEN, if there is one.
-    patience_s
-        How long a service that is busy or not there is tried again.
-    timeout_s
-        Longest time for one answer.
+    What `predict` says (None: the service's default) is sent; the device is the service's own business. The
+    bearer `token`, if None, is taken from the environment variable NUCLEI3D_TOKEN, if there is one. A service
+    that is busy or not there is tried again for `patience_s`; one answer may take `timeout_s`.
     """
 
     url: str
@@ -71,13 +62,9 @@ class RemoteModel:
     ) -> RemoteSegmentation:
         """Have a volume segmented; parameters as those of `Segmenter.segment`.
 
-        The voxel size is sent along, so that the service need not read it from the file.
-
-        Raises
-        ------
-        InputError
-            If the parameters name a further model, the service refuses the request, or it stays busy or away
-            for `patience_s`.
+        The voxel size is sent along, so that the service need not read it from the file. InputError is raised
+        if the parameters name a further model, the service refuses the request, or it stays busy or away for
+        `patience_s`.
         """
         import tifffile
 

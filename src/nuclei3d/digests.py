@@ -38,11 +38,7 @@ def digest_of(path: Path, *, without: Sequence[str] = ()) -> str:
 
     A file's is its MD5; a folder's is the one that DVC gives it (``<md5>.dir``). Something that is neither,
     such as a link to nowhere, counts by its name. Entries of the folder called as in `without` are left out.
-
-    Raises
-    ------
-    InputError
-        If there is nothing, or it cannot be read.
+    InputError is raised if there is nothing, or it cannot be read.
     """
     if not path.is_dir():
         return digests_of([path])[0]

@@ -37,13 +37,8 @@ class StoppedError(InputError):
 def missing(path: Path, message: str) -> InputError:
     """Make the error for a path at which there is nothing.
 
-    Parameters
-    ----------
-    path
-        What was asked for.
-    message
-        What to say where DVC does not know it. Where the path, or a folder above it that is not there
-        either, has its ``.dvc`` file beside it, the command that fetches it is told instead.
+    Where it, or a folder above it that is not there either, has its ``.dvc`` file beside it, the command that
+    fetches it is told, elsewhere the `message`.
     """
     for tracked in (path, *path.parents):
         pointer = Path(f"{tracked}.dvc")

@@ -47,11 +47,7 @@ def flows_2d(labels: Labels) -> NDArray[np.float32]:
 
 
 def flows_3d(
-    labels: Labels,
-    voxel_size: VoxelSize,
-    *,
-    tolerance: float = 1e-3,
-    threads: int | None = None,
+    labels: Labels, voxel_size: VoxelSize, *, tolerance: float = 1e-3, threads: int | None = None
 ) -> NDArray[np.float32]:
     """Compute the flow of every voxel of a labelled volume (Z, Y, X), in physical space.
 

@@ -16,13 +16,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, grey_opening, maximum_filter, median_filter, minimum_filter
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Box = tuple[slice, slice, slice]
+Floats = TypeVar("Floats", NDArray[np.float32], "Tensor")
 
 LOWER_PERCENTILE = 1.0
 UPPER_PERCENTILE = 99.8
@@ -97,12 +101,16 @@ class IntensityRange:
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Normalise an image (or part of one) of any shape; values are not clipped but at the ceiling."""
-        result = image.astype(np.float32)
+        return self.scale(image.astype(np.float32))
+
+    def scale(self, values: Floats) -> Floats:
+        """Do the same with a float32 array or tensor, in place."""
         if self.ceiling is not None:
-            np.minimum(result, np.float32(self.ceiling), out=result)
-        result -= np.float32(self.low)
-        result *= np.float32(1.0 / (self.high - self.low))
-        return result
+            values[values > self.ceiling] = self.ceiling
+        # Python's numbers are taken as float32 by numpy and by torch
+        values -= float(self.low)
+        values *= float(1.0 / (self.high - self.low))
+        return values
 
     def fill_mask(self, image: NDArray[Any]) -> NDArray[np.bool_] | None:
         """Say which voxels of an image (or part of one) are fill; None: none is."""

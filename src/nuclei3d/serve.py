@@ -82,16 +82,9 @@ def _busy(message: str, seconds: int) -> Refusal:
 
 
 class Service:
-    """The two workers, the queue before them, and the rules of admission.
+    """The two workers, as started, the queue before them, and the rules of admission.
 
-    Parameters
-    ----------
-    reader, segmenter
-        As `open_workers` gives them, started.
-    version
-        What the model is.
-    folder
-        Takes the bodies of requests, and what is made of them.
+    `version` says what the model is; `folder` takes the bodies of requests, and what is made of them.
     """
 
     def __init__(
@@ -163,9 +156,7 @@ class Service:
             )
 
     async def answer(self, request: Request) -> bytes:
-        """Answer one request for segmentation with the JSON that MLflow's server gives, or raise a
-        `Refusal`; ClientDisconnect if the sender hung up.
-        """
+        """Answer with the JSON of MLflow's server, or raise a `Refusal`; ClientDisconnect if it hung up."""
         self.check_token(request)
         self._check_head(request)
         try:

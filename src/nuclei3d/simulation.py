@@ -48,11 +48,8 @@ def simulate_embryo(
     """Film one embryo: the same state of `rng` gives the same film; `frames` None takes the first embryo's
     number.
 
-    Yields
-    ------
-    FilmFrame
-        In its labels 0 is background. A voxel is labelled where more than half of it lies in nuclei, with the
-        nucleus that holds most of it.
+    In the labels of a frame 0 is background. A voxel is labelled where more than half of it lies in nuclei,
+    with the nucleus that holds most of it.
     """
     grid = FineGrid.under(params.shape, params.voxel_size_um)
     pattern = chromatin_pattern(rng)
@@ -164,8 +161,7 @@ def expose(
     illumination: Illumination,
     params: SimulateParams,
 ) -> NDArray[np.float32]:
-    """Mean number of photons per camera voxel, of light on the fine grid and of cytoplasm (0..1, camera
-    voxels).
+    """Mean photons per camera voxel, of light on the fine grid and of cytoplasm (0..1, camera voxels).
 
     Light fades with depth, is blurred by the point spread function on the fine grid, and is then averaged
     over the sub-planes of each camera plane. A wide faint glow stands for scattered light.
@@ -461,10 +457,7 @@ def chromatin_pattern(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def draw_scene(
-    bodies: Sequence[Body],
-    fragments: Sequence[Body],
-    grid: FineGrid,
-    pattern: NDArray[np.float32],
+    bodies: Sequence[Body], fragments: Sequence[Body], grid: FineGrid, pattern: NDArray[np.float32]
 ) -> Scene:
     """Put bodies on the fine grid and label the camera's voxels 1..n in their order, those without a voxel
     left out.

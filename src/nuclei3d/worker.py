@@ -36,18 +36,11 @@ class WorkerDiedError(Exception):
 
 
 class Worker:
-    """One process, started again whenever it dies.
+    """One process, started again whenever it dies, that is called `name` in messages.
 
-    Functions are named (``package.module:function``), so that this process need not import what they use.
-
-    Parameters
-    ----------
-    name
-        For messages.
-    opening
-        Function whose result the process keeps and gives to all that it does.
-    memory_gb
-        Resident memory at which the process is killed.
+    Functions are named (``package.module:function``), so that this process need not import what they use. The
+    result of `opening` is kept there and given to all that is done; at `memory_gb` of resident memory the
+    process is killed.
     """
 
     def __init__(self, name: str, opening: str, *arguments: Any, memory_gb: float) -> None:

@@ -36,6 +36,18 @@ def test_openvino_computes_what_torch_computes(precision, tolerance, shape, widt
 
 
 @needs_openvino
+def test_in_int8_it_says_nearly_the_same():
+    network = trained_like(1, 16)
+    stack = np.random.default_rng(0).random((2, 2, 64, 48), dtype=np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(stack))[0].numpy()
+    found = compile_cpnet(network.state_dict(), torch.int8, 1)(stack)
+    error = np.abs(found - expected).max() / expected.std()
+    # not the same: it does compute in 8 bits
+    assert 1e-3 < error < 0.3
+
+
+@needs_openvino
 def test_new_weights_are_compiled_anew():
     plane = np.random.default_rng(0).random((1, 32, 32), dtype=np.float32)
     network = trained_like(1)
@@ -49,9 +61,11 @@ def test_new_weights_are_compiled_anew():
 def test_wishes_that_cannot_be_met_are_explained(monkeypatch):
     with pytest.raises(InputError, match="unknown"):
         NetworkRunner(new_network(17, 0), CPU, engine="tensorrt")
+    with pytest.raises(InputError, match="int8 is computed by OpenVINO only"):
+        NetworkRunner(new_network(17, 0), CPU, engine="torch", precision=torch.int8)
     monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: True)
     with pytest.raises(InputError, match="CNN on the CPU only"):
         NetworkRunner(OracleNetwork(separate=True), CPU, engine="openvino")
     monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[fast\]'"):
-        NetworkRunner(new_network(17, 0), CPU, engine="openvino")
+        NetworkRunner(new_network(17, 0), CPU, precision=torch.int8)

@@ -1,4 +1,5 @@
 import csv
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
 from nuclei3d.images import tiff
-from nuclei3d.images.frames import find_frames, read_labels
+from nuclei3d.images.frames import Frame, find_frames, read_labels
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.predict import COLUMNS, predict
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
@@ -280,6 +282,47 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(movie, oracle_m
     result = predict(Params(), [movie], str(oracle_model), out)
     assert [frame.done_before for frame in result.frames] == [True, True, False]
     assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1.5])
+def test_the_next_frame_is_read_and_segmented_while_one_is_written(
+    movie, oracle_model, tmp_path, monkeypatch, memory_gb
+):
+    events, waits = [], {}
+    overlapped = memory_gb is None
+    segment, write, read = Segmenter.segment, tiff.write_labels, Frame.read
+
+    def note(event: str) -> None:
+        events.append(event)
+        waits.setdefault(event, threading.Event()).set()
+
+    def wait_for(event: str) -> None:
+        assert waits.setdefault(event, threading.Event()).wait(60 if overlapped else 0) == overlapped
+
+    def slow_write(path: Path, *arguments: object) -> None:
+        if path.name.startswith("t1"):
+            wait_for("segment 2")
+            wait_for("read t3")
+        write(path, *arguments)
+        note(f"wrote {path.name[:2]}")
+
+    def noted_segment(self: Segmenter, image: np.ndarray, *arguments: object) -> object:
+        note(f"segment {1 + sum(event.startswith('segment') for event in events)}")
+        return segment(self, image, *arguments)
+
+    def noted_read(self: Frame) -> np.ndarray:
+        note(f"read {self.name}")
+        return read(self)
+
+    monkeypatch.setattr(Segmenter, "segment", noted_segment)
+    monkeypatch.setattr(Frame, "read", noted_read)
+    monkeypatch.setattr(tiff, "write_labels", slow_write)
+    params = load_params(None, [f"predict.memory_gb={memory_gb or 'null'}", "predict.report=false"])
+    result = predict(params, [movie], str(oracle_model), tmp_path / "out")
+    assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
+    assert [frame.nuclei for frame in result.frames] == [1, 2, 3]
+    if not overlapped:
+        assert events == [f"{what}{n}" for n in (1, 2, 3) for what in ("read t", "segment ", "wrote t")]
 
 
 @pytest.mark.parametrize("mode", ["ortho", "stitch"])

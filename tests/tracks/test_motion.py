@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from nuclei3d.tracks.motion import RigidMotion, find_motion, follow_motion
+from nuclei3d.tracks.linking import RigidMotion, find_motion, follow_motion
 
 Floats = NDArray[np.float64]
 

@@ -1,5 +1,6 @@
 import io
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -191,6 +192,32 @@ def test_a_callbacks_own_exception_passes_after_the_checkpoint():
     with pytest.raises(PrunedError):
         run(callbacks=Callbacks(save=lambda state, best: saved.append(state.epoch), on_epoch=prune))
     assert saved == [1]
+
+
+def test_a_state_is_saved_while_the_next_epoch_is_trained():
+    reported, saved, trained = [], [], threading.Event()
+
+    def save(state, best):
+        assert state.epoch > 1 or trained.wait(60)
+        saved.append(state.epoch)
+
+    def step(loss, count, rate):
+        if reported:
+            trained.set()
+
+    run(
+        epochs=2,
+        callbacks=Callbacks(save=save, on_step=step, on_epoch=lambda report: reported.append(report.epoch)),
+    )
+    assert reported == saved == [1, 2]
+
+
+def test_a_state_that_cannot_be_saved_ends_the_training():
+    def save(state, best):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        run(epochs=1, callbacks=Callbacks(save=save))
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_state_saved():

@@ -121,19 +121,9 @@ def open_admission(folder: Path, params: Params) -> Admission:
 def take_apart(admission: Admission, body: Path, folder: Path) -> tuple[list[Path], RequestParams]:
     """Split the body of a request into files and parameters, and check all of it before anything is computed.
 
-    Parameters
-    ----------
-    body
-        File with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and ``params``.
-    folder
-        Takes the volumes that were sent, one file each.
-
-    Raises
-    ------
-    InputError
-        If the request is bad.
-    TooLargeError
-        If it costs more than the limits allow.
+    `body` is a file with the JSON that MLflow defines, ``dataframe_records`` or ``dataframe_split`` and
+    ``params``; `folder` takes the volumes that were sent, one file each. InputError is raised if the request
+    is bad, TooLargeError if it costs more than the limits allow.
     """
     content = body.read_bytes()
     if sum(map(content.count, (b"[", b"{", b","))) > _MOST_VALUES:
@@ -278,11 +268,8 @@ def volume_on_disk(row: Mapping[Any, object], limits: VolumeLimits) -> Iterator[
 def path_below(root: Path | None, path: object) -> Path:
     """Resolve a path of a request and make sure that it stays below the root, links included.
 
-    Raises
-    ------
-    InputError
-        If no root is configured, or the path is an address, leaves the root or does not exist. The message
-        is the same in the last two cases: a request learns nothing about files outside.
+    InputError is raised if no root is configured, or the path is an address, leaves the root or does not
+    exist, in the last two cases with the same words: a request learns nothing about files outside.
     """
     if root is None:
         raise InputError("this service takes no paths (no root is configured); send the volume itself")
@@ -319,12 +306,8 @@ def about_the_volume(file: Path) -> Iterator[None]:
 def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Frame, VoxelSize]:
     """Open the one volume of a file, check its declared size, and settle its voxel size. Nothing is read.
 
-    Raises
-    ------
-    InputError
-        If it is no single volume of one file, or has no voxel size and the request gives none.
-    TooLargeError
-        If it declares more than `max_voxels`.
+    InputError is raised if it is no single volume of one file, or has no voxel size and the request gives
+    none, TooLargeError if it declares more than `max_voxels`.
     """
     from nuclei3d.images.frames import find_frames
     from nuclei3d.images.ome_zarr import is_zarr
@@ -369,12 +352,8 @@ def read_volume(frame: Frame) -> NDArray[Any]:
 def check_cost(file: Path, asked: RequestParams, admission: Admission, before: int = 0) -> int:
     """Foretell how many voxels the network will look at; `before` were those of other rows.
 
-    Raises
-    ------
-    InputError
-        If volume, parameters and model do not go together.
-    TooLargeError
-        If the voxels are too many; it names the parameter without which they would be the fewest.
+    InputError is raised if volume, parameters and model do not go together, TooLargeError if the voxels are
+    too many; it names the parameter without which they would be the fewest.
     """
     from nuclei3d.segmentation.settings import check_scale, network_voxels, segmentation_settings
 

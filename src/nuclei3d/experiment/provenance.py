@@ -24,17 +24,9 @@ _NAMED_PACKAGES = ("nuclei3d", "torch", "cellpose", "numpy", "scipy", "tifffile"
 class Provenance:
     """What one run was made from.
 
-    Attributes
-    ----------
-    git_commit, git_dirty
-        The commit of the project and whether tracked files (dvc.lock aside) or sources differ from it, or an
-        input from its ``.dvc`` file.
-    input_md5
-        MD5 of each input by name, such as ``data`` and ``slices``.
-    versions
-        Versions of Python and of the packages that decide the result.
-    device
-        ``cpu`` or the name of the GPU.
+    `git_dirty` says whether tracked files (dvc.lock aside) or sources differ from the commit, or an input
+    from its ``.dvc`` file; `input_md5` is by name, such as ``data``; `versions` are those of Python and of
+    the packages that decide the result; `device` is ``cpu`` or the name of the GPU.
     """
 
     git_commit: str

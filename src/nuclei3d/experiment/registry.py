@@ -131,15 +131,9 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     judged by them, and one that a killed process began is gone on with. The version, and the runs that
     trained and evaluated the model where the store has them, name each other in their tags.
 
-    Parameters
-    ----------
-    params
-        `tracking` names the store and the registered model, `predict` gives the defaults of the service,
-        `evaluate.primary_metric` decides.
-    folder
-        A model folder.
-    metrics
-        metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    `metrics` is the metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    `tracking` names the store and the registered model, `predict` gives the defaults of the service,
+    `evaluate.primary_metric` decides.
     """
     refuse_second_model(params.predict)
     if not params.tracking.enabled:

@@ -164,20 +164,12 @@ def stage_run(
     `stage_run` (the pipeline) the new run is a child; inside one of the same stage it is that very run.
     Otherwise it is a run of its own in the experiment `tracking.experiment`.
 
-    Parameters
-    ----------
-    params
-        All parameters; those of the stage's own sections are logged, the rest is an artifact.
-    inputs
-        Files or folders that the stage reads, by name (``data``, ``slices``, ``model``); their MD5s become
-        tags.
-    name
-        Of the run, where it says more than the stage's.
-    job
-        What tells this job from all others; the last run of it, unless it finished, is gone on with.
-    earlier
-        Id of a run to go on with whatever its end, with the parameters that it has; one that the store does
-        not know (another tracking.uri, a deleted database) is replaced by a new one.
+    The parameters of the stage's own sections are logged, the rest is an artifact; the MD5s of `inputs`,
+    files or folders that the stage reads, by name (``data``, ``slices``, ``model``), become tags. `name` is
+    that of the run, where it says more than the stage's. A `job` is what tells this one from all others: the
+    last run of it, unless it finished, is gone on with. So is `earlier`, the id of a run, whatever its end,
+    with the parameters that it has; one that the store does not know (another tracking.uri, a deleted
+    database) is replaced by a new one.
     """
     if not params.tracking.enabled:
         yield StageRun(None, None)

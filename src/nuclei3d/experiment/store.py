@@ -110,12 +110,8 @@ def store_lock(params: TrackingParams) -> Iterator[None]:
     """Let one process of this machine at a time decide what the registry's names point at.
 
     Beside a SQLite database, which all its users share, the lock is a file; a server's is kept for this
-    machine. It ends with the process that holds it.
-
-    Raises
-    ------
-    MachineError
-        If another process holds it for ten minutes.
+    machine. It ends with the process that holds it. MachineError is raised if another one holds it for ten
+    minutes.
     """
     with _lock(store_uri(params)):
         yield

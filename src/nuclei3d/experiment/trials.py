@@ -30,18 +30,10 @@ _ALL = 50_000
 class TrialRecord:
     """What the study knows about one trial: a row of its tables, and what its run says.
 
-    Attributes
-    ----------
-    trial
-        Name of the trial, unique within the search, such as ``0003``.
-    value
-        What was maximised; None if it was never reached.
-    curve
-        What was compared on the way, by thousandths of the trial's epochs.
-    confirms, seed
-        Number of the trial that this one repeats with another seed; None if it repeats none.
-    attempts
-        How often it was begun: after its process died, a trial is gone on with.
+    `trial` is its name, such as ``0003``; `value` what was maximised (None: never reached); `curve` what was
+    compared on the way, by thousandths of its epochs; `confirms` the number of the trial that this one
+    repeats with another `seed` (None: none); `attempts` how often it was begun, for after its process died it
+    goes on.
     """
 
     trial: str

@@ -223,18 +223,14 @@ def find_embryo(folder: Path) -> Embryo:
     if not images:
         raise InputError(f"{folder / 'images'} holds no .tif, .tiff or .zarr; expected one file per frame")
     labels = _find_stored(folder / "labels") if (folder / "labels").is_dir() else {}
-    for name, (path, _) in labels.copy().items():
-        if is_known_mask(path):
-            del labels[name]
+    labels = {name: stored for name, stored in labels.items() if not is_known_mask(stored[0])}
     label_of = _match_labels(folder, images, labels)
-    embryo = Embryo(
-        folder.name,
-        tuple(
-            EmbryoFrame(folder.name, name, path, label_path, index, time, label_time)
-            for index, (name, (path, time)) in enumerate(images.items())
-            for label_path, label_time in [label_of.get(name, (None, None))]
-        ),
+    frames = (
+        EmbryoFrame(folder.name, name, path, label_path, index, time, label_time)
+        for index, (name, (path, time)) in enumerate(images.items())
+        for label_path, label_time in [label_of.get(name, (None, None))]
     )
+    embryo = Embryo(folder.name, tuple(frames))
     if 0 < len(embryo.labelled) < len(embryo.frames):
         warn(f"{folder}: {len(embryo.labelled)} of {len(embryo.frames)} frames are labelled")
     return embryo
@@ -307,11 +303,7 @@ def _is_unlabelled(stored: tuple[Path, int | None]) -> bool:
 
 
 def check_fit(
-    image: Frame,
-    path: Path,
-    shape: tuple[int, ...],
-    voxel_size: VoxelSize | None,
-    given: VoxelSize | None,
+    image: Frame, path: Path, shape: tuple[int, ...], voxel_size: VoxelSize | None, given: VoxelSize | None
 ) -> None:
     """Raise InputError if labels in `path` have another shape than their image, or another voxel size.
 
@@ -399,9 +391,7 @@ def _default_lists(labelled: Sequence[Embryo]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_names(
-    lists: dict[str, tuple[str, ...]],
-    embryos: Sequence[Embryo],
-    labelled: Sequence[Embryo],
+    lists: dict[str, tuple[str, ...]], embryos: Sequence[Embryo], labelled: Sequence[Embryo]
 ) -> None:
     known = [embryo.name for embryo in embryos]
     with_labels = {embryo.name for embryo in labelled}

@@ -115,7 +115,7 @@ def _open_bioio(path: Path, wanted: str | int | None) -> tuple[Any, Any, Layout]
         time_step_s=step if step and step > 0 else None,
         image=number,
         passed_over=passed_over,
-        chunk=tuple(file.dask_data.chunksize),
+        chunk=tuple(map(int, file.dask_data.chunksize)),
     )
     return file, file.dask_data, layout
 

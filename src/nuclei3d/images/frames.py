@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.console import warn
+from nuclei3d.console import some_of, warn
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.formats import FOREIGN_SUFFIXES, ForeignArray, NoReaderError
 from nuclei3d.images.layout import FrameAxes, Layout, NoVolumeError, lay_out_frames
@@ -88,8 +88,7 @@ def list_volumes(folder: Path) -> list[Path]:
 def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
     """Say once which files of a folder are not used."""
     if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warn(f"{folder}: {len(names)} passed over: {shown} ({reason})")
+        warn(f"{folder}: {len(names)} passed over: {some_of(names)} ({reason})")
 
 
 def volume_paths(source: Path) -> list[Path]:

@@ -275,8 +275,8 @@ def load_model(path: str | PathLike[str]) -> Model:
         )
     info = info_beside(path)
     weights = path / info.name if info is not None and path.is_dir() else path
-    shape = {} if info is None else {"spec": info.full3d, "width": info.width}
-    network = network_from_state(read_state(weights), str(weights), **shape)
+    spec, width = (None, CELLPOSE_WIDTH) if info is None else (info.full3d, info.width)
+    network = network_from_state(read_state(weights), str(weights), spec, width)
     if info is None:
         diameter = float(network.get_parameter("diam_mean").item())
         name = re.sub("[^A-Za-z0-9_.-]", "_", weights.name)

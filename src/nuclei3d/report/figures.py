@@ -14,6 +14,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.charts import OUTLINES, draw_ap, draw_bins
 from nuclei3d.report.projections import Box
 from nuclei3d.report.viewer import Arrays, ShownVolume
+from nuclei3d.scoring.matching import Integers
 from nuclei3d.views import VIEWS
 
 if TYPE_CHECKING:
@@ -120,31 +121,36 @@ def _draw_plane(
     down, across = (k for k in range(3) if k != axis)
     aspect = volume.voxel_size.zyx[down] / volume.voxel_size.zyx[across]
     truth, pred = arrays[1][cut], arrays[2][cut]
-    if image is None:
-        panel.imshow(np.zeros(truth.shape), cmap="gray", vmin=0, vmax=1, aspect=aspect)
-    else:
-        low, high = np.percentile(image, (1, 99.8))
-        plane = np.sqrt(np.clip((image[cut] - low) / max(high - low, 1e-12), 0, 1))
-        panel.imshow(plane, cmap="gray", vmin=0, vmax=1, aspect=aspect)
+    plane = np.zeros(truth.shape) if image is None else _grey(image[cut], image)
+    panel.imshow(plane, cmap="gray", vmin=0, vmax=1, aspect=aspect)
     for labels, nuclei, hit, miss in (
         (truth, volume.assessment.true, "true", "missed"),
         (pred, volume.assessment.pred, "pred", "false"),
     ):
-        matched = set(nuclei.label[nuclei.matched].tolist())
-        for label in np.unique(labels[labels > 0]):
-            kind = hit if int(label) in matched else miss
-            # Padding closes outlines at the border of the plane.
-            mask = np.pad(labels == label, 1).astype(float)
-            panel.contour(
-                np.arange(-1, labels.shape[1] + 1),
-                np.arange(-1, labels.shape[0] + 1),
-                mask,
-                levels=[0.5],
-                colors=OUTLINES[kind],
-                linewidths=1.6 if kind in ("missed", "false") else 0.9,
-                linestyles="dashed" if kind in ("pred", "false") else "solid",
-            )
+        _outline(panel, labels, nuclei.label[nuclei.matched], OUTLINES[hit], OUTLINES[miss])
     panel.set_axis_off()
+
+
+def _grey(plane: NDArray[Any], image: NDArray[Any]) -> NDArray[Any]:
+    """Give grey values, square roots between the image's percentiles 1 and 99.8."""
+    low, high = np.percentile(image, (1, 99.8))
+    return np.asarray(np.sqrt(np.clip((plane - low) / max(high - low, 1e-12), 0, 1)))
+
+
+def _outline(panel: Axes, labels: NDArray[np.integer[Any]], right: Integers, hit: str, miss: str) -> None:
+    """Draw the outlines of a plane's labels in one colour where they are right, else in another, bolder."""
+    for label in np.unique(labels[labels > 0]):
+        color = hit if label in right else miss
+        panel.contour(
+            np.arange(-1, labels.shape[1] + 1),
+            np.arange(-1, labels.shape[0] + 1),
+            # padding closes outlines at the border of the plane
+            np.pad(labels == label, 1).astype(float),
+            levels=[0.5],
+            colors=color,
+            linewidths=1.6 if color == miss else 0.9,
+            linestyles="dashed" if color in (OUTLINES["pred"], OUTLINES["false"]) else "solid",
+        )
 
 
 def _save(figure: Figure, out: Path) -> None:
@@ -153,9 +159,7 @@ def _save(figure: Figure, out: Path) -> None:
 
 
 def draw_slices_sheet(samples: SampleSet, out: Path, columns: int = 5) -> None:
-    """Draw evenly chosen training planes of each view into a PNG, one view a row, outlines of labels
-    on them.
-    """
+    """Draw evenly chosen training planes into a PNG, one view a row, with outlines of labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(VIEWS)), layout="constrained")
@@ -207,7 +211,6 @@ def draw_blocks(blocks: Sequence[ShownBlock], out: Path, columns: int = 5) -> No
     for panel in panels.flat:
         panel.set_axis_off()
     for number, block in enumerate(blocks):
-        low, high = np.percentile(block.image, (1, 99.8))
         row, column = divmod(number, columns)
         for axis in (0, 1):
             panel = panels[2 * row + axis, column]
@@ -216,13 +219,10 @@ def draw_blocks(blocks: Sequence[ShownBlock], out: Path, columns: int = 5) -> No
             plane = np.take(block.image, at, axis).astype(np.float32)
             edges = block.voxel_size.zyx
             panel.imshow(
-                np.sqrt(np.clip((plane - low) / max(high - low, 1e-12), 0, 1)),
-                cmap="gray",
-                vmin=0,
-                vmax=1,
-                aspect=edges[down] / edges[across],
+                _grey(plane, block.image), cmap="gray", vmin=0, vmax=1, aspect=edges[down] / edges[across]
             )
-            _outline(panel, np.take(block.labels, at, axis), block.kept)
+            kept = np.flatnonzero(block.kept)
+            _outline(panel, np.take(block.labels, at, axis), kept, OUTLINE, OUTLINES["false"])
             corner, sides = (
                 [of[k] for k in (across, down)]
                 for of in (
@@ -238,17 +238,3 @@ def draw_blocks(blocks: Sequence[ShownBlock], out: Path, columns: int = 5) -> No
         "white: the block   orange: nuclei   pink dashed: candidates below the score threshold", fontsize=9
     )
     _save(figure, out)
-
-
-def _outline(panel: Axes, labels: NDArray[np.integer[Any]], kept: NDArray[np.bool_]) -> None:
-    """Draw the outlines of a plane's labels."""
-    for label in np.unique(labels[labels > 0]):
-        panel.contour(
-            np.arange(-1, labels.shape[1] + 1),
-            np.arange(-1, labels.shape[0] + 1),
-            np.pad(labels == label, 1).astype(float),
-            levels=[0.5],
-            colors=OUTLINE if kept[label] else OUTLINES["false"],
-            linewidths=0.9 if kept[label] else 1.6,
-            linestyles="solid" if kept[label] else "dashed",
-        )

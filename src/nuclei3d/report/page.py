@@ -58,22 +58,11 @@ def build_page(
     history: Path | None = None,
     about: Mapping[str, str] | None = None,
 ) -> str:
-    """Put the report together.
+    """Put the report together from the content of metrics.json and nuclei.csv.
 
-    Parameters
-    ----------
-    metrics, nuclei
-        The content of metrics.json, and of nuclei.csv.
-    volumes
-        What `pack_volumes` gave; may be empty.
-    method
-        What the predictions are called.
-    unit
-        Of lengths: ``um``, or ``voxels`` where no file states a voxel size.
-    history
-        history.csv of the training.
-    about
-        What was evaluated, from what and when, by name.
+    `volumes` are what `pack_volumes` gave (there may be none), `method` is what the predictions are called,
+    `unit` that of lengths (``voxels`` where no file states a voxel size), `history` the history.csv of the
+    training, and `about` says by name what was evaluated, from what and when.
     """
     pages = page_environment()
     pages.filters |= {"number": _number, "score": _look_up, "interval": _interval, "best": _best}

@@ -24,14 +24,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
 from nuclei3d.report.page import json_in_page, page_environment, page_part
-from nuclei3d.report.projections import (
-    Box,
-    PictureGrid,
-    Polygon,
-    coarse_labels,
-    project_image,
-    silhouettes,
-)
+from nuclei3d.report.projections import Box, PictureGrid, Polygon, coarse_labels, project_image, silhouettes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,22 +74,9 @@ def write_prediction_page(
 ) -> None:
     """Write the page of a prediction.
 
-    Parameters
-    ----------
-    path
-        The HTML file.
-    frames
-        In the order of time.
-    parents
-        Where nuclei are linked: the parent of each track, 0 where there is none.
-    made_from
-        A digest of what the page shows; `made_from_of` reads it.
-    warnings
-        Of the prediction; what is odd in its numbers is added.
-    advance
-        Called after each frame.
-    animation
-        Gets the frames too.
+    `frames` are in the order of time; `parents` has the parent of each track (0: none) where nuclei are
+    linked; `made_from` digests what the page shows, and `made_from_of` reads it; to the `warnings` is added
+    what is odd in the numbers. `advance` is called after each frame, and the `animation` gets the frames too.
     """
     tracks = [] if parents is None else lay_out_lineages(frames, parents)
     tree = {

@@ -40,9 +40,7 @@ class ShownVolume:
 
 
 def pack_volumes(volumes: Sequence[ShownVolume], megabytes: float) -> list[dict[str, Any]]:
-    """Pack volumes until the budget is spent (at least one), those with the most errors first; give them in
-    order.
-    """
+    """Pack volumes, in order, until the budget is spent (at least one), those with the most errors first."""
     ranking = sorted(range(len(volumes)), key=lambda place: -volumes[place].errors)
     packed: dict[int, dict[str, Any]] = {}
     spent = 0
@@ -59,13 +57,10 @@ def pack_volumes(volumes: Sequence[ShownVolume], megabytes: float) -> list[dict[
 def pack_volume(volume: ShownVolume) -> dict[str, Any]:
     """Pack one volume.
 
-    Returns
-    -------
-    packed
-        ``shape`` and ``voxel_um`` of what is shown; ``image``: its planes side by side, `columns` a row, as a
-        JPEG in base64 (grey values are square roots between the percentiles 1 and 99.8, so that faint nuclei
-        show); ``truth`` and ``pred``: 16-bit labels 1..n in the order of the nuclei of the assessment,
-        little-endian, deflated, in base64; ``found`` and ``right``: for each of these whether it is matched.
+    ``shape`` and ``voxel_um`` are those of what is shown; ``image`` has its planes side by side, `columns` a
+    row, as a JPEG in base64 (grey values are square roots between the percentiles 1 and 99.8, so that faint
+    nuclei show); ``truth`` and ``pred`` are 16-bit labels 1..n in the order of the nuclei of the assessment,
+    little-endian, deflated, in base64; ``found`` and ``right`` tell of each of these whether it is matched.
     """
     image, truth, pred = volume.read()
     step = max(math.ceil(math.sqrt(truth.size / _FRAME_VOXELS)), 1)

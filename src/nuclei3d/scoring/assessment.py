@@ -52,18 +52,10 @@ _DEPTH_BINS = 5
 class NucleusTable:
     """One row per nucleus of one volume, either the true or the predicted ones.
 
-    Attributes
-    ----------
-    place_um
-        Centroid (z, y, x) in um, shape (n, 3).
-    contrast
-        See `nuclei3d.scoring.contrast`; nan without an image.
-    best_iou, partner
-        Best IoU with any nucleus of the other side; label of the one that it is matched with at IoU .5, or 0.
-    score
-        For predicted nuclei the score that the model gave, for true ones that of the partner; else nan.
-    surface_um
-        Mean distance of the surfaces of the matched pair, nan if unmatched.
+    `place_um` (n, 3) is the centroid (z, y, x); `contrast` that of `nuclei3d.scoring.contrast`, nan without
+    an image; `best_iou` that with any nucleus of the other side, `partner` the label of the one that it is
+    matched with at IoU .5, or 0; `score` is what the model gave predicted nuclei, for true ones that of the
+    partner, else nan; `surface_um` the mean distance of the surfaces of the matched pair, nan if unmatched.
     """
 
     label: Integers

@@ -67,9 +67,7 @@ def resampling_units(embryos: Sequence[str], over: Literal["auto", "embryo", "ti
 
 
 def bootstrap_weights(units: Units, replicates: int, rng: np.random.Generator) -> Floats:
-    """Draw units with replacement; give how often each volume enters each replicate, (replicates,
-    volumes).
-    """
+    """Draw units with replacement: how often each volume enters each replicate, (replicates, volumes)."""
     drawn = rng.multinomial(units.count, np.full(units.count, 1 / units.count), size=replicates)
     return drawn[:, units.unit_of].astype(np.float64)
 

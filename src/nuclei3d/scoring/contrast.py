@@ -39,16 +39,10 @@ def nucleus_contrast(
 ) -> Floats:
     """Measure the contrast of every labelled nucleus of a volume; what is `unknown` is no surroundings.
 
-    Returns
-    -------
-    contrast
-        Shape (labels.max() + 1,), indexed by label. nan for the background, for labels that are absent, and
-        for nuclei so crowded that no unlabelled voxel lies near.
-
-    Notes
-    -----
-    A nucleus with nothing deeper than the rim counts with its deepest voxels. The MAD is never taken below
-    the quantisation noise of the image, so flat synthetic backgrounds give large finite values.
+    Gives (labels.max() + 1,), indexed by label: nan for the background, for labels that are absent, and for
+    nuclei so crowded that no unlabelled voxel lies near. A nucleus with nothing deeper than the rim counts
+    with its deepest voxels. The MAD is never taken below the quantisation noise of the image, so flat
+    synthetic backgrounds give large finite values.
     """
     if image.shape != labels.shape:
         raise InputError(f"image and labels differ in shape: {image.shape} and {labels.shape}")

@@ -31,13 +31,9 @@ _CHUNK_VOXELS = 1 << 22
 class OverlapTable:
     """Sparse contingency table of two labelled volumes, without the background.
 
-    Attributes
-    ----------
-    true_labels, pred_labels, true_sizes, pred_sizes
-        The labels in ascending order, int64 (n_true,) and (n_pred,), and their voxel counts.
-    rows, columns, overlaps
-        Of each overlapping pair, ordered by row, then column: its position in `true_labels` and in
-        `pred_labels`, and the number of shared voxels.
+    Labels are in ascending order, int64 (n_true,) and (n_pred,), sizes their voxel counts. Of each
+    overlapping pair, ordered by row, then column, there is its position in `true_labels` and in
+    `pred_labels`, and the number of shared voxels.
     """
 
     true_labels: Integers
@@ -165,9 +161,7 @@ def average_precision(table: OverlapTable, thresholds: Sequence[float]) -> Float
 
 
 def relabel_sequential(labels: Labels) -> tuple[NDArray[np.uint32], Integers]:
-    """Renumber labels to 1..n (uint32) in ascending order, 0 kept; also give the original of each, (n
-    + 1,).
-    """
+    """Renumber labels in order to 1..n (uint32), 0 kept; also give the original of each, (n + 1,)."""
     present = np.unique(labels)
     originals = np.concatenate([[0], present[present > 0]]).astype(np.int64)
     largest = int(originals[-1])
@@ -231,11 +225,7 @@ def _sizes(labels: Integers, voxels: Integers) -> tuple[Integers, Integers]:
 
 
 def _match_crowded(
-    rows: Integers,
-    columns: Integers,
-    ious: Floats,
-    n_true: int,
-    n_pred: int,
+    rows: Integers, columns: Integers, ious: Floats, n_true: int, n_pred: int
 ) -> list[tuple[Integers, Integers, Floats]]:
     """Solve the connected parts of the graph of admissible pairs one by one."""
     graph = coo_array((np.ones(len(rows)), (rows, columns + n_true)), shape=(n_true + n_pred,) * 2)

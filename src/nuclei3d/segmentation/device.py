@@ -26,7 +26,7 @@ from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, Dev
 if TYPE_CHECKING:
     from nuclei3d.segmentation.dynamics import Paths
 
-_AT_ONCE = 2**23
+_AT_ONCE = 2**22
 """Trajectories, neighbours of bins, or voxels of nuclei that are handled at once."""
 
 _ROUNDS_BETWEEN = 8

@@ -280,7 +280,7 @@ def label_flows(
     diameter_um = settings.nucleus_diameter_um
     labels: Labels
     if settings.mode == "stitch":
-        flows = flows.fetch() if isinstance(flows, DeviceField) else flows
+        flows = flows.fetch()
         planes = _label_planes(flows, diameter_um, settings.masks)
         labels = stitch_planes(planes, settings.stitch_min_iou, settings.stitch_max_gap)
         bounds_um3 = settings.masks.bounds_um3(diameter_um)

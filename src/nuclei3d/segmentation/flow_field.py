@@ -107,6 +107,10 @@ class FlowField:
         flow /= np.float32(FLOW_UNITS)
         return flow, part[..., 3] / np.float32(LOGIT_UNITS)
 
+    def fetch(self) -> FlowField:
+        """Give the field on the host, where it is."""
+        return self
+
     def to(self, device: torch.device) -> DeviceField:
         """Copy the field to a device."""
         return DeviceField(torch.from_numpy(self.packed).to(device, copy=True), self.voxel_size)
@@ -147,6 +151,7 @@ class DeviceField:
         depth, height, width = self.packed.shape[:3]
         return depth, height, width
 
+    @torch.inference_mode()
     def exclude(self, outside: NDArray[np.bool_]) -> None:
         """Let no nucleus be where `outside` is true, as `FlowField.exclude` does."""
         there = torch.from_numpy(resize_nearest(outside, self.shape)).to(self.packed.device)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import IntensityRange
@@ -63,7 +64,7 @@ def everywhere(shape: Sequence[int]) -> OccupiedSpace:
 
 
 def occupied_space(
-    volume: NDArray[np.float32],
+    volume: NDArray[np.float32] | Tensor,
     intensity: IntensityRange,
     voxel_size: VoxelSize,
     grid_voxel_size: VoxelSize,
@@ -86,21 +87,21 @@ def occupied_space(
     )
 
 
-def _block_means(image: NDArray[np.float32], edges: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
+def _block_means(image: Tensor, edges: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
     """Average over the blocks between the edges, by products with a matrix of shares for each axis."""
     shares = []
     for cuts in edges:
         sizes = np.diff(cuts)
         share = np.zeros((len(sizes), int(cuts[-1])), np.float32)
         share[np.repeat(np.arange(len(sizes)), sizes), np.arange(int(cuts[-1]))] = np.repeat(1 / sizes, sizes)
-        shares.append(torch.from_numpy(share))
+        shares.append(torch.from_numpy(share).to(image.device))
     z, y, x = shares
-    planes = (z @ torch.from_numpy(image).flatten(1)).reshape(-1, *image.shape[1:])
-    return np.asarray((y @ planes @ x.T).numpy(), np.float32)
+    planes = (z @ image.flatten(1)).reshape(-1, *image.shape[1:])
+    return np.asarray((y @ planes @ x.T).cpu().numpy(), np.float32)
 
 
 def find_occupied(
-    image: NDArray[np.float32],
+    image: NDArray[np.float32] | Tensor,
     noise: float,
     diameter_voxels: Sequence[float],
     *,
@@ -111,7 +112,7 @@ def find_occupied(
     Parameters
     ----------
     image
-        Normalised volume (z, y, x); `noise`, the standard deviation of a voxel's, is in the same units.
+        Normalised volume (z, y, x), on any device; `noise`, a voxel's standard deviation, is in its units.
     diameter_voxels
         Diameter of a nucleus in voxels along (z, y, x).
     darkest
@@ -126,7 +127,7 @@ def find_occupied(
         edges.append(np.linspace(0, size, count + 1).round().astype(np.intp))
     z, y, x = (np.diff(cuts) for cuts in edges)
     counts = z[:, None, None] * y[:, None] * x
-    means = _block_means(image, edges)
+    means = _block_means(torch.as_tensor(image), edges)
     dark = float(np.percentile(means, _DARK_PERCENTILE))
     if dark > darkest:
         return everywhere(image.shape)

@@ -4,7 +4,7 @@ A 2D network sees the volume on the *view grid*: x and y at the network's scale,
 the network's scale where the native planes are closer). xy planes are therefore the frame's own planes, never
 interpolated ones; planes of the orthogonal views are stretched along z to cubic voxels, a few at a time, and
 the results averaged back onto the view grid. Nothing of the size of the stretched volume is ever held. On a
-GPU with room for it the volume is brought there once, and the sum of the views fetched once.
+GPU with room for it the image is brought there once, and all that follows happens there.
 
 A 3D network sees overlapping patches of the volume on a grid of its own. In mode ``mixed`` it comes first:
 its packed field, 8 bytes a voxel, is all that is kept of it while the views, which need more room, are
@@ -13,6 +13,7 @@ computed and summed up.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +26,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuclei3d.errors import InputError
-from nuclei3d.grid import resize_linear, resize_tensor
+from nuclei3d.grid import resize_tensor
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import choose_precision
 from nuclei3d.networks.unet3d import Triple, VolumeNetwork
-from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, MOST_UNITS, FlowField
+from nuclei3d.segmentation.flow_field import (
+    FLOW_UNITS,
+    LOGIT,
+    LOGIT_UNITS,
+    MOST_UNITS,
+    DeviceField,
+    FlowField,
+)
 from nuclei3d.segmentation.foreground import OccupiedSpace, occupied_space
 from nuclei3d.segmentation.fusion import VolumeView, add_views, component_weights, fuse_views, keep_planes
 from nuclei3d.segmentation.network_runner import (
@@ -51,8 +59,9 @@ _MOST_WASTE = 1.1
 _SAME_DEPTH = 0.02
 _TANH_VOXELS = 5.0
 
-_BYTES_PER_VOXEL = 40
-"""On a GPU: volume, sums, and the packed field with what packing takes."""
+_BYTES_PER_VOXEL = 48
+_BYTES_BESIDE = 2**30
+"""On a GPU, in all that comes with a volume, from the sums to the labels."""
 
 _SHARE_OF_MEMORY = 0.5
 """What a volume may take of the memory that is free; the network needs the rest."""
@@ -84,7 +93,7 @@ def predict_flows(
     settings: SegmentationSettings,
     device: torch.device,
     progress: Progress | None = None,
-) -> tuple[FlowField, dict[str, float]]:
+) -> tuple[FlowField | DeviceField, dict[str, float]]:
     """Run the networks over a volume.
 
     What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there. The networks are
@@ -101,8 +110,9 @@ def predict_flows(
 
     Returns
     -------
-    flows : FlowField
-        On the view grid (`settings.view_grid`); in mode ``full3d`` on that of the network (`volume_grid`).
+    flows : FlowField or DeviceField
+        On the view grid (`settings.view_grid`); in mode ``full3d`` on that of the network (`volume_grid`). In
+        the memory of the device, if that is a GPU and they fit there.
     seconds : dict
         ``network``, inside the forward passes, and ``views``, the rest.
 
@@ -122,15 +132,18 @@ def predict_flows(
     # The 3D network counts as a view in the progress; how long each takes depends on the networks.
     share = 1 / (1 + len(views)) if solid is not None else 0.0
     report = _part_of(progress or (lambda share: None), 0.0, 0.99)
-    field, spent = None, 0.0
+    field: FlowField | DeviceField | None = None
+    spent = 0.0
     used = [each for each in (networks.main, networks.orthogonal, networks.volume) if each is not None]
     training = [each.training for each in used]
+    patches: FlowField | None = None
     try:
         if solid is not None:
-            field, spent = _predict_patches(image, voxel_size, *solid, device, _part_of(report, 0.0, share))
+            patches, spent = _predict_patches(image, voxel_size, *solid, device, _part_of(report, 0.0, share))
+            field = patches
         if views:
             field, spent_on_views = _predict_views(
-                image, voxel_size, networks, settings, device, _part_of(report, share, 1.0), field
+                image, voxel_size, networks, settings, device, _part_of(report, share, 1.0), patches
             )
             spent += spent_on_views
     finally:
@@ -139,6 +152,8 @@ def predict_flows(
     assert field is not None
     if outside is not None:
         field.exclude(outside)
+    if isinstance(field, FlowField) and settings.mode != "stitch" and fits_on(device, field.shape):
+        field = field.to(device)
     return field, {"network": spent, "views": time.perf_counter() - started - spent}
 
 
@@ -179,11 +194,18 @@ def show_volume(
     shape: Triple,
     grid_voxel_size: VoxelSize,
     settings: SegmentationSettings,
-) -> tuple[NDArray[np.float32], OccupiedSpace]:
-    """Bring an image to a network's grid, normalised as the settings say, and find where nuclei can be."""
+    device: torch.device,
+) -> tuple[Tensor, OccupiedSpace]:
+    """Bring an image to a network's grid on a device, normalised, and find where nuclei can be.
+
+    The volume is float32 (z, y, x).
+    """
     intensity = settings.intensity_range
     assert intensity is not None
-    volume = intensity.apply(resize_linear(image, shape))
+    # a camera's voxels are half as large as those that a network sees, and converted where they are wanted
+    counted = device.type != "cpu" and image.dtype in (np.uint8, np.uint16)
+    there = torch.from_numpy(np.array(image, dtype=None if counted else np.float32)).to(device)
+    volume = intensity.scale(resize_tensor(there.float(), shape))
     diameter_um = settings.nucleus_diameter_um if settings.skip_empty else None
     return volume, occupied_space(volume, intensity, voxel_size, grid_voxel_size, diameter_um)
 
@@ -199,7 +221,8 @@ def _predict_patches(
     """Run a 3D network over overlapping patches and blend them; gives the field and the network's seconds."""
     runner = _runner(network, settings, device)
     shape, grid_voxel_size = volume_grid(image.shape, voxel_size, settings, network.spec.anisotropy)
-    volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings)
+    host = torch.device("cpu")
+    volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings, host)
     field = FlowField.zeros(shape, grid_voxel_size)
     field.packed[..., LOGIT] = EMPTY_LOGIT * LOGIT_UNITS
     bounds = occupied.bounds([slice(0, size) for size in shape])
@@ -217,7 +240,7 @@ def _predict_patches(
             if occupied.bounds(place) is None:
                 field.add(place, LOGIT, np.broadcast_to(np.float32(EMPTY_LOGIT), weight.shape), weight)
             else:
-                for component, values in enumerate(runner(volume[place][None])[0]):
+                for component, values in enumerate(runner(volume[place][None].numpy())[0]):
                     field.add(place, component, values, weight)
             report(done / len(tiling.boxes))
     if network.spec.targets == "tanh":
@@ -262,7 +285,7 @@ def _predict_views(
     device: torch.device,
     report: Progress,
     solid: FlowField | None = None,
-) -> tuple[FlowField, float]:
+) -> tuple[FlowField | DeviceField, float]:
     """Run 2D networks over the planes of the views, and fuse these with what a 3D network says."""
     views = settings.seen_views
     runners = {
@@ -274,12 +297,12 @@ def _predict_views(
     if settings.view_weights is not None and views == settings.views:
         weights = dict(zip(views, settings.view_weights, strict=True))
     shape, grid_voxel_size, depth = view_grid(image.shape, voxel_size, settings)
-    volume, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings)
     volume_view = None
     if solid is not None:
         volume_view = VolumeView(solid, shape, settings.volume_weight)
     on_device = settings.fusion == "mean" and volume_view is None and fits_on(device, shape)
-    shown = torch.from_numpy(volume).to(device if on_device else "cpu")
+    there = device if on_device else torch.device("cpu")
+    shown, occupied = show_volume(image, voxel_size, shape, grid_voxel_size, settings, there)
     # Pixels of each view, which share out the progress.
     z, y, x = shape
     pixels = {
@@ -297,6 +320,7 @@ def _predict_views(
     def planes_of(view: View) -> Iterator[tuple[int, NDArray[np.float32]]]:
         return whole_planes(computed(view), view, shape)
 
+    field: FlowField | DeviceField
     if settings.fusion != "mean":
         kept = {view: keep_planes(view, planes_of(view), shape) for view in views}
         field = FlowField.of(*fuse_views(kept, settings.fusion, weights, volume_view), grid_voxel_size)
@@ -404,15 +428,21 @@ def _group_planes(
     cost much more than each plane in its own box, as at the pole of an embryo, where planes begin small.
     """
     rows, columns = (other for other in range(3) if other != axis)
-    indices = computed_indices(shape[axis], step)
+    indices, edges = computed_indices(shape[axis], step), occupied.edges[axis]
+    blocks = (np.searchsorted(edges, range(shape[axis]), side="right") - 1).tolist()
 
-    def box_of(first: int, last: int) -> PlaneBox | None:
+    # what blocks hold is asked once: planes are many, and a GPU waits for the answers
+    @functools.cache
+    def box_of_blocks(first: int, last: int) -> PlaneBox | None:
         among = [slice(0, size) for size in shape]
-        among[axis] = slice(first, last + 1)
+        among[axis] = slice(int(edges[first]), int(edges[last + 1]))
         box = occupied.bounds(among)
         if box is None:
             return None
         return PlaneBox.around((box[rows], box[columns]), shape[rows], shape[columns], depth)
+
+    def box_of(first: int, last: int) -> PlaneBox | None:
+        return box_of_blocks(blocks[first], blocks[last])
 
     while indices:
         common = box_of(indices[0], indices[0])
@@ -466,7 +496,7 @@ def fits_on(device: torch.device, shape: Sequence[int]) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
     # what torch keeps for itself from the frame before is free as well
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _BYTES_PER_VOXEL * float(np.prod(shape)) <= _SHARE_OF_MEMORY * free
+    return _BYTES_PER_VOXEL * float(np.prod(shape)) + _BYTES_BESIDE <= _SHARE_OF_MEMORY * free
 
 
 @torch.inference_mode()
@@ -477,8 +507,8 @@ def sum_on_device(
     shape: Triple,
     voxel_size: VoxelSize,
     device: torch.device,
-) -> FlowField:
-    """Sum up the mean of the views where they were computed, and fetch it packed.
+) -> DeviceField:
+    """Sum up the mean of the views where they were computed.
 
     It is the field that `add_views` sums up on the host, up to the rounding of a unit or two. `computed`
     gives what was computed of a view (`compute_view`), on the device.
@@ -506,7 +536,7 @@ def sum_on_device(
                 for index, plane in zip(group.indices, values, strict=True):
                     for target, part in entered[index]:
                         box[target].add_(plane, alpha=share * part)
-    return _fetch(total, voxel_size)
+    return _packed(total, voxel_size)
 
 
 def _entered_planes(count: int, step: int) -> dict[int, list[tuple[int, float]]]:
@@ -519,12 +549,12 @@ def _entered_planes(count: int, step: int) -> dict[int, list[tuple[int, float]]]
     return entered
 
 
-def _fetch(total: Tensor, voxel_size: VoxelSize) -> FlowField:
-    """Pack sums (4, z, y, x) and bring them to the host, slab by slab."""
+def _packed(total: Tensor, voxel_size: VoxelSize) -> DeviceField:
+    """Pack sums (4, z, y, x), slab by slab."""
     units = torch.tensor([FLOW_UNITS] * 3 + [LOGIT_UNITS], device=total.device).view(4, 1, 1, 1)
-    packed = np.empty((*total.shape[1:], 4), np.int16)
+    packed = torch.empty((*total.shape[1:], 4), dtype=torch.int16, device=total.device)
     slab = max(1, 2**24 // max(1, total[0, 0].numel()))
     for start in range(0, len(packed), slab):
         part = (total[:, start : start + slab] * units).round_().clamp_(-MOST_UNITS, MOST_UNITS)
-        packed[start : start + slab] = part.to(torch.int16).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    return FlowField(packed, voxel_size)
+        packed[start : start + slab] = part.permute(1, 2, 3, 0)
+    return DeviceField(packed, voxel_size)

@@ -69,7 +69,7 @@ class NetworkRunner:
         A `VolumeNetwork`; or one that takes (n, 2, height, width) and gives (n, 3, height, width): 5 x flow
         along the two axes of the plane, and the logit; or a tuple that starts with that, as CPnet does.
     precision
-        Type for convolutions (autocast).
+        Type for convolutions (autocast); int8 is OpenVINO's.
     flip_average
         Average over the flips of an image along all its axes: 4 times the work in 2D, 8 times in 3D.
     engine
@@ -78,9 +78,8 @@ class NetworkRunner:
 
     Attributes
     ----------
-    seconds, pixels
-        Time inside the network's forward pass so far, and pixels, padding and overlap included, that went
-        through it.
+    pixels
+        Those, padding and overlap included, that went through the network so far.
     """
 
     def __init__(
@@ -93,8 +92,8 @@ class NetworkRunner:
         engine: Engine = "auto",
     ) -> None:
         self.device = device
-        self.seconds = 0.0
         self.pixels = 0
+        self._passes: list[tuple[Any, Any]] = []
         self._precision = precision
         self._multiple: Sequence[int] = (POOLING, POOLING)
         if isinstance(network, VolumeNetwork):
@@ -113,6 +112,26 @@ class NetworkRunner:
         if self._compiled is None:
             self._network.to(device)
             self._network.to(memory_format=self._format)  # type: ignore[call-overload]
+
+    @property
+    def seconds(self) -> float:
+        """Time inside the network's forward pass so far; a GPU, whose own time it is, is waited for."""
+        total = 0.0
+        for began, ended in self._passes:
+            if isinstance(began, torch.cuda.Event):
+                ended.synchronize()
+                total += began.elapsed_time(ended) / 1e3
+            else:
+                total += ended - began
+        return total
+
+    def _mark(self) -> Any:
+        """Note the time; of a GPU, that at which it will have done what it was asked: nobody waits for it."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def planes_per_batch(self, pixels: int) -> int:
         """How many planes of so many pixels, padding included, are best passed at once."""
@@ -166,7 +185,7 @@ class NetworkRunner:
 
     def _forward(self, images: Tensor) -> Tensor:
         """Give what the network says, 5 x flow and logit, of images of a size that it takes."""
-        started = time.perf_counter()
+        began = self._mark()
         channels = 1 if self._solid else INPUT_CHANNELS
         stack = torch.zeros((len(images), channels, *images.shape[1:]), device=self.device)
         stack[:, 0] = images
@@ -180,9 +199,7 @@ class NetworkRunner:
         assert total is not None
         if len(self._flips) > 1:
             total /= len(self._flips)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - started
+        self._passes.append((began, self._mark()))
         self.pixels += images.numel()
         return total
 
@@ -217,6 +234,10 @@ def _compile(
     if engine not in ("auto", "torch", "openvino"):
         raise InputError(f"engine '{engine}' is unknown; choose auto, torch or openvino")
     fits = device.type == "cpu" and isinstance(network, CPnet) and network.nbase[0] == INPUT_CHANNELS
+    if precision == torch.int8:
+        if engine == "torch":
+            raise InputError("precision int8 is computed by OpenVINO only; use engine auto")
+        engine = "openvino"
     if engine == "torch" or (engine == "auto" and not (fits and has_openvino())):
         return None
     if not fits:
@@ -236,15 +257,17 @@ def _compile(
 
 
 def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, threads: int) -> Compiled:
-    """Compile a CPnet by OpenVINO for the CPU: the same function, about 1.4 times faster than torch's.
+    """Compile a CPnet by OpenVINO for the CPU: the same function, about 1.5 times faster than torch's.
 
-    For float32 or bfloat16 and so many threads of an inference. The callable turns float32 (n, 2, height,
-    width), sides multiples of 8, into float32 (n, 3, height, width), in one thread at a time. The graph is
-    built from the weights: OpenVINO's own conversion takes ten times as long.
+    For float32, bfloat16 or int8 (rounded; 3 times faster again with AVX512-VNNI) and so many threads of an
+    inference. The callable turns float32 (n, 2, height, width), sides multiples of 8, into float32 (n, 3,
+    height, width), in one thread at a time. The graph is built from the weights: OpenVINO's own conversion
+    takes ten times as long.
     """
     import openvino as ov  # type: ignore[import-not-found,unused-ignore]
 
-    graph = _Graph({name: value.detach().cpu().float().numpy() for name, value in state.items()})
+    weights = {name: value.detach().cpu().float().numpy() for name, value in state.items()}
+    graph = _Graph(weights, rounded=precision == torch.int8)
     hint = "bf16" if precision == torch.bfloat16 else "f32"
     compiled = ov.Core().compile_model(
         graph.build(),
@@ -260,13 +283,27 @@ def compile_cpnet(state: Mapping[str, torch.Tensor], precision: torch.dtype, thr
     return run
 
 
-class _Graph:
-    """CPnet's forward pass in evaluation mode; blocks are named as its weights are."""
+_INT8_SIGMAS = 16
+"""Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26
+off the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
-    def __init__(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+_KERNEL_VALUES = 127
+"""7 bits, at no cost in accuracy: without VNNI, the sum of two products of 8 bits would not fit into 16."""
+
+
+class _Graph:
+    """CPnet's forward pass in evaluation mode; blocks are named as its weights are.
+
+    `rounded` marks what goes into convolutions, their kernels too, as numbers of 8 bits, which OpenVINO then
+    computes with. Their ranges follow from the batch normalisation before each (Nagel et al. 2019), so that
+    no images are needed; the first level's two input channels and the output stay as they are.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]], *, rounded: bool = False) -> None:
         from openvino import opset13
 
         self._weights = weights
+        self._rounded = rounded
         self._ops: Any = opset13
 
     def build(self) -> Any:
@@ -301,10 +338,28 @@ class _Graph:
         return self._ops.add(self._ops.multiply(node, scale[None, :, None, None]), shift[None, :, None, None])
 
     def _convolve(self, node: Node, name: str) -> Node:
-        kernel = self._weights[f"{name}.weight"]
+        kernel: Node = self._weights[f"{name}.weight"]
         pads = [kernel.shape[2] // 2] * 2
+        if self._rounded and kernel.shape[1] > INPUT_CHANNELS and not name.startswith("output"):
+            node, kernel = self._round(node, kernel, name)
         convolved = self._ops.convolution(node, kernel, [1, 1], pads, pads, [1, 1])
         return self._ops.add(convolved, self._weights[f"{name}.bias"][None, :, None, None])
+
+    def _round(self, node: Node, kernel: NDArray[np.float32], name: str) -> tuple[Node, Node]:
+        """Round the input, behind a batch normalisation, and the kernel of a convolution."""
+        before = name.rpartition(".")[0] + ".0"
+        spread = _INT8_SIGMAS * np.abs(self._weights[f"{before}.weight"])
+        mean = self._weights[f"{before}.bias"]
+        most = max(1e-6, (mean + spread).max())
+        # no ReLU comes before a projection
+        least = 0.0
+        if ".proj." in name:
+            most = max(most, (spread - mean).max())
+            least = -most * 128 / 127
+        ends = [np.float32(least), np.float32(most)]
+        largest = np.maximum(np.abs(kernel).max(axis=(1, 2, 3), keepdims=True), np.float32(1e-8))
+        kernel = self._ops.fake_quantize(kernel, -largest, largest, -largest, largest, _KERNEL_VALUES)
+        return self._ops.fake_quantize(node, *ends, *ends, 256), kernel
 
     def _step(self, node: Node, name: str) -> Node:
         """Batch normalisation, ReLU, convolution."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nuclei3d.config.sections import PredictParams
     from nuclei3d.images.voxel_size import VoxelSize
     from nuclei3d.networks.folder import Model
-    from nuclei3d.segmentation.flow_field import FlowField
+    from nuclei3d.segmentation.flow_field import DeviceField, FlowField
     from nuclei3d.segmentation.masks import Nucleus
     from nuclei3d.segmentation.network_pass import Networks
     from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
@@ -169,6 +169,7 @@ class Segmenter:
         """
         import numpy as np
 
+        from nuclei3d.grid import find_boxes
         from nuclei3d.segmentation.likeness import find_unlikeness
         from nuclei3d.segmentation.masks import measure_nuclei
         from nuclei3d.segmentation.network_pass import predict_flows
@@ -189,10 +190,6 @@ class Segmenter:
             seconds["masks"] = time.perf_counter() - labelling
         if progress is not None:
             progress(1.0)
-        # plane by plane: counting takes eight bytes a voxel
-        voxels = np.zeros(len(scores), np.int64)
-        for plane in labels:
-            voxels += np.bincount(plane.ravel(), minlength=len(scores))
         return Segmentation(
             labels,
             scores,
@@ -200,7 +197,7 @@ class Segmenter:
             partial(measure_nuclei, labels, image, voxel_size, scores),
             warnings=tuple(
                 find_unlikeness(
-                    voxels[1:] * voxel_size.volume_um3,
+                    find_boxes(labels).voxels[1:] * voxel_size.volume_um3,
                     voxel_size,
                     settings.nucleus_diameter_um,
                     self.models["main"].info.training if self.models else None,
@@ -227,10 +224,11 @@ class Segmenter:
         if self.settings.mode == "cellpose":
             raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
         voxel_size = _voxel_size(voxel_size_um)
-        return predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)[0]
+        flows, _ = predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)
+        return flows.fetch()
 
     def label(
-        self, flows: FlowField, shape: tuple[int, ...], masks: MaskSettings | None = None
+        self, flows: FlowField | DeviceField, shape: tuple[int, ...], masks: MaskSettings | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
         """Turn `flows` into labels 1..n on the image's grid (z, y, x), and their scores, float32 (n + 1,).
 

@@ -275,7 +275,10 @@ def segmentation_settings(
     solid: SegmentationSettings | None = None
     if volume is not None:
         # OpenVINO is for the 2D network, the 3D one runs in torch
-        asked = predict.model_copy(update={"mode": "full3d", "engine": "auto", "diameter_um": diameter_um})
+        precision = "auto" if predict.precision == "int8" else predict.precision
+        asked = predict.model_copy(
+            update={"mode": "full3d", "engine": "auto", "precision": precision, "diameter_um": diameter_um}
+        )
         solid = segmentation_settings(volume, asked)
     masks = MaskSettings(**_given(MaskSettings, predict, info))
     if predict.min_volume_um3 is None and info.nucleus_diameter_um is not None:

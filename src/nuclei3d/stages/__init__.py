@@ -23,12 +23,8 @@ def map_in_processes(
 ) -> list[Result]:
     """Work on items in so many processes, under a progress bar; 1 means this process.
 
-    The processes end with this one, however it ends, and with the first error.
-
-    Raises
-    ------
-    MachineError
-        If one of them is killed, by the system for lack of memory, say.
+    The processes end with this one, however it ends, and with the first error. MachineError is raised if one
+    of them is killed, by the system for lack of memory, say.
     """
     pool = None
     found: Iterable[tuple[Result, Iterable[str]]]

@@ -49,16 +49,9 @@ def assess(
 ) -> EvaluateResult:
     """Predict the held-out (test) frames of a data set and evaluate them, with the baselines beside them.
 
-    Parameters
-    ----------
-    params
-        `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model.
-    model
-        A model folder, weights file, or URI.
-    out
-        The folder for predictions and baselines (a folder per embryo), and evaluation.
-    slices
-        The slice data set of the training, whose bins of contrast the evaluation then takes.
+    `data.split` says which frames are held out, `evaluate.baselines` what is put beside the model, a folder,
+    weights file or URI. `out` gets predictions and baselines (a folder per embryo), and evaluation; `slices`
+    is the data set of the training, whose bins of contrast the evaluation then takes.
     """
     predict_held_out(params, data, model, out)
     return evaluate_held_out(params, data, model, out, slices=slices)

@@ -13,7 +13,7 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
-from nuclei3d.console import say
+from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import (
     Embryo,
@@ -127,7 +127,7 @@ def check(params: Params, data: Path) -> CheckResult:
     for embryo in embryos:
         say(_describe_embryo(embryo, [frame for frame in usable if frame.embryo == embryo.name]))
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     for error_text in errors:
         say(f"cannot be used: {error_text}")
     say(f"{len(usable)} labelled frames can be used; {len(warnings)} warnings, {len(errors)} errors")

@@ -69,13 +69,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     embryos (or blocks of time, see `nuclei3d.scoring.bootstrap`) are drawn with replacement, the same for
     both, so what varies between embryos cancels out and small differences become visible.
     `evaluate.primary_metric` decides. The result goes to `out`, a ``.json`` file or a folder to hold
-    compare.json.
-
-    Raises
-    ------
-    InputError
-        If a file is no metrics.json, the two share no volume, a shared volume has another truth, or all that
-        they share is of embryos that a model was trained on.
+    compare.json. InputError is raised if a file is no metrics.json, the two share no volume, a shared volume
+    has another truth, or all that they share is of embryos that a model was trained on.
     """
     a, b = (path / "metrics.json" if path.is_dir() else path for path in (a, b))
     first, second = _read(a), _read(b)

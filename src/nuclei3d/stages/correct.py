@@ -41,18 +41,10 @@ class Foreground(NamedTuple):
 class Correction:
     """A frame to correct: image and labels (Z, Y, X) as they were opened, and where they go.
 
-    Attributes
-    ----------
-    folder, frame
-        The embryo's folder in the data set, and the frame's name there.
-    source
-        Where the labels came from.
-    known
-        What earlier corrections looked at; None: all, or nothing is known of it.
-    score, growth, agreement
-        By label, as `rank_nuclei` takes them.
-    foreground
-        What a model takes for nuclei, on the grid of its flows; None where it does not say it.
+    `folder` is the embryo's in the data set, `frame` the frame's name there, `source` where the labels came
+    from; `known` is what earlier corrections looked at (None: all, or nothing is known of it). `score`,
+    `growth` and `agreement` are by label, as `rank_nuclei` takes them; `foreground` is what a model takes for
+    nuclei, None where it does not say it.
     """
 
     params: Params
@@ -295,20 +287,12 @@ def correct(
 ) -> Any:
     """Open a frame in napari to correct its masks; give the panel.
 
-    Parameters
-    ----------
-    image
-        A file, or a folder, of which the first volume that the masks know is taken.
-    masks
-        Label volume, or folder of them; if None what the data set has of the frame, or what the model finds.
-    model
-        Model folder, weights file, ``models:/name@alias`` or URL; nuclei on which it disagrees come first.
-    data, embryo
-        Where corrections go, if not to where the image lies; ``data`` and the name of its folder.
-    overwrite
-        Replace labels that the data set has of this frame by these.
-    block
-        Wait until the window is closed. What was not saved by then goes to ``unsaved/``.
+    Of a folder of images the first volume that the masks know is taken. `masks` are a label volume or a
+    folder of them; if None, what the data set has of the frame, or what the model finds. `model` is a folder,
+    weights file, ``models:/name@alias`` or URL; nuclei on which it disagrees come first. Corrections go to
+    `data` and the folder of `embryo`, if not to where the image lies; with `overwrite` they replace labels
+    that the data set has of this frame. With `block` it waits until the window is closed; what was not saved
+    by then goes to ``unsaved/``.
     """
     require_napari(
         "correct", "; or correct masks in Cellpose or Fiji and take them in with: nuclei3d import FILE"

@@ -47,7 +47,7 @@ from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
-from nuclei3d.stages.track_scores import score_track_folders
+from nuclei3d.stages.track_files import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000

@@ -34,13 +34,7 @@ from nuclei3d.images.unknown import KNOWN_MARK, find_known_mask, is_known_mask, 
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import require_writable, whole_file
 from nuclei3d.scoring.matching import match, overlap_table
-from nuclei3d.stages.check import (
-    FrameCheck,
-    check_volume,
-    common_offset,
-    describe_faults,
-    describe_offsets,
-)
+from nuclei3d.stages.check import FrameCheck, check_volume, common_offset, describe_faults, describe_offsets
 from nuclei3d.stages.pairing import Entry, find_image_entries, find_label_entries
 
 #: Intersection over union from which on two outlines are the same nucleus.
@@ -106,18 +100,10 @@ def import_labels(
 ) -> ImportResult:
     """Take labels into ``<data>/<embryo>/labels``, all or none of them.
 
-    Parameters
-    ----------
-    params
-        Sections ``data`` and, for what is a crumb, ``prepare``.
-    inputs
-        Label volumes (TIFF, OME-Zarr, folders of them), Cellpose's ``_seg.npy``, ImageJ's regions.
-    data, embryo
-        Folder of the data set and name of the embryo; both may be new.
-    images
-        Images, which are copied to ``<data>/<embryo>/images`` unless one of that name is there.
-    overwrite
-        Replace labels that are there and differ.
+    `inputs` are label volumes (TIFF, OME-Zarr, folders of them), Cellpose's ``_seg.npy``, ImageJ's regions.
+    Data set and embryo may be new; `images` are copied to ``<data>/<embryo>/images`` unless one of that name
+    is there. With `overwrite` labels are replaced that are there and differ. The section ``prepare`` says
+    what is a crumb.
     """
     if Path(embryo).name != embryo or embryo.startswith("."):
         raise InputError(f"'{embryo}' is no name for an embryo's folder; give one such as mouse_1 (--embryo)")

@@ -49,16 +49,9 @@ _TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 class Entry:
     """One frame found under a folder, with the names that it may be known by.
 
-    Folders called `labels`, `images` and the like count for nothing here.
-
-    Attributes
-    ----------
-    folders
-        Names of the folders between the root and the file.
-    stem
-        Name of the frame without `_masks` and the like.
-    home, root
-        The innermost folder, and the name of the one that was searched.
+    `folders` are those between the root and the file, but none called `labels`, `images` and the like; `stem`
+    is the name of the frame without `_masks` and the like; `home` the innermost folder, and `root` the name
+    of the one that was searched.
     """
 
     frame: Frame
@@ -272,20 +265,11 @@ def _volumes_below(folder: Path) -> list[Path]:
 class VolumePair:
     """A true volume with all that belongs to it.
 
-    Attributes
-    ----------
-    name
-        ``<embryo>/<frame>``, unique.
-    voxel_size
-        In um if `physical`; else of unit length, because no file says it.
-    baselines
-        Predictions of other methods by their names.
-    min_true_volume_um3
-        True labels below are background.
-    unknown_label, label_shift_um
-        Number of what nobody looked at; how far true labels are moved (z, y, x), None: not at all.
-    share
-        The part of the volume that counts (`nuclei3d.images.embryos.block_of`); None: all of it.
+    `name` is ``<embryo>/<frame>``, unique; `voxel_size` is in um if `physical`, else of unit length, because
+    no file says it; `baselines` are predictions of other methods by their names. True labels below
+    `min_true_volume_um3` are background, `unknown_label` is the number of what nobody looked at,
+    `label_shift_um` how far true labels are moved (z, y, x), and `share` the part that counts
+    (`nuclei3d.images.embryos.block_of`); None: not at all, all of it.
     """
 
     name: str
@@ -354,13 +338,8 @@ def pair_volumes(
     """Find which prediction, image and baseline belongs to each true volume.
 
     If given, `only` of those files, at those times in them (None: of one), and of each the part that counts
-    (`VolumePair.share`).
-
-    Raises
-    ------
-    InputError
-        If a folder holds nothing to read, nothing pairs, it is in doubt what pairs, or a baseline lacks
-        volumes that are paired.
+    (`VolumePair.share`). InputError is raised if a folder holds nothing to read, nothing pairs, it is in
+    doubt what pairs, or a baseline lacks volumes that are paired.
     """
     truths, predictions = find_label_entries(truth), find_label_entries(pred)
     shares: dict[Entry, tuple[float, float] | None] = {}

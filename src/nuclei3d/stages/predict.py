@@ -12,12 +12,15 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
 from nuclei3d.config import Params
@@ -25,14 +28,7 @@ from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import (
-    Frame,
-    check_image,
-    find_frames,
-    frame_stem,
-    natural_key,
-    say_passed_over,
-)
+from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import require_writable, whole_file
@@ -91,8 +87,9 @@ def predict(
 ) -> PredictResult:
     """Segment volumes.
 
-    Each frame's masks and table appear, whole, as soon as the frame is done. Frames that were done before by
-    the same model with the same settings are passed over, so a run that was stopped goes on where it was.
+    Each frame's masks and table appear, whole, as soon as the frame is done, while the next is segmented and
+    the one after it read. Frames that were done before by the same model with the same settings are passed
+    over, so a run that was stopped goes on where it was.
 
     Parameters
     ----------
@@ -177,32 +174,6 @@ def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
     return predictor if diameter_um is None else predictor.at(diameter_um)
 
 
-def _predict_frames(
-    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
-) -> tuple[list[PredictedFrame], list[str]]:
-    """Segment frames, each at its diameter (None: the model's), but those done before; digest each."""
-    done: list[PredictedFrame] = []
-    fingerprints: list[str] = []
-    with (
-        progress_bar("predict", total=len(sequence)) as bar,
-        _says_what_is_kept(done, len(sequence), out),
-    ):
-        for frame, diameter_um in sequence:
-            predictor = _at(predictor, diameter_um)
-            fingerprint = fingerprint_of(frame, predictor)
-            finished = None if overwrite else _find_done(out, frame.name, fingerprint)
-            if finished is not None:
-                bar.advance(1)
-            else:
-                bar.note(frame.name)
-                _forget(out, frame.name)
-                finished = _predict_frame(frame, predictor, out, bar.advance)
-                _note_done(out, finished, fingerprint)
-            done.append(replace(finished, diameter_um=diameter_um))
-            fingerprints.append(fingerprint)
-    return done, fingerprints
-
-
 def _confirm(
     candidates: Sequence[PredictedFrame],
     fingerprints: Sequence[str],
@@ -262,7 +233,99 @@ def _says_what_is_kept(done: Sequence[PredictedFrame], count: int, out: Path) ->
         ) from None
 
 
-def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progress) -> PredictedFrame:
+class _Opened(NamedTuple):
+    """A frame, and if it was `finished` before; if it was read, its image, and its range in the predictor."""
+
+    fingerprint: str
+    finished: PredictedFrame | None
+    predictor: Predictor
+    image: NDArray[Any] | None = None
+
+
+def _predict_frames(
+    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
+) -> tuple[list[PredictedFrame], list[str]]:
+    """Segment frames, each at its diameter (None: the model's), but those done before; digest each.
+
+    While one is segmented, a thread reads the next and another writes the one before. Where the memory would
+    not hold two frames, each waits for its turn.
+    """
+    done: list[PredictedFrame] = []
+    fingerprints: list[str] = []
+    ahead: Future[_Opened] | None = None
+    written: Future[None] | None = None
+
+    def open_frame(frame: Frame, diameter_um: float | None, *, read: bool) -> _Opened:
+        wanted = _at(predictor, diameter_um)
+        fingerprint = fingerprint_of(frame, wanted)
+        finished = None if overwrite else _find_done(out, frame.name, fingerprint)
+        if finished is None and read and wanted.fits(frame, 2):
+            return _Opened(fingerprint, None, *_read(frame, wanted))
+        return _Opened(fingerprint, finished, wanted)
+
+    def write(finish: Callable[[], PredictedFrame], fingerprint: str, diameter_um: float | None) -> None:
+        frame = finish()
+        if not frame.done_before:
+            _note_done(out, frame, fingerprint)
+        done.append(replace(frame, diameter_um=diameter_um))
+
+    with (
+        progress_bar("predict", total=len(sequence)) as bar,
+        _says_what_is_kept(done, len(sequence), out),
+        ThreadPoolExecutor(1) as reading,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        for number, (frame, diameter_um) in enumerate(sequence, start=1):
+            opened = ahead.result() if ahead else open_frame(frame, diameter_um, read=False)
+            ahead, roomy = None, False
+            if opened.finished is None:
+                bar.note(frame.name)
+                _forget(out, frame.name)
+                roomy = opened.predictor.fits(frame, 2)
+                if roomy and number < len(sequence):
+                    ahead = reading.submit(open_frame, *sequence[number], read=True)
+                finish = _predict_frame(frame, opened, out, bar.advance)
+            else:
+                bar.advance(1)
+                finish = partial(replace, opened.finished)
+            if written is not None:
+                written.result()
+            written = writing.submit(write, finish, opened.fingerprint, diameter_um)
+            fingerprints.append(opened.fingerprint)
+            if not roomy or number == len(sequence):
+                written.result()
+    return done, fingerprints
+
+
+def _read(frame: Frame, predictor: Predictor) -> tuple[Predictor, NDArray[Any]]:
+    """Read and check a frame; its range of intensities goes with the predictor."""
+    with _named(frame):
+        image = frame.read()
+        check_image(image, str(frame.path))
+    model = predictor.model
+    if isinstance(model, Segmenter):
+        from nuclei3d.segmentation.settings import with_ranges
+
+        model = model.with_settings(with_ranges(model.settings, image))
+    return replace(predictor, model=model), image
+
+
+@contextmanager
+def _named(frame: Frame) -> Iterator[None]:
+    """Let errors name the frame."""
+    try:
+        yield
+    except InputError as error:
+        if str(frame.path) in str(error):
+            raise
+        where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _predict_frame(
+    frame: Frame, opened: _Opened, out: Path, advance: Progress
+) -> Callable[[], PredictedFrame]:
+    """Segment a frame; give what writes its masks and table."""
     started, shown = time.perf_counter(), 0.0
 
     def progress(share: float) -> None:
@@ -270,18 +333,19 @@ def _predict_frame(frame: Frame, predictor: Predictor, out: Path, advance: Progr
         advance(share - shown)
         shown = share
 
-    try:
-        masks, nuclei, warnings = _write_masks(predictor, frame, out, progress)
-    except InputError as error:
-        if str(frame.path) in str(error):
-            raise
-        where = str(frame.path) if frame.time is None else f"{frame.path} (time point {frame.time})"
-        raise type(error)(f"{where}: {error}") from error
-    table = _table_path(out, frame.name)
-    _write_table(table, nuclei)
+    with _named(frame):
+        write_masks = _segment(frame, opened, out, progress)
     progress(1.0)
-    seconds = round(time.perf_counter() - started, 3)
-    return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+
+    def finish() -> PredictedFrame:
+        with _named(frame):
+            masks, nuclei, warnings = write_masks()
+        table = _table_path(out, frame.name)
+        _write_table(table, nuclei)
+        seconds = round(time.perf_counter() - started, 3)
+        return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+
+    return finish
 
 
 def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
@@ -349,13 +413,18 @@ class Predictor:
         score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
         return None if score is None or volume_um3 is None else Sure(score, volume_um3)
 
-    def needs_blocks(self, frame: Frame) -> bool:
-        """Tell whether a frame is larger than the memory."""
+    def fits(self, frame: Frame, times: int = 1) -> bool:
+        """Tell whether the memory holds a frame, so many times; that of a service is not known."""
         from nuclei3d.stages.predict_blocks import BlockRun, required_gb
 
-        if isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose":
-            return False
-        return required_gb(frame, self.model.settings) > BlockRun.of(self.params).worker_gb
+        if isinstance(self.model, RemoteModel):
+            return True
+        return times * required_gb(frame, self.model.settings) <= BlockRun.of(self.params).worker_gb
+
+    def needs_blocks(self, frame: Frame) -> bool:
+        """Tell whether a frame is larger than the memory."""
+        whole = isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose"
+        return not whole and not self.fits(frame)
 
     def at(self, diameter_um: float) -> Predictor:
         """Give the same model for nuclei of another diameter."""
@@ -379,31 +448,28 @@ class Predictor:
         return replace(self, model=self.model.with_settings(settings), params=predict, identity=identity)
 
 
-def _write_masks(
-    predictor: Predictor, frame: Frame, out: Path, progress: Progress
-) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
-    """Segment a frame, in blocks if it is larger than the memory; give file of masks, nuclei, warnings."""
+_Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
+"""File of masks, nuclei, warnings."""
+
+
+def _segment(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
+    """Segment a frame, in blocks if it is larger than the memory; give what writes its masks."""
+    predictor = opened.predictor
     model = predictor.model
     if isinstance(model, RemoteModel):
-        return _write_whole(model, frame, out, progress, predictor.identity["model"])
+        return _segment_whole(frame, opened, out, progress)
     import torch
 
     from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import (
-        BlockRun,
-        predict_in_blocks,
-        required_gb,
-        with_frame_ranges,
-    )
+    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb, with_frame_ranges
 
     settings, run = model.settings, BlockRun.of(predictor.params)
     needed = required_gb(frame, settings)
-    if predictor.needs_blocks(frame):
+    if opened.image is None and predictor.needs_blocks(frame):
         say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
         masks = out / f"{frame.name}_masks.ome.zarr"
-        fingerprint = fingerprint_of(frame, predictor)
         settings = with_frame_ranges(frame, settings)
-        nuclei = predict_in_blocks(frame, model.models, settings, run, fingerprint, masks, progress)
+        nuclei = predict_in_blocks(frame, model.models, settings, run, opened.fingerprint, masks, progress)
         unlike = find_unlikeness(
             np.array([nucleus.volume_um3 for nucleus in nuclei]),
             frame.require_voxel_size(),
@@ -411,9 +477,9 @@ def _write_masks(
             model.models["main"].info.training,
             settings.intensity_range,
         )
-        return masks, nuclei, tuple(unlike)
+        return lambda: (masks, nuclei, tuple(unlike))
     try:
-        return _write_whole(model, frame, out, progress)
+        return _segment_whole(frame, opened, out, progress)
     except (MemoryError, torch.OutOfMemoryError):
         raise MachineError(
             f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
@@ -444,20 +510,24 @@ def open_model(params: Params, model: str) -> Predictor:
     return Predictor(segmenter, params.predict, identity)
 
 
-def _write_whole(
-    model: Segmenter | RemoteModel, frame: Frame, out: Path, progress: Progress, served: object = None
-) -> tuple[Path, list[Nucleus], tuple[str, ...]]:
-    """Segment a frame as a whole; if the service said which model it serves (`served`), by no other."""
-    from nuclei3d.images.tiff import write_labels
-
-    image = frame.read()
-    check_image(image, str(frame.path))
-    result = model.segment(image, frame.require_voxel_size(), progress)
+def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
+    """Segment a frame as a whole; if the service said which model it serves, by no other."""
+    predictor, image = opened.predictor, opened.image
+    if image is None:
+        predictor, image = _read(frame, predictor)
+    result = predictor.model.segment(image, frame.require_voxel_size(), progress)
+    served = predictor.identity.get("model")
     if isinstance(served, dict) and isinstance(result, RemoteSegmentation) and result.model != served:
         raise InputError("the service serves another model than at the start; give the same command again")
-    path = out / f"{frame.name}_masks.ome.tif"
-    write_labels(path, result.labels, frame.require_voxel_size())
-    return path, result.nuclei, result.warnings
+
+    def write() -> _Written:
+        from nuclei3d.images.tiff import write_labels
+
+        path = out / f"{frame.name}_masks.ome.tif"
+        write_labels(path, result.labels, frame.require_voxel_size())
+        return path, result.nuclei, result.warnings
+
+    return write
 
 
 def _table_path(out: Path, name: str) -> Path:

@@ -340,15 +340,10 @@ def predict_in_blocks(
     """Segment a frame block by block, in any mode but ``cellpose``, write its masks and give its nuclei.
 
     `settings` hold the ranges of the whole frame (`with_frame_ranges`); `fingerprint` is of frame, models and
-    settings: results of a run before with another are not used.
-
-    Raises
-    ------
-    InputError
-        If blocks cannot be small enough or the scheduler does not answer.
-    MachineError
-        If a worker dies again and again, the scheduler goes away, or the disk is full. Finished blocks are
-        kept and the next run goes on with the others.
+    settings: results of a run before with another are not used. InputError is raised if blocks cannot be
+    small enough or the scheduler does not answer, MachineError if a worker dies again and again, the
+    scheduler goes away, or the disk is full: finished blocks are kept and the next run goes on with the
+    others.
     """
     folder = _open_folder(masks, frame, fingerprint[:16])
     # Workers need not run in this directory.

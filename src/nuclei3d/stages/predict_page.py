@@ -50,16 +50,9 @@ def write_page(
 ) -> Path:
     """Write `PAGE_FILE` of predicted frames into `out`, or leave the one there that shows just these.
 
-    Beside it is the table of tracks (`TRACKS_FILE`), if nuclei are to be shown by track.
-
-    Parameters
-    ----------
-    frames, predicted
-        The images, and masks and tables of each, in the order of time.
-    warnings
-        Of the prediction; the page says them.
-    animated
-        Write `ANIMATION_FILE` too.
+    `frames` and `predicted` are in the order of time; the page says the `warnings`. Beside it is the table of
+    tracks (`TRACKS_FILE`), if nuclei are to be shown by track. If `animated`, `ANIMATION_FILE` is written
+    too.
     """
     page = out / PAGE_FILE
     tracks = out / TRACKS_FILE

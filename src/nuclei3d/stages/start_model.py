@@ -45,12 +45,8 @@ def load_fine_tuning(
     The kind and width of the network, the diameter in pixels and the normalisation are the start model's, and
     planes of `data`, if given, are cut at its scale. For a command that `trains`, learning rate, warm-up and
     epochs are those of `train.fine_tune`, or its defaults if the start model was `asked` for on the command
-    line. Whatever changes what the file says is told in a line.
-
-    Raises
-    ------
-    InputError
-        If there is no such model, or it is a bare weights file and no diameter was given with it.
+    line. Whatever changes what the file says is told in a line. InputError is raised if there is no such
+    model, or it is a bare weights file and no diameter was given with it.
     """
     params = load_params(file, overrides)
     path = find_start_model(params)

@@ -45,25 +45,11 @@ def write_series(
 ) -> list[Path]:
     """Write the masks of all time points of one file as one file, unless these same ones are there.
 
-    Parameters
-    ----------
-    frames, masks, fingerprints
-        The frames of one input in the order of time, their masks, and what says of each whether it changed.
-    out
-        Gets ``<stem>_masks.ome.tif`` (T, Z, Y, X), or for OME-Zarr ``<stem>_masks.ome.zarr`` with the masks
-        in its ``labels`` group. A single frame gets none: its masks are there.
-    into_input
-        Also write them into the ``labels`` group of the OME-Zarr that was read; other inputs are passed over.
-
-    Returns
-    -------
-    paths : list of Path
-        What lies there now.
-
-    Raises
-    ------
-    InputError
-        If a place cannot be written.
+    Of each frame of one input, in the order of time, `masks` has the file and `fingerprints` what says
+    whether it changed. `out` gets ``<stem>_masks.ome.tif`` (T, Z, Y, X), or for OME-Zarr
+    ``<stem>_masks.ome.zarr`` with the masks in its ``labels`` group; a single frame gets none. With
+    `into_input` they also go into the ``labels`` group of the OME-Zarr that was read. Gives what lies there
+    now; InputError is raised if a place cannot be written.
     """
     source, several = frames[0].path, len(frames) > 1
     if not (several or into_input):

@@ -95,21 +95,24 @@ def evaluate_tracked(
     pred: Path,
     out: Path,
     *,
+    baselines: Mapping[str, Path] | Sequence[str] = (),
     origin: Mapping[str, Path] | None = None,
     **options: Any,
 ) -> EvaluateResult:
     """Score predictions; see `nuclei3d.stages.evaluate.evaluate`. What it writes becomes artifacts.
 
-    `origin` names what the predictions were made from (data, slices, model), for the provenance.
+    `baselines` may be written as ``NAME=DIR``. `origin` names what the predictions were made from (data,
+    slices, model), for the provenance.
     """
-    from nuclei3d.stages.evaluate import evaluate
+    from nuclei3d.stages.evaluate import evaluate, read_baselines
 
     with stage_run("evaluate", params, inputs={"truth": truth, "predictions": pred, **(origin or {})}) as run:
         data = (origin or {}).get("data", truth)
         made = {"Data": f"{data} (MD5 {md5_of_input(data)})"}
         if run.run_id is not None:
             made["Evaluation run"] = run.run_id
-        result = evaluate(params, truth, pred, out, made=made, **options)
+        beside = baselines if isinstance(baselines, Mapping) else read_baselines(baselines)
+        result = evaluate(params, truth, pred, out, baselines=beside, made=made, **options)
         embryos = list(result.metrics.get("by_embryo", {}))
         model = result.metrics.get("model", {}).get("name") or options.get("method", "predictions")
         told = f"evaluate {model} on {some_of(embryos)}, predicted with mode {params.predict.mode}"

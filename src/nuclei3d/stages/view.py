@@ -28,14 +28,8 @@ from nuclei3d.stages.pairing import (
 def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool = True) -> Any:
     """Show one volume and any number of label volumes on it, with the right scale; give napari's viewer.
 
-    Parameters
-    ----------
-    image
-        A file, or a folder, of which the first volume that all masks know is shown.
-    masks
-        Label volumes, or folders of them; each becomes a layer.
-    block
-        Wait until the window is closed.
+    Of folders the first volume that all masks know is shown; each of the masks becomes a layer. With `block`
+    it waits until the window is closed.
     """
     require_napari("view")
     entry, layers = choose_layers(image, masks, params.data.channel)

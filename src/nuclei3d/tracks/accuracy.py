@@ -78,15 +78,7 @@ def match_frame(truth: NDArray[np.integer[Any]], prediction: NDArray[np.integer[
 
 
 def score_tracks(true: Tracks, predicted: Tracks, matches: Iterable[FrameMatch]) -> TrackScores:
-    """Score tracks.
-
-    Parameters
-    ----------
-    true, predicted
-        Tracks of the same frames.
-    matches
-        For each frame what `match_frame` gives.
-    """
+    """Score tracks of the same frames, by what `match_frame` gives for each."""
     from traccuracy import NodeFlag, TrackingGraph
     from traccuracy.matchers import Matched
     from traccuracy.metrics import CTCMetrics, DivisionMetrics

@@ -75,10 +75,7 @@ class Nuclei:
 
 
 def measure_frame(
-    labels: NDArray[np.integer[Any]],
-    voxel_size: VoxelSize,
-    frame: int,
-    image: NDArray[Any] | None = None,
+    labels: NDArray[np.integer[Any]], voxel_size: VoxelSize, frame: int, image: NDArray[Any] | None = None
 ) -> Nuclei:
     """Measure the nuclei of one frame's masks (Z, Y, X), whose numbers may have gaps.
 

@@ -273,18 +273,21 @@ class Examples:
         was_training = network.training
         network.eval()
         seen = FlowFigures()
-        losses: list[_CropLoss] = []
-        found: list[tuple[float, float]] = []
-        for fixed, contrasts in self._fixed:
-            batch = fixed.to(arithmetic.device)
+        said: list[tuple[Tensor, Tensor]] = []
+        for fixed in self._fixed:
+            batch = fixed.batch.to(arithmetic.device)
             output = arithmetic.run(network, batch.images).float()
-            losses += self._losses(output, batch)
-            inside = (output[:, self.grid.axes] > 0).cpu().numpy()
-            for each in zip(inside, batch.labels, contrasts, strict=True):
-                found += found_shares(*each)
+            inside = output[:, self.grid.axes] > 0
+            said.append((self._losses(output, batch), fixed.count(inside)))
             if self.grid.axes == 3:
                 seen.add(output, batch.flows, batch.foreground, batch.weights)
         network.train(was_training)
+        # only now is a GPU waited for
+        losses: list[_CropLoss] = []
+        found: list[tuple[float, float]] = []
+        for fixed, (parts, hits) in zip(self._fixed, said, strict=True):
+            losses += self._by_crop(parts, fixed.batch)
+            found += fixed.found_shares(hits)
         crops = sum(loss.crops for loss in losses)
         flow = sum(loss.flow * loss.crops for loss in losses) / crops
         probability = sum(loss.probability * loss.crops for loss in losses) / crops
@@ -300,23 +303,28 @@ class Examples:
         figures |= {f"validation_{name}": value for name, value in seen.figures().items()}
         return figures | found_by_quintile(found)
 
-    def _losses(self, output: Tensor, batch: Batch) -> list[_CropLoss]:
-        """Compute the losses of the crops, without weights of nuclei; of volumes, of all crops as one."""
+    def _losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Compute the parts of the losses (n, 2), without weights of nuclei; of volumes, of all as one."""
         if self.grid.axes == 3:
             loss = network_loss(output, batch.flows, batch.foreground, batch.weights, self._terms)
-            return [_CropLoss("volume", float(loss.flow), float(loss.probability), len(batch.samples))]
-        parts = losses_of_crops(output, batch.flows, batch.foreground, batch.weights).cpu().tolist()
+            return torch.stack([loss.flow, loss.probability])[None]
+        return losses_of_crops(output, batch.flows, batch.foreground, batch.weights)
+
+    def _by_crop(self, parts: Tensor, batch: Batch) -> list[_CropLoss]:
+        fetched = parts.cpu().tolist()
+        if self.grid.axes == 3:
+            return [_CropLoss("volume", *fetched[0], len(batch.samples))]
         views = (self._validation.infos[sample].view for sample in batch.samples)
-        return [_CropLoss(view, *part) for view, part in zip(views, parts, strict=True)]
+        return [_CropLoss(view, *part) for view, part in zip(views, fetched, strict=True)]
 
     @cached_property
-    def _fixed(self) -> list[tuple[Batch, list[NDArray[np.float64]]]]:
-        """The validation crops, and the contrast of each nucleus of each; cut when they are first needed."""
+    def _fixed(self) -> list[_FixedBatch]:
+        """The validation crops; cut when they are first needed."""
         # crops of planes without nuclei occur here as they occur in the planes
         grid = replace(self.grid, nucleus_centred=0.0) if self.grid.axes == 2 else self.grid
         params = self._params
         batches = validation_batches(self._validation, params.validation_crops, grid, params.batch_size)
-        return [(batch, self._contrasts(batch)) for batch in batches]
+        return [_FixedBatch.of(batch, self._contrasts(batch)) for batch in batches]
 
     def _contrasts(self, batch: Batch) -> list[NDArray[np.float64]]:
         if self.grid.axes == 3:
@@ -335,16 +343,40 @@ class _CropLoss(NamedTuple):
     crops: int = 1
 
 
-def found_shares(
-    inside: NDArray[np.bool_], labels: NDArray[np.int32], contrasts: NDArray[np.float64]
-) -> list[tuple[float, float]]:
-    """Give contrast and share of the pixels called foreground of each nucleus of a crop that is no sliver."""
-    areas = np.bincount(labels.ravel(), minlength=len(contrasts))
-    hits = np.bincount(labels.ravel(), weights=inside.ravel(), minlength=len(contrasts))
-    # slivers at the edge of a crop say nothing
-    counted = (areas >= _SMALLEST_PX) & np.isfinite(contrasts)
-    counted[0] = False
-    return [(float(contrasts[label]), hits[label] / areas[label]) for label in np.flatnonzero(counted)]
+class _FixedBatch(NamedTuple):
+    """A batch of validation crops.
+
+    The labels of all crops are numbered one after the other, backgrounds included, the first of each crop as
+    `firsts` (shaped to be added to the labels) says; `contrasts` and `areas` are by these numbers.
+    """
+
+    batch: Batch
+    firsts: NDArray[np.int64]
+    contrasts: NDArray[np.float64]
+    areas: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: Batch, contrasts: Sequence[NDArray[np.float64]]) -> _FixedBatch:
+        """Number the nuclei of a batch; contrasts are by label, nan for the background, for each crop."""
+        firsts = np.cumsum([0, *map(len, contrasts)])
+        shaped = firsts[:-1].reshape(-1, *[1] * (batch.labels.ndim - 1))
+        areas = np.bincount((batch.labels + shaped).ravel(), minlength=firsts[-1])
+        return cls(batch, shaped, np.concatenate(contrasts), areas)
+
+    def count(self, inside: Tensor) -> Tensor:
+        """Count, where `inside` is, the pixels of each nucleus that are inside."""
+        labels, firsts = (
+            torch.from_numpy(each).to(inside.device) for each in (self.batch.labels, self.firsts)
+        )
+        hits = firsts.new_zeros(len(self.areas))
+        return hits.index_add_(0, (labels + firsts).flatten(), inside.flatten().long())
+
+    def found_shares(self, hits: Tensor) -> list[tuple[float, float]]:
+        """Give contrast and share of the pixels that were hit of each nucleus that is no sliver."""
+        # slivers at the edge of a crop say nothing
+        counted = (self.areas >= _SMALLEST_PX) & np.isfinite(self.contrasts)
+        shares = hits.cpu().numpy()[counted] / self.areas[counted]
+        return list(zip(self.contrasts[counted].tolist(), shares.tolist(), strict=True))
 
 
 def found_by_quintile(found: list[tuple[float, float]]) -> dict[str, float]:

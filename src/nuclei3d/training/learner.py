@@ -259,11 +259,19 @@ def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optim
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """Copy nested state to the CPU."""
+    """Copy nested state to the CPU; what is on a GPU all at once, into page-locked memory."""
+    copied = _copy_to_cpu(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        there = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return there.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
-        return {key: copy_to_cpu(entry) for key, entry in value.items()}
+        return {key: _copy_to_cpu(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [copy_to_cpu(entry) for entry in value]
+        return [_copy_to_cpu(entry) for entry in value]
     return value

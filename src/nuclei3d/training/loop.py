@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -158,8 +159,8 @@ class Callbacks:
     """What happens around the loop; each may be left out.
 
     After each epoch, epoch 0 (a start model as it is) too, `save` is called with the state and whether it is
-    the best so far, then `on_epoch` with the report; the latter may raise `StopTraining`, or any exception,
-    which ends the training.
+    the best so far, in a thread beside the next epoch, and `on_epoch` with the report; the latter may raise
+    `StopTraining`, or any exception, which ends the training, as soon as the state is saved.
     `validate_volumes` segments the validation volumes with a network and gives the average precision.
     `on_step` is called after each step with the loss, the number of crops and the learning rate.
     """
@@ -191,6 +192,28 @@ def train_network(
     return _Loop(learner, examples, params, callbacks or Callbacks()).run(start)
 
 
+class _Saver:
+    """Saves states in a thread, in their order, and no more than one behind the training."""
+
+    def __init__(self, save: Callable[[TrainingState, bool], None]) -> None:
+        self._save = save
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __call__(self, state: TrainingState, is_best: bool) -> None:
+        self._wait()
+        self._pending = self._pool.submit(self._save, state, is_best)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        """Wait until the last is saved."""
+        self._pool.shutdown()
+        self._wait()
+
+
 @dataclass(frozen=True)
 class _Loop:
     learner: Learner
@@ -203,11 +226,14 @@ class _Loop:
         return math.ceil(self.examples.crops / self.params.batch_size)
 
     def run(self, start: TrainingState | None) -> TrainingOutcome:
-        state = start or TrainingState({})
+        with closing(_Saver(self.callbacks.save or (lambda state, is_best: None))) as save:
+            return self._run(start or TrainingState({}), save)
+
+    def _run(self, state: TrainingState, save: _Saver) -> TrainingOutcome:
         if state.history:
             self.learner.restore(state.learner)
         elif self.params.start_from is not None:
-            state, _ = self._finish(state, EpochReport(0, {}), time.perf_counter())
+            state, _ = self._finish(state, EpochReport(0, {}), time.perf_counter(), save)
         stopped = ""
         on_gpu = self.learner.arithmetic.device.type == "cuda"
         workers = self.params.workers or (_WORKERS_BESIDE_GPU if on_gpu else 1)
@@ -217,7 +243,7 @@ class _Loop:
                 stopped = self._why_stop(state)
                 if stopped:
                     break
-                state, stopped = self._epoch(state, batches)
+                state, stopped = self._epoch(state, batches, save)
                 if stopped:
                     break
         last = self.params.select == "last" or not state.best
@@ -235,7 +261,9 @@ class _Loop:
             return f"no better validation loss for {patience} epochs"
         return ""
 
-    def _epoch(self, state: TrainingState, batches: Iterator[Batch]) -> tuple[TrainingState, str]:
+    def _epoch(
+        self, state: TrainingState, batches: Iterator[Batch], save: _Saver
+    ) -> tuple[TrainingState, str]:
         began = time.perf_counter()
         report = self._train_epoch(state.epoch, batches)
         first = next((each for each in state.history if each.epoch), report)
@@ -244,9 +272,11 @@ class _Loop:
                 f"training diverged in epoch {report.epoch}: the loss is {report.train_loss:.3g}, in the "
                 f"first epoch it was {first.train_loss:.3g}; {_MEND}"
             )
-        return self._finish(state, report, began)
+        return self._finish(state, report, began, save)
 
-    def _finish(self, state: TrainingState, report: EpochReport, began: float) -> tuple[TrainingState, str]:
+    def _finish(
+        self, state: TrainingState, report: EpochReport, began: float, save: _Saver
+    ) -> tuple[TrainingState, str]:
         """Judge the network after an epoch, note it; gives the new state and why to stop, if it was asked."""
         judged = self.learner.judged_network()
         more = self.examples.validate(judged, self.learner.arithmetic)
@@ -267,8 +297,7 @@ class _Loop:
             best_score=score if is_best else state.best_score,
             best=self.learner.kept_weights() if is_best else state.best,
         )
-        if self.callbacks.save is not None:
-            self.callbacks.save(state, is_best)
+        save(state, is_best)
         if self.callbacks.on_epoch is not None:
             try:
                 self.callbacks.on_epoch(report)

@@ -42,21 +42,12 @@ def export(
 ) -> ExportResult:
     """Write a model, masks or training planes for other programs into a folder that holds nothing yet.
 
-    Parameters
-    ----------
-    model
-        Model folder, weights file or ``models:/name@alias``; for the formats of models.
-    masks, images
-        Labels such as ``predict`` writes, a folder or a file, for the formats of masks; their images, for
-        ``seg``.
-    slices
-        Data set made by ``prepare``; for ``cellpose-training``.
-    formats
-        ``cellpose``: weights of a 2D network that Cellpose's command line and GUI load. ``bioimageio``: a
-        package of the network. ``seg``: a folder of images with ``_seg.npy`` that Cellpose's GUI opens.
-        ``rois``: zip files for ImageJ's ROI manager. ``cellpose-training``: TIFF pairs with flows, for
-        ``python -m cellpose --train``. None: what was given decides (a model ``cellpose``, masks ``rois``,
-        with images ``seg`` too, slices ``cellpose-training``).
+    Formats of models (a folder, weights file or ``models:/name@alias``) are ``cellpose``, weights of a 2D
+    network that Cellpose's command line and GUI load, and ``bioimageio``, a package of the network. Formats
+    of masks (labels such as ``predict`` writes) are ``rois``, zip files for ImageJ's ROI manager, and with
+    their images ``seg``, a folder of images with ``_seg.npy`` that Cellpose's GUI opens. Of slices, made by
+    ``prepare``, ``cellpose-training`` makes TIFF pairs with flows for ``python -m cellpose --train``. Without
+    formats all that was given decides, and ``bioimageio`` is left out.
     """
     wanted = _choose_formats(formats, model, masks, images, slices)
     from nuclei3d.stages.export import cellpose

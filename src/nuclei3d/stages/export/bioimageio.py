@@ -309,9 +309,7 @@ def _weights(contents: Contents, folder: Path) -> Any:
         f"  - python=3.11\n  - pip\n  - pip:\n{packages}"
     )
     architecture = v0_5.ArchitectureFromFileDescr(
-        source=contents.source,
-        callable=v0_5.Identifier(contents.make),
-        kwargs=dict(contents.arguments),
+        source=contents.source, callable=v0_5.Identifier(contents.make), kwargs=dict(contents.arguments)
     )
     return v0_5.WeightsDescr(
         pytorch_state_dict=v0_5.PytorchStateDictWeightsDescr(

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna import Trial
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nuclei3d.config import Params, params_as_dict
 from nuclei3d.config.loading import flat, validate_params
@@ -162,9 +157,8 @@ def _step(params: Params, name: str) -> int:
     *sections, last = name.split(".")
     for each in sections:
         section = getattr(section, each)
-    return next(
-        (m.multiple_of for m in type(section).model_fields[last].metadata if hasattr(m, "multiple_of")), 1
-    )
+    limits = type(section).model_fields[last].metadata
+    return int(next((limit.multiple_of for limit in limits if hasattr(limit, "multiple_of")), 1))
 
 
 def _check_values(params: Params, name: str, values: Iterable[Value]) -> None:

@@ -71,16 +71,10 @@ class BestTrial:
 class SearchResult:
     """What a search found.
 
-    Attributes
-    ----------
-    trials
-        How many are finished, pruned and failed, without those that repeat one with another seed.
-    start_value
-        What the values of params.yaml reached; None if that trial did not finish.
-    confirmed
-        Per trial that was repeated with other seeds: the values reached, its own first.
-    model
-        Model folder of the best trial, if it is on this machine.
+    `trials` counts the finished, pruned and failed ones, without those that repeat one with another seed;
+    `start_value` is what the values of params.yaml reached (None: that trial did not finish), `confirmed`,
+    per trial that was repeated with other seeds, the values reached, its own first, and `model` the folder of
+    the best trial's model, if it is on this machine.
     """
 
     out: Path

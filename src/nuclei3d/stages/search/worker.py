@@ -69,12 +69,8 @@ _STATES: Mapping[TrialState, RecordedState] = {
 class SearchTask:
     """What every worker of a search knows; it can be sent to another process.
 
-    Attributes
-    ----------
-    storage, study
-        Address of the storage (None: a journal in `out`) and name of the study in it.
-    trials
-        Finished and pruned trials wanted in all.
+    `storage` is the address of the storage (None: a journal in `out`), `study` the name of the study in it,
+    and `trials` how many are wanted, finished and pruned, in all.
     """
 
     params: Params
