@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from nuclei3d.cli import app
 from nuclei3d.config import Params, load_params
 from nuclei3d.config.sections import EvaluateParams
+from nuclei3d.console import warned
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import ONE_IMAGE, PARTS, find_embryos, read_labelled, split_embryos
 from nuclei3d.images.tiff import write_image, write_labels
@@ -73,6 +74,7 @@ def test_each_kind_of_fault_is_said_once_with_its_frames(
     assert warning.startswith("b/t000: one label, 1, for everything")
     assert warning.endswith("(likewise b/t001)")
     capsys.readouterr()
+    warned.clear()
     assert prepare(params, data, tmp_path / "slices").as_json()["warnings"] == [warning]
     assert capsys.readouterr().err.count("one label") == 1
     with pytest.raises(InputError, match=r"t000\.tif: one label"):

@@ -16,8 +16,8 @@ from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
 from nuclei3d.training.crops import CropGrid
-from nuclei3d.training.examples import NO_AUGMENTATION, Examples
-from nuclei3d.training.learner import average_weights, learning_rate
+from nuclei3d.training.examples import NO_AUGMENTATION, Examples, validation_batches
+from nuclei3d.training.learner import Arithmetic, average_weights, learning_rate
 from nuclei3d.training.loop import (
     Callbacks,
     DivergedError,
@@ -25,7 +25,7 @@ from nuclei3d.training.loop import (
     TrainingState,
     train_network,
 )
-from nuclei3d.training.samples import SampleSet
+from nuclei3d.training.samples import SampleSet, plane_contrasts
 from slices_fixture import make_planes
 from volumes_fixture import make_volumes
 
@@ -169,6 +169,30 @@ def test_training_stops_when_patience_ends():
     assert outcome.state.epoch < 50
     assert "2 epochs" in outcome.stopped
     assert len(losses) - 1 - int(np.argmin(losses)) == 2
+
+
+def test_the_share_found_of_nuclei_is_the_mean_by_quintile_of_contrast():
+    class Bright(torch.nn.Module):
+        def forward(self, images):
+            return torch.cat([torch.zeros_like(images), images[:, :1] - 0.6], 1)
+
+    params = TrainParams(**(SMALL | {"validation_crops": 7, "batch_size": 3}))
+    float32 = Arithmetic(CPU, torch.float32, torch.contiguous_format)
+    figures = examples_of(params).validate(Bright(), float32)
+    shares = []
+    grid = CropGrid((1, 32, 32), 14.0)
+    for batch in validation_batches(make_planes(3, seed=1), 7, grid, 3):
+        for image, labels in zip(batch.images[:, 0].numpy(), batch.labels, strict=True):
+            contrasts = plane_contrasts(image, labels)
+            for label in np.unique(labels[labels > 0]):
+                inside = labels == label
+                if inside.sum() >= 12 and np.isfinite(contrasts[label]):
+                    shares.append((contrasts[label], (image[inside] > 0.6).mean()))
+    quintiles = np.array_split([share for _, share in sorted(shares)], 5)
+    names = ("faintest", "faint", "middle", "bright", "brightest")
+    found = [figures[f"found_{name}"] for name in names]
+    assert found == pytest.approx([float(part.mean()) for part in quintiles])
+    assert min(found) < max(found)
 
 
 def test_a_callback_can_stop_the_training():

@@ -97,18 +97,10 @@ def assess_volume(
 ) -> Assessment:
     """Compare one predicted with one true volume of labels (Z, Y, X).
 
-    Parameters
-    ----------
-    image
-        The volume that was segmented; without it contrasts are nan.
-    scores
-        Score of each predicted label, where the model gave one.
-    surfaces
-        Whether to measure surface distances, the slowest part.
-    true_contrast
-        `NucleusTable.contrast` of the same truth from an earlier assessment, to save measuring it again.
-    unknown
-        Where nobody looked, and nothing counts; None: nowhere.
+    Without the `image` that was segmented contrasts are nan; `scores` are those of predicted labels, where
+    the model gave any. Measuring `surfaces` is the slowest part; `true_contrast` is `NucleusTable.contrast`
+    of the same truth from an earlier assessment, to save measuring it again. Where nobody looked (`unknown`;
+    None: nowhere) nothing counts.
     """
     prediction = leave_out_unknown(prediction, truth, unknown)
     true_labels, true_names = relabel_sequential(truth)
@@ -330,25 +322,14 @@ def summarise(
     over: Literal["auto", "embryo", "time"] = "auto",
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Pool assessed volumes and resample them.
+    """Pool assessed volumes, those of one embryo in the order of time, and resample them.
 
-    Parameters
-    ----------
-    assessments, embryos
-        One per volume; volumes of one embryo in the order of time.
-    contrast_edges
-        Inner edges of the contrast bins; None where contrasts were not measured.
-    replicates, over
-        Bootstrap replicates (0 for no intervals), and of what; see `resampling_units`.
-
-    Returns
-    -------
-    summary
-        The scores of one method in metrics.json, undefined ones None: those of the summed counts; by bin of
-        contrast (empty without edges; the faintest first) and of depth (nearest to the first plane first),
-        also at high precisions; mean distances of matched nuclei in um; the 95 % interval of each scalar that
-        is no count (none for a single unit or fewer than `FEWEST_NUCLEI` nuclei), and its mean over the
-        volumes.
+    `contrast_edges` are the inner edges of the bins (None: contrasts were not measured), `replicates` those
+    of the bootstrap (0: no intervals), of what `over` says (`resampling_units`). Gives the scores of one
+    method in metrics.json, undefined ones None: those of the summed counts; by bin of contrast (empty without
+    edges; the faintest first) and of depth (nearest to the first plane first), also at high precisions; mean
+    distances of matched nuclei in um; the 95 % interval of each scalar that is no count (none for a single
+    unit or fewer than `FEWEST_NUCLEI` nuclei), and its mean over the volumes.
     """
     tallies = stack_tallies([assessment.tally for assessment in assessments])
     each = score(tallies, thresholds).by_name()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -491,12 +492,14 @@ def whole_planes(
 
 def fits_on(device: torch.device, shape: Sequence[int]) -> bool:
     """Say whether a volume of this shape can lie on the device, which is a GPU."""
-    if device.type != "cuda":
+    voxels = math.prod(shape)
+    # voxels are numbered by int32
+    if device.type != "cuda" or voxels >= 2**31:
         return False
     free, _ = torch.cuda.mem_get_info(device)
     # what torch keeps for itself from the frame before is free as well
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _BYTES_PER_VOXEL * float(np.prod(shape)) + _BYTES_BESIDE <= _SHARE_OF_MEMORY * free
+    return _BYTES_PER_VOXEL * voxels + _BYTES_BESIDE <= _SHARE_OF_MEMORY * free
 
 
 @torch.inference_mode()

@@ -129,7 +129,7 @@ class NetworkRunner:
         """Note the time; of a GPU, that at which it will have done what it was asked: nobody waits for it."""
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 

@@ -113,25 +113,12 @@ def suggest(
     """Rank blocks of frames by what a model is unsure of there, spread over time and embryos.
 
     Frames that are labelled all over are passed over, as is what is known of others. Of each embryo at most
-    24 frames are looked at.
-
-    Parameters
-    ----------
-    inputs
-        Data sets, embryos, or images as `nuclei3d.stages.predict.predict` takes them: files of one folder,
-        and the time points of a file, are then an embryo.
-    model
-        Model folder, weights file or ``models:/name@alias``.
-    out
-        Folder for `TABLE_FILE` and `SHEET_FILE`; None: nothing is written.
-    known
-        Write ``known/<embryo>/<frame>_known.tif`` of each chosen frame, too: 1 in its blocks and all over the
-        nuclei that they cut, and where it was known before.
-
-    Raises
-    ------
-    InputError
-        If nothing is unlabelled, a frame is larger than the memory, or the model is a service.
+    24 frames are looked at. Inputs are data sets, embryos, or images as `nuclei3d.stages.predict.predict`
+    takes them: files of one folder, and the time points of a file, are then an embryo. The model is a folder,
+    weights file or ``models:/name@alias``. `out` gets `TABLE_FILE` and `SHEET_FILE` (None: nothing is
+    written) and, if `known`, ``known/<embryo>/<frame>_known.tif`` of each chosen frame: 1 in its blocks and
+    all over the nuclei that they cut, and where it was known before. InputError is raised if nothing is
+    unlabelled, a frame is larger than the memory, or the model is a service.
     """
     from nuclei3d.segmentation.uncertainty import BLOCK_DIAMETERS, choose_blocks
 

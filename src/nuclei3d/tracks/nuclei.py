@@ -26,14 +26,9 @@ Floats = NDArray[np.float64]
 class Nuclei:
     """One row a nucleus, in the order of frames, then labels.
 
-    Attributes
-    ----------
-    frame, label
-        int64 (n,): the frame from 0, and the number in that frame's masks.
-    position_um
-        float64 (n, 3): centroid (z, y, x); the centre of the first voxel is at 0.
-    volume_um3, intensity, score
-        float64 (n,); nan where it is not known. The intensity is the mean over the nucleus.
+    The frame (from 0) and the number in that frame's masks are int64 (n,), `position_um` is float64 (n, 3),
+    the centroid (z, y, x), the centre of the first voxel being at 0, all else float64 (n,); nan where it is
+    not known. The intensity is the mean over the nucleus.
     """
 
     frame: Integers
