@@ -287,8 +287,9 @@ _INT8_SIGMAS = 16
 """Spread of a batch normalisation's output that 8 bits span. On real planes the largest values lie 8 to 26
 off the mean; at 16 the error is that of ranges measured on such planes, at 8 six times as large."""
 
-_KERNEL_VALUES = 127
-"""7 bits, at no cost in accuracy: without VNNI, the sum of two products of 8 bits would not fit into 16."""
+_KERNEL_ROOM = 2
+"""Range of a kernel's 8 bits over its largest weight. With 7 bits in use the error is the same, and without
+VNNI the sum of two products of 8 bits would not fit into 16."""
 
 
 class _Graph:
@@ -357,8 +358,9 @@ class _Graph:
             most = max(most, (spread - mean).max())
             least = -most * 128 / 127
         ends = [np.float32(least), np.float32(most)]
-        largest = np.maximum(np.abs(kernel).max(axis=(1, 2, 3), keepdims=True), np.float32(1e-8))
-        kernel = self._ops.fake_quantize(kernel, -largest, largest, -largest, largest, _KERNEL_VALUES)
+        room = _KERNEL_ROOM * np.maximum(np.abs(kernel).max(axis=(1, 2, 3), keepdims=True), np.float32(1e-8))
+        # OpenVINO takes 255 and 256 values for int8, other numbers for mere rounding
+        kernel = self._ops.fake_quantize(kernel, -room, room, -room, room, 255)
         return self._ops.fake_quantize(node, *ends, *ends, 256), kernel
 
     def _step(self, node: Node, name: str) -> Node:
