@@ -91,7 +91,9 @@ def test_modes_must_fit_the_kind_of_model(info, mode, hint):
 
 @pytest.mark.parametrize("mode", ["auto", "mixed"])
 def test_a_3d_model_beside_a_2d_one_is_seen_in_its_own_way(mode):
-    wishes = PredictParams(mode=mode, volume_model=Path("solid"), engine="openvino", volume_weight=2.0)
+    wishes = PredictParams(
+        mode=mode, volume_model=Path("solid"), engine="openvino", precision="int8", volume_weight=2.0
+    )
     settings = segmentation_settings(INFO, wishes, volume=SOLID)
     assert (settings.mode, settings.volume_weight, settings.masks.score_threshold) == ("mixed", 2.0, 0.4)
     assert settings.passes == (settings, settings.volume)
@@ -100,6 +102,7 @@ def test_a_3d_model_beside_a_2d_one_is_seen_in_its_own_way(mode):
     # the size of the nuclei is the volume's, as the 2D model or the user says it; OpenVINO is for planes
     assert solid.nucleus_diameter_um == settings.nucleus_diameter_um == 12
     assert (settings.engine, solid.engine) == ("openvino", "auto")
+    assert (settings.precision, solid.precision) == ("int8", "auto")
 
 
 @pytest.mark.parametrize(
