@@ -53,7 +53,8 @@ def label_sinks(field: DeviceField, paths: Paths) -> Tensor:
     if len(inside):
         flow = field.packed[..., :LOGIT].permute(3, 0, 1, 2).float()[None]
         # bins lie in a grid with a margin, so that all that are within reach have a place in it
-        ends = torch.cat([_follow(flow, part, field, paths) for part in inside.split(_AT_ONCE)])
+        parts = inside.split(_AT_ONCE)  # type: ignore[no-untyped-call]
+        ends = torch.cat([_follow(flow, part, field, paths) for part in parts])
         labels[inside] = _group_sinks(ends, found, paths)
     return labels.view(field.shape)
 
@@ -93,13 +94,13 @@ def _follow(flow: Tensor, voxels: Tensor, field: DeviceField, paths: Paths) -> T
 
 def _around(values: Tensor, bins: Tensor, offsets: Tensor) -> Iterator[Tensor]:
     """Give what a grid holds at offsets (k, 3) around bins, (n, k), some bins at a time."""
-    for part in bins.split(max(1, _AT_ONCE // len(offsets))):
+    for part in bins.split(max(1, _AT_ONCE // len(offsets))):  # type: ignore[no-untyped-call]
         yield values[part[:, None] + offsets]
 
 
 def _group_sinks(ends: Tensor, found: Tensor, paths: Paths) -> Tensor:
     """Give the number of the sink of every end; ends that are not `found` make no sinks."""
-    bins, counts = ends[found].unique(return_counts=True)
+    bins, counts = ends[found].unique(return_counts=True)  # type: ignore[no-untyped-call]
     grid = ends.new_zeros(int(np.prod(paths.grid)), dtype=torch.int32)
     if not len(bins):
         return grid[ends]
@@ -234,11 +235,10 @@ def renumber_labels(labels: Tensor, table: NDArray[np.uint32]) -> None:
     labels.copy_(numbers[labels])
 
 
-def numbers_within(labels: Tensor, core: Tensor) -> NDArray[np.uint32]:
-    """Give, for each of the labels, the number of the core that lies in it (0: none)."""
-    inside = core > 0
+def numbers_within(labels: Tensor, inside: Tensor, numbers: Tensor) -> NDArray[np.uint32]:
+    """Give, for each label, the number that it has where `inside` is true (0: nowhere)."""
     table = labels.new_zeros(int(labels.max()) + 1)
-    table.scatter_reduce_(0, labels[inside].long(), core[inside], "amax")
+    table.scatter_reduce_(0, labels[inside].long(), numbers, "amax")
     return table.cpu().numpy().astype(np.uint32)
 
 

@@ -354,8 +354,8 @@ def _finish(
     """Finish labels in place (`masks.finish_labels`): what lies above the threshold, then the outlines."""
     if min(settings.outline_thresholds) >= settings.cellprob_threshold:
         return finish_labels(labels, field, bounds_um3, settings.score_threshold, threads)
-    found = field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS
-    core = labels * found
+    found: Any = field.packed[..., LOGIT] > settings.cellprob_threshold * LOGIT_UNITS
+    core: Labels = labels * found
     scores = finish_labels(core, field, (0.0, np.inf), settings.score_threshold, threads)
     return grow_labels(labels, core, scores, np.array(bounds_um3) / field.voxel_size.volume_um3, threads)
 
@@ -425,8 +425,8 @@ def _sink_of_each_voxel(
 
     def run(start: int, stop: int) -> int:
         steps = (paths.step_um, paths.smallest_step_um, paths.rounds)
-        thresholds = (paths.threshold, paths.outline)
-        return int(_follow(packed, *thresholds, edges, *steps, bin_edges, paths.bins, ends, start, stop))
+        threshold, outline, bins = paths.threshold, paths.outline, paths.bins
+        return int(_follow(packed, threshold, outline, edges, *steps, bin_edges, bins, ends, start, stop))
 
     slabs = np.linspace(0, len(ends), min(len(ends), 8 * threads) + 1).astype(int)
     with ThreadPoolExecutor(threads) as pool:

@@ -218,14 +218,15 @@ def score_labels(
     """
     edges = np.array(field.voxel_size.zyx) / min(field.voxel_size.zyx)
     if isinstance(field, DeviceField):
+        assert isinstance(labels, Tensor)
         return device.score_labels(labels, where, field, edges, _HEAT_TOLERANCE)
-    scores = np.zeros(len(where.voxels), np.float32)
+    scores, volume = np.zeros(len(where.voxels), np.float32), fetch_labels(labels)
 
     def work(chosen: NDArray[np.int64]) -> None:
         for label in chosen:
             z0, z1, y0, y1, x0, x1 = (int(index) for index in where.boxes[label])
             box = (slice(z0, z1 + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
-            scores[label] = _score(labels[box].copy(), label, edges, *field.unpack(box))
+            scores[label] = _score(volume[box].copy(), label, edges, *field.unpack(box))
 
     share_labels(work, where, threads)
     return scores
@@ -267,15 +268,16 @@ def grow_labels(
     Both are (Z, Y, X). What flows to a sink in which nothing was found becomes background; nuclei with fewer
     or more voxels than the bounds are dropped. Gives the scores of the others.
     """
-    inside = core > 0
+    inside: Any = core > 0
+    numbers: Any = core[inside]
     if isinstance(labels, Tensor):
-        table = device.numbers_within(labels, core)
+        table = device.numbers_within(labels, inside, numbers)
     else:
         table = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
-        table[labels[inside]] = core[inside]
+        table[labels[inside]] = numbers
     table[0] = 0
     renumber_labels(labels, table)
-    labels[inside] = core[inside]
+    labels[inside] = numbers
     grown = clean_labels(labels, threads=threads)
     keep = (grown.voxels >= bounds[0]) & (grown.voxels <= bounds[1])
     keep[0] = True

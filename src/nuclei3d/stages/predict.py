@@ -132,9 +132,14 @@ def predict(
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     sequence = list(zip(frames, diameters, strict=True))
     sure = [_at(predictor, diameter_um).sure for diameter_um in diameters] if link else []
-    weakest = params.tracks.weakest_score
-    if len(sure) > 1 and None not in sure and weakest < 1 and not any(map(predictor.needs_blocks, frames)):
-        weaker = predictor.with_least(weakest, 0.0)
+    linking = params.tracks
+    if (
+        len(sure) > 1
+        and None not in sure
+        and linking.weakest_score < 1
+        and not any(map(predictor.needs_blocks, frames))
+    ):
+        weaker = predictor.with_least(linking.weakest_score, 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
         done, fingerprints = _confirm(done, fingerprints, params, [each for each in sure if each], out)
     else:

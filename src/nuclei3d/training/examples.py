@@ -278,7 +278,7 @@ class Examples:
             batch = fixed.batch.to(arithmetic.device)
             output = arithmetic.run(network, batch.images).float()
             inside = output[:, self.grid.axes] > 0
-            said.append((self._losses(output, batch), fixed.count(inside)))
+            said.append((self._losses(output, batch), fixed.count_inside(inside)))
             if self.grid.axes == 3:
                 seen.add(output, batch.flows, batch.foreground, batch.weights)
         network.train(was_training)
@@ -313,7 +313,8 @@ class Examples:
     def _by_crop(self, parts: Tensor, batch: Batch) -> list[_CropLoss]:
         fetched = parts.cpu().tolist()
         if self.grid.axes == 3:
-            return [_CropLoss("volume", *fetched[0], len(batch.samples))]
+            ((flow, probability),) = fetched
+            return [_CropLoss("volume", flow, probability, len(batch.samples))]
         views = (self._validation.infos[sample].view for sample in batch.samples)
         return [_CropLoss(view, *part) for view, part in zip(views, fetched, strict=True)]
 
@@ -363,7 +364,7 @@ class _FixedBatch(NamedTuple):
         areas = np.bincount((batch.labels + shaped).ravel(), minlength=firsts[-1])
         return cls(batch, shaped, np.concatenate(contrasts), areas)
 
-    def count(self, inside: Tensor) -> Tensor:
+    def count_inside(self, inside: Tensor) -> Tensor:
         """Count, where `inside` is, the pixels of each nucleus that are inside."""
         labels, firsts = (
             torch.from_numpy(each).to(inside.device) for each in (self.batch.labels, self.firsts)

@@ -261,7 +261,7 @@ def _new_optimizer(network: nn.Module, params: TrainParams) -> torch.optim.Optim
 def copy_to_cpu(value: Any) -> Any:
     """Copy nested state to the CPU; what is on a GPU all at once, into page-locked memory."""
     copied = _copy_to_cpu(value)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.current_stream().synchronize()
     return copied
 
