@@ -232,7 +232,8 @@ def _describe(model: Model, folder: Path) -> v0_5.ModelDescr:
         attachments.append(FileDescr(source=folder / INFO_FILE))
     given, made = _tensors(contents, folder)
     return v0_5.ModelDescr(
-        name=info.name,
+        # five letters is the least that the specification takes
+        name=info.name if len(info.name) >= 5 else f"nuclei3d {info.name}",
         description=contents.description,
         authors=[Author(name="the users of nuclei3d who trained it")],
         cite=[CiteEntry(text=text, doi=Doi(doi)) for text, doi in contents.citations],
