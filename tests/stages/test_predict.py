@@ -18,7 +18,8 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.predict import COLUMNS, predict
+from nuclei3d.stages.predict import predict
+from nuclei3d.stages.predicted import COLUMNS
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
 VOXELS = VoxelSize(2.0, 0.5, 0.5)
@@ -242,7 +243,7 @@ def test_a_run_that_fails_after_its_masks_leaves_no_record_of_the_one_before(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("nuclei3d.stages.predict._write_table", fail)
+        patched.setattr("nuclei3d.stages.predict.write_table", fail)
         with pytest.raises(KeyboardInterrupt):
             predict(load_params(None, ["predict.min_volume_um3=1e6"]), image, str(oracle_model), out)
     assert read_labels(first.frames[0].masks).max() == 0

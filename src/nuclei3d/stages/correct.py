@@ -217,7 +217,7 @@ def _ask(
 ) -> tuple[NDArray[np.uint32], dict[int, float], Foreground | None]:
     """Have a model segment a volume: labels, scores by label, and its foreground, if it says it."""
     from nuclei3d.segmentation.segmenter import Segmenter
-    from nuclei3d.stages.predict import open_model
+    from nuclei3d.stages.predictor import open_model
 
     segmenter, foreground = open_model(params, model).model, None
     if isinstance(segmenter, Segmenter) and segmenter.settings.mode != "cellpose":

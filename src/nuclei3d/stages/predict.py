@@ -5,16 +5,11 @@ A frame larger than the memory is cut into blocks (`nuclei3d.stages.predict_bloc
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import math
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,44 +17,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.client import RemoteModel, RemoteSegmentation, is_service
+from nuclei3d.client import RemoteModel, RemoteSegmentation
 from nuclei3d.config import Params
-from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import progress_bar, say, warn
-from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import require_writable, whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.time_lapse import RECORD_FOLDER, write_series
+from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path, write_table
+from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
+from nuclei3d.stages.time_lapse import write_series
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
-    from nuclei3d.stages.confirm import Sure
     from nuclei3d.stages.track import TrackResult
 
 Progress = Callable[[float], None]
-CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
-"""In it are, with ``--track``, the masks with weak nuclei too, before tracks decide which stay."""
-COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
-
-
-@dataclass(frozen=True)
-class PredictedFrame:
-    """One frame and where its results are."""
-
-    name: str
-    masks: Path
-    table: Path
-    nuclei: int
-    seconds: float
-    done_before: bool
-    warnings: tuple[str, ...] = ()
-    """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
-    diameter_um: float | None = None
-    """Of the nuclei, as estimated; None where it was given or is the model's."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +105,7 @@ def predict(
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     sequence = list(zip(frames, diameters, strict=True))
-    sure = [_at(predictor, diameter_um).sure for diameter_um in diameters] if link else []
+    sure = [predictor.at(diameter_um).sure for diameter_um in diameters] if link else []
     linking = params.tracks
     if (
         len(sure) > 1
@@ -139,9 +113,11 @@ def predict(
         and linking.weakest_score < 1
         and not any(map(predictor.needs_blocks, frames))
     ):
+        from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
+
         weaker = predictor.with_least(linking.weakest_score, 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        done, fingerprints = _confirm(done, fingerprints, params, [each for each in sure if each], out)
+        done, fingerprints = confirm(done, fingerprints, linking, [each for each in sure if each], out)
     else:
         done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
@@ -173,47 +149,6 @@ def predict(
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
-
-
-def _at(predictor: Predictor, diameter_um: float | None) -> Predictor:
-    return predictor if diameter_um is None else predictor.at(diameter_um)
-
-
-def _confirm(
-    candidates: Sequence[PredictedFrame],
-    fingerprints: Sequence[str],
-    params: Params,
-    sure: Sequence[Sure],
-    out: Path,
-) -> tuple[list[PredictedFrame], list[str]]:
-    """Write the masks of candidates that their tracks confirm (`nuclei3d.stages.confirm`)."""
-    from nuclei3d.stages.confirm import confirm_nuclei, write_confirmed
-
-    done: list[PredictedFrame] = []
-    confirmed = confirm_nuclei([frame.masks for frame in candidates], params.tracks, sure)
-    digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
-    for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
-        if _find_done(out, frame.name, digest) is None:
-            _forget(out, frame.name)
-            masks, table = out / frame.masks.name, _table_path(out, frame.name)
-            write_confirmed(frame.masks, frame.table, each, masks, table)
-            new = replace(frame, masks=masks, table=table, nuclei=len(each.labels), done_before=False)
-            _note_done(out, new, digest)
-        found = _find_done(out, frame.name, digest) or frame
-        done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
-    total = sum(frame.nuclei for frame in candidates)
-    say(
-        f"{sum(each.weak for each in confirmed)} nuclei below the model's least score or volume stay, since "
-        f"others of their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
-    )
-    return done, digests
-
-
-def _forget(out: Path, name: str) -> None:
-    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
-    record = _record_file(out, name)
-    require_writable(record)
-    record.unlink(missing_ok=True)
 
 
 def _link(params: Params, out: Path) -> TrackResult | None:
@@ -261,9 +196,9 @@ def _predict_frames(
     written: Future[None] | None = None
 
     def open_frame(frame: Frame, diameter_um: float | None, *, read: bool) -> _Opened:
-        wanted = _at(predictor, diameter_um)
+        wanted = predictor.at(diameter_um)
         fingerprint = fingerprint_of(frame, wanted)
-        finished = None if overwrite else _find_done(out, frame.name, fingerprint)
+        finished = None if overwrite else find_done(out, frame.name, fingerprint)
         if finished is None and read and wanted.fits(frame, 2):
             return _Opened(fingerprint, None, *_read(frame, wanted))
         return _Opened(fingerprint, finished, wanted)
@@ -271,7 +206,7 @@ def _predict_frames(
     def write(finish: Callable[[], PredictedFrame], fingerprint: str, diameter_um: float | None) -> None:
         frame = finish()
         if not frame.done_before:
-            _note_done(out, frame, fingerprint)
+            note_done(out, frame, fingerprint)
         done.append(replace(frame, diameter_um=diameter_um))
 
     with (
@@ -285,7 +220,7 @@ def _predict_frames(
             ahead, roomy = None, False
             if opened.finished is None:
                 bar.note(frame.name)
-                _forget(out, frame.name)
+                forget(out, frame.name)
                 roomy = opened.predictor.fits(frame, 2)
                 if roomy and number < len(sequence):
                     ahead = reading.submit(open_frame, *sequence[number], read=True)
@@ -345,8 +280,8 @@ def _predict_frame(
     def finish() -> PredictedFrame:
         with _named(frame):
             masks, nuclei, warnings = write_masks()
-        table = _table_path(out, frame.name)
-        _write_table(table, nuclei)
+        table = table_path(out, frame.name)
+        write_table(table, nuclei)
         seconds = round(time.perf_counter() - started, 3)
         return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
 
@@ -384,73 +319,6 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
     if not frames:
         raise InputError(f"{', '.join(map(str, inputs))}: only masks found; give images")
     return frames
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A model here or behind an address; `identity` is what its results depend on, for `fingerprint_of`.
-
-    `digests` are those of the images seen so far: a file with many time points is looked at once.
-    """
-
-    model: Segmenter | RemoteModel
-    params: PredictParams
-    identity: Mapping[str, Any]
-    digests: dict[Path, str] = field(default_factory=dict)
-
-    @property
-    def trained_diameters_um(self) -> tuple[float, float] | None:
-        """`ModelInfo.embryo_diameters_um` of a model here; of a service it is not known."""
-        return (
-            None
-            if isinstance(self.model, RemoteModel)
-            else self.model.models["main"].info.embryo_diameters_um
-        )
-
-    @property
-    def sure(self) -> Sure | None:
-        """What counts as a nucleus by itself; of a service it is known only if it was given."""
-        from nuclei3d.stages.confirm import Sure
-
-        if not isinstance(self.model, RemoteModel):
-            masks = self.model.settings.masks
-            return Sure(masks.score_threshold, masks.min_volume_um3)
-        score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
-        return None if score is None or volume_um3 is None else Sure(score, volume_um3)
-
-    def fits(self, frame: Frame, times: int = 1) -> bool:
-        """Tell whether the memory holds a frame, so many times; that of a service is not known."""
-        from nuclei3d.stages.predict_blocks import BlockRun, required_gb
-
-        if isinstance(self.model, RemoteModel):
-            return True
-        return times * required_gb(frame, self.model.settings) <= BlockRun.of(self.params).worker_gb
-
-    def needs_blocks(self, frame: Frame) -> bool:
-        """Tell whether a frame is larger than the memory."""
-        whole = isinstance(self.model, RemoteModel) or self.model.settings.mode == "cellpose"
-        return not whole and not self.fits(frame)
-
-    def at(self, diameter_um: float) -> Predictor:
-        """Give the same model for nuclei of another diameter."""
-        return self._with(diameter_um=diameter_um)
-
-    def with_least(self, score: float, volume_um3: float) -> Predictor:
-        """Give the same model with another least score and volume of nuclei."""
-        return self._with(score_threshold=score, min_volume_um3=volume_um3)
-
-    def _with(self, **update: float) -> Predictor:
-        predict = self.params.model_copy(update=update)
-        if isinstance(self.model, RemoteModel):
-            remote = replace(self.model, predict=predict)
-            identity = {**self.identity, "predict": predict.model_dump(mode="json")}
-            return replace(self, model=remote, params=predict, identity=identity)
-        from nuclei3d.segmentation.settings import segmentation_settings
-
-        main, volume = self.model.models["main"], self.model.models.get("volume")
-        settings = segmentation_settings(main.info, predict, volume=volume.info if volume else None)
-        identity = {**self.identity, "settings": asdict(settings)}
-        return replace(self, model=self.model.with_settings(settings), params=predict, identity=identity)
 
 
 _Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
@@ -491,30 +359,6 @@ def _segment(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Ca
         ) from None
 
 
-def open_model(params: Params, model: str) -> Predictor:
-    """Open a model folder, weights file, ``models:/name@alias`` or the URL of a service."""
-    if is_service(model):
-        remote = RemoteModel(model, params.predict)
-        served = remote.served_model()
-        if served is None:
-            say(f"{model} does not say which model it serves: nothing counts as done before")
-            # never the same again
-            served = uuid.uuid4().hex
-        identity: dict[str, Any] = {"service": model, "model": served}
-        identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
-        return Predictor(remote, params.predict, identity)
-    from nuclei3d.experiment.registry import find_model
-
-    segmenter = Segmenter(find_model(model, params), params.predict)
-    models = segmenter.models
-    identity = {
-        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
-        "settings": asdict(segmenter.settings),
-    }
-    say(f"model {models['main'].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
-    return Predictor(segmenter, params.predict, identity)
-
-
 def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
     """Segment a frame as a whole; if the service said which model it serves, by no other."""
     predictor, image = opened.predictor, opened.image
@@ -533,77 +377,3 @@ def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress)
         return path, result.nuclei, result.warnings
 
     return write
-
-
-def _table_path(out: Path, name: str) -> Path:
-    return out / f"{name}_nuclei.csv"
-
-
-def _write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
-    """Write the table of nuclei, whole or not at all; an unknown score is an empty cell."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for nucleus in nuclei:
-            values = (getattr(nucleus, column) for column in COLUMNS[1:])
-            writer.writerow(
-                [nucleus.label, *("" if math.isnan(value) else f"{value:.6g}" for value in values)]
-            )
-
-
-# An OME-Zarr may have got its masks inside, which its consolidated metadata list; what those say of the image
-# counts by axes and voxel size.
-BESIDE_THE_IMAGE = ("labels", ".zmetadata", "zarr.json")
-
-
-def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
-    """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
-    files = [frame.path.with_name(name) for name in sorted(frame.companions)] or [frame.path]
-    for file in files:
-        if file not in predictor.digests:
-            predictor.digests[file] = digest_of(file, without=BESIDE_THE_IMAGE)
-    content = {
-        "files": [predictor.digests[file] for file in files],
-        "image": frame.image,
-        "time": frame.time,
-        "axes": repr(frame.axes),
-        "voxel_size_um": frame.require_voxel_size().zyx,
-        **predictor.identity,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _record_file(out: Path, name: str) -> Path:
-    """Say where it is noted that a frame is finished."""
-    return out / RECORD_FOLDER / f"{name}.json"
-
-
-def _find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
-    """Give the frame if it was finished from the same things and its files are as they were written."""
-    try:
-        entry = json.loads(_record_file(out, name).read_text(encoding="utf-8"))
-        masks, table = out / Path(entry["masks"]).name, _table_path(out, name)
-        if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
-            return None
-        nuclei, seconds, warnings = entry["nuclei"], entry["seconds"], entry.get("warnings", ())
-        return PredictedFrame(name, masks, table, int(nuclei), float(seconds), True, tuple(warnings))
-    except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
-        # A record that cannot be read only means that the frame is done again.
-        return None
-
-
-def _digest_written(masks: Path, table: Path) -> list[str]:
-    return [digest_of(masks), digest_of(table)]
-
-
-def _note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
-    entry = {
-        "masks": frame.masks.name,
-        "nuclei": frame.nuclei,
-        "seconds": frame.seconds,
-        "warnings": frame.warnings,
-        "fingerprint": fingerprint,
-        "written": _digest_written(frame.masks, frame.table),
-    }
-    with whole_file(_record_file(out, frame.name)) as partial:
-        partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")

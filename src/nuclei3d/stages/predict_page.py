@@ -29,7 +29,7 @@ from nuclei3d.report.prediction import (
 from nuclei3d.report.projections import Box
 
 if TYPE_CHECKING:
-    from nuclei3d.stages.predict import PredictedFrame
+    from nuclei3d.stages.predicted import PredictedFrame
 
 PAGE_FILE = "prediction.html"
 ANIMATION_FILE = "prediction.png"

@@ -25,7 +25,8 @@ from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of
-from nuclei3d.stages.predict import find_all, open_model
+from nuclei3d.stages.predict import find_all
+from nuclei3d.stages.predictor import open_model
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.uncertainty import Block, Place

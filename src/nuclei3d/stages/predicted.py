@@ -1,0 +1,97 @@
+"""One predicted frame: its masks, its table, and the record by which both count as done before."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nuclei3d.digests import digest_of
+from nuclei3d.outputs import require_writable, whole_file
+from nuclei3d.stages.time_lapse import RECORD_FOLDER
+
+if TYPE_CHECKING:
+    from nuclei3d.segmentation.masks import Nucleus
+
+COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
+
+
+@dataclass(frozen=True)
+class PredictedFrame:
+    """One frame and where its results are."""
+
+    name: str
+    masks: Path
+    table: Path
+    nuclei: int
+    seconds: float
+    done_before: bool
+    warnings: tuple[str, ...] = ()
+    """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
+    diameter_um: float | None = None
+    """Of the nuclei, as estimated; None where it was given or is the model's."""
+
+
+def table_path(out: Path, name: str) -> Path:
+    """Say where the table of a frame's nuclei goes."""
+    return out / f"{name}_nuclei.csv"
+
+
+def write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
+    """Write the table of nuclei, whole or not at all; an unknown score is an empty cell."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for nucleus in nuclei:
+            values = (getattr(nucleus, column) for column in COLUMNS[1:])
+            writer.writerow(
+                [nucleus.label, *("" if math.isnan(value) else f"{value:.6g}" for value in values)]
+            )
+
+
+def forget(out: Path, name: str) -> None:
+    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
+    record = _record_file(out, name)
+    require_writable(record)
+    record.unlink(missing_ok=True)
+
+
+def _record_file(out: Path, name: str) -> Path:
+    """Say where it is noted that a frame is finished."""
+    return out / RECORD_FOLDER / f"{name}.json"
+
+
+def find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
+    """Give the frame if it was finished from the same things and its files are as they were written."""
+    try:
+        entry = json.loads(_record_file(out, name).read_text(encoding="utf-8"))
+        masks, table = out / Path(entry["masks"]).name, table_path(out, name)
+        if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
+            return None
+        nuclei, seconds, warnings = entry["nuclei"], entry["seconds"], entry.get("warnings", ())
+        return PredictedFrame(name, masks, table, int(nuclei), float(seconds), True, tuple(warnings))
+    except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
+        # A record that cannot be read only means that the frame is done again.
+        return None
+
+
+def _digest_written(masks: Path, table: Path) -> list[str]:
+    return [digest_of(masks), digest_of(table)]
+
+
+def note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
+    """Note that a frame is finished, and what it was made from."""
+    entry = {
+        "masks": frame.masks.name,
+        "nuclei": frame.nuclei,
+        "seconds": frame.seconds,
+        "warnings": frame.warnings,
+        "fingerprint": fingerprint,
+        "written": _digest_written(frame.masks, frame.table),
+    }
+    with whole_file(_record_file(out, frame.name)) as partial:
+        partial.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
