@@ -125,9 +125,11 @@ def test_nuclei_are_linked_and_the_page_shows_it(movie, oracle_model, tmp_path, 
 class UnsureOracle(OracleNetwork):
     """Is not sure of what is dim."""
 
+    sure_from = 0.75
+
     def forward(self, stack: torch.Tensor) -> tuple[torch.Tensor, None]:
         output, style = super().forward(stack)
-        dim = (stack[:, 0] > 0.5) & (stack[:, 0] < 0.75)
+        dim = (stack[:, 0] > 0.5) & (stack[:, 0] < self.sure_from)
         output[:, 2][dim] = 0.5
         return output, style
 
@@ -169,6 +171,43 @@ def test_a_nucleus_that_is_dim_in_one_frame_stays_by_the_frames_in_which_it_is_n
     params = load_params(None, ["predict.score_threshold=0.8", "tracks.weakest_score=1"])
     plain = predict(params, [movie], str(tmp_path / "model"), out, link=True)
     assert [frame.nuclei for frame in plain.frames] == [2, 1, 2, 2]
+
+
+def test_an_empty_film_and_films_of_two_embryos_are_confirmed_each_by_itself(movie, tmp_path, monkeypatch):
+    unsure = UnsureOracle(separate=True)
+    monkeypatch.setattr(
+        "nuclei3d.networks.folder.load_model", lambda path: Model(unsure, INFO, path / "oracle")
+    )
+    params = load_params(None, ["predict.score_threshold=0.8", "predict.report=false"])
+    one, two = embryo(1), embryo(2)
+    faint = one + (two - one) // 8 * 5
+    # the second nucleus is plain in one embryo, faint in the other: that is no lineage
+    for name, image in {"a0": two, "a1": two, "b0": faint, "b1": faint}.items():
+        write_image(tmp_path / "films" / f"{name}.ome.tif", image, VOXELS)
+    result = predict(params, [tmp_path / "films"], str(tmp_path / "model"), tmp_path / "out", link=True)
+    assert [frame.nuclei for frame in result.frames] == [2, 2, 1, 1]
+    # candidates of which none stays are no nuclei
+    unsure.sure_from = 2.0
+    out = tmp_path / "unsure"
+    result = predict(
+        params,
+        [tmp_path / "films" / "a0.ome.tif", tmp_path / "films" / "a1.ome.tif"],
+        str(tmp_path / "model"),
+        out,
+        link=True,
+    )
+    assert [frame.nuclei for frame in result.frames] == [0, 0]
+    assert all(any("no nucleus was found" in line for line in frame.warnings) for frame in result.frames)
+    rng = np.random.default_rng(0)
+    for t in (0, 1):
+        noise = rng.integers(90, 110, one.shape).astype(np.uint16)
+        write_image(tmp_path / "empty" / f"t{t}.ome.tif", noise, VOXELS)
+    monkeypatch.setattr(
+        unsure, "forward", lambda stack: (torch.full((len(stack), 3, *stack.shape[2:]), -6.0), None)
+    )
+    result = predict(params, [tmp_path / "empty"], str(tmp_path / "model"), tmp_path / "none", link=True)
+    assert [frame.nuclei for frame in result.frames] == [0, 0]
+    assert (result.tracks.nuclei, result.tracks.tracks) == (0, 0)
 
 
 @pytest.mark.parametrize("change", ["settings", "image", "masks", "emptied masks", "table", "overwrite"])

@@ -6,6 +6,7 @@ words, each with the parameter that mends it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ _DIAMETER_RATIO = 1.7
 _FEWEST_NUCLEI = 3
 _VOXEL_RATIO = 2.0
 _NOISE_RATIO = 2.0
+_OF_NUCLEI = ("no nucleus was found", "the nuclei found measure")
 
 
 def find_unlikeness(
@@ -60,22 +62,35 @@ def find_unlikeness(
                     f"intensities span {ratio:.3g} times the noise, in the training {low:.3g} to {high:.3g}: "
                     "another channel (data.channel), or train on such frames"
                 )
+    return found + compare_nuclei(volumes_um3, nucleus_diameter_um)
+
+
+def compare_nuclei(volumes_um3: NDArray[np.floating[Any]], nucleus_diameter_um: float) -> list[str]:
+    """Say in what nuclei, by their volumes, are unlike those that were expected."""
     if not len(volumes_um3):
-        found.append(
-            f"no nucleus was found, where nuclei of {nucleus_diameter_um:.3g} um were expected: check "
+        return [
+            f"{_OF_NUCLEI[0]}, where nuclei of {nucleus_diameter_um:.3g} um were expected: check "
             "predict.diameter_um, data.voxel_size_um and data.channel, or lower "
             "predict.cellprob_threshold"
-        )
-    elif len(volumes_um3) >= _FEWEST_NUCLEI:
+        ]
+    if len(volumes_um3) >= _FEWEST_NUCLEI:
         diameter_um = float((6 / np.pi * np.median(volumes_um3)) ** (1 / 3))
         ratio = diameter_um / nucleus_diameter_um
         if not 1 / _DIAMETER_RATIO <= ratio <= _DIAMETER_RATIO:
-            found.append(
-                f"the nuclei found measure {diameter_um:.3g} um in the median, {ratio**3:.2g} of the volume "
+            return [
+                f"{_OF_NUCLEI[1]} {diameter_um:.3g} um in the median, {ratio**3:.2g} of the volume "
                 f"of the {nucleus_diameter_um:.3g} um that were expected: check predict.diameter_um and "
                 "data.voxel_size_um"
-            )
-    return found
+            ]
+    return []
+
+
+def with_nuclei(
+    unlike: Iterable[str], volumes_um3: NDArray[np.floating[Any]], nucleus_diameter_um: float
+) -> tuple[str, ...]:
+    """Give what was said of a volume, with what it says of nuclei said anew of others found in it."""
+    others = (line for line in unlike if not line.startswith(_OF_NUCLEI))
+    return *others, *compare_nuclei(volumes_um3, nucleus_diameter_um)
 
 
 def _compare_voxels(voxel_size: VoxelSize, training: TrainingRange) -> list[str]:

@@ -12,17 +12,18 @@ import numpy as np
 
 from nuclei3d.config.sections import TracksParams
 from nuclei3d.console import say
-from nuclei3d.images.frames import read_labels, single_label_frame
+from nuclei3d.images.frames import natural_key, read_labels, single_label_frame
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.outputs import whole_file
-from nuclei3d.stages.pairing import find_label_entries
+from nuclei3d.segmentation.likeness import with_nuclei
+from nuclei3d.stages.pairing import Entry, find_label_entries
 from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path
 from nuclei3d.stages.predictor import Sure
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
 from nuclei3d.stages.track import measure_masks, work_on_frames
 from nuclei3d.stages.track_files import renumber
 from nuclei3d.tracks.linking import link_nuclei
-from nuclei3d.tracks.nuclei import Integers, Nuclei
+from nuclei3d.tracks.nuclei import Floats, Integers, Nuclei
 
 CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
 """In it are the masks with weak nuclei too, before tracks decide which stay."""
@@ -30,9 +31,10 @@ CANDIDATES_FOLDER = Path(RECORD_FOLDER, "candidates")
 
 @dataclass(frozen=True)
 class _Confirmed:
-    """The labels that stay of one frame's candidates, and how many of them would not count by themselves."""
+    """What stays of one frame's candidates, and how many of these would not count by themselves."""
 
     labels: Integers
+    volumes_um3: Floats
     weak: int
 
     def digest(self, candidates: str) -> str:
@@ -54,33 +56,44 @@ def confirm(
     Parameters
     ----------
     candidates, fingerprints
-        Frames in the order of time, with weak nuclei too, and what says of each whether it changed.
+        Frames with weak nuclei too, and what says of each whether it changed; those of each embryo, told by
+        their names, are linked in the natural order of these.
     sure
         What counts as a nucleus by itself in each frame.
     """
+    entries = [find_label_entries(frame.masks)[0] for frame in candidates]
+    in_time = sorted(range(len(entries)), key=lambda at: natural_key(candidates[at].masks.name))
+    confirmed: dict[int, _Confirmed] = {}
+    for embryo in dict.fromkeys(entry.embryo for entry in entries):
+        film = [at for at in in_time if entries[at].embryo == embryo]
+        found = _confirm_film([entries[at] for at in film], params, [sure[at] for at in film])
+        confirmed |= zip(film, found, strict=True)
     done: list[PredictedFrame] = []
-    confirmed = _confirm_nuclei([frame.masks for frame in candidates], params, sure)
-    digests = [each.digest(known) for each, known in zip(confirmed, fingerprints, strict=True)]
-    for frame, each, digest in zip(candidates, confirmed, digests, strict=True):
+    digests = [confirmed[at].digest(known) for at, known in enumerate(fingerprints)]
+    for at, (frame, digest) in enumerate(zip(candidates, digests, strict=True)):
         if find_done(out, frame.name, digest) is None:
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
-            _write_confirmed(frame.masks, frame.table, each, masks, table)
-            new = replace(frame, masks=masks, table=table, nuclei=len(each.labels), done_before=False)
+            _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
+            new = replace(frame, masks=masks, table=table, nuclei=len(confirmed[at].labels))
+            expected = sure[at].diameter_um
+            if expected is not None:
+                unlike = with_nuclei(frame.warnings, confirmed[at].volumes_um3, expected)
+                new = replace(new, warnings=unlike)
             note_done(out, new, digest)
-        found = find_done(out, frame.name, digest) or frame
-        done.append(replace(found, done_before=frame.done_before, diameter_um=frame.diameter_um))
-    total = sum(frame.nuclei for frame in candidates)
+        written = find_done(out, frame.name, digest) or frame
+        done.append(replace(written, done_before=frame.done_before, diameter_um=frame.diameter_um))
+    weak = sum(each.weak for each in confirmed.values())
+    left_out = sum(frame.nuclei for frame in candidates) - sum(frame.nuclei for frame in done)
     say(
-        f"{sum(each.weak for each in confirmed)} nuclei below the model's least score or volume stay, since "
-        f"others of their lineage are above; {total - sum(frame.nuclei for frame in done)} do not"
+        f"{weak} nuclei below the model's least score or volume stay, since others of their lineage are "
+        f"above; {left_out} do not"
     )
     return done, digests
 
 
-def _confirm_nuclei(masks: Sequence[Path], params: TracksParams, sure: Sequence[Sure]) -> list[_Confirmed]:
-    """Link the candidates of a film's frames; give those whose lineage holds one that counts by itself."""
-    entries = [find_label_entries(path)[0] for path in masks]
+def _confirm_film(entries: Sequence[Entry], params: TracksParams, sure: Sequence[Sure]) -> list[_Confirmed]:
+    """Link the candidates of an embryo's frames; give those whose lineage holds one that counts by itself."""
     size = entries[0].frame.require_voxel_size()
     parts = work_on_frames("link", lambda at: measure_masks(entries[at], None, size, at), len(entries))
     nuclei = Nuclei.joined(parts)
@@ -88,7 +101,10 @@ def _confirm_nuclei(masks: Sequence[Path], params: TracksParams, sure: Sequence[
     strong = ~(nuclei.score < least[:, 0]) & ~(nuclei.volume_um3 < least[:, 1])
     keep = link_nuclei(nuclei, params).confirmed(strong)
     chosen = [keep & (nuclei.frame == at) for at in range(len(entries))]
-    return [_Confirmed(nuclei.label[own], int(np.count_nonzero(own & ~strong))) for own in chosen]
+    return [
+        _Confirmed(nuclei.label[own], nuclei.volume_um3[own], int(np.count_nonzero(own & ~strong)))
+        for own in chosen
+    ]
 
 
 def _write_confirmed(

@@ -21,10 +21,11 @@ from nuclei3d.segmentation.segmenter import Segmenter
 
 @dataclass(frozen=True)
 class Sure:
-    """Least score and volume (um3) of a nucleus that counts by itself."""
+    """Least score and volume (um3) of a nucleus that counts by itself, and the diameter (um) expected."""
 
     score: float
     volume_um3: float
+    diameter_um: float | None
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ class Predictor:
     def sure(self) -> Sure | None:
         """What counts as a nucleus by itself; of a service it is known only if it was given."""
         if not isinstance(self.model, RemoteModel):
-            masks = self.model.settings.masks
-            return Sure(masks.score_threshold, masks.min_volume_um3)
-        score, volume_um3 = self.params.score_threshold, self.params.min_volume_um3
-        return None if score is None or volume_um3 is None else Sure(score, volume_um3)
+            masks, diameter_um = self.model.settings.masks, self.model.settings.nucleus_diameter_um
+            return Sure(masks.score_threshold, masks.min_volume_um3, diameter_um)
+        given = self.params
+        if given.score_threshold is None or given.min_volume_um3 is None:
+            return None
+        expected_um = given.diameter_um if isinstance(given.diameter_um, float) else None
+        return Sure(given.score_threshold, given.min_volume_um3, expected_um)
 
     def fits(self, frame: Frame, times: int = 1) -> bool:
         """Tell whether the memory holds a frame, so many times; that of a service is not known."""
