@@ -56,7 +56,7 @@ TRAIN = "train --slices slices --data data --out model"
 COMMANDS = {
     "prepare": "prepare --data data --out slices",
     "train": TRAIN,
-    "predict": "predict data/embryo_c/images --model model --out masks",
+    "predict": "predict data/embryo_c/images --model model --out masks --track",
     "run": "run --data data --out out",
     "search": "search --slices slices --data data --trials 3 --out found --set search.epochs.high=3",
 }
