@@ -26,6 +26,7 @@ from nuclei3d.experiment.store import (
     store_uri,
     without_passwords,
 )
+from nuclei3d.outputs import write_json
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -340,11 +341,9 @@ def _write_record(stage: str, run_id: str) -> None:
     root = os.environ.get("DVC_ROOT")
     if not dvc_stage or not root:
         return
-    folder = Path(root) / "runs" / "dvc"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
+    record = Path(root) / "runs" / "dvc" / f"{dvc_stage.rpartition(':')[2]}.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
+    write_json(record, {**known, stage: run_id})
 
 
 def _short(value: object) -> str:

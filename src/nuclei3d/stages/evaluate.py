@@ -26,7 +26,7 @@ from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_table, write_plot_data
@@ -484,8 +484,7 @@ def _write(
 ) -> None:
     import pandas as pd
 
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    write_json(folder / "metrics.json", metrics, allow_nan=False)
     tables = [
         nucleus_table(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
         for pair, assessment in zip(pairs, assessments, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from nuclei3d.console import Bar, progress_bar, say
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.simulation import simulate_embryo
 from nuclei3d.stages.track_files import TRUTH, mask_name, renumber, write_track_table
 from nuclei3d.tracks.nuclei import Tracks, trace_lineages
@@ -56,7 +55,7 @@ def simulate(params: Params, out: Path) -> SimulateResult:
             "simulate": params_as_dict(settings),
             "embryos": [asdict(embryo) for embryo in embryos],
         }
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RECORD, record)
     nuclei = sum(sum(embryo.nuclei) for embryo in embryos)
     say(f"{out}: {len(embryos)} embryos, {total} frames, {nuclei} labelled nuclei")
     return SimulateResult(out, embryos)

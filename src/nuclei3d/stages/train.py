@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -40,7 +39,7 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
+from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file, write_json, write_table
 from nuclei3d.stages.start_model import find_start_model, scale_of, trace_start
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
@@ -396,8 +395,7 @@ class Checkpoints:
     def note_finished(self, result: TrainResult, cause: str) -> None:
         """Write what `find_finished` looks for."""
         record = {"cause": cause, "model_md5": digest_of(self._model), "result": asdict(result)}
-        with whole_file(self._finished) as partial:
-            partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(self._finished, record, default=str)
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best_{epoch:05d}.pt"
@@ -439,12 +437,11 @@ class Checkpoints:
 
 def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
     """Write one row per epoch; what was not measured stays empty."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
-        writer.writeheader()
-        for report in history:
-            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
-            writer.writerow({"epoch": report.epoch, **measured})
+    rows = (
+        [report.epoch, *("" if math.isnan(report[name]) else f"{report[name]:.6g}" for name in METRICS)]
+        for report in history
+    )
+    write_table(path, ("epoch", *METRICS), rows)
 
 
 def _train_epochs(
@@ -616,11 +613,11 @@ def _write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
         order = epoch_order(weights, training.examples.crops, seed, epoch)
         drawn += np.bincount(order, minlength=len(infos))
     name = "planes_drawn.csv" if training.spec is None else "volumes_drawn.csv"
-    with whole_file(out / name) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn"])
-        for info, weight, count in zip(infos, weights, drawn, strict=True):
-            contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
-            view = info.view if info.is_plane else ""
-            place = (info.file, info.embryo, info.frame, view, info.nuclei)
-            writer.writerow([*place, contrast, f"{weight * len(infos):.4g}", int(count)])
+    rows = []
+    for info, weight, count in zip(infos, weights, drawn, strict=True):
+        contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
+        view = info.view if info.is_plane else ""
+        place = (info.file, info.embryo, info.frame, view, info.nuclei)
+        rows.append((*place, contrast, f"{weight * len(infos):.4g}", int(count)))
+    columns = ("file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn")
+    write_table(out / name, columns, rows)

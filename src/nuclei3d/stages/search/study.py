@@ -28,7 +28,7 @@ from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import StageRun, stage_run
 from nuclei3d.experiment.store import store_uri
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_text
 from nuclei3d.stages.search.objective import Objective, judged_on, train_and_validate
 from nuclei3d.stages.search.space import Value, differences, fingerprint, search_space
 from nuclei3d.stages.search.storage import (
@@ -286,8 +286,7 @@ def _write_study(study: Study, records: Sequence[TrialRecord], task: SearchTask)
         "search.html": _page(searched, shown),
     }
     for name, text in texts.items():
-        with whole_file(task.out / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(task.out / name, text)
     return [task.out / name for name in texts]
 
 
