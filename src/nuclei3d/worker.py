@@ -104,16 +104,9 @@ class Worker:
     async def run(self, function: str, *arguments: Any) -> Any:
         """Call a function in the process with what was opened and `arguments`, after those that came before.
 
-        Cancelling this kills the process.
-
-        Raises
-        ------
-        InputError, MemoryError
-            As the function does; the latter also if the process grew beyond its memory.
-        WorkerDiedError
-            If it died.
-        WorkerError
-            Of all else that the function raises.
+        Cancelling this kills the process. InputError and MemoryError are raised as the function does, the
+        latter also if the process grew beyond its memory, WorkerDiedError if it died, WorkerError of all else
+        that the function raises.
         """
         async with self._turn:
             while True:

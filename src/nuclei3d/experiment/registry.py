@@ -585,7 +585,6 @@ def _version_of(client: MlflowClient, name: str, digest: str) -> ModelVersion | 
 
 
 def _download(client: MlflowClient, uri: str) -> Path:
-    """Give the local folder of the MLflow model behind a URI of the registry or of a run."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

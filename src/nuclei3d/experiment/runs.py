@@ -258,7 +258,6 @@ def _unfinished_run(client: MlflowClient, params: Params, job: str | None) -> st
 
 
 def _begin(client: MlflowClient, params: Params, name: str, job: str | None, earlier: str | None) -> str:
-    """Start, adopt or go on with the run and give its id."""
     import mlflow
 
     around = mlflow.active_run()

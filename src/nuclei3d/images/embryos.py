@@ -260,7 +260,6 @@ def _count_times(path: Path) -> int:
 
 
 def _match_labels(folder: Path, images: Stored, labels: Stored) -> Stored:
-    """Give the labels by the name of the image that they belong to."""
     matched = {name: stored for name, stored in labels.items() if name in images}
     left = {name: stored for name, stored in labels.items() if name not in images}
     for name, stored in left.items():

@@ -296,7 +296,6 @@ def _damage_explained(path: Path) -> Iterator[None]:
 
 
 def _decode(page: tifffile.TiffPage | tifffile.TiffFrame, inner: tuple[int | slice, ...]) -> NDArray[Any]:
-    """Decode a part of a plane, as a copy."""
     handle = page.parent.filehandle
     closed = handle.closed
     if closed:

@@ -92,16 +92,9 @@ def inspect_images(
 ) -> InspectResult:
     """Look at images, print what they are and what to set for them, and give it.
 
-    Parameters
-    ----------
-    params
-        Section ``data`` (voxel size, channel, image).
-    inputs
-        TIFF files, folders of them, OME-Zarr. Of a time-lapse three frames are looked at.
-    model
-        Model folder or weights file whose nuclei theirs are compared with.
-    picture
-        PNG to write: a plane of each image with a circle of the diameter.
+    The section ``data`` of the parameters counts. Inputs are TIFF files, folders of them, OME-Zarr; of a
+    time-lapse three frames are looked at. With the nuclei of `model`, a folder or weights file, theirs are
+    compared. `picture` is a PNG to write: a plane of each image with a circle of the diameter.
     """
     info = None
     if model is not None:
@@ -196,7 +189,6 @@ def _look_at(frame: Frame) -> tuple[InspectedFrame, _Plane]:
 
 
 def _scale_source(frame: Frame, data: DataParams) -> str:
-    """Say where a voxel size comes from."""
     if data.voxel_size_um is not None:
         return "data.voxel_size_um"
     if frame.voxel_size is None:
@@ -219,7 +211,6 @@ def _advise(
     data: DataParams,
     info: ModelInfo | None,
 ) -> list[str]:
-    """Say what to set."""
     advice = []
     if len(channels) > 1 and data.channel is None:
         listing = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
@@ -278,7 +269,6 @@ def _expectation(info: ModelInfo) -> dict[str, Any]:
 
 
 def _describe(image: InspectedImage) -> list[str]:
-    """Give the lines that people read."""
     voxel = "unknown" if image.voxel_size_um is None else str(VoxelSize.of(image.voxel_size_um))
     lines = [
         f"{image.path}: {image.axes}, {image.dtype}, {image.frames} frame{'s' if image.frames > 1 else ''}",
@@ -302,7 +292,6 @@ def _describe(image: InspectedImage) -> list[str]:
 
 
 def _draw(shown: Sequence[_Plane], path: Path) -> None:
-    """Draw a plane of each image, with a circle of the estimated diameter in its corner."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 

@@ -85,7 +85,6 @@ def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[Simulated
 
 
 def _write_tracks(embryo: Path, tracks: Tracks, frames: int, digits: int, voxel_size: VoxelSize) -> None:
-    """Write the true tracks: each frame's labels, numbered by track, and the table of tracks."""
     nuclei, numbered = tracks.nuclei, tracks.numbered(split_gaps=True)
     for time in range(frames):
         own = nuclei.frame == time

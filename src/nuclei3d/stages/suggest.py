@@ -157,7 +157,6 @@ def suggest(
 
 
 def _find_candidates(params: Params, inputs: Sequence[Path]) -> list[_Candidate]:
-    """List all frames, once each, by embryo and time."""
     found: list[tuple[Path, _Candidate]] = []
     plain: list[Path] = []
     for source in (Path(each).absolute() for each in inputs):

@@ -239,7 +239,6 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
 
 
 def _tables(folder: Path, name: str) -> dict[str, Path]:
-    """Find the tables of tracks by their embryos' names."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob(name)):
         home = path.parent.resolve()

@@ -187,7 +187,6 @@ def train(
 
 
 def _run_name(params: Params, described: Slices) -> str:
-    """Name the MLflow run by what tells trainings apart."""
     wanted = params.train
     embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
     start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
@@ -436,7 +435,6 @@ class Checkpoints:
 
 
 def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
-    """Write one row per epoch; what was not measured stays empty."""
     rows = (
         [report.epoch, *("" if math.isnan(report[name]) else f"{report[name]:.6g}" for name in METRICS)]
         for report in history

@@ -174,7 +174,6 @@ def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[St
 
 
 def _row(sample: StoredSample) -> dict[str, Any]:
-    """Give a row of the manifest, with the columns of planes and of volumes."""
     row = {"part": sample.part, **asdict(sample.info), "md5": sample.md5}
     row |= {"step": sample.step, "offset": sample.offset}
     row |= dict(zip(("depth", "height", "width"), sample.info.shape, strict=True))

@@ -101,7 +101,6 @@ def export(
 def _choose_formats(
     formats: Sequence[str], model: str | None, masks: Path | None, images: Path | None, slices: Path | None
 ) -> list[Format]:
-    """Check the formats against what was given, or choose those that it allows."""
     if model is None and masks is None and slices is None:
         raise InputError("nothing to export: give a model (--model), masks (--masks), or slices (--slices)")
     unknown = [name for name in formats if name not in FORMATS]
