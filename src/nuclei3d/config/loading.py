@@ -38,11 +38,6 @@ def validate_params(tree: Mapping[str, Any], source: str, changed: Sequence[str]
         raise InputError("; ".join(_explain(error, source, changed))) from None
 
 
-def params_as_dict(params: BaseModel) -> dict[str, Any]:
-    """Give the parameters as plain nested data, ready for YAML or JSON."""
-    return params.model_dump(mode="json")
-
-
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Give nested parameters under dotted names, such as ``train.augment.flips``."""
     flattened: dict[str, Any] = {}

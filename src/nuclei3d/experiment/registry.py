@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import nuclei3d
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError, missing
@@ -269,7 +269,7 @@ def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: Pred
             "max_voxels": VolumeLimits().max_voxels,
             "max_network_voxels": VolumeLimits().max_network_voxels,
             "device": "auto",
-            "predict": {**params_as_dict(predict), "device": "auto"},
+            "predict": {**predict.model_dump(mode="json"), "device": "auto"},
         },
         metadata={"nuclei3d": nuclei3d.__version__, "kind": info.kind, **info.lineage},
     )
@@ -413,7 +413,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
             "max_voxels": params.serve.max_voxels,
             "max_network_voxels": params.serve.max_network_voxels,
             "device": params.predict.device,
-            "predict": params_as_dict(params.predict),
+            "predict": params.predict.model_dump(mode="json"),
         },
     )
     return served

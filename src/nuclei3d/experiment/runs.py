@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.loading import flat
 from nuclei3d.console import warn
 from nuclei3d.errors import InputError
@@ -190,7 +190,7 @@ def stage_run(
             run.tags({_JOB_TAG: job})
         if run_id != earlier:
             run.params(_stage_params(stage, params))
-            listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
+            listing = yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False)
             run.text(without_passwords(listing), "lineage/params.yaml")
             run.text(json.dumps(asdict(provenance), indent=2), "lineage/lineage.json")
             run.text(environment_listing(), "lineage/environment.txt")
@@ -315,8 +315,7 @@ def _end(status: str) -> None:
 
 
 def _stage_params(stage: str, params: Params) -> dict[str, object]:
-    """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
-    tree = {name: section for name, section in params_as_dict(params).items() if isinstance(section, dict)}
+    tree = params.model_dump(mode="json", exclude={"seed"})
     values = flat({name: tree[name] for name in _SECTIONS.get(stage, tree)})
     shown = {name: without_passwords(v) if isinstance(v, str) else v for name, v in values.items()}
     return {"run.seed": params.seed, **shown}

@@ -197,7 +197,9 @@ def pack_frame(
         "size": grid.size,
         "px_um": grid.px_um,
         "nuclei": _rows(nuclei),
-        "outlines": [[_half_pixels(polygon) for polygon in views] for views in outlines],
+        "outlines": [
+            [np.round(2 * polygon).astype(int).ravel().tolist() for polygon in views] for views in outlines
+        ],
     }
     deflated = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     parts = (_jpeg_of(picture, _PICTURE_SHARE * most_bytes), deflated)
@@ -211,10 +213,6 @@ def _rows(nuclei: pd.DataFrame) -> list[list[float | int | None]]:
         [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
         for row in table.astype(float).itertuples(index=False)
     ]
-
-
-def _half_pixels(polygon: Polygon) -> list[int]:
-    return [int(value) for value in np.round(2 * polygon).ravel()]
 
 
 def _jpeg_of(picture: NDArray[np.uint8], most_bytes: float) -> bytes:
@@ -276,7 +274,9 @@ def prediction_charts(frames: Sequence[ShownFrame]) -> list[tuple[str, str]]:
     """
     charts = []
     if len(frames) > 1:
-        charts.append(("Number of nuclei", draw_chart(partial(_draw_counts, frames=frames))))
+        counts = [len(frame.nuclei) for frame in frames]
+        draw = partial(_draw_over_time, frames=frames, values=counts, label="nuclei")
+        charts.append(("Number of nuclei", draw_chart(draw)))
     for name, label in _CHARTS.items():
         if all(frame.nuclei[name].isna().all() for frame in frames):
             continue
@@ -303,10 +303,6 @@ def _draw_over_time(
     draw_series(axes, label, range(1, len(frames) + 1), values, hints, **style)
     axes.set(xlabel="frame", ylabel=label, ylim=(0, max(axes.get_ylim()[1], 1e-9)))
     axes.locator_params("x", integer=True)
-
-
-def _draw_counts(axes: Axes, frames: Sequence[ShownFrame]) -> None:
-    _draw_over_time(axes, frames, [len(frame.nuclei) for frame in frames], "nuclei")
 
 
 def _draw_spread(axes: Axes, frames: Sequence[ShownFrame], name: str, label: str) -> None:

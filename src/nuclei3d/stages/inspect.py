@@ -115,7 +115,8 @@ def inspect_images(
             images.append(image)
             shown.append(plane)
             bar.advance()
-    expected = _expectation(info) if info is not None else None
+    told = ("nucleus_diameter_um", "diameter_px", "voxel_size_um", "min_volume_um3")
+    expected = None if info is None else {name: getattr(info, name) for name in told}
     for image in images:
         say("\n".join(_describe(image)))
     if expected is not None:
@@ -257,15 +258,6 @@ def _advise(
 
 def _differ(a: float, b: float) -> bool:
     return abs(math.log(a / b)) > math.log(_DIFFERENT)
-
-
-def _expectation(info: ModelInfo) -> dict[str, Any]:
-    return {
-        "nucleus_diameter_um": info.nucleus_diameter_um,
-        "diameter_px": info.diameter_px,
-        "voxel_size_um": info.voxel_size_um,
-        "min_volume_um3": info.min_volume_um3,
-    }
 
 
 def _describe(image: InspectedImage) -> list[str]:

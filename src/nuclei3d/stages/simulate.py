@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.console import Bar, progress_bar, say
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
@@ -52,7 +52,7 @@ def simulate(params: Params, out: Path) -> SimulateResult:
             embryos = tuple(_write_embryos(params, folder, bar))
         record = {
             "seed": params.seed,
-            "simulate": params_as_dict(settings),
+            "simulate": settings.model_dump(mode="json"),
             "embryos": [asdict(embryo) for embryo in embryos],
         }
         write_json(folder / RECORD, record)

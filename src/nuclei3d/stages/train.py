@@ -499,16 +499,16 @@ def _train_epochs(
 
 
 def _line(report: EpochReport, epochs: int) -> str:
-    parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
+    parts = [f"epoch {report.epoch}/{epochs}: loss {report['train_loss']:.4f}"]
     if not report.epoch:
         parts = [f"epoch 0/{epochs}: the model that this starts from"]
-    if not math.isnan(report.validation_loss):
-        parts.append(f"validation {report.validation_loss:.4f}")
+    if not math.isnan(report["validation_loss"]):
+        parts.append(f"validation {report['validation_loss']:.4f}")
     cosines = [report[f"validation_flow_cosine_{axis}"] for axis in "zyx"]
     if not math.isnan(cosines[0]):
         parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
-    if not math.isnan(report.volume_ap):
-        parts.append(f"AP in 3D {report.volume_ap:.3f}")
+    if not math.isnan(report["volume_ap"]):
+        parts.append(f"AP in 3D {report['volume_ap']:.3f}")
     if report.epoch:
         parts.append(f"{report['crops_per_second']:.1f} crops/s")
     parts.append(f"{report['seconds']:.1f} s")

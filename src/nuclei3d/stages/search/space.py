@@ -11,7 +11,7 @@ from typing import Any
 from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.loading import flat, validate_params
 from nuclei3d.config.sections import Range
 from nuclei3d.console import say
@@ -61,7 +61,7 @@ def search_space(params: Params) -> SearchSpace:
 
 def params_with(params: Params, values: Mapping[str, Value]) -> Params:
     """Give the parameters with some values replaced, by dotted names."""
-    tree = params_as_dict(params)
+    tree = params.model_dump(mode="json")
     for name, value in values.items():
         *sections, key = name.split(".")
         node = tree

@@ -260,7 +260,7 @@ class Worker:
         def report(epoch: EpochReport) -> None:
             self._leave_if_taken_over(trial)
             run.metrics(epoch.metrics(), step=epoch.epoch)
-            value = epoch.volume_ap if self.search.prune_on == "ap" else -epoch.validation_loss
+            value = epoch["volume_ap"] if self.search.prune_on == "ap" else -epoch["validation_loss"]
             if math.isnan(value):
                 return
             trial.report(value, round(STEPS * epoch.epoch / epochs))
