@@ -155,16 +155,21 @@ def _open(opening: str, arguments: Sequence[Any]) -> int:
     """Prepare the process; give its number."""
     global _opened
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tie_to_parent()
     _opened = pkgutil.resolve_name(opening)(*arguments)
     return os.getpid()
 
 
-def _end_with_parent() -> None:
+def tie_to_parent() -> None:
+    """Have this process, spawned by another one, end with it, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _call(function: str, arguments: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ import nuclei3d
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, warn
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, missing, reason_of
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, is_known, stage_run
@@ -237,10 +237,8 @@ def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: st
             f"whether {who} was trained on these volumes cannot be checked: model or evaluation are of a "
             "version that did not record it"
         )
-    for volume in volumes.values():
-        part = None if frames is None else frames.part_of(volume.get("frame_digest", ""))
-        if part is not None and volume.get("seen") != "train":
-            volume["seen"] = part
+    if frames is not None:
+        frames.mark_seen(volumes)
     chosen = [name for name, volume in volumes.items() if volume.get("seen") == "validation"]
     if chosen:
         warn(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
@@ -592,7 +590,7 @@ def _download(client: MlflowClient, uri: str) -> Path:
         return Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
 
 

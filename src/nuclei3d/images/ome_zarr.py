@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, missing, reason_of
 from nuclei3d.images.layout import ImageInFile, Layout, choose_image
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 
@@ -46,8 +46,9 @@ class ZarrArray:
         except MemoryError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self.path} is damaged ({reason}); copy or export it again") from error
+            raise InputError(
+                f"{self.path} is damaged ({reason_of(error)}); copy or export it again"
+            ) from error
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
 
@@ -194,9 +195,8 @@ def _open_array(
     try:
         node = zarr.open(store=str(path), mode="r")
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path} cannot be read as zarr ({reason}); give a TIFF or OME-Zarr image"
+            f"{path} cannot be read as zarr ({reason_of(error)}); give a TIFF or OME-Zarr image"
         ) from error
     if isinstance(node, zarr.Array):
         return node, node.attrs.asdict(), 0, ()

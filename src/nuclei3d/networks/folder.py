@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -76,6 +76,13 @@ class TrainingFrames(BaseModel):
             validation=_join(self.validation, start.validation),
             complete=start.complete and self.complete,
         )
+
+    def mark_seen(self, volumes: Mapping[str, dict[str, Any]]) -> None:
+        """Mark volumes of a metrics.json that are among these frames as ``seen``: their part."""
+        for volume in volumes.values():
+            part = self.part_of(volume.get("frame_digest", ""))
+            if part is not None and volume.get("seen") != "train":
+                volume["seen"] = part
 
     def part_of(self, digest: str) -> Literal["train", "validation"] | None:
         """Tell in which part a frame was, by its image or its labels; None: in neither."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
+from nuclei3d.console import some_of
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
@@ -230,7 +231,7 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
     counts = np.array([len(frame.nuclei) for frame in frames])
     lines = []
     if empty := [frame.name for frame in frames if not len(frame.nuclei)]:
-        lines.append(f"No nucleus in {_some(empty)}.")
+        lines.append(f"No nucleus in {some_of(empty, 5)}.")
     jumps = []
     for at in range(1, len(frames) - 1):
         beside = np.median(counts[max(at - 2, 0) : at]), np.median(counts[at + 1 : at + 3])
@@ -238,7 +239,7 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
         if counts[at] and not min(beside) - least <= counts[at] <= max(beside) + least:
             jumps.append(f"{frames[at].name} ({counts[at]}; before {beside[0]:g}, after {beside[1]:g})")
     if jumps:
-        lines.append(f"The number of nuclei jumps in {_some(jumps)}: missed, split or false ones?")
+        lines.append(f"The number of nuclei jumps in {some_of(jumps, 5)}: missed, split or false ones?")
     tables = [frame.nuclei for frame in frames if len(frame.nuclei)]
     for name, words, most in (("mean_intensity", "Nuclei become dimmer", 0.6), ("score", "Scores fall", 0.8)):
         medians = [median for table in tables if not math.isnan(median := table[name].median())]
@@ -260,11 +261,6 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
         if number > _ODD_SIZES * counts.sum():
             lines.append(f"{number} of {counts.sum()} nuclei have {words} the median volume of their frame.")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def prediction_charts(frames: Sequence[ShownFrame]) -> list[tuple[str, str]]:

@@ -68,7 +68,6 @@ class VolumeView:
 
 
 def _slabs(depth: int) -> Iterator[slice]:
-    """Give the planes of a volume, a few at a time."""
     for start in range(0, depth, _SLAB):
         yield slice(start, min(start + _SLAB, depth))
 

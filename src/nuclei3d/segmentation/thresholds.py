@@ -140,7 +140,6 @@ def choose_thresholds(
 def _choose_outline(
     volumes: Sequence[LabelledFlow], settings: SegmentationSettings, tried: Sequence[float]
 ) -> tuple[float, float]:
-    """Choose where outlines end, along z and in the plane."""
     default = settings.masks.cellprob_threshold
     tried = sorted({default, *tried}, key=lambda each: abs(default - each))
     seg: dict[tuple[float, float], float] = {}

@@ -242,7 +242,6 @@ def _find_start(params: Params, model: str) -> _Baseline | None:
 
 
 def _mode_for(params: Params, kind: str) -> str:
-    """Give the mode of a baseline that is a network of its own."""
     if kind == "full3d":
         return "full3d"
     return "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode

@@ -134,7 +134,7 @@ def _frames_of(source: Path, data: DataParams) -> tuple[tuple[str, ...], list[Fr
     count = max(lengths.get("C", 1), lengths.get("S", 1))
     names = tuple(layout.channels[k] if k < len(layout.channels) else str(k) for k in range(count))
     channel = 0 if data.channel is None and count > 1 else data.channel
-    given = VoxelSize.of(data.voxel_size_um) if data.voxel_size_um is not None else None
+    given = VoxelSize.given(data.voxel_size_um)
     return names, find_frames(source, channel=channel, image=data.image, voxel_size=given)
 
 

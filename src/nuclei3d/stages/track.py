@@ -99,9 +99,8 @@ def track(
             f"{masks} holds masks of several embryos ({some_of(embryos)}); track them one by one, each "
             "into a folder of its own"
         )
-    given = params.data.voxel_size_um
     seen = _images_of(entries, images, params)
-    size = VoxelSize.of(given) if given is not None else first_voxel_size(*entries, *seen)
+    size = VoxelSize.given(params.data.voxel_size_um) or first_voxel_size(*entries, *seen)
     size = size or entries[0].frame.require_voxel_size()
 
     def measure(frame: int) -> Nuclei:

@@ -21,7 +21,7 @@ from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
     ModelInfo,
@@ -429,7 +429,7 @@ class Checkpoints:
                 best = torch.load(path, map_location="cpu", weights_only=True)
             return TrainingState.from_plain(saved["state"], best)
         except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error, 200)
             say(f"the checkpoint in {self.folder} cannot be read ({reason}); training starts afresh")
             return None
 
