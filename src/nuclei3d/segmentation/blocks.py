@@ -23,7 +23,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.masks import Nucleus
-from nuclei3d.segmentation.network_runner import grow_to_lattice
+from nuclei3d.segmentation.tiling import grow_to_lattice
 
 Box = tuple[slice, slice, slice]
 Pixels = float | Sequence[float]
@@ -70,7 +70,7 @@ def plan_blocks(
 
     Outer boxes reach `margin_um` beyond the core and have `max_voxels` at most. `pixels` are those of the
     network (or of each of several) per voxel along (z, y, x): outer boxes then start on its lattice
-    (`network_runner`), and are wider than the margin by up to two squares of it. InputError is raised if even
+    (`tiling`), and are wider than the margin by up to two squares of it. InputError is raised if even
     cores as wide as the margin are too large.
     """
     margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]

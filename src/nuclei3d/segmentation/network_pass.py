@@ -41,14 +41,9 @@ from nuclei3d.segmentation.flow_field import (
 )
 from nuclei3d.segmentation.foreground import OccupiedSpace, occupied_space
 from nuclei3d.segmentation.fusion import VolumeView, add_views, component_weights, fuse_views, keep_planes
-from nuclei3d.segmentation.network_runner import (
-    MAX_VOXELS,
-    NetworkRunner,
-    grow_to_lattice,
-    padded,
-    tile_volume,
-)
+from nuclei3d.segmentation.network_runner import MAX_VOXELS, NetworkRunner
 from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, view_grid, with_ranges
+from nuclei3d.segmentation.tiling import grow_to_lattice, padded, tile_volume
 from nuclei3d.views import VIEW_AXES, VIEW_AXIS, View
 
 EMPTY_LOGIT = -10.0
