@@ -45,6 +45,15 @@ def test_flip_average_is_the_mean_over_the_four_flips_of_the_plane():
     np.testing.assert_allclose(averaged, expected, atol=1e-5)
 
 
+def test_where_rows_are_z_planes_are_not_turned_over():
+    network = new_network(17, seed=0)
+    plane = torch.from_numpy(np.random.default_rng(0).random((1, 32, 48)).astype(np.float32))
+    once = NetworkRunner(network, CPU)
+    turned = once.run(plane.flip(2)).flip(3) * torch.tensor([1, -1, 1])[:, None, None]
+    averaged = NetworkRunner(network, CPU, flip_average=True).run(plane, upright=True)
+    torch.testing.assert_close(averaged, (once.run(plane) + turned) / 2, atol=1e-5, rtol=0)
+
+
 def test_a_part_on_the_lattice_is_predicted_as_in_the_whole() -> None:
     network = new_network(17.0, seed=0)
     network.style_on = False

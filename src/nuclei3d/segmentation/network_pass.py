@@ -377,7 +377,8 @@ def compute_view(
                 chosen = torch.tensor(indices, device=planes.device)
                 stack = planes[:, box.rows, box.columns].index_select(0, chosen)
             native = stack.shape[1]
-            output = runner.run(resize_tensor(stack, (len(stack), box.height, stack.shape[2])))
+            stack = resize_tensor(stack, (len(stack), box.height, stack.shape[2]))
+            output = runner.run(stack, upright=axis != 0)
             output = output.to(volume.device)
             yield ComputedPlanes(
                 indices, box, resize_tensor(output, (*output.shape[:2], native, output.shape[3]))

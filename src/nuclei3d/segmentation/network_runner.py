@@ -35,10 +35,11 @@ class NetworkRunner:
     The network is a `VolumeNetwork`, or one that takes (n, 2, height, width) and gives (n, 3, height, width),
     5 x flow along the two axes of the plane and the logit, or a tuple that starts with that, as CPnet does.
     Convolutions are of the type `precision` (autocast); int8 is OpenVINO's. `flip_average` is over the flips
-    of an image along all its axes: 4 times the work in 2D, 8 times in 3D. The `engine` is ``torch``,
-    ``openvino`` (`openvino_engine`), or ``auto``: OpenVINO where it is installed, the device is the CPU and
-    the network a CPnet. `pixels` are those, padding and overlap included, that went through the network so
-    far.
+    of an image along y and x: 4 times the work, twice for a plane of which one axis is z. It is never along
+    z: a network may know up from down (`train.augment.flip_z`), and that it does not care brings nothing
+    (docs/results.md). The `engine` is ``torch``, ``openvino`` (`openvino_engine`), or ``auto``: OpenVINO
+    where it is installed, the device is the CPU and the network a CPnet. `pixels` are those, padding and
+    overlap included, that went through the network so far.
     """
 
     def __init__(
@@ -58,11 +59,9 @@ class NetworkRunner:
         if isinstance(network, VolumeNetwork):
             self._multiple = network.spec.architecture.multiple
         self._solid = len(self._multiple) == 3
-        axes = range(2, 2 + len(self._multiple))
+        axes = range(len(self._multiple), 2 + len(self._multiple)) if flip_average else ()
         self._flips = [
-            flipped
-            for count in range(1 + (len(axes) if flip_average else 0))
-            for flipped in itertools.combinations(axes, count)
+            flipped for count in range(len(axes) + 1) for flipped in itertools.combinations(axes, count)
         ]
         # channels_last: 1.3 to 1.6 times faster on a CPU (measured), and what tensor cores want.
         self._format = torch.channels_last_3d if self._solid else torch.channels_last
@@ -105,11 +104,15 @@ class NetworkRunner:
         return np.asarray(self.run(torch.from_numpy(images)).cpu().numpy(), np.float32)
 
     @torch.inference_mode()
-    def run(self, images: Tensor) -> Tensor:
-        """Do the same with a tensor on any device; the result is on the network's."""
+    def run(self, images: Tensor, *, upright: bool = False) -> Tensor:
+        """Do the same with a tensor on any device; the result is on the network's.
+
+        `upright`: rows of the planes are z.
+        """
         shape = images.shape[1:]
         images = self._pad(images.to(self.device))
-        result = self._forward(images) if self._solid else self._forward_tiles(images)
+        flips = [axes for axes in self._flips if not (upright and 2 in axes)]
+        result = self._forward(images, flips) if self._solid else self._forward_tiles(images, flips)
         result = result[_corner(shape)]
         result[:, :-1] /= FLOW_SCALE
         return result
@@ -130,34 +133,34 @@ class NetworkRunner:
                 images = images.index_select(axis, torch.from_numpy(mirror).to(images.device))
         return images
 
-    def _forward_tiles(self, planes: Tensor) -> Tensor:
+    def _forward_tiles(self, planes: Tensor, flips: Sequence[Sequence[int]]) -> Tensor:
         """Run padded planes; those that are too large in tiles, blended smoothly."""
         tiling = tile_plane(planes.shape[1:], MAX_TILE[self.device.type])
         if len(tiling.boxes) == 1:
-            return self._forward(planes)
+            return self._forward(planes, flips)
         result = torch.zeros((len(planes), 3, *planes.shape[1:]), device=self.device)
         for box in tiling.boxes:
             weight = torch.from_numpy(tiling.weight(box)).to(self.device)
             rows, columns = box
-            result[:, :, rows, columns] += self._forward(planes[:, rows, columns]).mul_(weight)
+            result[:, :, rows, columns] += self._forward(planes[:, rows, columns], flips).mul_(weight)
         return result
 
-    def _forward(self, images: Tensor) -> Tensor:
-        """Give what the network says, 5 x flow and logit, of images of a size that it takes."""
+    def _forward(self, images: Tensor, flips: Sequence[Sequence[int]]) -> Tensor:
+        """Give what the network says, 5 x flow and logit, of images of a size that it takes, over flips."""
         began = self._mark()
         channels = 1 if self._solid else INPUT_CHANNELS
         stack = torch.zeros((len(images), channels, *images.shape[1:]), device=self.device)
         stack[:, 0] = images
         total: Tensor | None = None
-        for axes in self._flips:
+        for axes in flips:
             output = self._run(torch.flip(stack, axes) if axes else stack)
             if axes:
                 output = torch.flip(output, axes)
                 output[:, [axis - 2 for axis in axes]] *= -1
             total = output if total is None else total + output
         assert total is not None
-        if len(self._flips) > 1:
-            total /= len(self._flips)
+        if len(flips) > 1:
+            total /= len(flips)
         self._passes.append((began, self._mark()))
         self.pixels += images.numel()
         return total
