@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.images.embryos import EmbryoFrame, Split, find_embryos, split_embryos
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.predict import predict
@@ -34,7 +34,7 @@ DECISIVE = ("seed", "data", "normalization", "prepare", "train", "calibrate", "p
 
 def keep_parameters(params: Params, out: Path) -> None:
     """Refuse to mix steps made with different parameters in one folder."""
-    tree = params_as_dict(params)
+    tree = params.model_dump(mode="json")
     text = json.dumps({name: tree[name] for name in DECISIVE}, indent=2) + "\n"
     path = out / "parameters.json"
     if path.is_file() and path.read_text() != text:

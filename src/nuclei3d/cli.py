@@ -140,6 +140,8 @@ def _all_commands(
     pass
 
 
+_inputs = partial(typer.Argument, metavar="INPUT...", show_default=False)
+
 # What the help says of an option or argument, by its name or, where commands differ, by command and name.
 _OPTIONS: dict[str, Any] = {
     "params": typer.Option(help="Parameter file; params.yaml if there is one.", metavar="FILE"),
@@ -162,14 +164,10 @@ _OPTIONS: dict[str, Any] = {
     "prepare.strict": typer.Option("--strict", help="Refuse implausible labels instead of saying them."),
     "train.data": typer.Option(help="Labelled embryos, for validation in 3D.", metavar="DIR"),
     "train.resume": typer.Option("--resume/--afresh", help="Go on from the last checkpoint, or start anew."),
-    "inspect.inputs": typer.Argument(
-        help="Files, folders or OME-Zarr.", metavar="FILE...", show_default=False
-    ),
+    "inspect.inputs": _inputs(help="Files, folders or OME-Zarr.", metavar="FILE..."),
     "inspect.model": typer.Option(help="Model folder: what it expects is compared.", metavar="DIR"),
     "inspect.out": typer.Option(help="PNG to write: a plane of each file or time-lapse.", metavar="FILE"),
-    "predict.inputs": typer.Argument(
-        help="Files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
-    ),
+    "predict.inputs": _inputs(help="Files, folders or OME-Zarr."),
     "predict.model": typer.Option(help="Model folder, weights file, models:/name@alias or URL."),
     "predict.mode": typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
     "predict.diameter": typer.Option(
@@ -179,9 +177,7 @@ _OPTIONS: dict[str, Any] = {
     "predict.scheduler": typer.Option(help="Dask cluster for the blocks.", metavar="tcp://HOST:PORT"),
     "predict.overwrite": typer.Option("--overwrite", help="Segment again what was done before."),
     "predict.track": typer.Option("--track", help="Link the nuclei over time, too."),
-    "suggest.inputs": typer.Argument(
-        help="Labelled embryos, files, folders or OME-Zarr.", metavar="INPUT...", show_default=False
-    ),
+    "suggest.inputs": _inputs(help="Labelled embryos, files, folders or OME-Zarr."),
     "suggest.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "suggest.count": typer.Option(help="Blocks wanted.", metavar="N"),
     "suggest.out": typer.Option(help="Folder for the table and pictures.", metavar="DIR"),
@@ -238,10 +234,8 @@ _OPTIONS: dict[str, Any] = {
     "export.formats": typer.Option(
         "--format", help="cellpose, bioimageio, seg, rois or cellpose-training; may be repeated."
     ),
-    "import.inputs": typer.Argument(
-        help="Label volumes, folders of them, Cellpose's _seg.npy, ImageJ's .roi or .zip.",
-        metavar="FILE...",
-        show_default=False,
+    "import.inputs": _inputs(
+        help="Label volumes, folders of them, Cellpose's _seg.npy, ImageJ's .roi or .zip.", metavar="FILE..."
     ),
     "import.into": typer.Option("--data", help="Data set; may be new.", metavar="DIR"),
     "import.embryo": typer.Option(help="Whose labels they are; may be new.", metavar="NAME"),

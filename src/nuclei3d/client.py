@@ -69,7 +69,7 @@ class RemoteModel:
         import tifffile
 
         refuse_second_model(self.predict)
-        size = voxel_size_um if isinstance(voxel_size_um, VoxelSize) else VoxelSize.of(voxel_size_um)
+        size = VoxelSize.of(voxel_size_um)
         answer = self._post(_request_body(image, size, self.predict))
         try:
             prediction = json.loads(answer)["predictions"][0]
@@ -164,20 +164,13 @@ def is_service(model: str) -> bool:
 def _request_body(image: NDArray[Any], voxel_size: VoxelSize, predict: PredictParams) -> bytes:
     import tifffile
 
+    from nuclei3d.images.tiff import storable
+
     file = io.BytesIO()
-    if image.dtype == np.bool_:
-        image = image.astype(np.uint8)
-    elif image.dtype == np.float16:
-        image = image.astype(np.float32)
+    image = storable(image)
     # An axis of length 3 or 4 could be taken for colours: the type of the pixels is said.
-    tifffile.imwrite(
-        file,
-        image,
-        photometric="minisblack",
-        ome=True,
-        metadata={"axes": "ZYX"},
-        bigtiff=image.nbytes > 2**31,
-    )
+    big = image.nbytes > 2**31
+    tifffile.imwrite(file, image, photometric="minisblack", ome=True, metadata={"axes": "ZYX"}, bigtiff=big)
     params = {
         name: value
         for name, value in predict.model_dump(mode="json").items()

@@ -132,6 +132,7 @@ def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
         yield Bar(progress, progress.add_task(description, total=total, note=""))
 
 
-def some_of(names: Sequence[str]) -> str:
-    """Name the first three, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some_of(names: Sequence[object], most: int = 3) -> str:
+    """Name the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

@@ -69,16 +69,11 @@ class DiameterEstimate:
         return f"{self.diameter_um:.3g} +- {self.error_um:.2g} um ({self.nuclei} nuclei seen)"
 
 
-def estimate_diameter(
-    image: NDArray[Any], voxel_size: VoxelSize, intensity: IntensityRange | None = None
-) -> DiameterEstimate | None:
-    """Estimate the diameter of the nuclei in a volume (z, y, x), any real dtype; None if nothing stands out.
-
-    `intensity` is its range if that is known.
-    """
+def estimate_diameter(image: NDArray[Any], voxel_size: VoxelSize) -> DiameterEstimate | None:
+    """Estimate the diameter of the nuclei in a volume (z, y, x), any dtype; None if nothing stands out."""
     boxes = sampled_boxes(image.shape)
     parts = [image[box] for box in boxes]
-    intensity = intensity or measure_boxes(parts)
+    intensity = measure_boxes(parts)
     chosen = choose_blocks(image.shape, boxes, parts, voxel_size, intensity)
     return estimate_from_blocks(
         [clean_block(image[box], box, intensity) for box in chosen], voxel_size, intensity

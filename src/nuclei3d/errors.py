@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -32,6 +34,18 @@ class StoppedError(InputError):
     """The user stopped the work (Ctrl-C); the message says what is kept. Exit code 130, as of a shell."""
 
     exit_code = 130
+
+
+def hint_at(name: str, known: Collection[str]) -> str:
+    """Say which of the known names may have been meant, or else all of them."""
+    # a stranger's name may be of any length
+    close = difflib.get_close_matches(name[:50], known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def reason_of(error: BaseException, longest: int | None = None) -> str:
+    """Give what an error of a library says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 def missing(path: Path, message: str) -> InputError:

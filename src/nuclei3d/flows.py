@@ -35,10 +35,8 @@ def flows_2d(labels: Labels) -> NDArray[np.float32]:
     centre, spread by the mean over 3 x 3 pixels, 2 (height + width) times, each nucleus as often as its
     own size asks. Runs in one thread and without the GIL. Numbers may have gaps; 0 (or less) is background.
 
-    Returns
-    -------
-    float32 array, shape (2, Y, X)
-        Unit vectors (dy, dx) in pixels; 0 on the background and at the centres of symmetric pieces.
+    Gives float32 (2, Y, X): unit vectors (dy, dx) in pixels, 0 on the background and at the centres of
+    symmetric pieces.
     """
     _check(labels, 2)
     flows = np.zeros((2, *labels.shape), np.float32)
@@ -56,19 +54,10 @@ def flows_3d(
     has the same flows whatever the voxels it was sampled with. That heat has no maximum but its source
     (maximum principle), so every flow line ends at the centre, in concave nuclei too.
 
-    Parameters
-    ----------
-    labels
-        0 (or less) is background; numbers may have gaps.
-    tolerance
-        Error of the heat, relative to that at the far ends of a nucleus, at which its iteration ends.
-    threads
-        To share the nuclei between; all processors by default.
-
-    Returns
-    -------
-    float32 array, shape (3, Z, Y, X)
-        Unit vectors (dz, dy, dx), of length 1 in um; 0 on the background and in pieces of one voxel.
+    In `labels` 0 (or less) is background, numbers may have gaps. The iteration of the heat ends at an error
+    of `tolerance`, relative to the heat at the far ends of a nucleus; the nuclei are shared between
+    `threads`, all processors by default. Gives float32 (3, Z, Y, X): unit vectors (dz, dy, dx), of length 1
+    in um, 0 on the background and in pieces of one voxel.
     """
     _check(labels, 3)
     volume = compact_labels(labels)

@@ -69,22 +69,13 @@ _MOST_SATURATION = 2.5
 class IntensityRange:
     """The intensities that become 0 and 1.
 
-    All are in the image's own units.
-
-    Attributes
-    ----------
-    noise
-        Standard deviation of the noise (0 where none was found).
-    fill
-        Voxels up to this intensity, and those that are not finite, are no image: what registration, fusion
-        and deskewing leave around it. None where the image has no such constant far below its background.
-    ceiling
-        What is brighter is debris or a hot pixel where it is narrower than `opening_px`, and is taken for
-        this where it is not; None: nothing is so bright.
-    opening_px
-        Edge of the square of a morphological opening, in the plane, that removes debris.
-    background
-        (y, x): what an uneven background adds to the image; None if it is even.
+    All are in the image's own units. `noise` is a standard deviation (0 where none was found). Voxels up to
+    the intensity `fill`, and those that are not finite, are no image: what registration, fusion and deskewing
+    leave around it; None where the image has no such constant far below its background. What is brighter than
+    the `ceiling` is debris or a hot pixel where it is narrower than `opening_px`, the edge of the square of a
+    morphological opening in the plane that removes debris, and is taken for this where it is not; None:
+    nothing is so bright. `background` (y, x) is what an uneven background adds to the image; None if it is
+    even.
     """
 
     low: float
@@ -171,15 +162,10 @@ def measure_range(
     decile, over all planes and a sixth of the rows and columns, varies by more than a tenth of the range.
     A constant image has the range (value, value + 1).
 
-    Parameters
-    ----------
-    image
-        Volume (z, y, x) or plane (y, x), any real dtype; what is not finite is fill. Of more than 16 million
-        voxels every k-th plane is used.
-    lower_percentile, upper_percentile
-        They become 0 and 1, but the range is at least `noise_floor` standard deviations of the noise.
-    sampled
-        The image consists of the `sampled_planes` of a larger volume already.
+    `image` is a volume (z, y, x) or plane (y, x) of any real dtype; what is not finite is fill. Of more than
+    16 million voxels every k-th plane is used, unless it consists of the `sampled_planes` of a larger volume
+    already (`sampled`). The percentiles become 0 and 1, but the range is at least `noise_floor` standard
+    deviations of the noise.
     """
     step = 1 if sampled or image.ndim != 3 else sampled_planes(image.shape).step
     values = image[::step]
@@ -342,7 +328,6 @@ def _all_finite(values: NDArray[Any]) -> bool:
 
 
 def _image_mask(values: NDArray[Any], fill: float | None) -> NDArray[np.bool_]:
-    """Say which values are of the image and not fill."""
     finite: NDArray[np.bool_] = np.isfinite(values)
     return finite if fill is None else finite & (values > fill)
 
@@ -392,12 +377,8 @@ def sampled_planes(shape: Sequence[int]) -> range:
 def sampled_boxes(shape: Sequence[int], chunk: Sequence[int] = (1, 1, 1)) -> list[Box]:
     """Say which boxes, spread evenly over a volume (z, y, x), tell what it is like; a small one is its own.
 
-    Parameters
-    ----------
-    shape
-        Of the volume.
-    chunk
-        What is read at once: boxes of a large volume are whole chunks, or rows of them, where they are small.
+    `chunk` is what is read at once: boxes of a large volume are whole chunks, or rows of them, where they are
+    small.
     """
     if math.prod(shape) <= _MAX_SAMPLES:
         return [(slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))]

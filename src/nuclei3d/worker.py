@@ -104,16 +104,9 @@ class Worker:
     async def run(self, function: str, *arguments: Any) -> Any:
         """Call a function in the process with what was opened and `arguments`, after those that came before.
 
-        Cancelling this kills the process.
-
-        Raises
-        ------
-        InputError, MemoryError
-            As the function does; the latter also if the process grew beyond its memory.
-        WorkerDiedError
-            If it died.
-        WorkerError
-            Of all else that the function raises.
+        Cancelling this kills the process. InputError and MemoryError are raised as the function does, the
+        latter also if the process grew beyond its memory, WorkerDiedError if it died, WorkerError of all else
+        that the function raises.
         """
         async with self._turn:
             while True:
@@ -162,16 +155,21 @@ def _open(opening: str, arguments: Sequence[Any]) -> int:
     """Prepare the process; give its number."""
     global _opened
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tie_to_parent()
     _opened = pkgutil.resolve_name(opening)(*arguments)
     return os.getpid()
 
 
-def _end_with_parent() -> None:
+def tie_to_parent() -> None:
+    """Have this process, spawned by another one, end with it, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _call(function: str, arguments: Sequence[Any]) -> Any:

@@ -123,8 +123,8 @@ def test_epochs_are_judged_and_thresholds_chosen_on_whole_volumes(slices, tmp_pa
     params = params.model_copy(update={"data": params.data.model_copy(update={"split": split})})
     reports = []
     result = train(params, slices, tmp_path / "m", data=tmp_path / "data", on_epoch=reports.append)
-    assert np.isnan(reports[0].volume_ap)
-    assert 0 <= reports[1].volume_ap <= 1
+    assert np.isnan(reports[0]["volume_ap"])
+    assert 0 <= reports[1]["volume_ap"] <= 1
     assert result.metrics["calibrated_ap"] >= result.metrics["uncalibrated_ap"]
 
 

@@ -103,7 +103,7 @@ def test_a_network_learns_a_crop_by_heart():
         augment=NO_AUGMENTATION,
         crop_px=64,
     )
-    losses = [report.train_loss for report in outcome.state.history]
+    losses = [report["train_loss"] for report in outcome.state.history]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -138,7 +138,7 @@ def test_seeds_change_the_weights():
 
 def test_the_best_epoch_is_kept_and_the_last_on_request():
     best = run(epochs=5)
-    losses = [report.validation_loss for report in best.state.history]
+    losses = [report["validation_loss"] for report in best.state.history]
     assert best.epoch == int(np.argmin(losses)) + 1
     last = run(epochs=5, select="last")
     assert last.epoch == 5
@@ -151,21 +151,21 @@ def test_the_average_precision_decides_where_it_is_measured():
         validate_volumes_every=1, callbacks=Callbacks(validate_volumes=lambda network: next(values))
     )
     assert outcome.epoch == 2
-    assert [report.volume_ap for report in outcome.state.history] == [0.2, 0.9, 0.4]
+    assert [report["volume_ap"] for report in outcome.state.history] == [0.2, 0.9, 0.4]
 
 
 @BOTH
 def test_without_validation_samples_the_training_loss_decides(kind):
     outcome = run(validation=0, **kind)
-    losses = [report.train_loss for report in outcome.state.history]
-    assert all(math.isnan(report.validation_loss) for report in outcome.state.history)
+    losses = [report["train_loss"] for report in outcome.state.history]
+    assert all(math.isnan(report["validation_loss"]) for report in outcome.state.history)
     assert outcome.epoch == int(np.argmin(losses)) + 1
 
 
 def test_training_stops_when_patience_ends():
     # with a learning rate of almost nothing, the running means alone make tiny differences
     outcome = run(epochs=50, patience=2, learning_rate=1e-12, validation=0)
-    losses = [report.train_loss for report in outcome.state.history]
+    losses = [report["train_loss"] for report in outcome.state.history]
     assert outcome.state.epoch < 50
     assert "2 epochs" in outcome.stopped
     assert len(losses) - 1 - int(np.argmin(losses)) == 2
@@ -360,7 +360,7 @@ def test_the_cosine_rises_and_falls_to_a_hundredth():
 
 
 def test_bfloat16_trains_to_about_the_same_loss():
-    wide, narrow = (run(precision=p).state.history[-1].train_loss for p in ("float32", "bfloat16"))
+    wide, narrow = (run(precision=p).state.history[-1]["train_loss"] for p in ("float32", "bfloat16"))
     assert narrow == pytest.approx(wide, rel=0.05)
 
 
@@ -409,7 +409,7 @@ def test_every_epoch_tells_each_axis_and_the_foreground():
                 assert math.isfinite(report[f"{part}_flow_mse_{axis}"])
                 assert -1 <= report[f"{part}_flow_cosine_{axis}"] <= 1
             assert 0 <= report[f"{part}_dice"] <= 1
-        assert report.validation_loss == pytest.approx(
+        assert report["validation_loss"] == pytest.approx(
             report["validation_flow_loss"] + report["validation_probability_loss"]
         )
         assert 0 <= report["found_faintest"] <= 1
@@ -433,5 +433,5 @@ def test_training_on_a_gpu_reaches_about_the_same_loss(graph):
         device=torch.device("cuda"),
     )
     expected = run().state.history[-1]
-    assert outcome.state.history[-1].train_loss == pytest.approx(expected.train_loss, rel=0.02)
+    assert outcome.state.history[-1]["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
     assert all(value.device.type == "cpu" for value in outcome.weights.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nuclei3d.config.sections import Params
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, hint_at, reason_of
 from nuclei3d.outputs import whole_file
 
 
@@ -38,11 +37,6 @@ def validate_params(tree: Mapping[str, Any], source: str, changed: Sequence[str]
         raise InputError("; ".join(_explain(error, source, changed))) from None
 
 
-def params_as_dict(params: BaseModel) -> dict[str, Any]:
-    """Give the parameters as plain nested data, ready for YAML or JSON."""
-    return params.model_dump(mode="json")
-
-
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Give nested parameters under dotted names, such as ``train.augment.flips``."""
     flattened: dict[str, Any] = {}
@@ -59,8 +53,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read the parameter file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML: {first_line}") from None
+        raise InputError(f"{path} is not valid YAML: {reason_of(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -112,8 +105,7 @@ def _explain(error: ValidationError, source: str, changed: Sequence[str]) -> lis
         origin = "--set" if concerned else source
         if problem["type"] == "extra_forbidden":
             known = _known_names(problem["loc"][:-1])
-            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            hint = hint_at(str(problem["loc"][-1]), known)
             lines.append(f"{origin}: unknown parameter '{name}'; {hint}")
         else:
             hint = ""

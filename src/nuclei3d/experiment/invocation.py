@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import json
 import math
 import tempfile
@@ -21,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from nuclei3d.config.sections import PredictParams, SegmentationParams, ServeParams
 from nuclei3d.console import printable
-from nuclei3d.errors import InputError, TooLargeError
+from nuclei3d.errors import InputError, TooLargeError, hint_at
 from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM, VoxelSize
 
 if TYPE_CHECKING:
@@ -203,9 +202,7 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
     known = sorted(RequestParams.model_fields)
     for name in given:
         if name not in RequestParams.model_fields:
-            close = difflib.get_close_matches(name[:50], known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-            raise InputError(f"unknown parameter '{printable(name)}'; {hint}")
+            raise InputError(f"unknown parameter '{printable(name)}'; {hint_at(name, known)}")
         if isinstance(given[name], list | tuple) and len(given[name]) > _LONGEST_LIST:
             raise InputError(f"parameter '{name}' has {len(given[name])} values, more than any takes")
     try:
@@ -312,7 +309,7 @@ def open_frame(file: Path, params: RequestParams, max_voxels: int) -> tuple[Fram
     from nuclei3d.images.frames import find_frames
     from nuclei3d.images.ome_zarr import is_zarr
 
-    given = VoxelSize.of(params.voxel_size_um) if params.voxel_size_um is not None else None
+    given = VoxelSize.given(params.voxel_size_um)
     with about_the_volume(file):
         if file.is_dir() and not is_zarr(file):
             raise InputError(f"{file} is a folder; name one file in it")

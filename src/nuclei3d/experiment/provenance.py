@@ -130,7 +130,6 @@ def environment_listing() -> str:
 
 
 def _inherited_md5(inputs: Mapping[str, Path]) -> dict[str, str]:
-    """Give the MD5s of what the inputs were made from."""
     inherited: dict[str, str] = {}
     for path in inputs.values():
         data = _read_json(path / "summary.json").get("data")

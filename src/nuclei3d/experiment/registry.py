@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import nuclei3d
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, warn
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, missing, reason_of
 from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, is_known, stage_run
@@ -237,10 +237,8 @@ def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: st
             f"whether {who} was trained on these volumes cannot be checked: model or evaluation are of a "
             "version that did not record it"
         )
-    for volume in volumes.values():
-        part = None if frames is None else frames.part_of(volume.get("frame_digest", ""))
-        if part is not None and volume.get("seen") != "train":
-            volume["seen"] = part
+    if frames is not None:
+        frames.mark_seen(volumes)
     chosen = [name for name, volume in volumes.items() if volume.get("seen") == "validation"]
     if chosen:
         warn(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
@@ -269,7 +267,7 @@ def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: Pred
             "max_voxels": VolumeLimits().max_voxels,
             "max_network_voxels": VolumeLimits().max_network_voxels,
             "device": "auto",
-            "predict": {**params_as_dict(predict), "device": "auto"},
+            "predict": {**predict.model_dump(mode="json"), "device": "auto"},
         },
         metadata={"nuclei3d": nuclei3d.__version__, "kind": info.kind, **info.lineage},
     )
@@ -413,7 +411,7 @@ def load_served_model(model: str, params: Params) -> NucleiModel:
             "max_voxels": params.serve.max_voxels,
             "max_network_voxels": params.serve.max_network_voxels,
             "device": params.predict.device,
-            "predict": params_as_dict(params.predict),
+            "predict": params.predict.model_dump(mode="json"),
         },
     )
     return served
@@ -585,7 +583,6 @@ def _version_of(client: MlflowClient, name: str, digest: str) -> ModelVersion | 
 
 
 def _download(client: MlflowClient, uri: str) -> Path:
-    """Give the local folder of the MLflow model behind a URI of the registry or of a run."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -593,7 +590,7 @@ def _download(client: MlflowClient, uri: str) -> Path:
         return Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         names = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise InputError(f"cannot get {uri}: {reason} (registered models: {names})") from None
 
 

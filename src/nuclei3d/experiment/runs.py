@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.loading import flat
 from nuclei3d.console import warn
 from nuclei3d.errors import InputError
@@ -26,6 +26,7 @@ from nuclei3d.experiment.store import (
     store_uri,
     without_passwords,
 )
+from nuclei3d.outputs import write_json
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -189,7 +190,7 @@ def stage_run(
             run.tags({_JOB_TAG: job})
         if run_id != earlier:
             run.params(_stage_params(stage, params))
-            listing = yaml.safe_dump(params_as_dict(params), sort_keys=False)
+            listing = yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False)
             run.text(without_passwords(listing), "lineage/params.yaml")
             run.text(json.dumps(asdict(provenance), indent=2), "lineage/lineage.json")
             run.text(environment_listing(), "lineage/environment.txt")
@@ -257,7 +258,6 @@ def _unfinished_run(client: MlflowClient, params: Params, job: str | None) -> st
 
 
 def _begin(client: MlflowClient, params: Params, name: str, job: str | None, earlier: str | None) -> str:
-    """Start, adopt or go on with the run and give its id."""
     import mlflow
 
     around = mlflow.active_run()
@@ -315,8 +315,7 @@ def _end(status: str) -> None:
 
 
 def _stage_params(stage: str, params: Params) -> dict[str, object]:
-    """Give the parameters of a stage as flat names, such as ``train.augment.flips``."""
-    tree = {name: section for name, section in params_as_dict(params).items() if isinstance(section, dict)}
+    tree = params.model_dump(mode="json", exclude={"seed"})
     values = flat({name: tree[name] for name in _SECTIONS.get(stage, tree)})
     shown = {name: without_passwords(v) if isinstance(v, str) else v for name, v in values.items()}
     return {"run.seed": params.seed, **shown}
@@ -340,11 +339,9 @@ def _write_record(stage: str, run_id: str) -> None:
     root = os.environ.get("DVC_ROOT")
     if not dvc_stage or not root:
         return
-    folder = Path(root) / "runs" / "dvc"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{dvc_stage.rpartition(':')[2]}.json"
+    record = Path(root) / "runs" / "dvc" / f"{dvc_stage.rpartition(':')[2]}.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    record.write_text(json.dumps({**known, stage: run_id}, indent=2) + "\n", encoding="utf-8")
+    write_json(record, {**known, stage: run_id})
 
 
 def _short(value: object) -> str:

@@ -98,12 +98,9 @@ class NucleiModel(PythonModel):
     def segment_file(self, file: Path, asked: RequestParams, folder: Path | None = None) -> dict[str, Any]:
         """Segment the one volume in a TIFF or OME-Zarr; `folder` is the place for temporary files.
 
-        Returns
-        -------
-        dict
-            ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei`` (list
-            of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``,
-            ``warnings`` (in what the volume is unlike the training).
+        Gives ``labels`` (zlib OME-TIFF in base64, the file that ``nuclei3d predict`` writes), ``nuclei``
+        (list of records), ``parameters`` (the effective ones), ``model`` (name, version), ``seconds``, and
+        ``warnings`` (in what the volume is unlike the training).
         """
         chosen = asked.over(self.defaults)
         frame, voxel_size = open_frame(file, asked, self.limits.max_voxels)

@@ -205,8 +205,7 @@ def voxel_size_of(frame: EmbryoFrame, params: DataParams) -> VoxelSize:
 
 
 def _image_frame(frame: EmbryoFrame, params: DataParams) -> tuple[Frame, VoxelSize | None]:
-    """Find the image of a frame, and the voxel size that was given."""
-    given = None if params.voxel_size_um is None else VoxelSize.of(params.voxel_size_um)
+    given = VoxelSize.given(params.voxel_size_um)
     options = {"channel": params.channel, "image": params.image, "voxel_size": given}
     return single_frame(frame.image_path, time=frame.image_time, **options), given
 
@@ -260,7 +259,6 @@ def _count_times(path: Path) -> int:
 
 
 def _match_labels(folder: Path, images: Stored, labels: Stored) -> Stored:
-    """Give the labels by the name of the image that they belong to."""
     matched = {name: stored for name, stored in labels.items() if name in images}
     left = {name: stored for name, stored in labels.items() if name not in images}
     for name, stored in left.items():

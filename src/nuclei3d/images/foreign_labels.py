@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 
 FOREIGN_LABELS = (".npy", ".zip", ".roi")
 _TYPES = re.compile(r"[biuf][1248]|[SU]\d+|O8?")
@@ -89,7 +89,7 @@ def read_seg(path: Path) -> NDArray[Any]:
         try:
             content = _read_npy(file)
         except Exception as error:  # a damaged pickle raises anything
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error, 120)
             raise InputError(
                 f"{path} holds what is no array, or is damaged ({reason}); save the masks from Cellpose as "
                 "TIFF (File > Save masks as PNG/tif) and import that"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, missing, reason_of
 from nuclei3d.images.layout import ImageInFile, Layout, choose_image
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, voxel_size_or_reason
 
@@ -87,7 +87,7 @@ class ForeignArray:
         )
 
     def _unreadable(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, 200)
         return InputError(f"{self.path} cannot be read ({reason}); copy it again, or export OME-TIFF")
 
 

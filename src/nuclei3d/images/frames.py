@@ -270,7 +270,7 @@ def read_volume(
     >>> from nuclei3d import read_volume
     >>> image, voxel_size = read_volume("embryo.tif", voxel_size_um=(2.0, 0.174, 0.174))
     """
-    given = VoxelSize.of(voxel_size_um) if voxel_size_um is not None else None
+    given = VoxelSize.given(voxel_size_um)
     frame = single_frame(Path(path), channel=channel, image=image, voxel_size=given)
     return frame.read(), frame.require_voxel_size()
 

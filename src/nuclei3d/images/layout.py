@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.console import some_of
 from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 
@@ -85,7 +86,7 @@ def choose_image(
     InputError is raised if several are left, or none is the wanted one.
     """
     listing = [f"{number} ({image})" for number, image in enumerate(images)]
-    shown = ", ".join(listing[:8]) + (f" and {len(listing) - 8} more" if len(listing) > 8 else "")
+    shown = some_of(listing, 8)
     mend = "choose one with --set data.image=NUMBER"
     if wanted is not None:
         named = [i for i, image in enumerate(images) if image.name.lower() == str(wanted).lower()]

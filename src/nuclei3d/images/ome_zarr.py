@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, missing, reason_of
 from nuclei3d.images.layout import ImageInFile, Layout, choose_image
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 
@@ -46,8 +46,9 @@ class ZarrArray:
         except MemoryError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self.path} is damaged ({reason}); copy or export it again") from error
+            raise InputError(
+                f"{self.path} is damaged ({reason_of(error)}); copy or export it again"
+            ) from error
         return np.ascontiguousarray(block, dtype=self.layout.dtype)
 
 
@@ -78,6 +79,10 @@ def create_zarr(
     image_label: dict[str, Any] = {"image-label": {"version": version}} if labels else {}
     chunks_txyz = (1, *chunks)[-len(shape) :]
     fitting = tuple(min(chunk, length) for chunk, length in zip(chunks_txyz, shape, strict=True))
+    # in OME-Zarr 0.4 chunks lie in a folder for each axis
+    layout: dict[str, Any] = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    if version == "0.5":
+        layout = {"dimension_names": tuple("tzyx"[-len(shape) :])}
     try:
         group = _open_new_group(path, version, {"multiscales": multiscales, **image_label})
         return group.create_array(
@@ -86,7 +91,7 @@ def create_zarr(
             dtype=np.dtype(dtype),
             chunks=fitting,
             fill_value=0,
-            **({"dimension_names": _axes_names(len(shape))} if version == "0.5" else _nested_chunks()),
+            **layout,
         )
     except OSError as error:
         raise InputError(
@@ -125,8 +130,7 @@ def enlist_labels(image: Path, name: str) -> None:
     """Name labels, which lie in ``labels/<name>`` of an OME-Zarr image, in the list of its labels."""
     import zarr
 
-    version = ome_version(image)
-    folder = image / "labels"
+    version, folder = ome_version(image), image / "labels"
     attributes: Mapping[str, Any] = {}
     if is_zarr(folder):
         attributes = _ome_attributes(zarr.open_group(str(folder), mode="r").attrs.asdict())
@@ -141,31 +145,16 @@ def enlist_labels(image: Path, name: str) -> None:
 def _open_new_group(path: Path, version: str, ome: dict[str, Any], mode: str = "w") -> zarr.Group:
     import zarr
 
-    if version == "0.5":
-        attributes: dict[str, Any] = {"ome": {"version": "0.5", **ome}}
-        group = zarr.open_group(store=str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
-    else:
-        attributes = ome
-        group = zarr.open_group(store=str(path), mode=mode, zarr_format=2)  # type: ignore[arg-type]
-    group.attrs.update(attributes)
+    new = version == "0.5"
+    group = zarr.open_group(store=str(path), mode=mode, zarr_format=3 if new else 2)  # type: ignore[arg-type]
+    group.attrs.update({"ome": {"version": "0.5", **ome}} if new else ome)
     return group
-
-
-def _axes_names(ndim: int) -> tuple[str, ...]:
-    return ("t", "z", "y", "x")[-ndim:]
-
-
-def _nested_chunks() -> dict[str, Any]:
-    """Say how chunks are named in OME-Zarr 0.4: a folder for each axis."""
-    return {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
 
 
 def _one_level(
     array: str, name: str, voxel_size: VoxelSize, ndim: int, time_step_s: float | None
 ) -> dict[str, Any]:
-    axes: list[dict[str, str]] = [
-        {"name": axis, "type": "space", "unit": "micrometer"} for axis in _axes_names(3)
-    ]
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
     scale = list(voxel_size.zyx)
     if ndim == 4:
         unit = {} if time_step_s is None else {"unit": "second"}
@@ -206,9 +195,8 @@ def _open_array(
     try:
         node = zarr.open(store=str(path), mode="r")
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path} cannot be read as zarr ({reason}); give a TIFF or OME-Zarr image"
+            f"{path} cannot be read as zarr ({reason_of(error)}); give a TIFF or OME-Zarr image"
         ) from error
     if isinstance(node, zarr.Array):
         return node, node.attrs.asdict(), 0, ()

@@ -23,7 +23,7 @@ import tifffile
 from defusedxml import DefusedXmlException, ElementTree
 from numpy.typing import DTypeLike, NDArray
 
-from nuclei3d.errors import InputError, TooLargeError, missing
+from nuclei3d.errors import InputError, TooLargeError, missing, reason_of
 from nuclei3d.images.layout import ImageInFile, Layout, choose_image
 from nuclei3d.images.voxel_size import VoxelSize, micrometres_per, seconds_per, voxel_size_or_reason
 from nuclei3d.outputs import whole_file
@@ -291,12 +291,10 @@ def _damage_explained(path: Path) -> Iterator[None]:
         # A damaged header may claim any size, so this is not the system's fault alone.
         raise InputError(f"{path} needs more memory than there is, or its header is damaged") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(_say_truncated(path, reason)) from error
+        raise InputError(_say_truncated(path, reason_of(error))) from error
 
 
 def _decode(page: tifffile.TiffPage | tifffile.TiffFrame, inner: tuple[int | slice, ...]) -> NDArray[Any]:
-    """Decode a part of a plane, as a copy."""
     handle = page.parent.filehandle
     closed = handle.closed
     if closed:
@@ -442,13 +440,16 @@ def write_image(path: Path, image: NDArray[Any], voxel_size: VoxelSize) -> None:
     """
     if image.ndim != 3:
         raise ValueError(f"expected an image (Z, Y, X), got shape {image.shape}")
-    if image.dtype == np.bool_:
-        image = image.astype(np.uint8)
-    elif image.dtype == np.float16:
-        image = image.astype(np.float32)
+    image = storable(image)
     if image.dtype.name not in _OME_DTYPES:
         raise ValueError(f"OME-TIFF holds no {image.dtype}; convert the image first")
     _write_ome_tiff(path, image, voxel_size)
+
+
+def storable(image: NDArray[Any]) -> NDArray[Any]:
+    """Give an image in a wider type where TIFF readers do not know its own: bool and float16."""
+    wider = {"bool": np.uint8, "float16": np.float32}
+    return image.astype(wider.get(image.dtype.name, image.dtype), copy=False)
 
 
 def write_labels(path: Path, labels: NDArray[Any], voxel_size: VoxelSize) -> None:

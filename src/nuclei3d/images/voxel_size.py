@@ -97,10 +97,17 @@ class VoxelSize:
             raise InputError(f"voxel size must be three positive numbers (z, y, x) in um, got {self.zyx}")
 
     @classmethod
-    def of(cls, zyx: Iterable[float]) -> VoxelSize:
-        """Make a voxel size from any three numbers in the order (z, y, x)."""
+    def of(cls, zyx: VoxelSize | Iterable[float]) -> VoxelSize:
+        """Make a voxel size from any three numbers in the order (z, y, x); one that is given stays."""
+        if isinstance(zyx, VoxelSize):
+            return zyx
         z, y, x = (float(edge) for edge in zyx)
         return cls(z, y, x)
+
+    @classmethod
+    def given(cls, zyx: Iterable[float] | None) -> VoxelSize | None:
+        """Do the same with what the user may have left out."""
+        return None if zyx is None else cls.of(zyx)
 
     @property
     def zyx(self) -> tuple[float, float, float]:

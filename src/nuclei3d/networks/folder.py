@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -76,6 +76,13 @@ class TrainingFrames(BaseModel):
             validation=_join(self.validation, start.validation),
             complete=start.complete and self.complete,
         )
+
+    def mark_seen(self, volumes: Mapping[str, dict[str, Any]]) -> None:
+        """Mark volumes of a metrics.json that are among these frames as ``seen``: their part."""
+        for volume in volumes.values():
+            part = self.part_of(volume.get("frame_digest", ""))
+            if part is not None and volume.get("seen") != "train":
+                volume["seen"] = part
 
     def part_of(self, digest: str) -> Literal["train", "validation"] | None:
         """Tell in which part a frame was, by its image or its labels; None: in neither."""
@@ -225,17 +232,10 @@ def save_model(
 ) -> None:
     """Write a model folder, such as ``models/nuclei_3d``, whole or not at all; an existing one is replaced.
 
-    Parameters
-    ----------
-    network
-        A 3D network, or a Cellpose 3 CNN, whose weights ``cellpose.models.CellposeModel`` loads.
-    info
-        Becomes model.json; ``info.name`` is the name of the weights file.
-    card
-        Text of README.md.
-    compact
-        Whether the kernels of the convolutions are stored in float16, which halves the file. They are loaded
-        into float32 again, here as in Cellpose; biases, batch statistics and diameters stay as they are.
+    The network is a 3D network, or a Cellpose 3 CNN, whose weights ``cellpose.models.CellposeModel`` loads.
+    `info` becomes model.json and has the name of the weights file, `card` is the text of README.md. With
+    `compact` the kernels of the convolutions are stored in float16, which halves the file; they are loaded
+    into float32 again, here as in Cellpose, and biases, batch statistics and diameters stay as they are.
     """
     if info.name in (INFO_FILE, CARD_FILE):
         raise InputError(f"a model cannot be called '{info.name}'; choose another name (train.name)")
@@ -260,12 +260,8 @@ def load_model(path: str | PathLike[str]) -> Model:
     """Load a model from its folder or its weights file.
 
     A bare weights file of Cellpose 3, with no model.json beside it, loads with its own ``diam_mean`` and this
-    package's defaults; the reader is told.
-
-    Raises
-    ------
-    InputError
-        If there is no such file, it holds no weights of a Cellpose 3 CNN, or model.json is not valid.
+    package's defaults; the reader is told. InputError is raised if there is no such file, it holds no weights
+    of a Cellpose 3 CNN, or model.json is not valid.
     """
     path = Path(path)
     require_model(path)
@@ -337,12 +333,8 @@ def network_from_state(
 
     `where` is what to call the weights in an error, such as their file; without the `spec` of a 3D network
     they are those of a Cellpose 3 CNN with two input channels and `width` channels in its first level.
-
-    Raises
-    ------
-    InputError
-        If a name or a shape is not that of the network, or a tensor is none of dense, real, finite numbers
-        in the network's precision.
+    InputError is raised if a name or a shape is not that of the network, or a tensor is none of dense, real,
+    finite numbers in the network's precision.
     """
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

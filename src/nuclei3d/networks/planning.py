@@ -30,14 +30,9 @@ def plan_architecture(
 ) -> Architecture:
     """Choose pooling and kernels from the voxel size; `style` as in `Architecture`.
 
-    Parameters
-    ----------
-    anisotropy
-        Edge of a voxel in z over that in x and y.
-    profile
-        ``default`` (about 6 M parameters) or ``small`` (about 0.4 M, for two processor cores).
-    pooling
-        ``spacing``: nnU-Net's rule; ``isotropic``: every axis alike, whatever the voxel size.
+    `anisotropy` is the edge of a voxel in z over that in x and y. The `profile` is ``default`` (about 6 M
+    parameters) or ``small`` (about 0.4 M, for two processor cores), the `pooling` ``spacing``, nnU-Net's
+    rule, or ``isotropic``: every axis alike, whatever the voxel size.
     """
     if not 0 < anisotropy <= _MAX_ANISOTROPY:
         raise InputError(

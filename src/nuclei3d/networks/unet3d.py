@@ -25,18 +25,10 @@ OUTPUTS = 4
 class Architecture:
     """The shape of a `VolumeNetwork`.
 
-    Attributes
-    ----------
-    channels
-        Of each level, the finest first.
-    pooling
-        Factors (z, y, x) from each level to the next.
-    kernels
-        Sizes (z, y, x) of the convolutions of each level.
-    convolutions
-        Of each level, once on the way down and once on the way up; even.
-    style
-        Whether the mean of the deepest features is fed to the way up, as in Cellpose.
+    `channels` are those of each level, the finest first, `kernels` the sizes (z, y, x) of its convolutions,
+    `pooling` the factors (z, y, x) from each level to the next. A level has so many `convolutions`, an even
+    number, on the way down and again on the way up. With `style` the mean of the deepest features is fed to
+    the way up, as in Cellpose.
     """
 
     channels: tuple[int, ...]
@@ -72,17 +64,9 @@ class Architecture:
 class VolumeSpec:
     """All that is needed to make a network and to use it.
 
-    Attributes
-    ----------
-    architecture
-        Of the network.
-    anisotropy
-        Edge of a voxel in z over that in x, on the grid that the network sees.
-    patch
-        Shape (z, y, x) of the patches that it was trained on.
-    targets
-        ``heat``: flows are unit vectors in um; ``tanh``: tanh of the distance to the centre over 5 voxels,
-        as in Cellpose3D.
+    `anisotropy` is the edge of a voxel in z over that in x on the grid that the network sees, `patch` the
+    shape (z, y, x) of the patches that it was trained on. Flows are unit vectors in um (`targets` ``heat``),
+    or tanh of the distance to the centre over 5 voxels, as in Cellpose3D (``tanh``).
     """
 
     architecture: Architecture

@@ -127,7 +127,6 @@ def _best(values: Iterable[float | None], key: str) -> float | None:
 
 
 def _averages(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the means over volumes in the shape of pooled scores."""
     means = scores["volume_mean"]
     counts = {name: scores[name] for name in ("n_true", "n_pred")}
     return {**means, **counts, "ap": {iou: means.get(f"ap_{iou}") for iou in ("0.50", "0.75")}}

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
+from nuclei3d.console import some_of
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
@@ -197,7 +198,9 @@ def pack_frame(
         "size": grid.size,
         "px_um": grid.px_um,
         "nuclei": _rows(nuclei),
-        "outlines": [[_half_pixels(polygon) for polygon in views] for views in outlines],
+        "outlines": [
+            [np.round(2 * polygon).astype(int).ravel().tolist() for polygon in views] for views in outlines
+        ],
     }
     deflated = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     parts = (_jpeg_of(picture, _PICTURE_SHARE * most_bytes), deflated)
@@ -211,10 +214,6 @@ def _rows(nuclei: pd.DataFrame) -> list[list[float | int | None]]:
         [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
         for row in table.astype(float).itertuples(index=False)
     ]
-
-
-def _half_pixels(polygon: Polygon) -> list[int]:
-    return [int(value) for value in np.round(2 * polygon).ravel()]
 
 
 def _jpeg_of(picture: NDArray[np.uint8], most_bytes: float) -> bytes:
@@ -232,7 +231,7 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
     counts = np.array([len(frame.nuclei) for frame in frames])
     lines = []
     if empty := [frame.name for frame in frames if not len(frame.nuclei)]:
-        lines.append(f"No nucleus in {_some(empty)}.")
+        lines.append(f"No nucleus in {some_of(empty, 5)}.")
     jumps = []
     for at in range(1, len(frames) - 1):
         beside = np.median(counts[max(at - 2, 0) : at]), np.median(counts[at + 1 : at + 3])
@@ -240,7 +239,7 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
         if counts[at] and not min(beside) - least <= counts[at] <= max(beside) + least:
             jumps.append(f"{frames[at].name} ({counts[at]}; before {beside[0]:g}, after {beside[1]:g})")
     if jumps:
-        lines.append(f"The number of nuclei jumps in {_some(jumps)}: missed, split or false ones?")
+        lines.append(f"The number of nuclei jumps in {some_of(jumps, 5)}: missed, split or false ones?")
     tables = [frame.nuclei for frame in frames if len(frame.nuclei)]
     for name, words, most in (("mean_intensity", "Nuclei become dimmer", 0.6), ("score", "Scores fall", 0.8)):
         medians = [median for table in tables if not math.isnan(median := table[name].median())]
@@ -264,11 +263,6 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
 def prediction_charts(frames: Sequence[ShownFrame]) -> list[tuple[str, str]]:
     """Draw numbers, volumes, intensities and scores over time, of a single frame as histograms.
 
@@ -276,7 +270,9 @@ def prediction_charts(frames: Sequence[ShownFrame]) -> list[tuple[str, str]]:
     """
     charts = []
     if len(frames) > 1:
-        charts.append(("Number of nuclei", draw_chart(partial(_draw_counts, frames=frames))))
+        counts = [len(frame.nuclei) for frame in frames]
+        draw = partial(_draw_over_time, frames=frames, values=counts, label="nuclei")
+        charts.append(("Number of nuclei", draw_chart(draw)))
     for name, label in _CHARTS.items():
         if all(frame.nuclei[name].isna().all() for frame in frames):
             continue
@@ -303,10 +299,6 @@ def _draw_over_time(
     draw_series(axes, label, range(1, len(frames) + 1), values, hints, **style)
     axes.set(xlabel="frame", ylabel=label, ylim=(0, max(axes.get_ylim()[1], 1e-9)))
     axes.locator_params("x", integer=True)
-
-
-def _draw_counts(axes: Axes, frames: Sequence[ShownFrame]) -> None:
-    _draw_over_time(axes, frames, [len(frame.nuclei) for frame in frames], "nuclei")
 
 
 def _draw_spread(axes: Axes, frames: Sequence[ShownFrame], name: str, label: str) -> None:

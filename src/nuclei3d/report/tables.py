@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nuclei3d.outputs import write_table
 from nuclei3d.scoring.assessment import Assessment
 from nuclei3d.scoring.contrast import contrast_bin
 
@@ -75,7 +75,4 @@ def write_plot_data(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, columns, ([row[column] for column in columns] for row in rows))

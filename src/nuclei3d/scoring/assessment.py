@@ -387,7 +387,6 @@ def by_stage(assessments: Sequence[Assessment], thresholds: Sequence[float]) -> 
 def _pools(
     names: Iterable[str], assessments: Sequence[Assessment], group: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, Any]:
-    """Pool the volumes of each group, as in metrics.json, in the order of the names."""
     pools = {}
     for name in names:
         tallies = [a.tally for a, other in zip(assessments, group, strict=True) if other == name]
@@ -402,7 +401,6 @@ def interval_as_json(bounds: tuple[Any, Any]) -> list[float] | None:
 
 
 def _depth_edges(assessments: Sequence[Assessment]) -> tuple[float, ...]:
-    """Cut the depths of the true nuclei into bins of equal width."""
     depths = np.concatenate([assessment.true.place_um[:, 0] for assessment in assessments])
     if not len(depths):
         return ()

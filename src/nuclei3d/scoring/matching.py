@@ -6,7 +6,7 @@ same overlaps. Labels may be any non-negative integers, with gaps; 0 is backgrou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,7 +147,8 @@ def match(table: OverlapTable, threshold: float) -> Matching:
     )
     matched = [(rows[lone], columns[lone], ious[lone])]
     if not lone.all():
-        matched += _match_crowded(rows[~lone], columns[~lone], ious[~lone], table.n_true, table.n_pred)
+        shape = (table.n_true, table.n_pred)
+        matched += assign_in_parts(rows[~lone], columns[~lone], ious[~lone], shape, _matches_first)
     true_index, pred_index, scores = (np.concatenate(part) for part in zip(*matched, strict=True))
     order = np.argsort(true_index)
     return Matching(true_index[order], pred_index[order], scores[order])
@@ -224,11 +225,21 @@ def _sizes(labels: Integers, voxels: Integers) -> tuple[Integers, Integers]:
     return unique[nuclei], sizes[nuclei]
 
 
-def _match_crowded(
-    rows: Integers, columns: Integers, ious: Floats, n_true: int, n_pred: int
+def _matches_first(iou: Floats) -> Floats:
+    # One more match always outweighs any gain in IoU: all IoUs of a matching sum to at most the shorter side.
+    return (iou > 0) + iou / (2 * min(iou.shape))
+
+
+def assign_in_parts(
+    rows: Integers, columns: Integers, ious: Floats, shape: tuple[int, int], gain: Callable[[Floats], Floats]
 ) -> list[tuple[Integers, Integers, Floats]]:
-    """Solve the connected parts of the graph of admissible pairs one by one."""
-    graph = coo_array((np.ones(len(rows)), (rows, columns + n_true)), shape=(n_true + n_pred,) * 2)
+    """Assign rows to columns, each at most once, with the highest sum of gains (Hungarian method).
+
+    The parts of the graph of pairs that hang together are solved one by one. `shape` is the number of rows
+    and columns; `gain` gives that of each pair of a part from the table of its IoUs (0: no pair). Gives rows,
+    columns and IoUs of each part.
+    """
+    graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(sum(shape),) * 2)
     _, part_of = connected_components(graph, directed=False)
     part = part_of[rows]
     order = np.argsort(part, kind="stable")
@@ -239,9 +250,7 @@ def _match_crowded(
         part_columns, column_at = np.unique(columns[pairs], return_inverse=True)
         iou = np.zeros((len(part_rows), len(part_columns)))
         iou[row_at, column_at] = ious[pairs]
-        # One more match always outweighs any gain in IoU: all IoUs of a matching sum to at most `smaller`.
-        smaller = min(iou.shape)
-        i, j = linear_sum_assignment((iou > 0) + iou / (2 * smaller), maximize=True)
+        i, j = linear_sum_assignment(gain(iou), maximize=True)
         chosen = iou[i, j] > 0
         i, j = i[chosen], j[chosen]
         matched.append((part_rows[i], part_columns[j], iou[i, j]))

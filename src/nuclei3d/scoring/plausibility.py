@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, find_objects
 from scipy.ndimage import label as connected_components
 
+from nuclei3d.console import some_of
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import Labels, relabel_sequential
 
@@ -102,12 +103,11 @@ def find_label_faults(labels: Labels, voxel_size: VoxelSize, min_volume_um3: flo
         ]
     faults = []
     if scattered:
-        which = ", ".join(str(names[label]) for label in scattered[:5])
-        more = f" and {len(scattered) - 5} more" if len(scattered) > 5 else ""
+        which = some_of([names[label] for label in scattered], 5)
         faults.append(
             LabelFault(
                 "pieces",
-                f"{len(scattered)} of {nuclei} labels lie in separate pieces ({which}{more}): nuclei that "
+                f"{len(scattered)} of {nuclei} labels lie in separate pieces ({which}): nuclei that "
                 "share a number; give each its own",
             )
         )

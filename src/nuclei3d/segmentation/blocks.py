@@ -72,12 +72,8 @@ def plan_blocks(
 
     Outer boxes reach `margin_um` beyond the core and have `max_voxels` at most. `pixels` are those of the
     network (or of each of several) per voxel along (z, y, x): outer boxes then start on its lattice
-    (`tiling`), and are wider than the margin by up to two squares of it.
-
-    Raises
-    ------
-    InputError
-        If even cores as wide as the margin are too large.
+    (`tiling`), and are wider than the margin by up to two squares of it. InputError is raised if even
+    cores as wide as the margin are too large.
     """
     margins = [math.ceil(margin_um / edge) for edge in voxel_size.zyx]
     counts = [1, 1, 1]

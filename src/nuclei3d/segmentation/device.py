@@ -34,7 +34,6 @@ _ROUNDS_BETWEEN = 8
 
 
 def _flat(places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give the flat indices of places (..., 3) in a volume."""
     return (places[..., 0] * shape[1] + places[..., 1]) * shape[2] + places[..., 2]
 
 

@@ -302,7 +302,6 @@ def label_flows(
 
 
 def _label_planes(flows: FlowField, diameter_um: float, settings: MaskSettings) -> NDArray[np.uint32]:
-    """Segment each xy plane on its own."""
     planes = np.zeros(flows.shape, np.uint32)
 
     def segment(z: int) -> None:
@@ -336,7 +335,6 @@ def _label_field(
     settings: MaskSettings,
     threads: int | None = None,
 ) -> tuple[Labels, NDArray[np.float32]]:
-    """Segment nuclei where the field is."""
     if not (np.isfinite(nucleus_diameter_um) and nucleus_diameter_um > 0):
         raise InputError(f"dynamics: the nucleus diameter must be positive, got {nucleus_diameter_um} um")
     labels = _sink_of_each_voxel(field, nucleus_diameter_um, settings, threads)
@@ -385,7 +383,6 @@ def masks_2d_from_flows(
 def _plan_paths(
     shape: tuple[int, int, int], voxel_size: VoxelSize, diameter_um: float, settings: MaskSettings
 ) -> Paths:
-    """Turn settings into lengths and thresholds for a field."""
     in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
     # Bins finer than voxels would only cost memory.
     bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))

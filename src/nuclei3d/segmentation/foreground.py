@@ -109,15 +109,10 @@ def find_occupied(
 ) -> OccupiedSpace:
     """Find where nuclei can be: blocks a quarter of a diameter wide, with a margin of a diameter all around.
 
-    Parameters
-    ----------
-    image
-        Normalised volume (z, y, x), on any device; `noise`, a voxel's standard deviation, is in its units.
-    diameter_voxels
-        Diameter of a nucleus in voxels along (z, y, x).
-    darkest
-        If even the darkest part is brighter than this, the image is a piece from the midst of an embryo,
-        nothing says what empty space would look like, and all of it counts as occupied.
+    `image` is a normalised volume (z, y, x), on any device; `noise`, a voxel's standard deviation, is in its
+    units; `diameter_voxels` is that of a nucleus along (z, y, x). If even the darkest part is brighter than
+    `darkest`, the image is a piece from the midst of an embryo, nothing says what empty space would look
+    like, and all of it counts as occupied.
     """
     from scipy.ndimage import distance_transform_edt
 

@@ -68,7 +68,6 @@ class VolumeView:
 
 
 def _slabs(depth: int) -> Iterator[slice]:
-    """Give the planes of a volume, a few at a time."""
     for start in range(0, depth, _SLAB):
         yield slice(start, min(start + _SLAB, depth))
 
@@ -140,18 +139,11 @@ def fuse_views(
     The flow is float32 (3, Z, Y, X), components (z, y, x) of about unit vectors in physical space, the logit
     (Z, Y, X). A component that nobody shows (z, if there are only xy planes) is 0.
 
-    Parameters
-    ----------
-    views
-        What the network says of all planes of a view, (3, Z, Y, X): flow along the plane's axes, about 1
-        long, and logit.
-    method
-        Consensus divides the weight of a view by (v + 0.1), v the variance of the flow's component in the
-        5 x 5 x 5 voxels around. The logit is the mean in either case.
-    weights
-        Relative trust in each view, in flows and logits; 1 where not given.
-    volume
-        What a 3D network says, on the grid of the views, with its own weight.
+    `views` are what the network says of all planes of a view, (3, Z, Y, X): flow along the plane's axes,
+    about 1 long, and logit. The `method` consensus divides the weight of a view by (v + 0.1), v the variance
+    of the flow's component in the 5 x 5 x 5 voxels around; the logit is the mean in either case. `weights`
+    are the relative trust in each view, in flows and logits, 1 where not given; `volume` is what a 3D network
+    says, on the grid of the views, with its own weight.
     """
     shape = next(iter(views.values())).shape[1:]
     flow, logit = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)

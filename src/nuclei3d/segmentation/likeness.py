@@ -35,16 +35,9 @@ def find_unlikeness(
 ) -> list[str]:
     """Say in what a volume, its intensities and the nuclei found in it are unlike the training.
 
-    Parameters
-    ----------
-    volumes_um3
-        Of the nuclei found.
-    nucleus_diameter_um
-        As the network was told.
-    training
-        None, of models that do not say it: voxels and intensities are not compared.
-    intensity
-        None: not compared.
+    `volumes_um3` are those of the nuclei found, `nucleus_diameter_um` is as the network was told. Voxels and
+    intensities are not compared without `training`, of models that do not say it, intensities not without
+    `intensity`.
     """
     found: list[str] = []
     if voxel_size.looks_reversed:

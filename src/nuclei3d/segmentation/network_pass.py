@@ -95,27 +95,12 @@ def predict_flows(
     What is fill (`nuclei3d.intensity`) is shown as background, and no nucleus is seen there. The networks are
     moved to the device; their training mode is left as it was.
 
-    Parameters
-    ----------
-    image
-        (z, y, x), any real dtype; what is not finite is fill.
-    settings
-        In any mode but ``cellpose``.
-    progress
-        Called with the share done, below 1: the last hundredth is for the masks.
-
-    Returns
-    -------
-    flows : FlowField or DeviceField
-        On the view grid (`settings.view_grid`); in mode ``full3d`` on that of the network (`volume_grid`). In
-        the memory of the device, if that is a GPU and they fit there.
-    seconds : dict
-        ``network``, inside the forward passes, and ``views``, the rest.
-
-    Raises
-    ------
-    InputError
-        If image, voxel size and diameter do not fit together, or mode or engine are not for the networks.
+    `image` is (z, y, x), of any real dtype; what is not finite is fill. `settings` are of any mode but
+    ``cellpose``. `progress` is called with the share done, below 1: the last hundredth is for the masks. The
+    flows are given on the view grid (`settings.view_grid`), in mode ``full3d`` on that of the network
+    (`volume_grid`), in the memory of the device if that is a GPU and they fit there; and the seconds
+    ``network``, inside the forward passes, and ``views``, the rest. InputError is raised if image, voxel size
+    and diameter do not fit together, or mode or engine are not for the networks.
     """
     started = time.perf_counter()
     for each in settings.passes:

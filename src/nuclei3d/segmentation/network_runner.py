@@ -32,25 +32,14 @@ MAX_VOXELS = {"cpu": 2**19, "cuda": 2**23}
 class NetworkRunner:
     """A network with all that it takes to apply it; keeps count of the time spent in it.
 
-    Parameters
-    ----------
-    network
-        A `VolumeNetwork`; or one that takes (n, 2, height, width) and gives (n, 3, height, width): 5 x flow
-        along the two axes of the plane, and the logit; or a tuple that starts with that, as CPnet does.
-    precision
-        Type for convolutions (autocast); int8 is OpenVINO's.
-    flip_average
-        Average over the flips of an image along y and x: 4 times the work, twice for a plane of which one
-        axis is z. Never along z: a network may know up from down (`train.augment.flip_z`), and that it does
-        not care brings nothing (docs/results.md).
-    engine
-        ``torch``, ``openvino`` (`openvino_engine`), or ``auto``: OpenVINO where it is installed, the device
-        is the CPU and the network a CPnet.
-
-    Attributes
-    ----------
-    pixels
-        Those, padding and overlap included, that went through the network so far.
+    The network is a `VolumeNetwork`, or one that takes (n, 2, height, width) and gives (n, 3, height, width),
+    5 x flow along the two axes of the plane and the logit, or a tuple that starts with that, as CPnet does.
+    Convolutions are of the type `precision` (autocast); int8 is OpenVINO's. `flip_average` is over the flips
+    of an image along y and x: 4 times the work, twice for a plane of which one axis is z. It is never along
+    z: a network may know up from down (`train.augment.flip_z`), and that it does not care brings nothing
+    (docs/results.md). The `engine` is ``torch``, ``openvino`` (`openvino_engine`), or ``auto``: OpenVINO
+    where it is installed, the device is the CPU and the network a CPnet. `pixels` are those, padding and
+    overlap included, that went through the network so far.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from nuclei3d.errors import InputError
+from nuclei3d.images.voxel_size import VoxelSize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nuclei3d.config.sections import PredictParams
-    from nuclei3d.images.voxel_size import VoxelSize
     from nuclei3d.networks.folder import Model
     from nuclei3d.segmentation.flow_field import DeviceField, FlowField
     from nuclei3d.segmentation.masks import Nucleus
@@ -176,7 +176,7 @@ class Segmenter:
         from nuclei3d.segmentation.settings import check_scale, with_ranges
 
         started = time.perf_counter()
-        voxel_size = _voxel_size(voxel_size_um)
+        voxel_size = VoxelSize.of(voxel_size_um)
         seconds: dict[str, float] = {}
         check_scale(image.shape, voxel_size, self.settings)
         settings = with_ranges(self.settings, image)
@@ -223,7 +223,7 @@ class Segmenter:
 
         if self.settings.mode == "cellpose":
             raise InputError("mode 'cellpose' has no flows that others could follow; use another mode")
-        voxel_size = _voxel_size(voxel_size_um)
+        voxel_size = VoxelSize.of(voxel_size_um)
         flows, _ = predict_flows(image, voxel_size, self._networks, self.settings, self.device, progress)
         return flows.fetch()
 
@@ -238,12 +238,6 @@ class Segmenter:
 
         settings = self.settings if masks is None else replace(self.settings, masks=masks)
         return label_flows(flows, shape, settings)
-
-
-def _voxel_size(edges: VoxelSize | Sequence[float]) -> VoxelSize:
-    from nuclei3d.images.voxel_size import VoxelSize
-
-    return edges if isinstance(edges, VoxelSize) else VoxelSize.of(edges)
 
 
 def load_models(model: Model, predict: PredictParams) -> dict[str, Model]:

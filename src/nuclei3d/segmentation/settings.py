@@ -246,23 +246,13 @@ def segmentation_settings(
 ) -> SegmentationSettings:
     """Join a model's values with what the user asks.
 
-    Parameters
-    ----------
-    predict
-        What the user asks; None leaves a value to the model. Where the user's nuclei are smaller or larger
-        than the model's, the model's volumes are scaled with the cube of the diameter, as is all else that
-        is counted in diameters.
-    voxel_size
-        Of the volume; only for the message if the diameter is unknown.
-    volume
-        Of the 3D model of mode ``mixed``, which mode ``auto`` then is. Its scale and normalisation are its
-        own; the diameter of a nucleus, being the volume's, and the thresholds are those of `info`.
-
-    Raises
-    ------
-    InputError
-        If neither says the diameter of a nucleus, it is still to be estimated, or the mode is not for this
-        kind of model.
+    Of what the user asks, `predict`, None leaves a value to the model. Where the user's nuclei are smaller or
+    larger than the model's, the model's volumes are scaled with the cube of the diameter, as is all else that
+    is counted in diameters. `voxel_size` is only for the message if the diameter is unknown. `volume` is the
+    3D model of mode ``mixed``, which mode ``auto`` then is: its scale and normalisation are its own; the
+    diameter of a nucleus, being the volume's, and the thresholds are those of `info`. InputError is raised if
+    neither says the diameter of a nucleus, it is still to be estimated, or the mode is not for this kind of
+    model.
     """
     mode = _mode(info, predict.mode, volume)
     diameter_um = predict.diameter_um if predict.diameter_um is not None else info.nucleus_diameter_um

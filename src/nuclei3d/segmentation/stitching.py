@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.scoring.matching import assign_in_parts
+
 NECK = 0.6
 """A chain is cut where its area is below this fraction of the largest areas both before and after."""
 
@@ -83,32 +85,15 @@ def _overlaps(lower: NDArray[np.int64], upper: NDArray[np.int64], areas: NDArray
 
 
 def _assign(pairs: _Pairs) -> list[tuple[int, int]]:
-    """Choose pairs, each mask at most once, with the highest sum of IoUs.
-
-    Groups of masks that overlap directly or through others are independent of each other and small, so the
-    assignment is solved group by group.
-    """
-    from scipy.optimize import linear_sum_assignment
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
+    """Choose pairs, each mask at most once, with the highest sum of IoUs."""
     if len(pairs.iou) == 0:
         return []
     lower, a = np.unique(pairs.lower, return_inverse=True)
     upper, b = np.unique(pairs.upper, return_inverse=True)
-    total = len(lower) + len(upper)
-    graph = coo_matrix((np.ones(len(a)), (a, b + len(lower))), (total, total))
-    groups = connected_components(graph, directed=False)[1][a]
-    order = np.argsort(groups, kind="stable")
+    parts = assign_in_parts(a, b, pairs.iou, (len(lower), len(upper)), lambda iou: iou)
     chosen: list[tuple[int, int]] = []
-    for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-        rows, i = np.unique(a[group], return_inverse=True)
-        columns, j = np.unique(b[group], return_inverse=True)
-        gain = np.zeros((len(rows), len(columns)))
-        gain[i, j] = pairs.iou[group]
-        for row, column in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
-            if gain[row, column] > 0:
-                chosen.append((int(lower[rows[row]]), int(upper[columns[column]])))
+    for rows, columns, _ in parts:
+        chosen += zip(lower[rows].tolist(), upper[columns].tolist(), strict=True)
     return chosen
 
 

@@ -100,20 +100,10 @@ def choose_thresholds(
     precision is within one standard error of the best (Breiman et al. 1984) and the highest that costs
     nothing.
 
-    Parameters
-    ----------
-    volumes
-        At least one, of embryos that were not trained on.
-    settings
-        Of the prediction; its own thresholds count as the defaults.
-    cellprob
-        Logit thresholds to try; that of the settings is always tried.
-    outline
-        Logit thresholds of the outlines to try.
-    ious
-        Overlaps, each at least .5, over which the average precision is averaged.
-    volume_fractions
-        Least volumes to try, as fractions of the volume of a typical nucleus.
+    There is at least one volume, of embryos that were not trained on; the thresholds of `settings` count as
+    the defaults. Tried are the logit thresholds `cellprob` and that of the settings, the logit thresholds
+    `outline` of outlines, and least volumes as `volume_fractions` of that of a typical nucleus. The average
+    precision is the mean over the overlaps `ious`, each at least .5.
     """
     default = settings.masks.cellprob_threshold
     typical_um3 = float(np.pi / 6 * settings.nucleus_diameter_um**3)
@@ -150,7 +140,6 @@ def choose_thresholds(
 def _choose_outline(
     volumes: Sequence[LabelledFlow], settings: SegmentationSettings, tried: Sequence[float]
 ) -> tuple[float, float]:
-    """Choose where outlines end, along z and in the plane."""
     default = settings.masks.cellprob_threshold
     tried = sorted({default, *tried}, key=lambda each: abs(default - each))
     seg: dict[tuple[float, float], float] = {}

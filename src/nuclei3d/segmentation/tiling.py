@@ -39,20 +39,10 @@ _LEAST_REACH = 4
 class Tiling:
     """Equal tiles that cover a box, start on the network's lattice, and are blended by weights.
 
-    Parameters
-    ----------
-    size, overlap
-        Of a tile along each axis; neighbours overlap by so much at least, but half a tile at most.
-    multiple
-        Pixels along each axis that the network pools into one.
-    profile
-        Gives the weight of a tile along an axis from its size and from whether another tile lies before and
-        behind it; of any scale.
-
-    Attributes
-    ----------
-    boxes
-        Of all tiles, cut at the end of the box.
+    Tiles have the `size`, neighbours overlap by `overlap` at least, but half a tile at most; the network
+    pools `multiple` pixels along each axis into one. `profile` gives the weight of a tile along an axis, of
+    any scale, from its size and from whether another tile lies before and behind it. `boxes` are those of all
+    tiles, cut at the end of the box.
     """
 
     def __init__(
@@ -162,17 +152,9 @@ def grow_to_lattice(
     """Grow a part of an axis to one that starts on the network's lattice, and is sampled as the whole.
 
     The start lies within 0.15 pixels of the lattice, or as near as two squares allow; if the stop is not that
-    of the axis, the part is nearly a whole number of pixels long.
-
-    Parameters
-    ----------
-    size
-        Of the whole axis.
-    pixels
-        Pixels of the network per voxel, along this axis; of several networks, if several are to see it: the
-        one that is worst off counts.
-    pooling
-        Pixels that the network pools into one.
+    of the axis, the part is nearly a whole number of pixels long. The whole axis has the `size`; `pixels` are
+    those of the network per voxel along it, of several networks, if several are to see it: the one that is
+    worst off counts; so many as `pooling` says are pooled into one.
     """
     start, stop = int(part.start), int(part.stop)
     scales = np.atleast_1d(np.asarray(pixels, np.float64))

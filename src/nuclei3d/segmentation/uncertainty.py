@@ -45,16 +45,9 @@ _STEPS = 4
 class Uncertainty:
     """What is uncertain in a volume, on the grid (z, y, x) of its flows, and the candidates for nuclei.
 
-    Attributes
-    ----------
-    nuclei, foreground
-        float32 (z, y, x): share of a wrong nucleus in each voxel, by its two parts.
-    labels
-        uint32 (z, y, x), 1..n: all candidates.
-    chance_wrong
-        float32 (n + 1,) by label.
-    kept
-        bool (n + 1,): those that are nuclei by the score threshold.
+    `nuclei` and `foreground`, float32 (z, y, x), are the share of a wrong nucleus in each voxel, by its two
+    parts; `labels`, uint32 (z, y, x), 1..n, are all candidates. By label, (n + 1,), are float32
+    `chance_wrong` and bool `kept`: those that are nuclei by the score threshold.
     """
 
     nuclei: NDArray[np.float32]
@@ -68,14 +61,9 @@ class Uncertainty:
 class Block:
     """A box of an image's voxels (z, y, x), and what is uncertain there.
 
-    Attributes
-    ----------
-    nuclei, foreground
-        The two parts of its uncertainty, in nuclei.
-    focus
-        The plane along each axis in which most is uncertain.
-    doubtful, dropped
-        Candidates with a score near the threshold, above and below it.
+    `nuclei` and `foreground` are the two parts of its uncertainty, in nuclei; `focus` is the plane along each
+    axis in which most is uncertain; `doubtful` and `dropped` are numbers of candidates with a score near the
+    threshold, above and below it.
     """
 
     box: Box
@@ -124,16 +112,9 @@ def find_blocks(
 ) -> list[Block]:
     """Find the blocks of an image in which most is uncertain, most first; no two overlap.
 
-    Parameters
-    ----------
-    shape, voxel_size
-        Of the image (z, y, x); boxes are in its voxels.
-    edge_um
-        Of a block, which is cut down where the image is thinner.
-    count
-        The most that are given.
-    unknown
-        bool, on the grid of the uncertainty: only there something is to be found out; None: everywhere.
+    Boxes are in voxels of the image, whose are `shape` (z, y, x) and `voxel_size`; a block has the edge
+    `edge_um`, cut down where the image is thinner; at most `count` are given. Only where `unknown` (bool, on
+    the grid of the uncertainty; None: everywhere) something is to be found out.
     """
     parts = [uncertainty.nuclei, uncertainty.foreground]
     if unknown is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from typing import Any, TypeVar
 
 from nuclei3d.console import keep_warnings, progress_bar, warn, warned
 from nuclei3d.errors import MachineError
+from nuclei3d.worker import tie_to_parent
 
 Result = TypeVar("Result")
 
@@ -63,18 +62,6 @@ def map_in_processes(
 def _work_and_note(work: Callable[..., Result], *item: Any) -> tuple[Result, list[str]]:
     """Work on an item; give the warnings of this process so far, too."""
     return work(*item), list(warned)
-
-
-def tie_to_parent() -> None:
-    """Have this process, spawned by another one, end with it, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _settle_in() -> None:

@@ -6,7 +6,6 @@ latter for any two folders of labels. The runs of MLflow are called `predict` an
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import frame_stem
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_json
 
 if TYPE_CHECKING:
     from nuclei3d.images.embryos import EmbryoFrame
@@ -82,11 +81,11 @@ def evaluate_held_out(
     params: Params, data: Path, model: str, out: Path, *, slices: Path | None = None
 ) -> EvaluateResult:
     """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
-    from nuclei3d.experiment.registry import fetch_model, is_registered
+    from nuclei3d.experiment.registry import find_model
     from nuclei3d.stages.tracked import evaluate_tracked
 
     baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
-    folder = fetch_model(model, params) if is_registered(model) else Path(model)
+    folder = find_model(model, params)
     history = folder / "history.csv"
     named = {"data": data, "slices": slices, "model": folder}
     result = evaluate_tracked(
@@ -106,8 +105,7 @@ def evaluate_held_out(
         },
         origin={name: path for name, path in named.items() if path is not None and path.exists()},
     )
-    with whole_file(out / "evaluation" / HEADLINE_FILE) as partial:
-        partial.write_text(json.dumps(headline(result.metrics), indent=2) + "\n", encoding="utf-8")
+    write_json(out / "evaluation" / HEADLINE_FILE, headline(result.metrics))
     return result
 
 
@@ -244,7 +242,6 @@ def _find_start(params: Params, model: str) -> _Baseline | None:
 
 
 def _mode_for(params: Params, kind: str) -> str:
-    """Give the mode of a baseline that is a network of its own."""
     if kind == "full3d":
         return "full3d"
     return "ortho" if params.predict.mode in ("full3d", "mixed") else params.predict.mode

@@ -14,7 +14,7 @@ from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError, missing
 from nuclei3d.images.embryos import LabelledVolume, find_embryos, split_embryos
 from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_text
 from nuclei3d.scoring.matching import leave_out_unknown, match, overlap_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.segmentation.settings import SegmentationSettings, segmentation_settings
@@ -132,8 +132,7 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
         known = enumerate(digest_of_frame(volume.image, volume.labels) for volume in volumes)
         now = TrainingFrames(train={}, validation={f"calibration/{n}": digest for n, digest in known})
         info = info.model_copy(update={"frames": now.after(info.frames)})
-    with whole_file(main.path.parent / INFO_FILE) as path:
-        path.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_text(main.path.parent / INFO_FILE, info.model_dump_json(indent=2) + "\n")
     return CalibrateResult(model, len(volumes), chosen)
 
 

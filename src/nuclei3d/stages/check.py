@@ -13,7 +13,7 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.config.sections import DataParams
-from nuclei3d.console import say, warn
+from nuclei3d.console import say, some_of, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import (
     Embryo,
@@ -201,17 +201,12 @@ def describe_faults(found: Iterable[tuple[str, LabelFault]]) -> list[str]:
         by_kind.setdefault(fault.kind, []).append((place, fault))
     return [
         f"{first_place}: {first.words}"
-        + (f" (likewise {_names(places)})" if (places := [p for p, _ in more]) else "")
+        + (f" (likewise {some_of(places)})" if (places := [p for p, _ in more]) else "")
         for (first_place, first), *more in by_kind.values()
     ]
 
 
-def _names(places: Sequence[str]) -> str:
-    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-
-
 def _compare_embryos(frames: Sequence[FrameCheck]) -> list[str]:
-    """Say how voxel sizes and nuclei differ from embryo to embryo."""
     said = []
     sizes = sorted({frame.voxel_size_um for frame in frames if frame.voxel_size_um})
     edges = [size[2] for size in sizes]

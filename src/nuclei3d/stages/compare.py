@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from nuclei3d.config import Params
 from nuclei3d.console import say, some_of, warn
 from nuclei3d.errors import InputError
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_json
 from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, PairedDifference
 from nuclei3d.scoring.comparison import (
     Evaluations,
@@ -125,8 +124,7 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     )
     if out is not None:
         path = out if out.suffix == ".json" else out / "compare.json"
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, result.as_json())
     _say(result, primary)
     return result
 

@@ -160,9 +160,10 @@ def open_correction(
             f"{target} is there already; go on with it (leave out --masks and --model), or replace it "
             "(--overwrite)"
         )
-    given = params.data.voxel_size_um
-    stated = first_voxel_size(entry, *(layer for _, layer in layers))
-    size = VoxelSize.of(given) if given is not None else stated or entry.frame.require_voxel_size()
+    size = VoxelSize.given(params.data.voxel_size_um)
+    size = (
+        size or first_voxel_size(entry, *(layer for _, layer in layers)) or entry.frame.require_voxel_size()
+    )
     volume = entry.frame.read()
     check_image(volume, str(entry.frame.path))
     predicted, score, foreground = None, None, None
@@ -170,46 +171,23 @@ def open_correction(
         with progress_bar("segment", total=1) as bar:
             predicted, score, foreground = _ask(params, model, volume, size)
             bar.advance(1)
-    if not layers:
-        assert predicted is not None
-        return Correction(
-            params,
-            folder,
-            name,
-            entry.frame,
-            volume,
-            predicted,
-            size,
-            entry.frame.path,
-            score=score,
-            foreground=foreground,
-        )
-    (_, layer) = layers[0]
-    labels, known = _read(layer, params, with_known=own)
-    if labels.shape != volume.shape:
-        raise InputError(
-            f"{layer.frame.path} has the shape {labels.shape}, its image {entry.frame.path} {volume.shape}; "
-            "both must be equal"
-        )
-    agreement = None
-    if predicted is not None:
-        table = overlap_table(labels, predicted)
-        agreement = dict(zip(table.true_labels.tolist(), table.best_true_iou.tolist(), strict=True))
-    return Correction(
-        params,
-        folder,
-        name,
-        entry.frame,
-        volume,
-        labels,
-        size,
-        layer.frame.path,
-        known,
-        read_scores(layer),
-        _growth(layer, labels, size, params),
-        agreement,
-        foreground,
-    )
+    labels, source, known, growth, agreement = predicted, entry.frame.path, None, None, None
+    if layers:
+        (_, layer) = layers[0]
+        labels, known = _read(layer, params, with_known=own)
+        if labels.shape != volume.shape:
+            raise InputError(
+                f"{layer.frame.path} has the shape {labels.shape}, its image {entry.frame.path} "
+                f"{volume.shape}; both must be equal"
+            )
+        if predicted is not None:
+            table = overlap_table(labels, predicted)
+            agreement = dict(zip(table.true_labels.tolist(), table.best_true_iou.tolist(), strict=True))
+        source, score = layer.frame.path, read_scores(layer)
+        growth = _growth(layer, labels, size, params)
+    assert labels is not None
+    place = (params, folder, name, entry.frame, volume)
+    return Correction(*place, labels, size, source, known, score, growth, agreement, foreground)
 
 
 def _ask(

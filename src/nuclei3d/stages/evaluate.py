@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,8 +25,8 @@ from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
-from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.networks.folder import ModelInfo, info_beside
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_table, write_plot_data
@@ -182,7 +182,8 @@ def evaluate(
     if moved:
         metrics["label_shift_um"] = moved
         say(f"true labels are moved by (z, y, x) um (data.label_shift_um): {moved}")
-    mark_seen(metrics, None if info is None else info.frames)
+    if info is not None and info.frames is not None:
+        info.frames.mark_seen(metrics["volumes"])
     if warnings := _find_warnings(metrics, assessed, pairing.pairs):
         metrics["warnings"] = warnings
     if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
@@ -212,7 +213,6 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _training_edges(summary: Path) -> list[float]:
-    """Read the bins of contrast from a slice data set or its summary.json."""
     path = summary / "summary.json" if summary.is_dir() else summary
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -275,21 +275,13 @@ def _assess_methods(
     true, unknown = pair.read_truth()
     _refuse_image(true, pair.truth)
     image = pair.read_image() if pair.physical else None
+    assess = _assessing(params, pair, image, unknown)
     found: dict[str, Assessment] = {}
     for name, entry in {method: pair.pred, **pair.baselines}.items():
         predicted = pair.read_prediction(entry, true.shape)
         _refuse_image(predicted, entry)
-        found[name] = assess_volume(
-            true,
-            predicted,
-            pair.voxel_size,
-            image=image,
-            scores=read_scores(entry),
-            thresholds=params.evaluate.thresholds,
-            surfaces=params.evaluate.surface_distances,
-            true_contrast=found[method].true.contrast if found else None,
-            unknown=unknown,
-        )
+        contrast = found[method].true.contrast if found else None
+        found[name] = assess(true, predicted, scores=read_scores(entry), true_contrast=contrast)
     return (_digest_of(true, unknown), _digest_of_frame(image, true, pair)), found
 
 
@@ -307,14 +299,6 @@ def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
         raise InputError(
             f"{entry.frame.path} holds intensities, not labels; give the folder of the label volumes"
         )
-
-
-def mark_seen(metrics: Mapping[str, Any], frames: TrainingFrames | None) -> None:
-    """Mark the volumes of a metrics.json that a model knows, as ``seen``: ``train`` or ``validation``."""
-    for volume in metrics["volumes"].values():
-        part = None if frames is None else frames.part_of(volume.get("frame_digest", ""))
-        if part is not None:
-            volume["seen"] = part
 
 
 def _find_warnings(
@@ -376,14 +360,20 @@ def _assess_otsu(
     image = pair.read_image()
     assert image is not None
     true, unknown = pair.read_truth()
-    return assess_volume(
-        true,
-        otsu_watershed(image, pair.voxel_size, diameter_um),
-        pair.voxel_size,
+    found = otsu_watershed(image, pair.voxel_size, diameter_um)
+    return _assessing(params, pair, image, unknown)(true, found, true_contrast=true_contrast)
+
+
+def _assessing(
+    params: Params, pair: VolumePair, image: NDArray[Any] | None, unknown: NDArray[np.bool_] | None
+) -> Callable[..., Assessment]:
+    """Give `assess_volume` with what is the same of all methods."""
+    return partial(
+        assess_volume,
+        voxel_size=pair.voxel_size,
         image=image,
         thresholds=params.evaluate.thresholds,
         surfaces=params.evaluate.surface_distances,
-        true_contrast=true_contrast,
         unknown=unknown,
     )
 
@@ -484,8 +474,7 @@ def _write(
 ) -> None:
     import pandas as pd
 
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    write_json(folder / "metrics.json", metrics, allow_nan=False)
     tables = [
         nucleus_table(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
         for pair, assessment in zip(pairs, assessments, strict=True)

@@ -196,8 +196,7 @@ def _in_words(frame: ImportedFrame) -> str:
 def _compare(
     new: NewLabels, folder: Path, there: EmbryoFrame | None, params: Params
 ) -> tuple[FrameCheck, ImportedFrame]:
-    """Check labels against their image and compare them with those that are there."""
-    given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
+    given = VoxelSize.given(params.data.voxel_size_um)
     check_fit(new.image, new.source, new.labels.shape, new.voxel_size, given)
     image = new.image.read()
     check_image(image, str(new.image.path))
@@ -251,10 +250,8 @@ def label_target(folder: Path, name: str, there: EmbryoFrame | None) -> Path:
 
 
 def _voxel_size(new: NewLabels, params: Params) -> VoxelSize:
-    given = params.data.voxel_size_um
-    if given is not None:
-        return VoxelSize.of(given)
-    return new.image.voxel_size or new.voxel_size or new.image.require_voxel_size()
+    given = VoxelSize.given(params.data.voxel_size_um)
+    return given or new.image.voxel_size or new.voxel_size or new.image.require_voxel_size()
 
 
 def _copy_image(new: NewLabels, folder: Path, params: Params, files: ExitStack) -> None:

@@ -92,16 +92,9 @@ def inspect_images(
 ) -> InspectResult:
     """Look at images, print what they are and what to set for them, and give it.
 
-    Parameters
-    ----------
-    params
-        Section ``data`` (voxel size, channel, image).
-    inputs
-        TIFF files, folders of them, OME-Zarr. Of a time-lapse three frames are looked at.
-    model
-        Model folder or weights file whose nuclei theirs are compared with.
-    picture
-        PNG to write: a plane of each image with a circle of the diameter.
+    The section ``data`` of the parameters counts. Inputs are TIFF files, folders of them, OME-Zarr; of a
+    time-lapse three frames are looked at. With the nuclei of `model`, a folder or weights file, theirs are
+    compared. `picture` is a PNG to write: a plane of each image with a circle of the diameter.
     """
     info = None
     if model is not None:
@@ -122,7 +115,8 @@ def inspect_images(
             images.append(image)
             shown.append(plane)
             bar.advance()
-    expected = _expectation(info) if info is not None else None
+    told = ("nucleus_diameter_um", "diameter_px", "voxel_size_um", "min_volume_um3")
+    expected = None if info is None else {name: getattr(info, name) for name in told}
     for image in images:
         say("\n".join(_describe(image)))
     if expected is not None:
@@ -140,7 +134,7 @@ def _frames_of(source: Path, data: DataParams) -> tuple[tuple[str, ...], list[Fr
     count = max(lengths.get("C", 1), lengths.get("S", 1))
     names = tuple(layout.channels[k] if k < len(layout.channels) else str(k) for k in range(count))
     channel = 0 if data.channel is None and count > 1 else data.channel
-    given = VoxelSize.of(data.voxel_size_um) if data.voxel_size_um is not None else None
+    given = VoxelSize.given(data.voxel_size_um)
     return names, find_frames(source, channel=channel, image=data.image, voxel_size=given)
 
 
@@ -196,7 +190,6 @@ def _look_at(frame: Frame) -> tuple[InspectedFrame, _Plane]:
 
 
 def _scale_source(frame: Frame, data: DataParams) -> str:
-    """Say where a voxel size comes from."""
     if data.voxel_size_um is not None:
         return "data.voxel_size_um"
     if frame.voxel_size is None:
@@ -219,7 +212,6 @@ def _advise(
     data: DataParams,
     info: ModelInfo | None,
 ) -> list[str]:
-    """Say what to set."""
     advice = []
     if len(channels) > 1 and data.channel is None:
         listing = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
@@ -268,17 +260,7 @@ def _differ(a: float, b: float) -> bool:
     return abs(math.log(a / b)) > math.log(_DIFFERENT)
 
 
-def _expectation(info: ModelInfo) -> dict[str, Any]:
-    return {
-        "nucleus_diameter_um": info.nucleus_diameter_um,
-        "diameter_px": info.diameter_px,
-        "voxel_size_um": info.voxel_size_um,
-        "min_volume_um3": info.min_volume_um3,
-    }
-
-
 def _describe(image: InspectedImage) -> list[str]:
-    """Give the lines that people read."""
     voxel = "unknown" if image.voxel_size_um is None else str(VoxelSize.of(image.voxel_size_um))
     lines = [
         f"{image.path}: {image.axes}, {image.dtype}, {image.frames} frame{'s' if image.frames > 1 else ''}",
@@ -302,7 +284,6 @@ def _describe(image: InspectedImage) -> list[str]:
 
 
 def _draw(shown: Sequence[_Plane], path: Path) -> None:
-    """Draw a plane of each image, with a circle of the estimated diameter in its corner."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 

@@ -373,7 +373,7 @@ def pair_volumes(
                 f"the baseline '{name}' ({baselines[name]}) has no volume for {_examples(lacking)}; "
                 "baselines must hold all volumes that are evaluated"
             )
-    given = None if params.data.voxel_size_um is None else VoxelSize.of(params.data.voxel_size_um)
+    given = VoxelSize.given(params.data.voxel_size_um)
     names = Counter(f"{entry.embryo}/{entry.short}" for entry in matched)
     pairs = []
     for entry, prediction in matched.items():

@@ -30,7 +30,7 @@ from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.networks.folder import Model, load_model
-from nuclei3d.outputs import whole_file, whole_folder
+from nuclei3d.outputs import whole_file, whole_folder, write_text
 from nuclei3d.segmentation.blocks import (
     MARGIN_DIAMETERS,
     Block,
@@ -134,8 +134,7 @@ def cut_frame(frame: Frame, settings: SegmentationSettings, run: BlockRun, folde
     if count_blocks(blocks) != counts:
         for result in folder.glob("*.npy"):
             result.unlink()
-        with whole_file(plan) as partial:
-            partial.write_text(json.dumps(count_blocks(blocks)), encoding="utf-8")
+        write_text(plan, json.dumps(count_blocks(blocks)))
     return blocks
 
 

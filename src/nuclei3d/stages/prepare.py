@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.sections import PrepareParams
 from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of_frame
@@ -357,10 +357,12 @@ def _summarise(
     digest = hashlib.md5(
         "".join(sample.info.file + sample.md5 for sample in samples).encode(), usedforsecurity=False
     )
-    chosen = params_as_dict(params)
-    # these change nothing of the samples
-    for name in ("workers", "cellpose_files"):
-        del chosen["prepare"][name]
+    # what changes nothing of the samples is left out
+    chosen = params.model_dump(
+        mode="json",
+        include={"data", "normalization", "prepare"},
+        exclude={"prepare": {"workers", "cellpose_files"}},
+    )
     solid = params.train.network == "full3d"
     summary: dict[str, Any] = {
         "data": str(data),
@@ -375,7 +377,7 @@ def _summarise(
         "training_nuclei": len(volumes),
         "labels_left_out": sum(frame.labels_left_out for frame in frames),
         "training": _training_range(training, volumes),
-        "params": {name: chosen[name] for name in ("data", "normalization", "prepare")},
+        "params": chosen,
         "md5": digest.hexdigest(),
     }
     places = [f"{frame.embryo}/{frame.frame}" for _, frame in tasks]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, missing
 
@@ -90,7 +90,7 @@ def _check(data: Path, out: Path) -> None:
 
 def _job(params: Params, data: Path, out: Path) -> str:
     """Name the job, so that a second start finds the MLflow run that the first one left unfinished."""
-    text = json.dumps([params_as_dict(params), str(data.resolve()), str(out.resolve())])
+    text = json.dumps([params.model_dump(mode="json"), str(data.resolve()), str(out.resolve())])
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.console import Bar, progress_bar, say
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.simulation import simulate_embryo
 from nuclei3d.stages.track_files import TRUTH, mask_name, renumber, write_track_table
 from nuclei3d.tracks.nuclei import Tracks, trace_lineages
@@ -53,10 +52,10 @@ def simulate(params: Params, out: Path) -> SimulateResult:
             embryos = tuple(_write_embryos(params, folder, bar))
         record = {
             "seed": params.seed,
-            "simulate": params_as_dict(settings),
+            "simulate": settings.model_dump(mode="json"),
             "embryos": [asdict(embryo) for embryo in embryos],
         }
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RECORD, record)
     nuclei = sum(sum(embryo.nuclei) for embryo in embryos)
     say(f"{out}: {len(embryos)} embryos, {total} frames, {nuclei} labelled nuclei")
     return SimulateResult(out, embryos)
@@ -86,7 +85,6 @@ def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[Simulated
 
 
 def _write_tracks(embryo: Path, tracks: Tracks, frames: int, digits: int, voxel_size: VoxelSize) -> None:
-    """Write the true tracks: each frame's labels, numbered by track, and the table of tracks."""
     nuclei, numbered = tracks.nuclei, tracks.numbered(split_gaps=True)
     for time in range(frames):
         own = nuclei.frame == time

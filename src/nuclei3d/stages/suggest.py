@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from nuclei3d.images.frames import Frame, check_image, frame_stem, single_label_
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.unknown import read_partial_labels
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import whole_file, write_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of
 from nuclei3d.stages.predict import find_all
@@ -158,7 +157,6 @@ def suggest(
 
 
 def _find_candidates(params: Params, inputs: Sequence[Path]) -> list[_Candidate]:
-    """List all frames, once each, by embryo and time."""
     found: list[tuple[Path, _Candidate]] = []
     plain: list[Path] = []
     for source in (Path(each).absolute() for each in inputs):
@@ -345,10 +343,8 @@ def _write(
             masks[path][box] = True
             masks[path] |= np.isin(labels, np.setdiff1d(labels[box], 0))
             write_image(path, masks[path], voxel_size)
-    with whole_file(files[0]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Suggestion)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(each) for each in blocks)
+    columns = [each.name for each in fields(Suggestion)]
+    write_table(files[0], columns, (astuple(each) for each in blocks))
     with whole_file(files[1]) as partial:
         draw_blocks(shown, partial)
     return (*files, *masks)

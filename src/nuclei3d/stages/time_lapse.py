@@ -21,7 +21,7 @@ from nuclei3d.images.ome_zarr import (
     ome_version,
 )
 from nuclei3d.images.tiff import write_label_series
-from nuclei3d.outputs import whole_file, whole_folder
+from nuclei3d.outputs import whole_folder, write_text
 
 LABEL_NAME = "nuclei3d"
 """Our entry in the ``labels`` group of an OME-Zarr; labels of other names are never touched."""
@@ -62,8 +62,7 @@ def write_series(
         record = out / RECORD_FOLDER / f"{path.name}.txt"
         if not (path.exists() and record.is_file() and record.read_text(encoding="utf-8") == digest):
             _write(path, stacked, frames[0])
-            with whole_file(record) as partial:
-                partial.write_text(digest, encoding="utf-8")
+            write_text(record, digest)
         written.append(path)
     if into_input and is_zarr(source):
         written.append(_write_into(image_group(source, frames[0].image), stacked, frames[0], several))

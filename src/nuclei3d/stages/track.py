@@ -75,25 +75,15 @@ def track(
 ) -> TrackResult:
     """Link the nuclei of one embryo's time-lapse.
 
-    Parameters
-    ----------
-    params
-        Sections ``tracks`` and ``data`` (voxel size, channel).
-    masks
-        Folder of label volumes, one a frame, in the natural order of their names; or one with a time axis.
-    out
-        Folder to write; an older tracking there is replaced. It holds the Cell Tracking Challenge's masks and
-        res_track.txt, tracks.geff, tracks.csv (one row a nucleus), napari_tracks.csv with napari_tracks.json.
-    images
-        Their images, for the intensity. If None it comes, as the score does, from the table that predict
-        writes beside the masks, where there is one.
-    same_numbers
-        Write ``<stem>_masks.ome.tif`` too, in which a nucleus has one number over time, gaps included.
-    learn
-        Folder with the true tracks of this time-lapse (man_track.txt and its masks): the parameters that do
-        best on them are chosen, said, and used.
-    apply, params_file
-        Write the chosen parameters into this file.
+    `masks` are a folder of label volumes, one a frame, in the natural order of their names, or one with a
+    time axis; the sections ``tracks`` and ``data`` (voxel size, channel) count. `out` is replaced if it holds
+    an older tracking. It gets the Cell Tracking Challenge's masks and res_track.txt, tracks.geff, tracks.csv
+    (one row a nucleus), napari_tracks.csv with napari_tracks.json and, for `same_numbers`,
+    ``<stem>_masks.ome.tif``, in which a nucleus has one number over time, gaps included. The intensity is
+    that of the `images`; without them it comes, as the score does, from the table that predict writes beside
+    the masks, where there is one. `learn` is a folder with the true tracks of this time-lapse (man_track.txt
+    and its masks): the parameters that do best on them are chosen, said, and used, and with `apply` written
+    into `params_file`.
     """
     if apply and (learn is None or params_file is None or not params_file.is_file()):
         raise InputError(
@@ -109,9 +99,8 @@ def track(
             f"{masks} holds masks of several embryos ({some_of(embryos)}); track them one by one, each "
             "into a folder of its own"
         )
-    given = params.data.voxel_size_um
     seen = _images_of(entries, images, params)
-    size = VoxelSize.of(given) if given is not None else first_voxel_size(*entries, *seen)
+    size = VoxelSize.given(params.data.voxel_size_um) or first_voxel_size(*entries, *seen)
     size = size or entries[0].frame.require_voxel_size()
 
     def measure(frame: int) -> Nuclei:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from nuclei3d import __version__
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import list_volumes, read_labels
+from nuclei3d.outputs import write_table
 from nuclei3d.tracks.accuracy import FrameMatch, match_frame, score_tracks
 from nuclei3d.tracks.nuclei import Integers, Nuclei, NumberedTracks, Tracks
 
@@ -129,20 +129,14 @@ def write_nuclei_table(path: Path, tracks: Tracks, numbered: NumberedTracks) -> 
     ``seen_once`` is 1 where no frame before or behind has the nucleus: often debris or a piece of another.
     """
     nuclei, once = tracks.nuclei, tracks.seen_once
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in np.lexsort((nuclei.frame, numbered.track)):
-            track = numbered.track[row]
-            values = (
-                *nuclei.position_um[row],
-                nuclei.volume_um3[row],
-                nuclei.intensity[row],
-                nuclei.score[row],
-            )
-            numbers = (track, numbered.parent[track], nuclei.frame[row], nuclei.label[row])
-            cells = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
-            writer.writerow([*numbers, *cells, int(once[row])])
+    rows = []
+    for row in np.lexsort((nuclei.frame, numbered.track)):
+        track, size = numbered.track[row], (nuclei.volume_um3[row], nuclei.intensity[row], nuclei.score[row])
+        numbers = (track, numbered.parent[track], nuclei.frame[row], nuclei.label[row])
+        values = (*nuclei.position_um[row], *size)
+        cells = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
+        rows.append((*numbers, *cells, int(once[row])))
+    write_table(path, COLUMNS, rows)
 
 
 def write_napari(path: Path, nuclei: Nuclei, numbered: NumberedTracks) -> None:
@@ -245,7 +239,6 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
 
 
 def _tables(folder: Path, name: str) -> dict[str, Path]:
-    """Find the tables of tracks by their embryos' names."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob(name)):
         home = path.parent.resolve()

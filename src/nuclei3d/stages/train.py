@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import (
     ModelInfo,
@@ -40,7 +39,7 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file
+from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file, write_json, write_table
 from nuclei3d.stages.start_model import find_start_model, scale_of, trace_start
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
@@ -188,7 +187,6 @@ def train(
 
 
 def _run_name(params: Params, described: Slices) -> str:
-    """Name the MLflow run by what tells trainings apart."""
     wanted = params.train
     embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
     start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
@@ -396,8 +394,7 @@ class Checkpoints:
     def note_finished(self, result: TrainResult, cause: str) -> None:
         """Write what `find_finished` looks for."""
         record = {"cause": cause, "model_md5": digest_of(self._model), "result": asdict(result)}
-        with whole_file(self._finished) as partial:
-            partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(self._finished, record, default=str)
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best_{epoch:05d}.pt"
@@ -432,19 +429,17 @@ class Checkpoints:
                 best = torch.load(path, map_location="cpu", weights_only=True)
             return TrainingState.from_plain(saved["state"], best)
         except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error, 200)
             say(f"the checkpoint in {self.folder} cannot be read ({reason}); training starts afresh")
             return None
 
 
 def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
-    """Write one row per epoch; what was not measured stays empty."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("epoch", *METRICS), lineterminator="\n")
-        writer.writeheader()
-        for report in history:
-            measured = {name: f"{value:.6g}" for name, value in report.metrics().items()}
-            writer.writerow({"epoch": report.epoch, **measured})
+    rows = (
+        [report.epoch, *("" if math.isnan(report[name]) else f"{report[name]:.6g}" for name in METRICS)]
+        for report in history
+    )
+    write_table(path, ("epoch", *METRICS), rows)
 
 
 def _train_epochs(
@@ -504,16 +499,16 @@ def _train_epochs(
 
 
 def _line(report: EpochReport, epochs: int) -> str:
-    parts = [f"epoch {report.epoch}/{epochs}: loss {report.train_loss:.4f}"]
+    parts = [f"epoch {report.epoch}/{epochs}: loss {report['train_loss']:.4f}"]
     if not report.epoch:
         parts = [f"epoch 0/{epochs}: the model that this starts from"]
-    if not math.isnan(report.validation_loss):
-        parts.append(f"validation {report.validation_loss:.4f}")
+    if not math.isnan(report["validation_loss"]):
+        parts.append(f"validation {report['validation_loss']:.4f}")
     cosines = [report[f"validation_flow_cosine_{axis}"] for axis in "zyx"]
     if not math.isnan(cosines[0]):
         parts.append("flow cosine z {:.3f} y {:.3f} x {:.3f}".format(*cosines))
-    if not math.isnan(report.volume_ap):
-        parts.append(f"AP in 3D {report.volume_ap:.3f}")
+    if not math.isnan(report["volume_ap"]):
+        parts.append(f"AP in 3D {report['volume_ap']:.3f}")
     if report.epoch:
         parts.append(f"{report['crops_per_second']:.1f} crops/s")
     parts.append(f"{report['seconds']:.1f} s")
@@ -616,11 +611,11 @@ def _write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:
         order = epoch_order(weights, training.examples.crops, seed, epoch)
         drawn += np.bincount(order, minlength=len(infos))
     name = "planes_drawn.csv" if training.spec is None else "volumes_drawn.csv"
-    with whole_file(out / name) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn"])
-        for info, weight, count in zip(infos, weights, drawn, strict=True):
-            contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
-            view = info.view if info.is_plane else ""
-            place = (info.file, info.embryo, info.frame, view, info.nuclei)
-            writer.writerow([*place, contrast, f"{weight * len(infos):.4g}", int(count)])
+    rows = []
+    for info, weight, count in zip(infos, weights, drawn, strict=True):
+        contrast = "" if math.isnan(info.min_contrast) else f"{info.min_contrast:g}"
+        view = info.view if info.is_plane else ""
+        place = (info.file, info.embryo, info.frame, view, info.nuclei)
+        rows.append((*place, contrast, f"{weight * len(infos):.4g}", int(count)))
+    columns = ("file", "embryo", "frame", "view", "nuclei", "min_contrast", "weight", "drawn")
+    write_table(out / name, columns, rows)

@@ -14,7 +14,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from nuclei3d.digests import digests_of
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.outputs import write_json, write_table
 from nuclei3d.training.samples import (
     UNKNOWN_FLOW,
     SampleArrays,
@@ -156,7 +157,7 @@ def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[St
     columns: tuple[str, ...] = _VOLUME_COLUMNS if solid else _PLANE_COLUMNS
     if any(sample.info.unknown for sample in samples):
         columns = (*columns, "unknown")
-    _write_csv(folder / MANIFEST_FILE, columns, ([_row(s)[name] for name in columns] for s in samples))
+    write_table(folder / MANIFEST_FILE, columns, ([_row(s)[name] for name in columns] for s in samples))
     if solid:
         rows = (
             (
@@ -168,25 +169,17 @@ def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[St
             for sample in samples
             for label, values in enumerate(sample.nuclei, start=1)
         )
-        _write_csv(folder / NUCLEI_FILE, _NUCLEI_COLUMNS, rows)
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        write_table(folder / NUCLEI_FILE, _NUCLEI_COLUMNS, rows)
+    write_json(folder / SUMMARY_FILE, summary)
 
 
 def _row(sample: StoredSample) -> dict[str, Any]:
-    """Give a row of the manifest, with the columns of planes and of volumes."""
     row = {"part": sample.part, **asdict(sample.info), "md5": sample.md5}
     row |= {"step": sample.step, "offset": sample.offset}
     row |= dict(zip(("depth", "height", "width"), sample.info.shape, strict=True))
     for axis, edge, power in zip("zyx", sample.info.voxel_size.zyx, sample.flow_power, strict=True):
         row |= {f"voxel_{axis}_um": edge, f"flow_power_{axis}": power}
     return row
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def read_slices(folder: Path) -> Slices:

@@ -33,9 +33,8 @@ def view(params: Params, image: Path, masks: Sequence[Path] = (), *, block: bool
     """
     require_napari("view")
     entry, layers = choose_layers(image, masks, params.data.channel)
-    given = params.data.voxel_size_um
     stated = first_voxel_size(entry, *(layer for _, layer in layers))
-    size = VoxelSize.of(given) if given is not None else stated or VoxelSize(1, 1, 1)
+    size = VoxelSize.given(params.data.voxel_size_um) or stated or VoxelSize(1, 1, 1)
     volume = entry.frame.read()
     check_image(volume, str(entry.frame.path))
     labels = [(name, layer.read_labels()) for name, layer in layers]

@@ -220,11 +220,6 @@ class RigidMotion:
         """Give the motion that does `first`, then this one."""
         return RigidMotion(self.rotation @ first.rotation, self(first.shift[None])[0])
 
-    @property
-    def degrees(self) -> float:
-        """Angle of the rotation."""
-        return float(np.degrees(np.arccos(np.clip((np.trace(self.rotation) - 1) / 2, -1, 1))))
-
 
 def find_motion(before: Floats, after: Floats, diameter_um: float) -> RigidMotion:
     """Find the rigid motion from the nuclei of one frame, (n, 3) in um, to those of the next, (m, 3).

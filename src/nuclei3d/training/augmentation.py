@@ -418,7 +418,6 @@ def _mirrored(index: int, length: int) -> int:
 
 @njit(cache=True, nogil=True)
 def _blur_columns(image: Image, sigma: float) -> None:
-    """Blur (Y, X) along y, a row at a time."""
     if sigma <= 0.0:
         return
     height, width = image.shape
@@ -437,7 +436,6 @@ def _blur_columns(image: Image, sigma: float) -> None:
 
 @njit(cache=True, nogil=True)
 def _blur_rows(image: Image, sigma: float) -> None:
-    """Blur (Y, X) along x."""
     if sigma <= 0.0:
         return
     height, width = image.shape

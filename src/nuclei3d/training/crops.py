@@ -47,16 +47,11 @@ def crop_generator(seed: int, epoch: int, index: int, stream: int) -> np.random.
 class CropGrid:
     """The grid of the crops, which is the network's, and what they are drawn around.
 
-    Attributes
-    ----------
-    shape, diameter_px
-        (z, y, x) of the crops, (1, P, P) for planes; diameter of a nucleus in pixels of the crop.
-    voxel_size, scale
-        Of the grid, in um, None for planes; for planes, crop pixels per pixel of the plane, the same for all.
-    nucleus_centred, faint_centred
-        Shares of the crops that are drawn around a nucleus (of a plane: a pixel), or one of the faintest.
-    unit_flows
-        Whether flows are unit vectors (heat) or have a length of their own (tanh).
+    Crops have the `shape` (z, y, x), those of planes (1, P, P); nuclei measure `diameter_px` in their pixels.
+    `voxel_size` is the grid's in um, None for planes; of these `scale` has the crop pixels per pixel of the
+    plane, the same for all. `nucleus_centred` and `faint_centred` are the shares of the crops that are drawn
+    around a nucleus (of a plane: a pixel), or one of the faintest. `unit_flows` says whether flows are unit
+    vectors (heat) or have a length of their own (tanh).
     """
 
     shape: tuple[int, int, int]

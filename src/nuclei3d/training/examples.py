@@ -243,12 +243,8 @@ class Examples:
 
     def batches(self, epochs: range, workers: int, *, pinned: bool = False) -> Generator[Batch]:
         """Stream the batches of these epochs as `stream_batches` does."""
-        return stream_batches(
-            self._maker, self._order, epochs, self._params.batch_size, workers, pinned=pinned
-        )
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        return epoch_order(self.weights, self.crops, self._maker.seed, epoch)
+        order_of = partial(epoch_order, self.weights, self.crops, self._maker.seed)
+        return stream_batches(self._maker, order_of, epochs, self._params.batch_size, workers, pinned=pinned)
 
     def loss(self, output: Tensor, batch: Batch) -> Loss:
         """Compute the loss of the network's output on a batch; on a GPU, without waiting for it."""

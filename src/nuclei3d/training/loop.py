@@ -82,21 +82,6 @@ class EpochReport:
         """Give the measured numbers by name, in the order of `METRICS`."""
         return {name: self[name] for name in METRICS if not math.isnan(self[name])}
 
-    @property
-    def train_loss(self) -> float:
-        """Mean loss over the crops of the epoch."""
-        return self["train_loss"]
-
-    @property
-    def validation_loss(self) -> float:
-        """Mean loss on the validation crops, or nan."""
-        return self["validation_loss"]
-
-    @property
-    def volume_ap(self) -> float:
-        """Average precision on the validation volumes, or nan."""
-        return self["volume_ap"]
-
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -267,10 +252,10 @@ class _Loop:
         began = time.perf_counter()
         report = self._train_epoch(state.epoch, batches)
         first = next((each for each in state.history if each.epoch), report)
-        if report.train_loss > _DIVERGED_FACTOR * first.train_loss:
+        if report["train_loss"] > _DIVERGED_FACTOR * first["train_loss"]:
             raise DivergedError(
-                f"training diverged in epoch {report.epoch}: the loss is {report.train_loss:.3g}, in the "
-                f"first epoch it was {first.train_loss:.3g}; {_MEND}"
+                f"training diverged in epoch {report.epoch}: the loss is {report['train_loss']:.3g}, in the "
+                f"first epoch it was {first['train_loss']:.3g}; {_MEND}"
             )
         return self._finish(state, report, began, save)
 
@@ -288,7 +273,7 @@ class _Loop:
         report = EpochReport(report.epoch, {**report.measured, **more})
         # larger is better; an epoch that was not judged in 3D where others are, nan, is never the best
         in_volumes = validate_volumes is not None and every > 0
-        score = report.volume_ap if in_volumes else -_loss_of(report)
+        score = report["volume_ap"] if in_volumes else -_loss_of(report)
         is_best = score > state.best_score
         state = TrainingState(
             learner=self.learner.state(),
@@ -353,4 +338,4 @@ _MEND = "lower train.learning_rate, or set train.gradient_clip (try 5)"
 
 
 def _loss_of(report: EpochReport) -> float:
-    return report.train_loss if math.isnan(report.validation_loss) else report.validation_loss
+    return report["train_loss"] if math.isnan(report["validation_loss"]) else report["validation_loss"]

@@ -26,6 +26,9 @@ class ToyEpoch:
     validation_loss: float
     volume_ap: float = nan
 
+    def __getitem__(self, name: str) -> float:
+        return getattr(self, name)
+
     def metrics(self) -> dict[str, float]:
         return {"validation_loss": self.validation_loss}
 

@@ -101,7 +101,6 @@ def export(
 def _choose_formats(
     formats: Sequence[str], model: str | None, masks: Path | None, images: Path | None, slices: Path | None
 ) -> list[Format]:
-    """Check the formats against what was given, or choose those that it allows."""
     if model is None and masks is None and slices is None:
         raise InputError("nothing to export: give a model (--model), masks (--masks), or slices (--slices)")
     unknown = [name for name in formats if name not in FORMATS]
@@ -166,10 +165,10 @@ def _write_seg(pairs: Sequence[tuple[Entry, Entry]], params: Params, folder: Pat
     from nuclei3d.images.voxel_size import VoxelSize
     from nuclei3d.stages.export.cellpose import write_seg
 
-    given = params.data.voxel_size_um
+    given = VoxelSize.given(params.data.voxel_size_um)
     written = []
     for labels, image in _shown(pairs):
-        size = VoxelSize.of(given) if given is not None else image.frame.require_voxel_size()
+        size = given or image.frame.require_voxel_size()
         written.append(write_seg(folder, labels.key, image.frame.read(), labels.read_labels(), size))
     return written
 

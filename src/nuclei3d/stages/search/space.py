@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any
 from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nuclei3d.config import Params, params_as_dict
+from nuclei3d.config import Params
 from nuclei3d.config.loading import flat, validate_params
 from nuclei3d.config.sections import Range
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, hint_at
 
 Value = bool | int | float | str | None
 
@@ -61,7 +60,7 @@ def search_space(params: Params) -> SearchSpace:
 
 def params_with(params: Params, values: Mapping[str, Value]) -> Params:
     """Give the parameters with some values replaced, by dotted names."""
-    tree = params_as_dict(params)
+    tree = params.model_dump(mode="json")
     for name, value in values.items():
         *sections, key = name.split(".")
         node = tree
@@ -106,9 +105,7 @@ def _start_value(params: Params, name: str) -> Value:
         return value
     if name in known or any(other.startswith(f"{name}.") for other in known):
         raise InputError(f"search.more: '{name}' is no single value and cannot be searched")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-    raise InputError(f"search.more: there is no parameter '{name}'; {hint}")
+    raise InputError(f"search.more: there is no parameter '{name}'; {hint_at(name, known)}")
 
 
 def _distribution(params: Params, name: str, found: Range, start: Value) -> BaseDistribution:

@@ -28,7 +28,7 @@ from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import StageRun, stage_run
 from nuclei3d.experiment.store import store_uri
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_text
 from nuclei3d.stages.search.objective import Objective, judged_on, train_and_validate
 from nuclei3d.stages.search.space import Value, differences, fingerprint, search_space
 from nuclei3d.stages.search.storage import (
@@ -107,22 +107,13 @@ def search(
     goes on until `trials` trials are finished or pruned in all, and with a trial that was running from its
     last checkpoint. In PostgreSQL the same command started several times works on one search together.
 
-    Parameters
-    ----------
-    params
-        The section search says what is searched and for what; the others are the fixed values.
-    slices
-        Folder made by prepare. It is never computed again.
-    out
-        Folder of the search: the study, its plots, the best models.
-    storage
-        None: a journal file in `out`, for one command at a time. ``postgresql://...``: a database, for many.
-    data
-        Labelled embryos for validation; None: those that the slices were cut from.
-    apply, params_file
-        Write the best values into this file; only then is anything outside `out` changed.
-    objective
-        What a trial computes; another one must be a function of a module, so that workers can be sent it.
+    The section search of the parameters says what is searched and for what; the others are the fixed values.
+    `slices`, made by prepare, are never computed again; `out` is the folder of the search: the study, its
+    plots, the best models. Without `storage` the study is a journal file there, for one command at a time;
+    ``postgresql://...`` is a database, for many. `data` are labelled embryos for validation; None: those that
+    the slices were cut from. With `apply` the best values are written into `params_file`; only then is
+    anything outside `out` changed. The `objective` is what a trial computes; another one must be a function
+    of a module, so that workers can be sent it.
     """
     for option, count in (("trials", trials), ("workers", workers)):
         if count < 1:
@@ -286,8 +277,7 @@ def _write_study(study: Study, records: Sequence[TrialRecord], task: SearchTask)
         "search.html": _page(searched, shown),
     }
     for name, text in texts.items():
-        with whole_file(task.out / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(task.out / name, text)
     return [task.out / name for name in texts]
 
 

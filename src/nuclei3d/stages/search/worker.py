@@ -35,10 +35,11 @@ from nuclei3d.console import say
 from nuclei3d.errors import InputError
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
-from nuclei3d.stages import end_children, tie_to_parent
+from nuclei3d.stages import end_children
 from nuclei3d.stages.search.objective import Objective, TrialJob
 from nuclei3d.stages.search.space import SearchSpace, params_with
 from nuclei3d.stages.search.storage import WORKER, StudyStorage
+from nuclei3d.worker import tie_to_parent
 
 if TYPE_CHECKING:
     from nuclei3d.training.loop import EpochReport
@@ -260,7 +261,7 @@ class Worker:
         def report(epoch: EpochReport) -> None:
             self._leave_if_taken_over(trial)
             run.metrics(epoch.metrics(), step=epoch.epoch)
-            value = epoch.volume_ap if self.search.prune_on == "ap" else -epoch.validation_loss
+            value = epoch["volume_ap"] if self.search.prune_on == "ap" else -epoch["validation_loss"]
             if math.isnan(value):
                 return
             trial.report(value, round(STEPS * epoch.epoch / epochs))
