@@ -137,3 +137,10 @@ def test_images_unlike_the_start_models_are_told(model, tmp_path):
         "train.diameter_px is 12, but 17 in the model that this starts from",
         "normalization.lower_percentile is 1, but 2 in the model that this starts from",
     ]
+
+
+def test_without_validation_data_the_last_epoch_is_kept_and_that_is_told(model, tmp_path):
+    slices = write_slices(tmp_path / "slices", validation=0)
+    params = load_fine_tuning(None, [*SMALL, *WORSE, f"train.start_from={model}"], asked=True)
+    assert train(params, slices, tmp_path / "m").epoch == 1
+    assert any(warning.startswith("no validation data: the last epoch") for warning in warned)

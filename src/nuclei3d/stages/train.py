@@ -281,7 +281,7 @@ def _warn_of_start(params: Params, described: Slices) -> None:
                 f"{name} is {shown[name]:g}, but {value:g} in the model that this starts from: it must "
                 "unlearn that; 'nuclei3d prepare --for MODEL' and 'nuclei3d train --from MODEL' take it over"
             )
-    if not described.infos["validation"]:
+    if not described.infos.get("validation"):
         warn("no validation data: the last epoch is kept even if the start model is better")
 
 
