@@ -248,6 +248,8 @@ def _tables(folder: Path, name: str) -> dict[str, Path]:
     """Find the tables of tracks by their embryos' names."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob(name)):
+        if path.parent.name.startswith("."):  # left half-written by a process that was killed
+            continue
         home = path.parent.resolve()
         embryo = home.parent.name if home.name == "tracks" else home.name
         if embryo in found:
