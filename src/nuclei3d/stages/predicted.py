@@ -71,7 +71,7 @@ def forget(out: Path, name: str) -> None:
             kept = out / RECORD_FOLDER / CHANGED_FOLDER / masks.name
             kept.parent.mkdir(exist_ok=True)
             masks.replace(kept)
-            warn(f"{masks} was changed since it was predicted: it is predicted again, the changed one is {kept}")
+            warn(f"{masks} was changed since it was predicted and is written again; the changed one: {kept}")
     record.unlink(missing_ok=True)
 
 

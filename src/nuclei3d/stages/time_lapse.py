@@ -61,7 +61,8 @@ def write_series(
         path = series_path(source, out)
         record = out / RECORD_FOLDER / f"{path.name}.txt"
         made_from = hashlib.sha256(repr(fingerprints).encode()).hexdigest()
-        if not (path.exists() and record.is_file() and record.read_text() == f"{made_from} {digest_of(path)}"):
+        noted = record.read_text(encoding="utf-8") if record.is_file() and path.exists() else ""
+        if not noted or noted != f"{made_from} {digest_of(path)}":
             _write(path, stacked, frames[0])
             with whole_file(record) as partial:
                 partial.write_text(f"{made_from} {digest_of(path)}")
