@@ -18,6 +18,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.inspect import inspect_images
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.predicted import COLUMNS
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
@@ -457,9 +458,16 @@ def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_
 
 
 def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):
-    predict(Params(), [movie], str(oracle_model), movie)
-    result = predict(Params(), [movie], str(oracle_model), movie)
+    predict(Params(), [movie], str(oracle_model), movie, link=True)
+    tiff.write_labels(movie / "t1_seg.tif", np.ones((18, 60, 64), np.uint16), VOXELS)
+    result = predict(Params(), [movie], str(oracle_model), movie, link=True)
     assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
+    # inspect counts the same frames
+    assert [image.frames for image in inspect_images(Params(), [movie]).images] == [3]
+    for frame in result.frames:
+        (movie / f"{frame.name}.ome.tif").unlink()
+    with pytest.raises(InputError, match="only masks found; give images"):
+        predict(Params(), [movie], str(oracle_model), movie)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.stages.pairing import find_label_entries
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track import TrackResult, track
 from nuclei3d.stages.track_files import read_tracks
@@ -204,6 +205,8 @@ def test_tracks_within_the_folder_of_the_masks_are_none_of_them(tmp_path: Path) 
     for _ in range(2):
         result = track(Params(), tmp_path / "masks", tmp_path / "masks/tracks", same_numbers=True)
         assert (result.frames, result.tracks) == (2, 1)
+        # nor for other commands
+        assert len(find_label_entries(tmp_path / "masks")) == 2
 
 
 def test_every_frame_is_measured_by_its_own_voxel_size(tmp_path: Path) -> None:

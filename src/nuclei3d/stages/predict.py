@@ -21,8 +21,7 @@ from nuclei3d.client import RemoteModel, RemoteSegmentation
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
-from nuclei3d.images.ome_zarr import is_zarr
+from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path, write_table
@@ -297,17 +296,12 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
     given = params.data.voxel_size_um
     frames: list[Frame] = []
     for source in inputs:
-        found = find_frames(
+        frames += find_frames(
             Path(source),
             channel=params.data.channel,
             image=params.data.image,
             voxel_size=VoxelSize.of(given) if given is not None else None,
         )
-        # In a folder that is input and output at once, masks are no images.
-        masks = {frame.path.name for frame in found if frame_stem(frame.path).endswith("_masks")}
-        masks = masks if source.is_dir() and not is_zarr(source) else set()
-        say_passed_over(source, sorted(masks, key=natural_key), "masks")
-        frames.extend(frame for frame in found if frame.path.name not in masks)
     names: dict[str, Path] = {}
     for frame in frames:
         for name in {frame.name, frame_stem(frame.path)}:
@@ -318,8 +312,6 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
                     "folders of their own"
                 )
         frame.require_voxel_size()
-    if not frames:
-        raise InputError(f"{', '.join(map(str, inputs))}: only masks found; give images")
     return frames
 
 
