@@ -61,7 +61,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 old = _hidden_name(path)
                 path.rename(old)
                 partial.rename(path)
-                shutil.rmtree(old)
+                remove(old)
             else:
                 partial.rename(path)
         finally:
