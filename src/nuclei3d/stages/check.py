@@ -182,7 +182,7 @@ def find_volume_faults(volume: LabelledVolume, min_volume_um3: float, params: Da
     """Find what is implausible in a frame's labels and voxel size."""
     faults = find_label_faults(volume.labels, volume.voxel_size, min_volume_um3)
     if volume.labels.any() and np.array_equal(volume.image != 0, volume.labels != 0):
-        words = "the image is 0 outside the labels, as these or what they cut out are; give the image as taken"
+        words = "the image is 0 outside the labels, as if it were these or cut out by them; give it as taken"
         faults.append(LabelFault("image", words))
     if volume.voxel_size.looks_reversed:
         source = "data.voxel_size_um says" if params.voxel_size_um else "the file says"
