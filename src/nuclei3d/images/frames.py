@@ -194,7 +194,7 @@ def find_frames(
     `stranger`'s file, that of a request, others that it names are not read.
     """
     listing = volume_paths(Path(source))
-    if listing != [source] and not labels:
+    if Path(source) not in listing and not labels:
         listing = _images_among(listing)
     frames: list[Frame] = []
     shared: set[Path] = set()
