@@ -49,7 +49,7 @@ PARAMS: dict[str, Any] = {
     # after so short a training, these find nuclei to compare
     "predict": {"cellprob_threshold": -1.0, "min_volume_um3": 0.0},
     "evaluate": {"bootstrap": 50},
-    "search": {"heartbeat_s": 1, "grace_s": 4, "max_retries": 50},
+    "search": {"epochs": {"low": 2, "high": 3}, "heartbeat_s": 1, "grace_s": 4, "max_retries": 50},
 }
 SAMPLE = ("simulate.frames=3", "simulate.shape=[10,48,48]", "simulate.nuclei=6")
 TRAIN = "train --slices slices --data data --out model"
@@ -58,14 +58,14 @@ COMMANDS = {
     "train": TRAIN,
     "predict": "predict data/embryo_c/images --model model --out masks --track",
     "run": "run --data data --out out",
-    "search": "search --slices slices --data data --trials 3 --out found --set search.epochs.high=3",
+    "search": "search --slices slices --data data --trials 3 --out found",
 }
 NEEDS = {"train": ("prepare",), "predict": ("prepare", "train"), "search": ("prepare",)}
 #: What may differ: seconds, and the words of the machine and the run.
 TIMES = frozenset(
     (
-        *("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "run_id", "attempts"),
-        *("created", "lineage", "versions", "provenance"),
+        *("seconds", "crops_per_second", "waited_seconds", "duration_s", "started", "ended", "created"),
+        *("run_id", "attempts", "lineage", "versions", "provenance"),
     )
 )
 

@@ -36,7 +36,8 @@ from nuclei3d.console import emit_json, say
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import Model, load_model
-from nuclei3d.segmentation.network_runner import NetworkRunner, has_openvino
+from nuclei3d.segmentation.network_runner import NetworkRunner
+from nuclei3d.segmentation.openvino_engine import has_openvino
 from nuclei3d.segmentation.segmenter import Segmenter, segment_with_cellpose
 from nuclei3d.segmentation.settings import SegmentationSettings
 from shared import (

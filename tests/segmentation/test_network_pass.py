@@ -125,7 +125,7 @@ def test_flips_average_to_a_network_that_does_not_care_about_sides():
     network = new_volume_network(VolumeSpec(TINY, 2.0, (8, 16, 16)), 0)
     settings = replace(SETTINGS, flip_average=True, skip_empty=False)
     plain = flows_of(image, size, network, settings)
-    for axis in range(3):
+    for axis in (1, 2):
         turned = flows_of(np.flip(image, axis).copy(), size, network, settings)
         back = np.flip(turned.flow, axis + 1).copy()
         back[axis] *= -1

@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_clear_line(frame, model, small_disk, tmp_path):
     assert not list((tmp_path / "out").glob("*_masks*"))
 
 
-@pytest.mark.parametrize(("memory", "kept"), [("0.0085", True), ("0.014", True), ("0.006", False)])
+@pytest.mark.parametrize(("memory", "kept"), [("0.0085", True), ("0.014", True), ("0.0045", False)])
 def test_blocks_are_kept_where_they_fit_the_memory_of_the_next_run(
     frame, model, tmp_path, monkeypatch, capsys, memory, kept
 ):

@@ -507,7 +507,8 @@ class SegmentationParams(Section):
     min_volume_um3: Annotated[float, Field(ge=0, le=1e12)] | None = None
     max_volume_um3: Annotated[float, Field(gt=0, le=1e12)] | None = None
     flip_average: bool = False
-    """Average over the four flips of each plane (four times the work)."""
+    """Average over flips along y and x, never z: four times the work for xy planes and a 3D network, twice
+    for xz and yz planes."""
     precision: Precision = "auto"
     """auto takes bfloat16 where the hardware computes it. int8 is for a 2D network by OpenVINO on a CPU: with
     AVX512-VNNI three times as fast, masks nearly the same (docs/results.md)."""

@@ -23,12 +23,14 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import match, overlap_table
 from nuclei3d.segmentation.masks import Nucleus
-from nuclei3d.segmentation.network_runner import grow_to_lattice
+from nuclei3d.segmentation.tiling import grow_to_lattice
 
 Box = tuple[slice, slice, slice]
 Pixels = float | Sequence[float]
 
-MARGIN_DIAMETERS = 1.5
+MARGIN_DIAMETERS = 1.0
+"""Holds half of a nucleus of twice the diameter; 1.5 found no nucleus more (docs/results.md)."""
+
 _SAME_IOU = 0.5
 
 
@@ -70,7 +72,7 @@ def plan_blocks(
 
     Outer boxes reach `margin_um` beyond the core and have `max_voxels` at most. `pixels` are those of the
     network (or of each of several) per voxel along (z, y, x): outer boxes then start on its lattice
-    (`network_runner`), and are wider than the margin by up to two squares of it.
+    (`tiling`), and are wider than the margin by up to two squares of it.
 
     Raises
     ------

@@ -41,14 +41,9 @@ from nuclei3d.segmentation.flow_field import (
 )
 from nuclei3d.segmentation.foreground import OccupiedSpace, occupied_space
 from nuclei3d.segmentation.fusion import VolumeView, add_views, component_weights, fuse_views, keep_planes
-from nuclei3d.segmentation.network_runner import (
-    MAX_VOXELS,
-    NetworkRunner,
-    grow_to_lattice,
-    padded,
-    tile_volume,
-)
+from nuclei3d.segmentation.network_runner import MAX_VOXELS, NetworkRunner
 from nuclei3d.segmentation.settings import SegmentationSettings, check_scale, view_grid, with_ranges
+from nuclei3d.segmentation.tiling import grow_to_lattice, padded, tile_volume
 from nuclei3d.views import VIEW_AXES, VIEW_AXIS, View
 
 EMPTY_LOGIT = -10.0
@@ -397,7 +392,8 @@ def compute_view(
                 chosen = torch.tensor(indices, device=planes.device)
                 stack = planes[:, box.rows, box.columns].index_select(0, chosen)
             native = stack.shape[1]
-            output = runner.run(resize_tensor(stack, (len(stack), box.height, stack.shape[2])))
+            stack = resize_tensor(stack, (len(stack), box.height, stack.shape[2]))
+            output = runner.run(stack, upright=axis != 0)
             output = output.to(volume.device)
             yield ComputedPlanes(
                 indices, box, resize_tensor(output, (*output.shape[:2], native, output.shape[3]))

@@ -174,10 +174,15 @@ def network_voxels(shape: tuple[int, ...], voxel_size: VoxelSize, settings: Segm
         (z, y, x), _, depth = view_grid(shape, voxel_size, each)
         z, y, x, depth = (max(edge, _LEAST_PADDED) for edge in (z, y, x, depth))
         step = each.orthogonal_step
-        of_view = {"xy": z * y * x, "xz": -(-y // step) * depth * x, "yz": -(-x // step) * depth * y}
+        flat, side = (4, 2) if each.flip_average else (1, 1)
+        of_view = {
+            "xy": flat * z * y * x,
+            "xz": side * -(-y // step) * depth * x,
+            "yz": side * -(-x // step) * depth * y,
+        }
         # of a 3D network this is the most: it may look at fewer planes
-        seen = depth * y * x if each.mode == "full3d" else sum(of_view[view] for view in each.seen_views)
-        total += (4 if each.flip_average else 1) * seen
+        solid = flat * depth * y * x
+        total += solid if each.mode == "full3d" else sum(of_view[view] for view in each.seen_views)
     return total
 
 

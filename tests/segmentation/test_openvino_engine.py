@@ -4,7 +4,8 @@ import torch
 
 from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.segmentation.network_runner import NetworkRunner, compile_cpnet, has_openvino
+from nuclei3d.segmentation.network_runner import NetworkRunner
+from nuclei3d.segmentation.openvino_engine import compile_cpnet, has_openvino
 from oracle_network import OracleNetwork
 
 CPU = torch.device("cpu")
@@ -63,9 +64,9 @@ def test_wishes_that_cannot_be_met_are_explained(monkeypatch):
         NetworkRunner(new_network(17, 0), CPU, engine="tensorrt")
     with pytest.raises(InputError, match="int8 is computed by OpenVINO only"):
         NetworkRunner(new_network(17, 0), CPU, engine="torch", precision=torch.int8)
-    monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: True)
+    monkeypatch.setattr("nuclei3d.segmentation.openvino_engine.has_openvino", lambda: True)
     with pytest.raises(InputError, match="CNN on the CPU only"):
         NetworkRunner(OracleNetwork(separate=True), CPU, engine="openvino")
-    monkeypatch.setattr("nuclei3d.segmentation.network_runner.has_openvino", lambda: False)
+    monkeypatch.setattr("nuclei3d.segmentation.openvino_engine.has_openvino", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'nuclei3d\[fast\]'"):
         NetworkRunner(new_network(17, 0), CPU, precision=torch.int8)
