@@ -464,8 +464,8 @@ def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):
     assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
     # inspect counts the same frames
     assert [image.frames for image in inspect_images(Params(), [movie]).images] == [3]
-    for frame in result.frames:
-        (movie / f"{frame.name}.ome.tif").unlink()
+    for path in (*movie.glob("t?.ome.tif"), movie / "t1_seg.tif"):
+        path.unlink()
     with pytest.raises(InputError, match="only masks found; give images"):
         predict(Params(), [movie], str(oracle_model), movie)
 
