@@ -21,6 +21,11 @@ from nuclei3d.errors import InputError, MachineError
             "embryo.tif is no volume; give a 3D stack",
         ),
         (MachineError("cannot write out: no space left"), 1, "cannot write out: no space left"),
+        (
+            PermissionError(13, "Permission denied", "film/zarr.json"),
+            2,
+            "film/zarr.json: permission denied; change that, or choose another place",
+        ),
         (KeyboardInterrupt(), 130, "stopped; what was finished is kept"),
     ],
 )

@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,19 @@ def test_a_folder_takes_the_place_of_the_older_one(tmp_path: Path) -> None:
         assert names(target) == ["old.txt"]
     assert names(target) == ["new.txt"]
     assert names(tmp_path) == ["out"]
+
+
+def test_an_older_folder_that_cannot_be_emptied_hinders_nothing(tmp_path, monkeypatch):
+    def stuck(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", "old.tif")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.tif").touch()
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "new.tif").touch()
+    assert names(tmp_path / "out") == ["new.tif"]
 
 
 def test_a_failing_body_leaves_the_older_folder(tmp_path: Path) -> None:

@@ -546,6 +546,9 @@ def main() -> None:
     except InputError as error:
         say(f"nuclei3d: {error}")
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        say(f"nuclei3d: {error.filename}: permission denied; change that, or choose another place")
+        sys.exit(InputError.exit_code)
     except KeyboardInterrupt:
         say("nuclei3d: stopped; what was finished is kept")
         sys.exit(StoppedError.exit_code)

@@ -83,7 +83,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 old = _hidden_name(path)
                 path.rename(old)
                 partial.rename(path)
-                shutil.rmtree(old)
+                remove(old)
             else:
                 partial.rename(path)
         finally:
@@ -132,7 +132,7 @@ def own_temporary_folder() -> Iterator[None]:
             os.environ["TMPDIR"] = before
         for entry in Path(own).glob("*"):
             if not entry.name.startswith("pymp-"):
-                _remove(entry)
+                remove(entry)
         try:
             os.rmdir(own)
         except OSError:
@@ -215,10 +215,11 @@ def _remove_dead(folder: Path, pattern: str) -> None:
         import psutil  # only where there is a leftover: importing it takes time
 
         if not psutil.pid_exists(int(match.group(1))):
-            _remove(entry)
+            remove(entry)
 
 
-def _remove(entry: Path) -> None:
+def remove(entry: Path) -> None:
+    """Remove a file or folder, if it is there and can be."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry, ignore_errors=True)
     else:

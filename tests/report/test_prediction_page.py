@@ -72,15 +72,15 @@ def predicted(root: Path, zarr: bool = False) -> list[PredictedFrame]:
 
 
 # the second nucleus divides after the second frame; the third is gone there
-TRACKS = """track,parent,frame,label,z_um
-1,0,0,1,8.0
-1,0,1,1,8.0
-1,0,2,1,8.0
-2,0,0,2,8.0
-2,0,1,2,8.0
-3,2,2,2,8.0
-4,2,2,3,22.0
-5,0,0,3,22.0
+TRACKS = """track,parent,frame,label,z_um,y_um,x_um
+1,0,0,1,8.0,8,8
+1,0,1,1,8.0,8,8
+1,0,2,1,8.0,8,8
+2,0,0,2,8.0,20,22
+2,0,1,2,8.0,20,22
+3,2,2,2,8.0,20,22
+4,2,2,3,22.0,8,26
+5,0,0,3,22.0,8,26
 """
 
 
@@ -199,6 +199,10 @@ def test_tracks_come_and_go_with_their_table(tmp_path: Path, capsys: pytest.Capt
     table.write_text(TRACKS.replace("4,2,2,3", "4,2,2,9"))
     assert "Lineages" not in made(tmp_path, done).read_text()
     assert "tracks.csv is not of these masks (t2)" in capsys.readouterr().err
+    # as many nuclei as before, but others
+    table.write_text(TRACKS.replace("2,0,1,2,8.0,20,22", "2,0,1,2,8.0,20,25"))
+    assert "Lineages" not in made(tmp_path, done).read_text()
+    assert "tracks.csv is not of these masks (t1)" in capsys.readouterr().err
     table.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"tracks\.csv is no table of tracks"):
         made(tmp_path, done)

@@ -18,6 +18,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.predict import predict
+from nuclei3d.stages.predictor import open_model
 from threshold_model import VERSION
 
 Image = np.ndarray[Any, Any]
@@ -78,6 +79,14 @@ def test_a_model_trained_again_behind_the_same_address_is_noticed(serving, image
         with pytest.raises(InputError, match="another model than at the start"):
             predicted(params)
         assert not list((tmp_path / "out").rglob("a.json"))
+
+
+def test_a_page_changes_nothing_of_what_a_service_gave(serving: Serving) -> None:
+    with serving() as running:
+        asked = (PredictParams(report=report) for report in (True, False))
+        opened = [open_model(Params(predict=each), running.url) for each in asked]
+    assert opened[0].identity == opened[1].identity
+    assert opened[0].with_least(0.0, 0.0).identity == opened[1].with_least(0.0, 0.0).identity
 
 
 def test_a_service_that_does_not_say_what_it_serves_is_asked_each_time(serving, image, tmp_path, monkeypatch):

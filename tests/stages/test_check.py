@@ -82,6 +82,17 @@ def test_each_kind_of_fault_is_said_once_with_its_frames(
     assert not (tmp_path / "strict").exists()
 
 
+def test_labels_in_the_place_of_the_image_are_said(tmp_path: Path, params: Params) -> None:
+    data = make_data(tmp_path / "data")
+    labels = tifffile.imread(data / "b" / "labels" / "t000.tif")
+    write_image(data / "b" / "images" / "t000.tif", labels, VOXEL)
+    (warning,) = check(params, data).warnings
+    assert warning.startswith("b/t000: the image is 0 outside the labels")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file; expected DATA"):
+        check(params, tmp_path / "file")
+
+
 def test_everything_is_told_at_once_and_refused_with_code_2(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     image, labels = draw_volume(np.random.default_rng(0), VOXEL, (16, 48, 48), nuclei=10)

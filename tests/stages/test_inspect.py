@@ -147,6 +147,12 @@ def test_an_image_without_nuclei_is_said_to_have_none(tmp_path):
     assert "hardly anything rises above the noise" in image.advice[0]
 
 
+def test_labels_in_the_place_of_an_image_are_asked_about(tmp_path):
+    write_image(tmp_path / "t0.tif", (embryo(9) > 150).astype(np.uint16) * 3, VOXELS)
+    (image,) = inspect_images(Params(), [tmp_path / "t0.tif"]).images
+    assert image.advice[0] == "t0: no noise at all; is it an image, or are these labels?"
+
+
 def test_of_a_large_file_few_voxels_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("nuclei3d.intensity._MAX_SAMPLES", 200_000)
     monkeypatch.setattr("nuclei3d.intensity._FEWEST_BOXES", 2)

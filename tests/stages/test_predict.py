@@ -18,6 +18,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.inspect import inspect_images
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.predicted import COLUMNS
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
@@ -122,6 +123,22 @@ def test_nuclei_are_linked_and_the_page_shows_it(movie, oracle_model, tmp_path, 
     assert "warning: the nuclei are not linked over time" in capsys.readouterr().err
 
 
+def test_only_the_frames_given_are_linked(movie, oracle_model, tmp_path, capsys):
+    params = load_params(None, ["predict.report=false"])
+    out = tmp_path / "out"
+    predict(params, [movie], str(oracle_model), out, link=True)
+    # its masks stay where they are
+    (movie / "t2.ome.tif").unlink()
+    again = predict(params, [movie], str(oracle_model), out, link=True)
+    assert (again.tracks.frames, again.tracks.nuclei) == (2, 4)
+    predict(params, [movie], str(oracle_model), tmp_path / "fresh", link=True)
+    tables = [(folder / "tracks/tracks.csv").read_text() for folder in (out, tmp_path / "fresh")]
+    assert tables[0] == tables[1]
+    assert f"warning: {out}: 1 passed over: t2 (masks of frames" in capsys.readouterr().err
+    assert predict(params, [movie / "t3.ome.tif"], str(oracle_model), out, link=True).tracks is None
+    assert "not linked over time: t3 is a single frame" in capsys.readouterr().err
+
+
 class UnsureOracle(OracleNetwork):
     """Is not sure of what is dim."""
 
@@ -168,9 +185,11 @@ def test_a_nucleus_that_is_dim_in_one_frame_stays_by_the_frames_in_which_it_is_n
     (out / "t1_masks.ome.tif").write_bytes(b"")
     healed = predict(params, [movie], str(tmp_path / "model"), out, link=True)
     assert read_labels(healed.frames[1].masks).max() == 2
-    params = load_params(None, ["predict.score_threshold=0.8", "tracks.weakest_score=1"])
-    plain = predict(params, [movie], str(tmp_path / "model"), out, link=True)
-    assert [frame.nuclei for frame in plain.frames] == [2, 1, 2, 2]
+    # what counts by itself stays, whatever is asked of the weak
+    for weakest in (0.99, 1):
+        params = load_params(None, ["predict.score_threshold=0.8", f"tracks.weakest_score={weakest}"])
+        plain = predict(params, [movie], str(tmp_path / "model"), out, link=True)
+        assert [frame.nuclei for frame in plain.frames] == [2, 1, 2, 2]
 
 
 def test_an_empty_film_and_films_of_two_embryos_are_confirmed_each_by_itself(movie, tmp_path, monkeypatch):
@@ -233,6 +252,19 @@ def test_what_changed_is_done_again(movie, oracle_model, tmp_path, change):
     assert result.frames[0].nuclei == (3 if change == "image" else 1)
     assert len(rows_of(tmp_path / "out" / "t1_nuclei.csv")) == result.frames[0].nuclei
     assert read_labels(tmp_path / "out" / "t1_masks.ome.tif").max() == result.frames[0].nuclei
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_masks_that_were_changed_by_hand_are_laid_aside(movie, oracle_model, tmp_path, capsys, link):
+    masks = tmp_path / "out" / "t2_masks.ome.tif"
+    predict(Params(), [movie], str(oracle_model), tmp_path / "out", link=link)
+    written = masks.read_bytes()
+    tiff.write_labels(masks, np.ones((18, 60, 64), np.uint16), VOXELS)
+    predict(Params(), [movie], str(oracle_model), tmp_path / "out", link=link)
+    assert masks.read_bytes() == written
+    kept = tmp_path / "out" / ".predicted" / "changed" / masks.name
+    assert read_labels(kept).all()
+    assert f"{masks} was changed since it was predicted" in capsys.readouterr().err
 
 
 def test_an_image_that_moved_or_is_linked_is_not_done_again(movie, oracle_model, tmp_path):
@@ -426,9 +458,16 @@ def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_
 
 
 def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):
-    predict(Params(), [movie], str(oracle_model), movie)
-    result = predict(Params(), [movie], str(oracle_model), movie)
+    predict(Params(), [movie], str(oracle_model), movie, link=True)
+    tiff.write_labels(movie / "t1_seg.tif", np.ones((18, 60, 64), np.uint16), VOXELS)
+    result = predict(Params(), [movie], str(oracle_model), movie, link=True)
     assert [frame.name for frame in result.frames] == ["t1", "t2", "t3"]
+    # inspect counts the same frames
+    assert [image.frames for image in inspect_images(Params(), [movie]).images] == [3]
+    for path in (*movie.glob("t?.ome.tif"), movie / "t1_seg.tif"):
+        path.unlink()
+    with pytest.raises(InputError, match="only masks found; give images"):
+        predict(Params(), [movie], str(oracle_model), movie)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,21 @@ def test_blocks_give_the_nuclei_of_the_whole(frame, model, tmp_path, capsys, nam
     assert not list((tmp_path / "cut").glob(".embryo_blocks"))
 
 
+def test_masks_in_another_form_than_before_replace_these(frame, model, tmp_path, capsys):
+    frames = [frame, frame.with_name("embryo2.tif")]
+    frames[1].write_bytes(frame.read_bytes())
+    for memory, form in (("64", "tif"), ("0.0085", "zarr"), ("64", "tif")):
+        params = load_params(None, [f"predict.memory_gb={memory}", "predict.report=false"])
+        result = predict(params, frames, str(model), tmp_path / "out", link=True)
+        assert {path.name for path in (tmp_path / "out").glob("*_masks*")} == {
+            f"embryo_masks.ome.{form}",
+            f"embryo2_masks.ome.{form}",
+        }
+        assert result.tracks is not None
+        said = "cut into blocks: weak nuclei do not stay" in capsys.readouterr().err
+        assert said == (form == "zarr")
+
+
 def test_two_networks_need_the_field_of_one_beside_the_other(frame):
     (found,) = find_frames(frame)
     flat = SegmentationSettings(diameter_px=12, nucleus_diameter_um=12)

@@ -108,6 +108,16 @@ def test_the_same_bytes_each_time_and_written_only_where_something_changed(tmp_p
     assert path.read_bytes() == other.read_bytes()
 
 
+def test_a_stack_that_something_else_replaced_is_written_again(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "film.ome.tif")
+    (path,) = series_of(tmp_path / "film.ome.tif", tmp_path / "out", labels_over_time())
+    expected = path.read_bytes()
+    # such as the masks of a single frame of that name, or of a run that was killed before it noted them
+    write_labels(path, labels_over_time()[0], find_frames(path)[0].require_voxel_size())
+    series_of(tmp_path / "film.ome.tif", tmp_path / "out", labels_over_time())
+    assert path.read_bytes() == expected
+
+
 def scale_of(group: Any) -> list[float]:
     return list(group.ome_attributes.multiscales[0].datasets[0].coordinateTransformations[0].scale)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from geff import GeffReader
 from nuclei3d.config import Params
 from nuclei3d.config.loading import validate_params
 from nuclei3d.errors import InputError
-from nuclei3d.images.frames import read_labels
+from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.stages.pairing import find_label_entries
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track import TrackResult, track
 from nuclei3d.stages.track_files import read_tracks
@@ -139,6 +141,12 @@ def test_the_scores_stand_in_the_metrics(
     again = evaluate(film_params(), film / "labels", out, tmp_path / "again").metrics
     assert again["tracks"] == found
     assert again["ap"]["0.90"] == 1
+    # what a process left that was killed while it wrote is none
+    left = out / ".tracks.partial-host-1-00000000"
+    left.mkdir()
+    (left / "res_track.txt").write_text("1 0 0 0\n")
+    assert evaluate(film_params(), film / "labels", out, tmp_path / "left").metrics["tracks"] == found
+    shutil.rmtree(left)
 
 
 def test_without_tracks_there_are_no_scores_of_tracks(film: Path, tmp_path: Path) -> None:
@@ -197,6 +205,19 @@ def test_tracks_within_the_folder_of_the_masks_are_none_of_them(tmp_path: Path) 
     for _ in range(2):
         result = track(Params(), tmp_path / "masks", tmp_path / "masks/tracks", same_numbers=True)
         assert (result.frames, result.tracks) == (2, 1)
+        # nor for other commands
+        assert len(find_label_entries(tmp_path / "masks")) == 2
+
+
+def test_every_frame_is_measured_by_its_own_voxel_size(tmp_path: Path) -> None:
+    labels = np.zeros((6, 40, 40), np.uint16)
+    labels[2:4, 10:24, 10:24] = 1
+    write_labels(tmp_path / "masks/t0.tif", labels, SIZE)
+    write_labels(tmp_path / "masks/t1.tif", labels[:, ::2, ::2], VoxelSize(2.0, 1.0, 1.0))
+    assert track(Params(), tmp_path / "masks", tmp_path / "out").tracks == 1
+    assert [row["volume_um3"] for row in table(tmp_path / "out/tracks.csv")] == ["196", "196"]
+    (frame,) = find_frames(tmp_path / "out/mask001.tif")
+    assert frame.voxel_size == VoxelSize(2.0, 1.0, 1.0)
 
 
 def test_a_film_without_nuclei_has_no_tracks(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def find_embryos(data: Path) -> list[Embryo]:
     data = Path(data)
     if not data.is_dir():
         raise missing(
-            data, f"the data folder {data} does not exist; expected DATA/<embryo>/images/<frame>.tif"
+            data,
+            f"the data folder {data} {'is a file' if data.exists() else 'does not exist'}; expected "
+            "DATA/<embryo>/images/<frame>.tif",
         )
     if (data / "images").is_dir():
         raise InputError(f"{data} is itself an embryo (it holds images/); give the folder above it")

@@ -159,6 +159,20 @@ class Frame:
         )
 
 
+def _images_among(listing: Sequence[Path]) -> list[Path]:
+    """Leave out the masks of a folder, as where it is input and output at once, and labels of its images."""
+    stems = {path: frame_stem(path) for path in listing}
+    masks = [
+        path
+        for path, stem in stems.items()
+        if stem.endswith("_masks") or (label_stem(stem) != stem and label_stem(stem) in stems.values())
+    ]
+    if len(masks) == len(listing):
+        raise InputError(f"{listing[0].parent}: only masks found; give images")
+    say_passed_over(listing[0].parent, [path.name for path in masks], "masks")
+    return [path for path in listing if path not in masks]
+
+
 def find_frames(
     source: Path,
     *,
@@ -172,14 +186,16 @@ def find_frames(
 
     `source` is a TIFF file (plain, ImageJ, OME, LSM), an OME-Zarr folder (0.4, 0.5; level 0 is read), a file
     of another format (`nuclei3d.images.formats`), or a folder of such, taken in natural order (t2 before
-    t10). In a folder, hidden files are passed over; so are, and this is said, flat images, dangling links
-    and files that are not read. `channel` and `image` are names or numbers (from 0) where there are several.
-    `voxel_size` wins over what the files say; where they say something else, the user is told once. `labels`
-    are wanted, which have no channels. InputError is raised if there is nothing to read, or a file is
-    damaged, not 3D, or leaves the channel or image open. Of a `stranger`'s file, that of a request, others
-    that it names are not read.
+    t10). In a folder, hidden files are passed over; so are, and this is said, flat images, dangling links,
+    files that are not read and, unless `labels` are wanted, masks, and labels beside their images. `channel`
+    and `image` are names or numbers (from 0) where there are several. `voxel_size` wins over what the files
+    say; where they say something else, the user is told once. `labels` have no channels. InputError is raised
+    if there is nothing to read, or a file is damaged, not 3D, or leaves the channel or image open. Of a
+    `stranger`'s file, that of a request, others that it names are not read.
     """
     listing = volume_paths(Path(source))
+    if Path(source) not in listing and not labels:
+        listing = _images_among(listing)
     frames: list[Frame] = []
     shared: set[Path] = set()
     unusable: dict[Path, InputError] = {}

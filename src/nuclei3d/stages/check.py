@@ -181,6 +181,9 @@ def check_volume(embryo: str, frame: str, volume: LabelledVolume, params: Params
 def find_volume_faults(volume: LabelledVolume, min_volume_um3: float, params: DataParams) -> list[LabelFault]:
     """Find what is implausible in a frame's labels and voxel size."""
     faults = find_label_faults(volume.labels, volume.voxel_size, min_volume_um3)
+    if volume.labels.any() and np.array_equal(volume.image != 0, volume.labels != 0):
+        words = "the image is 0 outside the labels, as if it were these or cut out by them; give it as taken"
+        faults.append(LabelFault("image", words))
     if volume.voxel_size.looks_reversed:
         source = "data.voxel_size_um says" if params.voxel_size_um else "the file says"
         z, y, x = volume.voxel_size.zyx

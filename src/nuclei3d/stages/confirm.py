@@ -71,7 +71,8 @@ def confirm(
     done: list[PredictedFrame] = []
     digests = [confirmed[at].digest(known) for at, known in enumerate(fingerprints)]
     for at, (frame, digest) in enumerate(zip(candidates, digests, strict=True)):
-        if find_done(out, frame.name, digest) is None:
+        new = find_done(out, frame.name, digest)
+        if new is None:
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
@@ -81,8 +82,7 @@ def confirm(
                 unlike = with_nuclei(frame.warnings, confirmed[at].volumes_um3, expected)
                 new = replace(new, warnings=unlike)
             note_done(out, new, digest)
-        written = find_done(out, frame.name, digest) or frame
-        done.append(replace(written, done_before=frame.done_before, diameter_um=frame.diameter_um))
+        done.append(replace(new, done_before=frame.done_before, diameter_um=frame.diameter_um))
     weak = sum(each.weak for each in confirmed.values())
     left_out = sum(frame.nuclei for frame in candidates) - sum(frame.nuclei for frame in done)
     say(
@@ -94,8 +94,8 @@ def confirm(
 
 def _confirm_film(entries: Sequence[Entry], params: TracksParams, sure: Sequence[Sure]) -> list[_Confirmed]:
     """Link the candidates of an embryo's frames; give those whose lineage holds one that counts by itself."""
-    size = entries[0].frame.require_voxel_size()
-    parts = work_on_frames("link", lambda at: measure_masks(entries[at], None, size, at), len(entries))
+    sizes = [entry.frame.require_voxel_size() for entry in entries]
+    parts = work_on_frames("link", lambda at: measure_masks(entries[at], None, sizes[at], at), len(entries))
     nuclei = Nuclei.joined(parts)
     least = np.array([(each.score, each.volume_um3) for each in sure])[nuclei.frame]
     strong = ~(nuclei.score < least[:, 0]) & ~(nuclei.volume_um3 < least[:, 1])

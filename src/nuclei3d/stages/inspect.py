@@ -220,6 +220,8 @@ def _advise(
         advice.append("give the voxel size in um, in the order z, y, x: --set data.voxel_size_um=[Z,Y,X]")
         return advice
     for each in looked_at:
+        if each.noise == 0:
+            advice.append(f"{each.name}: no noise at all; is it an image, or are these labels?")
         if each.high - each.low <= 1.01 * 10 * each.noise:
             advice.append(f"{each.name}: hardly anything rises above the noise; is it the right channel?")
     sizes = [each for each in looked_at if each.diameter_um is not None]

@@ -34,6 +34,7 @@ from nuclei3d.images.layout import NoVolumeError
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
 from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.stages.track_files import RESULT
 from nuclei3d.training.slicing import drop_small_labels
 
 _IMAGE_WORDS = re.compile(r"_(images|image|img|raw)(?=_t\d+$|$)")
@@ -256,8 +257,15 @@ def _volumes_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        found += list_volumes(Path(here))
-        folders[:] = [name for name in folders if not name.startswith(".") and not is_zarr(Path(here, name))]
+        volumes = list_volumes(Path(here))
+        found += volumes
+        folders[:] = [
+            name
+            for name in folders
+            if not (name.startswith(".") or is_zarr(Path(here, name)))
+            # tracks among the masks that they link hold these a second time
+            and not (volumes and Path(here, name, RESULT).is_file())
+        ]
     return sorted(found, key=lambda path: natural_key(str(path.relative_to(folder))))
 
 

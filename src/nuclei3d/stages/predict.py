@@ -21,8 +21,7 @@ from nuclei3d.client import RemoteModel, RemoteSegmentation
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem, natural_key, say_passed_over
-from nuclei3d.images.ome_zarr import is_zarr
+from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path, write_table
@@ -106,18 +105,18 @@ def predict(
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     sequence = list(zip(frames, diameters, strict=True))
     sure = [predictor.at(diameter_um).sure for diameter_um in diameters] if link else []
-    linking = params.tracks
-    if (
-        len(sure) > 1
-        and None not in sure
-        and linking.weakest_score < 1
-        and not any(map(predictor.needs_blocks, frames))
-    ):
+    confirms = len(sure) > 1 and params.tracks.weakest_score < 1
+    if confirms and (None in sure or any(map(predictor.needs_blocks, frames))):
+        why = "the service's thresholds are not given" if None in sure else "frames are cut into blocks"
+        warn(f"{why}: weak nuclei do not stay by their lineage (docs/time-lapse.md)")
+        confirms = False
+    if confirms:
         from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
 
-        weaker = predictor.with_least(linking.weakest_score, 0.0)
+        least = [each for each in sure if each]
+        weaker = predictor.with_least(min(params.tracks.weakest_score, *(each.score for each in least)), 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        done, fingerprints = confirm(done, fingerprints, linking, [each for each in sure if each], out)
+        done, fingerprints = confirm(done, fingerprints, params.tracks, least, out)
     else:
         done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
@@ -140,7 +139,7 @@ def predict(
     say(f"{total} nuclei in {len(done)} frames{kept}: {out}")
     if series:
         say(f"as time-lapses: {', '.join(map(str, series))}")
-    tracks = _link(params, out) if link and len(done) > 1 else None
+    tracks = _link(params, out, done) if link else None
     page = None
     if params.predict.report:
         from nuclei3d.stages.predict_page import write_page
@@ -151,25 +150,27 @@ def predict(
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
 
 
-def _link(params: Params, out: Path) -> TrackResult | None:
-    """Link the nuclei of what lies in a folder of masks; they stay, whatever hinders that."""
+def _link(params: Params, out: Path, done: Sequence[PredictedFrame]) -> TrackResult | None:
+    """Link the nuclei of predicted frames; their masks stay, whatever hinders that."""
     from nuclei3d.stages.predict_page import TRACKS_FILE
     from nuclei3d.stages.track import track
 
     try:
-        return track(params, out, out / TRACKS_FILE.parent)
+        if len(done) == 1:
+            raise InputError(f"{done[0].name} is a single frame")
+        return track(params, out, out / TRACKS_FILE.parent, files=[frame.masks for frame in done])
     except InputError as error:
         warn(f"the nuclei are not linked over time: {error}")
         return None
 
 
 @contextmanager
-def _says_what_is_kept(done: Sequence[PredictedFrame], count: int, out: Path) -> Iterator[None]:
+def _says_what_is_kept(done: Sequence[PredictedFrame], count: int) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{len(done)} of {count} frames are done in {out}; the same command goes on with the next"
+            f"{len(done)} of {count} frames are segmented; the same command goes on with the next"
         ) from None
 
 
@@ -211,7 +212,7 @@ def _predict_frames(
 
     with (
         progress_bar("predict", total=len(sequence)) as bar,
-        _says_what_is_kept(done, len(sequence), out),
+        _says_what_is_kept(done, len(sequence)),
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
     ):
@@ -295,17 +296,12 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
     given = params.data.voxel_size_um
     frames: list[Frame] = []
     for source in inputs:
-        found = find_frames(
+        frames += find_frames(
             Path(source),
             channel=params.data.channel,
             image=params.data.image,
             voxel_size=VoxelSize.of(given) if given is not None else None,
         )
-        # In a folder that is input and output at once, masks are no images.
-        masks = {frame.path.name for frame in found if frame_stem(frame.path).endswith("_masks")}
-        masks = masks if source.is_dir() and not is_zarr(source) else set()
-        say_passed_over(source, sorted(masks, key=natural_key), "masks")
-        frames.extend(frame for frame in found if frame.path.name not in masks)
     names: dict[str, Path] = {}
     for frame in frames:
         for name in {frame.name, frame_stem(frame.path)}:
@@ -316,8 +312,6 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
                     "folders of their own"
                 )
         frame.require_voxel_size()
-    if not frames:
-        raise InputError(f"{', '.join(map(str, inputs))}: only masks found; give images")
     return frames
 
 

@@ -35,6 +35,7 @@ PAGE_FILE = "prediction.html"
 ANIMATION_FILE = "prediction.png"
 #: The table of tracks that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks.
 TRACKS_FILE = Path("tracks", "tracks.csv")
+_PLACE = ["z_um", "y_um", "x_um"]
 # Voxels that are read at a time, and the sides of such a part where the file is cut into chunks.
 _PART_VOXELS = 32_000_000
 _PART_SIDES = (64, 512, 1024)
@@ -113,7 +114,8 @@ def _add_tracks(
     import pandas as pd
 
     try:
-        tracks = pd.read_csv(table, usecols=["track", "parent", "frame", "label"], dtype=int)
+        numbers = ["track", "parent", "frame", "label"]
+        tracks = pd.read_csv(table, usecols=[*numbers, *_PLACE], dtype=dict.fromkeys(numbers, int))
     except ValueError:
         raise InputError(
             f"{table} is no table of tracks; remove it, or have nuclei3d track write it again"
@@ -122,8 +124,10 @@ def _add_tracks(
     order = sorted(range(len(shown)), key=lambda at: natural_key(predicted[at].masks.name))
     linked = list(shown)
     for number, at in enumerate(order):
-        own = tracks[tracks["frame"] == number]
-        if sorted(own["label"]) != sorted(shown[at].nuclei["label"]):
+        own = tracks[tracks["frame"] == number].sort_values("label")
+        nuclei = shown[at].nuclei.sort_values("label")
+        same = own["label"].tolist() == nuclei["label"].tolist()
+        if not (same and np.allclose(own[_PLACE], nuclei[_PLACE], rtol=1e-4, atol=0.01)):
             warn(f"{table} is not of these masks ({shown[at].name}); the page leaves tracks out")
             return list(shown), None
         linked[at] = replace(shown[at], nuclei=shown[at].nuclei.merge(own[["label", "track"]], on="label"))

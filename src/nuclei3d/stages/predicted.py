@@ -6,17 +6,21 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nuclei3d.console import warn
 from nuclei3d.digests import digest_of
-from nuclei3d.outputs import require_writable, whole_file
+from nuclei3d.outputs import remove, require_writable, whole_file
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
 
+CHANGED_FOLDER = "changed"
+"""In the folder of records are masks that were changed by hand before they were predicted again."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -54,9 +58,20 @@ def write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
 
 
 def forget(out: Path, name: str) -> None:
-    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own."""
+    """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own.
+
+    Masks that somebody changed since they were written are laid aside.
+    """
     record = _record_file(out, name)
     require_writable(record)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(record.read_text(encoding="utf-8"))
+        masks = out / Path(entry["masks"]).name
+        if masks.is_file() and masks.stat().st_size and digest_of(masks) != entry["written"][0]:
+            kept = out / RECORD_FOLDER / CHANGED_FOLDER / masks.name
+            kept.parent.mkdir(exist_ok=True)
+            masks.replace(kept)
+            warn(f"{masks} was changed since it was predicted and is written again; the changed one: {kept}")
     record.unlink(missing_ok=True)
 
 
@@ -84,7 +99,10 @@ def _digest_written(masks: Path, table: Path) -> list[str]:
 
 
 def note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
-    """Note that a frame is finished, and what it was made from."""
+    """Note that a frame is finished, and what it was made from; its masks in another form go."""
+    for other in (out / f"{frame.name}_masks.ome{suffix}" for suffix in (".tif", ".zarr")):
+        if other != frame.masks:
+            remove(other)
     entry = {
         "masks": frame.masks.name,
         "nuclei": frame.nuclei,

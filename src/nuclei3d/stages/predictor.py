@@ -86,7 +86,7 @@ class Predictor:
         predict = self.params.model_copy(update=update)
         if isinstance(self.model, RemoteModel):
             remote = replace(self.model, predict=predict)
-            identity = {**self.identity, "predict": predict.model_dump(mode="json")}
+            identity = {**self.identity, "predict": _asked_of_a_service(predict)}
             return replace(self, model=remote, params=predict, identity=identity)
         from nuclei3d.segmentation.settings import segmentation_settings
 
@@ -106,7 +106,7 @@ def open_model(params: Params, model: str) -> Predictor:
             # never the same again
             served = uuid.uuid4().hex
         identity: dict[str, Any] = {"service": model, "model": served}
-        identity["predict"] = params.predict.model_dump(mode="json", exclude={"report", "animation"})
+        identity["predict"] = _asked_of_a_service(params.predict)
         return Predictor(remote, params.predict, identity)
     from nuclei3d.experiment.registry import find_model
 
@@ -118,6 +118,10 @@ def open_model(params: Params, model: str) -> Predictor:
     }
     say(f"model {models['main'].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
     return Predictor(segmenter, params.predict, identity)
+
+
+def _asked_of_a_service(predict: PredictParams) -> dict[str, Any]:
+    return predict.model_dump(mode="json", exclude={"report", "animation"})
 
 
 # An OME-Zarr may have got its masks inside, which its consolidated metadata list; what those say of the image

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, frame_stem, single_label_frame
 from nuclei3d.images.ome_zarr import (
@@ -55,14 +56,15 @@ def write_series(
     if not (several or into_input):
         return []
     stacked = [single_label_frame(path) for path in masks]
-    digest = hashlib.sha256(repr(fingerprints).encode()).hexdigest()
     written: list[Path] = []
     if several:
         path = series_path(source, out)
         record = out / RECORD_FOLDER / f"{path.name}.txt"
-        if not (path.exists() and record.is_file() and record.read_text(encoding="utf-8") == digest):
+        made_from = hashlib.sha256(repr(fingerprints).encode()).hexdigest()
+        noted = record.read_text(encoding="utf-8") if record.is_file() and path.exists() else ""
+        if not noted or noted != f"{made_from} {digest_of(path)}":
             _write(path, stacked, frames[0])
-            write_text(record, digest)
+            write_text(record, f"{made_from} {digest_of(path)}")
         written.append(path)
     if into_input and is_zarr(source):
         written.append(_write_into(image_group(source, frames[0].image), stacked, frames[0], several))

@@ -16,7 +16,7 @@ from nuclei3d.config.sections import TracksParams
 from nuclei3d.console import progress_bar, say, some_of
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
-from nuclei3d.images.frames import check_image
+from nuclei3d.images.frames import check_image, natural_key, say_passed_over
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
@@ -67,6 +67,7 @@ def track(
     masks: Path,
     out: Path,
     *,
+    files: Sequence[Path] = (),
     images: Path | None = None,
     same_numbers: bool = False,
     learn: Path | None = None,
@@ -76,7 +77,8 @@ def track(
     """Link the nuclei of one embryo's time-lapse.
 
     `masks` are a folder of label volumes, one a frame, in the natural order of their names, or one with a
-    time axis; the sections ``tracks`` and ``data`` (voxel size, channel) count. `out` is replaced if it holds
+    time axis; of the `files` among them, if any are given, and it is said that others are passed over. The
+    sections ``tracks`` and ``data`` (voxel size, channel) count. `out` is replaced if it holds
     an older tracking. It gets the Cell Tracking Challenge's masks and res_track.txt, tracks.geff, tracks.csv
     (one row a nucleus), napari_tracks.csv with napari_tracks.json and, for `same_numbers`,
     ``<stem>_masks.ome.tif``, in which a nucleus has one number over time, gaps included. The intensity is
@@ -93,6 +95,13 @@ def track(
     target = out.resolve()
     # tracks may lie in the folder of the masks, and hold masks of their own
     entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
+    if files:
+        found = entries
+        entries = [e for path in files for e in find_label_entries(path)]
+        entries.sort(key=lambda entry: natural_key(entry.frame.path.name))
+        chosen = {entry.key for entry in entries}
+        others = [entry.key for entry in found if entry.key not in chosen]
+        say_passed_over(masks, others, "masks of frames that are not to be linked")
     embryos = list(dict.fromkeys(entry.embryo for entry in entries))
     if len(embryos) > 1:
         raise InputError(
@@ -100,11 +109,12 @@ def track(
             "into a folder of its own"
         )
     seen = _images_of(entries, images, params)
-    size = VoxelSize.given(params.data.voxel_size_um) or first_voxel_size(*entries, *seen)
-    size = size or entries[0].frame.require_voxel_size()
+    size = VoxelSize.given(params.data.voxel_size_um)
+    first = size or first_voxel_size(*entries, *seen) or entries[0].frame.require_voxel_size()
+    sizes = [size or first_voxel_size(*both) or first for both in zip(entries, seen, strict=True)]
 
     def measure(frame: int) -> Nuclei:
-        return measure_masks(entries[frame], seen[frame], size, frame)
+        return measure_masks(entries[frame], seen[frame], sizes[frame], frame)
 
     nuclei = Nuclei.joined(work_on_frames("measure", measure, len(entries)))
     settings = params.tracks
@@ -119,10 +129,10 @@ def track(
             own = slice(rows[frame], rows[frame + 1])
             labels, old = entries[frame].read_labels(), nuclei.label[own]
             name = mask_name(RESULT, frame, len(entries))
-            write_labels(folder / name, renumber(labels, old, pieces.track[own]), size)
+            write_labels(folder / name, renumber(labels, old, pieces.track[own]), sizes[frame])
             if same_numbers:
                 name = f"{entries[frame].stem}_masks.ome.tif"
-                write_labels(folder / name, renumber(labels, old, numbered.track[own]), size)
+                write_labels(folder / name, renumber(labels, old, numbered.track[own]), sizes[frame])
 
         work_on_frames("write masks", write, len(entries))
         write_track_table(folder / RESULT, nuclei, pieces)
