@@ -133,7 +133,7 @@ class NetworkRunner:
                 images = images.index_select(axis, torch.from_numpy(mirror).to(images.device))
         return images
 
-    def _forward_tiles(self, planes: Tensor, flips: Sequence[Sequence[int]]) -> Tensor:
+    def _forward_tiles(self, planes: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
         """Run padded planes; those that are too large in tiles, blended smoothly."""
         tiling = tile_plane(planes.shape[1:], MAX_TILE[self.device.type])
         if len(tiling.boxes) == 1:
@@ -145,7 +145,7 @@ class NetworkRunner:
             result[:, :, rows, columns] += self._forward(planes[:, rows, columns], flips).mul_(weight)
         return result
 
-    def _forward(self, images: Tensor, flips: Sequence[Sequence[int]]) -> Tensor:
+    def _forward(self, images: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
         """Give what the network says, 5 x flow and logit, of images of a size that it takes, over flips."""
         began = self._mark()
         channels = 1 if self._solid else INPUT_CHANNELS

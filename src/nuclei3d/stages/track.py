@@ -96,11 +96,10 @@ def track(
     # tracks may lie in the folder of the masks, and hold masks of their own
     entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
     if files:
-        found = entries
-        entries = [e for path in files for e in find_label_entries(path)]
-        entries.sort(key=lambda entry: natural_key(entry.frame.path.name))
-        chosen = {entry.key for entry in entries}
-        others = [entry.key for entry in found if entry.key not in chosen]
+        chosen = [e for path in files for e in find_label_entries(path)]
+        keys = {entry.key for entry in chosen}
+        others = [entry.key for entry in entries if entry.key not in keys]
+        entries = sorted(chosen, key=lambda entry: natural_key(entry.frame.path.name))
         say_passed_over(masks, others, "masks of frames that are not to be linked")
     embryos = list(dict.fromkeys(entry.embryo for entry in entries))
     if len(embryos) > 1:
