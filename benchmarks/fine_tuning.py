@@ -9,7 +9,7 @@ takes, at random, 8 to train on (the smaller numbers are the first of them), one
 thresholds on, and the last two to score; all methods are scored on the same two.
 
 start model   as it is, with its own thresholds
-fine-tuned    train.fine_tune's defaults (learning rate 5e-4, warm-up 20 steps), --crops crops in 4 epochs;
+fine-tuned    train.fine_tune (unless given its defaults), --crops crops in 4 epochs;
               the epoch of the lowest validation loss, epoch 0 included; its thresholds chosen on the frame
               for that
 from scratch  the parameter file's learning rate and warm-up, as many crops and epochs, chosen likewise
@@ -63,8 +63,8 @@ def params_for(params: Params, method: str, model: Path, crops: int) -> Params:
     """Give the parameters of a method's training."""
     changed: dict[str, Any] = {"epochs": EPOCHS, "crops_per_epoch": crops // EPOCHS}
     if method == "fine-tuned":
-        gentle = FineTuneParams(epochs=EPOCHS)
-        changed |= {"start_from": str(model), **gentle.model_dump()}
+        gentle = params.train.fine_tune or FineTuneParams()
+        changed |= {"start_from": str(model), **gentle.model_dump(), "epochs": EPOCHS}
     train = params.train.model_copy(update=changed)
     alone = {"baselines": (), "report": False, "bootstrap": 0, "surface_distances": False}
     alone["min_true_volume_um3"] = params.prepare.min_volume_um3
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--crops", type=int, default=800)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     args = parser.parse_args()
     params = params_of(args)
     if scale_of(load_model(args.model))["train.diameter_px"] != params.train.diameter_px:
@@ -144,7 +145,7 @@ def main() -> None:
             for count in args.frames:
                 folder = args.out / embryo / f"draw{draw}"
                 data = link_frames(args.data, embryo, draw, count, folder / f"frames{count}" / "data")
-                for method in METHODS:
+                for method in args.methods:
                     start = method == "start model"
                     cell = folder / ("start" if start else f"frames{count}/{method.replace(' ', '_')}")
                     chosen = params_for(params, method, args.model, args.crops)
