@@ -32,6 +32,7 @@ from scipy.stats import spearmanr
 
 from embryos import EMBRYOS, keep_parameters, prepare_once, with_split
 from nuclei3d.config import Params
+from nuclei3d.config.sections import FineTuneParams
 from nuclei3d.console import emit_json, say
 from nuclei3d.grid import resize_nearest
 from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, find_embryos, read_labelled
@@ -279,7 +280,7 @@ def fine_tune(bench: Bench, folder: Path, start: Path, seed: int, crops: int) ->
         "start_from": str(start),
         "epochs": 1,
         "crops_per_epoch": crops,
-        "learning_rate": 5e-4,
+        "learning_rate": (bench.params.train.fine_tune or FineTuneParams()).learning_rate,
         "warmup_steps": 10,
         "min_train_masks": 1,
         "select": "last",

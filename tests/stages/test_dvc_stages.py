@@ -25,8 +25,9 @@ ENTRIES = {
     "train": ("stages.train",),
     "assess": ("stages.assess", "stages.predict", "stages.evaluate"),
 }
-# What cannot change a result: messages, records of it, a service elsewhere, and the wrappers of every stage.
-OUTSIDE = {"console", "errors", "experiment", "client", "stages.tracked"}
+# What cannot change a result: messages, records of it, how processes end, a service elsewhere, and the
+# wrappers of every stage.
+OUTSIDE = {"console", "errors", "experiment", "client", "worker", "stages.tracked"}
 
 
 def module_file(name: str) -> Path | None:

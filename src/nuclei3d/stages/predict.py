@@ -105,7 +105,8 @@ def predict(
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
     sequence = list(zip(frames, diameters, strict=True))
     sure = [predictor.at(diameter_um).sure for diameter_um in diameters] if link else []
-    confirms = len(sure) > 1 and params.tracks.weakest_score < 1
+    linking = params.tracks
+    confirms = len(sure) > 1 and linking.weakest_score < 1
     if confirms and (None in sure or any(map(predictor.needs_blocks, frames))):
         why = "the service's thresholds are not given" if None in sure else "frames are cut into blocks"
         warn(f"{why}: weak nuclei do not stay by their lineage (docs/time-lapse.md)")
@@ -114,9 +115,9 @@ def predict(
         from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
 
         least = [each for each in sure if each]
-        weaker = predictor.with_least(min(params.tracks.weakest_score, *(each.score for each in least)), 0.0)
+        weaker = predictor.with_least(min(linking.weakest_score, *(each.score for each in least)), 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        done, fingerprints = confirm(done, fingerprints, params.tracks, least, out)
+        done, fingerprints = confirm(done, fingerprints, linking, least, out)
     else:
         done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
