@@ -67,8 +67,10 @@ def forget(out: Path, name: str) -> None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(record.read_text(encoding="utf-8"))
         masks = out / Path(entry["masks"]).name
-        if masks.is_file() and masks.stat().st_size and digest_of(masks) != entry["written"][0]:
-            kept = out / RECORD_FOLDER / CHANGED_FOLDER / masks.name
+        digest = digest_of(masks) if masks.exists() and masks.stat().st_size else entry["written"][0]
+        if digest != entry["written"][0]:
+            # by content, so that what was laid aside before stays
+            kept = out / RECORD_FOLDER / CHANGED_FOLDER / f"{digest[:8]}_{masks.name}"
             kept.parent.mkdir(exist_ok=True)
             masks.replace(kept)
             warn(f"{masks} was changed since it was predicted and is written again; the changed one: {kept}")
