@@ -66,7 +66,7 @@ LOG_INTERVAL_S = 30.0
 
 
 class Bar:
-    """A running progress bar; `advance` moves it, `note` changes the text behind it."""
+    """A running progress bar; `advance` moves it, `skip` too, `note` changes the text behind it."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -75,6 +75,10 @@ class Bar:
     def advance(self, steps: float = 1) -> None:
         """Move the bar forward."""
         self._progress.advance(self._task, steps)
+
+    def skip(self, steps: float) -> None:
+        """Move the bar past what was done before this run: it says nothing of the time left."""
+        self.advance(steps)
 
     def note(self, text: str) -> None:
         """Show a short text behind the bar, such as the current loss."""
@@ -87,7 +91,7 @@ class LogBar(Bar):
     def __init__(self, description: str, total: int | None) -> None:
         self._description = description
         self._total = total
-        self._done = 0.0
+        self._done = self._skipped = 0.0
         self._note = ""
         self._start = self._last = time.monotonic()
 
@@ -99,11 +103,17 @@ class LogBar(Bar):
             return
         self._last = now
         left = ""
-        if self._total and self._done:
-            seconds = (now - self._start) / self._done * (self._total - self._done)
+        own = self._done - self._skipped
+        if self._total and own:
+            seconds = (now - self._start) / own * (self._total - self._done)
             left = f", about {datetime.timedelta(seconds=round(seconds))} left"
         total = f"/{self._total}" if self._total else ""
         say(f"{self._description}: {round(self._done, 2):g}{total}{left} {self._note}".rstrip())
+
+    def skip(self, steps: float) -> None:
+        """Count what was done before this run."""
+        self._done += steps
+        self._skipped += steps
 
     def note(self, text: str) -> None:
         """Keep a text for the next line."""

@@ -167,10 +167,18 @@ def _check_replaceable(path: Path, replace: bool) -> None:
 def _partial(path: Path) -> Iterator[Path]:
     """Give a name beside `path`, and turn the system's complaints about the place into one clear line."""
     try:
+        missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         # of killed processes, whatever they wrote into this folder
         _remove_dead(path.parent, rf"\..*\.partial-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}(\.[\w.]+)?")
-        yield _hidden_name(path)
+        try:
+            yield _hidden_name(path)
+        except BaseException:
+            # whoever fails leaves no empty folders behind either
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+            raise
     except RuntimeError as error:
         # what torch makes of an error of the disk; it does not say which
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):

@@ -21,6 +21,7 @@ from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.inspect import inspect_images
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.predicted import COLUMNS
+from nuclei3d.stages.track_files import score_track_folders
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
 VOXELS = VoxelSize(2.0, 0.5, 0.5)
@@ -266,6 +267,27 @@ def test_masks_that_were_changed_by_hand_are_laid_aside(movie, oracle_model, tmp
     kept = (tmp_path / "out" / ".predicted" / "changed").iterdir()
     assert sorted(int(read_labels(path).min()) for path in kept) == [1, 2]
     assert f"{masks} was changed since it was predicted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weakest", [0.3, 1])
+def test_tracks_of_older_masks_are_moved_away(movie, oracle_model, tmp_path, capsys, weakest):
+    out = tmp_path / "out"
+    params = load_params(None, ["predict.report=false", f"tracks.weakest_score={weakest}"])
+    predict(params, [movie], str(oracle_model), out, link=True)
+    table = (out / "tracks" / "tracks.csv").read_bytes()
+    predict(params, [movie], str(oracle_model), out, link=True)
+    kept = out / ".predicted" / "tracks"
+    assert not kept.exists()
+    other = load_params(None, ["predict.report=false", "predict.min_volume_um3=1"])
+    predict(other, [movie], str(oracle_model), out)
+    assert not (out / "tracks").exists()
+    assert (kept / "tracks.csv").read_bytes() == table
+    assert f"moved to {kept}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"holds no res_track\.txt"):
+        score_track_folders(out, out, required=True)
+    write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
+    predict(params, [movie], str(oracle_model), out, link=True)
+    assert (out / "tracks" / "tracks.csv").read_bytes() != table
 
 
 def test_an_image_that_moved_or_is_linked_is_not_done_again(movie, oracle_model, tmp_path):

@@ -8,6 +8,7 @@ import cloudpickle
 import dask
 import numpy as np
 import pytest
+import zarr
 
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError, MachineError
@@ -135,6 +136,19 @@ def test_masks_in_another_form_than_before_replace_these(frame, model, tmp_path,
         assert result.tracks is not None
         said = "cut into blocks: weak nuclei do not stay" in capsys.readouterr().err
         assert said == (form == "zarr")
+
+
+def test_masks_that_were_changed_by_hand_are_laid_aside(frame, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(in_blocks("predict.report=false"), [frame], str(model), out)
+    masks = out / "embryo_masks.ome.zarr"
+    written = read_labels(masks)
+    zarr.open_group(str(masks), mode="r+")["0"][:] = 7
+    predict(in_blocks("predict.report=false"), [frame], str(model), out)
+    (kept,) = (out / ".predicted" / "changed").iterdir()
+    assert read_labels(kept).min() == 7
+    np.testing.assert_array_equal(read_labels(masks), written)
+    assert f"{masks} was changed since it was predicted" in capsys.readouterr().err
 
 
 def test_two_networks_need_the_field_of_one_beside_the_other(frame):

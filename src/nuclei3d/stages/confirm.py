@@ -17,7 +17,7 @@ from nuclei3d.images.tiff import write_labels
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.likeness import with_nuclei
 from nuclei3d.stages.pairing import Entry, find_label_entries
-from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path
+from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, lay_tracks_aside, note_done, table_path
 from nuclei3d.stages.predictor import Sure
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
 from nuclei3d.stages.track import measure_masks, work_on_frames
@@ -73,6 +73,7 @@ def confirm(
     for at, (frame, digest) in enumerate(zip(candidates, digests, strict=True)):
         new = find_done(out, frame.name, digest)
         if new is None:
+            lay_tracks_aside(out)
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)

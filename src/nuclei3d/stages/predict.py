@@ -24,7 +24,16 @@ from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, note_done, table_path, write_table
+from nuclei3d.stages.predicted import (
+    TRACKS_FILE,
+    PredictedFrame,
+    find_done,
+    forget,
+    lay_tracks_aside,
+    note_done,
+    table_path,
+    write_table,
+)
 from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
 from nuclei3d.stages.time_lapse import write_series
 
@@ -153,7 +162,6 @@ def predict(
 
 def _link(params: Params, out: Path, done: Sequence[PredictedFrame]) -> TrackResult | None:
     """Link the nuclei of predicted frames; their masks stay, whatever hinders that."""
-    from nuclei3d.stages.predict_page import TRACKS_FILE
     from nuclei3d.stages.track import track
 
     try:
@@ -222,13 +230,14 @@ def _predict_frames(
             ahead, roomy = None, False
             if opened.finished is None:
                 bar.note(frame.name)
+                lay_tracks_aside(out)
                 forget(out, frame.name)
                 roomy = opened.predictor.fits(frame, 2)
                 if roomy and number < len(sequence):
                     ahead = reading.submit(open_frame, *sequence[number], read=True)
                 finish = _predict_frame(frame, opened, out, bar.advance)
             else:
-                bar.advance(1)
+                bar.skip(1)
                 finish = partial(replace, opened.finished)
             if written is not None:
                 written.result()

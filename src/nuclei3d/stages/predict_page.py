@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,10 @@ from nuclei3d.report.prediction import (
     write_prediction_page,
 )
 from nuclei3d.report.projections import Box
-
-if TYPE_CHECKING:
-    from nuclei3d.stages.predicted import PredictedFrame
+from nuclei3d.stages.predicted import TRACKS_FILE, PredictedFrame
 
 PAGE_FILE = "prediction.html"
 ANIMATION_FILE = "prediction.png"
-#: The table of tracks that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks.
-TRACKS_FILE = Path("tracks", "tracks.csv")
 _PLACE = ["z_um", "y_um", "x_um"]
 # Voxels that are read at a time, and the sides of such a part where the file is cut into chunks.
 _PART_VOXELS = 32_000_000

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nuclei3d.console import warn
+from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.outputs import remove, require_writable, whole_file
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
@@ -19,8 +19,10 @@ from nuclei3d.stages.time_lapse import RECORD_FOLDER
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
 
-CHANGED_FOLDER = "changed"
-"""In the folder of records are masks that were changed by hand before they were predicted again."""
+CHANGED_FOLDER = Path(RECORD_FOLDER, "changed")
+"""In it are masks that were changed by hand before they were predicted again."""
+TRACKS_FILE = Path("tracks", "tracks.csv")
+"""The table that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks."""
 COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
@@ -70,11 +72,21 @@ def forget(out: Path, name: str) -> None:
         digest = digest_of(masks) if masks.exists() and masks.stat().st_size else entry["written"][0]
         if digest != entry["written"][0]:
             # by content, so that what was laid aside before stays
-            kept = out / RECORD_FOLDER / CHANGED_FOLDER / f"{digest[:8]}_{masks.name}"
+            kept = out / CHANGED_FOLDER / f"{digest[:8]}_{masks.name}"
             kept.parent.mkdir(exist_ok=True)
             masks.replace(kept)
             warn(f"{masks} was changed since it was predicted and is written again; the changed one: {kept}")
     record.unlink(missing_ok=True)
+
+
+def lay_tracks_aside(out: Path) -> None:
+    """Move tracks away before masks that they link are replaced: tracks beside masks are theirs."""
+    tracks, kept = out / TRACKS_FILE.parent, out / RECORD_FOLDER / TRACKS_FILE.parent
+    if (out / TRACKS_FILE).is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        remove(kept)
+        tracks.replace(kept)
+        say(f"{tracks} is of masks that are written again: moved to {kept} (--track links the new masks)")
 
 
 def _record_file(out: Path, name: str) -> Path:

@@ -241,8 +241,8 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
 def _tables(folder: Path, name: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob(name)):
-        if path.parent.name.startswith("."):  # left half-written by a process that was killed
-            continue
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue  # left half-written by a process that was killed, or of masks that are no more
         home = path.parent.resolve()
         embryo = home.parent.name if home.name == "tracks" else home.name
         if embryo in found:

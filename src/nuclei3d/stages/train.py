@@ -461,7 +461,7 @@ def _train_epochs(
     crops = training.examples.crops
     smooth = math.nan
     with progress_bar("train", total=crops * settings.epochs) as bar:
-        bar.advance(crops * done)
+        bar.skip(crops * done)
 
         def step(loss: float, count: int, rate: float) -> None:
             nonlocal smooth
