@@ -59,9 +59,9 @@ from nuclei3d.stages.training_data import (
     read_slices,
     store_sample,
 )
+from nuclei3d.training.arithmetic import Arithmetic
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
-from nuclei3d.training.learner import Arithmetic
 from nuclei3d.training.loop import train_network
 from nuclei3d.training.samples import SampleInfo, SampleSet
 from nuclei3d.views import VIEWS

@@ -1,6 +1,7 @@
 """The layers of docs/architecture.md hold: an arrow only points down."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import nuclei3d
 
 PACKAGE = Path(nuclei3d.__file__).parent
 LAYERS = {
+    "__version__": 0,
     "errors": 0,
     "console": 0,
     "digests": 0,
@@ -56,6 +58,7 @@ def imported_names(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
@@ -78,6 +81,14 @@ def test_imports_point_down(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "nuclei3d" and len(parts) > 1:
             assert LAYERS[parts[1]] <= LAYERS[room], f"{room} imports {name} from a higher layer"
+
+
+def test_no_files_import_one_another() -> None:
+    """Not even for types alone, or late: what two files share lies in a third."""
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
+    known = set(names.values())
+    graph = {names[path]: imported_names(path) & known for path in MODULES}
+    TopologicalSorter(graph).prepare()  # a CycleError names the files
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

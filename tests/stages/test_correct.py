@@ -16,7 +16,8 @@ from nuclei3d.images.embryos import find_embryos, read_labelled
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.stages.correct import Correction, Foreground, correct, known_region, open_correction
+from nuclei3d.stages.correct import correct
+from nuclei3d.stages.correction import Correction, Foreground, known_region, open_correction
 
 SIZE = VoxelSize(2.0, 1.0, 1.0)
 SHAPE = (12, 40, 60)

@@ -15,9 +15,10 @@ from nuclei3d.scoring.matching import average_precision, overlap_table
 from nuclei3d.segmentation.dynamics import masks_from_field
 from nuclei3d.segmentation.flow_field import FlowField
 from nuclei3d.segmentation.settings import MaskSettings
+from nuclei3d.training.arithmetic import Arithmetic
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import NO_AUGMENTATION, Examples, validation_batches
-from nuclei3d.training.learner import Arithmetic, average_weights, learning_rate
+from nuclei3d.training.learner import average_weights, learning_rate
 from nuclei3d.training.loop import (
     Callbacks,
     DivergedError,

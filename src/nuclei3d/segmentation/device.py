@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from torch.nn.functional import grid_sample, pad
 from nuclei3d.flows import heat_rounds
 from nuclei3d.grid import LabelBoxes, linear_taps, resize_nearest
 from nuclei3d.segmentation.flow_field import FLOW_UNITS, LOGIT, LOGIT_UNITS, DeviceField
-
-if TYPE_CHECKING:
-    from nuclei3d.segmentation.dynamics import Paths
+from nuclei3d.segmentation.paths import Paths
 
 _AT_ONCE = 2**22
 """Trajectories, neighbours of bins, or voxels of nuclei that are handled at once."""

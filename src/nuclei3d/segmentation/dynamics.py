@@ -19,7 +19,7 @@ GPU's memory (`DeviceField`) is followed there (`nuclei3d.segmentation.device`);
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -40,40 +40,9 @@ from nuclei3d.segmentation.masks import (
     keep_labels,
     renumber_labels,
 )
+from nuclei3d.segmentation.paths import SLOW, Paths, plan_paths
 from nuclei3d.segmentation.settings import MaskSettings, SegmentationSettings
 from nuclei3d.segmentation.stitching import stitch_planes
-
-_SLOW = 0.25
-"""Flows shorter than this move a particle by proportionally shorter steps; others by whole steps."""
-
-
-class Paths(NamedTuple):
-    """How the voxels of a field are followed, and their ends grouped.
-
-    Lengths are in um; the threshold of the logit, those of outlines along z and in the plane, and `slow` in
-    units of the field. `bins` is the shape of the grid of bins; `offsets`, int64 (k, 3), are those in reach.
-    """
-
-    threshold: float
-    outline: tuple[float, float]
-    step_um: float
-    smallest_step_um: float
-    slow: float
-    rounds: int
-    bin_um: float
-    bins: tuple[int, int, int]
-    offsets: NDArray[np.int64]
-
-    @property
-    def margin(self) -> int:
-        """Bins around the grid so that all of `offsets`, and the next neighbours, have a place in it."""
-        return max(1, int(self.offsets.max()))
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Shape of the grid of bins with its margin."""
-        z, y, x = (count + 2 * self.margin for count in self.bins)
-        return z, y, x
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -105,7 +74,7 @@ def _follow(
     per_z = np.float32(1.0) / edges[0]
     per_y = np.float32(1.0) / edges[1]
     per_x = np.float32(1.0) / edges[2]
-    slow = np.float32(_SLOW * FLOW_UNITS)
+    slow = np.float32(SLOW * FLOW_UNITS)
     one = np.float32(1.0)
     zero = np.float32(0.0)
     smallest = np.float32(smallest_step_um)
@@ -380,39 +349,11 @@ def masks_2d_from_flows(
     return np.asarray(labels[0])
 
 
-def _plan_paths(
-    shape: tuple[int, int, int], voxel_size: VoxelSize, diameter_um: float, settings: MaskSettings
-) -> Paths:
-    in_use = [edge for edge, length in zip(voxel_size.zyx, shape, strict=True) if length > 1] or [1.0]
-    # Bins finer than voxels would only cost memory.
-    bin_um = max(settings.bin_edge * diameter_um, 0.75 * float(np.prod(in_use)) ** (1 / len(in_use)))
-    z, y, x = (
-        max(1, int(np.ceil((length - 1) * edge / bin_um))) if length > 1 else 1
-        for length, edge in zip(shape, voxel_size.zyx, strict=True)
-    )
-    step_um = max(settings.step * diameter_um, min(voxel_size.zyx))
-    radius_um = settings.sink_radius * diameter_um
-    reach = int(np.floor(radius_um / bin_um))
-    around = np.argwhere(np.ones(3 * (2 * reach + 1,), bool)) - reach
-    outline_z, outline_xy = settings.outline_thresholds
-    return Paths(
-        threshold=settings.cellprob_threshold * LOGIT_UNITS,
-        outline=(outline_z * LOGIT_UNITS, outline_xy * LOGIT_UNITS),
-        step_um=step_um,
-        smallest_step_um=0.15 * step_um,
-        slow=_SLOW * FLOW_UNITS,
-        rounds=40 + int(4 * diameter_um / step_um),
-        bin_um=bin_um,
-        bins=(z, y, x),
-        offsets=around[((around * bin_um) ** 2).sum(1) <= radius_um**2].astype(np.int64),
-    )
-
-
 def _sink_of_each_voxel(
     field: FlowField | DeviceField, diameter_um: float, settings: MaskSettings, threads: int | None
 ) -> Labels:
     """Label every foreground voxel with the number of the sink that it flows to."""
-    paths = _plan_paths(field.shape, field.voxel_size, diameter_um, settings)
+    paths = plan_paths(field.shape, field.voxel_size, diameter_um, settings)
     if isinstance(field, DeviceField):
         return device.label_sinks(field, paths)
     packed, threads = field.packed, available_threads() if threads is None else threads

@@ -17,7 +17,14 @@ from nuclei3d.images.tiff import write_labels
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.likeness import with_nuclei
 from nuclei3d.stages.pairing import Entry, find_label_entries
-from nuclei3d.stages.predicted import PredictedFrame, find_done, forget, lay_tracks_aside, note_done, table_path
+from nuclei3d.stages.predicted import (
+    PredictedFrame,
+    find_done,
+    forget,
+    lay_tracks_aside,
+    note_done,
+    table_path,
+)
 from nuclei3d.stages.predictor import Sure
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
 from nuclei3d.stages.track import measure_masks, work_on_frames

@@ -21,7 +21,7 @@ from qtpy.QtWidgets import (
 from nuclei3d.config import load_params
 from nuclei3d.errors import InputError
 from nuclei3d.scoring.suspicion import Suspect
-from nuclei3d.stages.correct import Correction, open_correction
+from nuclei3d.stages.correction import Correction, open_correction
 
 _COLUMNS = ("seen", "nucleus", "score", "um3", "why")
 #: Pixels of the screen that a nucleus takes at least when one goes there.

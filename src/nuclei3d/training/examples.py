@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nuclei3d.config.sections import AugmentParams, TrainParams
+from nuclei3d.training.arithmetic import Arithmetic
 from nuclei3d.training.augmentation import change_crop
 from nuclei3d.training.crops import CropGrid, Stream, crop_generator, cut_crop, draw_crop
 from nuclei3d.training.losses import (
@@ -30,9 +31,6 @@ from nuclei3d.training.losses import (
     network_loss,
 )
 from nuclei3d.training.samples import SampleSet, epoch_order, nucleus_weights, plane_contrasts, sample_weights
-
-if TYPE_CHECKING:
-    from nuclei3d.training.learner import Arithmetic
 
 _QUINTILES = ("found_faintest", "found_faint", "found_middle", "found_bright", "found_brightest")
 _SMALLEST_PX = 12

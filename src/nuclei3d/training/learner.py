@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nuclei3d.config.sections import TrainParams
-from nuclei3d.networks.cpnet import choose_precision
+from nuclei3d.training.arithmetic import Arithmetic
 from nuclei3d.training.examples import Batch
 from nuclei3d.training.losses import Loss
 
@@ -111,39 +110,6 @@ class RecordedGradients:
 
 def _shapes(batch: Batch) -> list[torch.Size]:
     return [tensor.shape for tensor in batch.tensors]
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Where and in which types a network computes.
-
-    `precision` is the type of the convolutions (weights, loss and optimiser are float32), `layout` the order
-    of the axes in memory.
-    """
-
-    device: torch.device
-    precision: torch.dtype
-    layout: torch.memory_format
-
-    def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Run a network over a batch on the device; of several outputs the first is given."""
-        images = images.contiguous(memory_format=self.layout)
-        mixed = self.precision != torch.float32
-        # no weight is used twice, so there is nothing to keep; and a CUDA graph must hold the casts
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=mixed, cache_enabled=False):
-            output = network(images)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first
-
-
-def choose_arithmetic(params: TrainParams, device: torch.device, axes: int) -> Arithmetic:
-    """Choose how to compute with images of so many spatial axes."""
-    last = torch.channels_last if axes == 2 else torch.channels_last_3d
-    return Arithmetic(
-        device,
-        choose_precision(params.precision, device),
-        last if params.channels_last else torch.contiguous_format,
-    )
 
 
 class Learner:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from nuclei3d.config.sections import TrainParams
 from nuclei3d.errors import InputError
+from nuclei3d.training.arithmetic import choose_arithmetic
 from nuclei3d.training.examples import Batch, Examples
-from nuclei3d.training.learner import Learner, choose_arithmetic, learning_rate
+from nuclei3d.training.learner import Learner, learning_rate
 
 _DIVERGED_FACTOR = 5.0
 _WORKERS_BESIDE_GPU = 8
