@@ -21,7 +21,7 @@ from nuclei3d.experiment.invocation import (
     refuse_second_model,
     volume_on_disk,
 )
-from nuclei3d.experiment.registry import request_signature
+from nuclei3d.experiment.packing import request_signature
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ import torch
 from nuclei3d.config import Params
 from nuclei3d.console import warned
 from nuclei3d.errors import InputError
-from nuclei3d.experiment import registry
+from nuclei3d.experiment import packing, registry
+from nuclei3d.experiment.packing import request_example
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.registry import (
     champions,
     fetch_model,
-    judge,
     register,
-    request_example,
     roll_back,
 )
 from nuclei3d.experiment.runs import METRICS_TAG, stage_run
@@ -39,10 +38,9 @@ from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import ModelInfo, load_model, save_model
-from nuclei3d.scoring.matching import overlap_table
-from nuclei3d.scoring.metrics import THRESHOLDS, score, tally_of
 from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.segmentation.segmenter import Segmenter
+from scores_fixture import metrics_of
 
 NAME = "nuclei_3d"
 
@@ -51,7 +49,7 @@ NAME = "nuclei_3d"
 def _without_example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare MLflow the prediction of the example, which the slow test does."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(registry, "request_example", lambda info: None)
+        monkeypatch.setattr(packing, "request_example", lambda info: None)
 
 
 @pytest.fixture
@@ -61,23 +59,6 @@ def model(tmp_path: Path) -> Path:
     )
     save_model(tmp_path / "models" / NAME, new_network(17.0, seed=0), info, "# A card")
     return tmp_path / "models" / NAME
-
-
-def metrics_of(missed: Sequence[int], digest: str = "d") -> dict[str, Any]:
-    """metrics.json of frames of one embryo; of its 16 nuclei each misses the first so many."""
-    volumes = {}
-    for frame, count in enumerate(missed):
-        truth = np.kron(np.arange(1, 17, dtype=np.uint32).reshape(4, 4), np.ones((4, 4), np.uint32))[None]
-        tally = tally_of(overlap_table(truth, np.where(truth > count, truth, 0)))
-        volumes[f"E/{frame}"] = {
-            **score(tally).as_json(),
-            "embryo": "E",
-            "truth_digest": f"{digest}{frame}",
-            "counts": tally.as_json(),
-        }
-    ap = dict.fromkeys((f"{t:.2f}" for t in THRESHOLDS), 1 - sum(missed) / (16 * len(missed)))
-    naive = {"ap": dict.fromkeys(ap, 0.25)}
-    return {"ap": ap, "f1": {}, "volumes": volumes, "baselines": {OTSU: naive}}
 
 
 def variant(model: Path, name: object) -> Path:
@@ -346,39 +327,6 @@ def test_a_champion_whose_scores_were_lost_gives_way_by_force_alone(
     assert "has no metrics to compare with" in made.reason
     assert "--force" in made.reason
     assert register(params, model, metrics, force=True).champion == "2"
-
-
-def test_better_on_every_frame_is_better() -> None:
-    verdict = judge(metrics_of([6, 5, 6, 7, 6, 5]), metrics_of([2, 2, 1, 2, 3, 2]), "champion", seed=0)
-    assert verdict.better
-    # 35 and 12 of 96 nuclei missed and none invented: AP is the share found.
-    assert verdict.difference is not None
-    np.testing.assert_allclose(verdict.difference, (35 - 12) / 96)
-    assert verdict.low is not None
-    assert verdict.low > 0
-    assert "better than the champion" in verdict.reason
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "difference"),
-    [
-        ([3, 2, 4, 3, 2, 3], [3, 2, 4, 3, 2, 3], 0),
-        ([1] * 6, [5] * 6, -1),
-        # better here and worse there
-        ([8, 0, 8, 0, 8, 0], [0, 0, 0, 7, 8, 8], 1),
-    ],
-)
-def test_what_is_not_surely_better_is_not_better(before: list[int], now: list[int], difference: int) -> None:
-    verdict = judge(metrics_of(before), metrics_of(now), "champion", seed=0)
-    assert not verdict.better
-    assert np.sign(verdict.difference) == difference
-
-
-def test_other_embryos_settle_nothing() -> None:
-    verdict = judge(metrics_of([6] * 6), metrics_of([0] * 6, digest="other"), "champion", seed=0)
-    assert not verdict.better
-    assert "same held-out volumes" in verdict.reason
-    assert not judge(metrics_of([6] * 6), metrics_of([0] * 5), "champion", seed=0).better
 
 
 def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp_path):

@@ -21,7 +21,8 @@ import tifffile
 from nuclei3d.client import RemoteModel
 from nuclei3d.config import Params, load_params
 from nuclei3d.errors import InputError
-from nuclei3d.experiment.registry import load_served_model, log_served_model, request_example
+from nuclei3d.experiment.packing import log_served_model, request_example
+from nuclei3d.experiment.registry import load_served_model
 from nuclei3d.experiment.runs import stage_run
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames

@@ -1,43 +1,31 @@
-"""The registry: models packed for serving, their versions, the challenger, the champion, the way back."""
+"""The registry: versions of models, the challenger, the champion, the way back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-import nuclei3d
 from nuclei3d.config import Params
-from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, warn
 from nuclei3d.errors import InputError, missing, reason_of
-from nuclei3d.experiment.invocation import RequestParams, VolumeLimits, refuse_second_model
+from nuclei3d.experiment.invocation import refuse_second_model
+from nuclei3d.experiment.packing import log_served_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, is_known, stage_run
 from nuclei3d.experiment.store import open_store, store_lock
-from nuclei3d.images.tiff import write_image
-from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames, check_output, load_model, read_info
-from nuclei3d.scoring.bootstrap import PairedDifference, side_of_zero
-from nuclei3d.scoring.comparison import compare_evaluations, metric_name, tell_difference, tell_others
 from nuclei3d.scoring.metrics import parse_metrics
-from nuclei3d.scoring.watershed import OTSU
+from nuclei3d.scoring.verdict import Verdict, judge, judge_first
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
     from mlflow.models.model import ModelInfo as LoggedModel
-    from mlflow.types.schema import ParamSpec
 
     from nuclei3d.experiment.serving_model import NucleiModel
 
@@ -53,30 +41,6 @@ _SCORES_TAG = "nuclei3d.scores_run"
 _REGISTERED_TAG = "nuclei3d.registered"
 _METRICS_FILE = "metrics.json"
 _SCORES_FOLDER = "scores"
-_REPLICATES = 2000
-
-
-# What the code beside the model imports, directly, to answer a request. Pinned to the versions that are
-# installed where the model is registered.
-_REQUIRED = (
-    "torch",
-    "cellpose",
-    "mlflow",
-    "numpy",
-    "scipy",
-    "numba",
-    "scikit-image",
-    "tifffile",
-    "imagecodecs",
-    "defusedxml",
-    "zarr",
-    "pandas",
-    "pydantic",
-    "pyyaml",
-    "ruamel.yaml",
-    "rich",
-    "psutil",
-)
 
 
 @dataclass(frozen=True)
@@ -105,20 +69,6 @@ class Registered:
             "uri": f"{_SCHEME}{self.name}/{self.version}",
             "run_id": self.run_id,
         }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a challenger is to take the champion's place, and why (a sentence without a full stop).
-
-    Challenger minus champion in the primary metric, with its 95 % interval; None where nothing was compared.
-    """
-
-    better: bool
-    reason: str
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 def register(params: Params, folder: Path, metrics: Path, *, force: bool = False) -> Registered:
@@ -244,96 +194,6 @@ def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: st
         warn(f"epoch or thresholds of {who} were chosen on {', '.join(chosen[:3])}")
 
 
-def log_served_model(folder: Path, metrics: Path, info: ModelInfo, predict: PredictParams) -> LoggedModel:
-    """Log a model folder in the active run: code, weights, model.json, card, metrics, signature, example.
-
-    The metrics.json of its evaluation is kept with the model for later comparisons; `predict` gives the
-    defaults of the service, where a request says nothing.
-    """
-    import mlflow
-
-    package = Path(nuclei3d.__file__).parent
-    logged: LoggedModel = mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(package / "experiment" / "serving_model.py"),
-        code_paths=[str(package)],
-        artifacts={"model": str(folder.resolve()), "metrics": str(metrics.resolve())},
-        signature=request_signature(info, predict),
-        input_example=request_example(info),
-        # at the installed versions without a build such as +cpu
-        pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED],
-        model_config={
-            "root": "",
-            "max_voxels": VolumeLimits().max_voxels,
-            "max_network_voxels": VolumeLimits().max_network_voxels,
-            "device": "auto",
-            "predict": {**predict.model_dump(mode="json"), "device": "auto"},
-        },
-        metadata={"nuclei3d": nuclei3d.__version__, "kind": info.kind, **info.lineage},
-    )
-    return logged
-
-
-def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature:
-    """Give the MLflow signature of a request: two columns of which a row uses one, and the parameters.
-
-    Defaults are the values that take effect: those of `predict`, else those stored with the model.
-    """
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, Property, Schema
-
-    numbers = ("z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
-    nucleus = Object(
-        [Property("label", DataType.long), *(Property(name, DataType.double) for name in numbers)]
-    )
-    return ModelSignature(
-        inputs=Schema(
-            [
-                ColSpec(DataType.binary, "volume", required=False),
-                ColSpec(DataType.string, "path", required=False),
-            ]
-        ),
-        outputs=Schema([ColSpec(DataType.string, "labels"), ColSpec(Array(nucleus), "nuclei")]),
-        params=ParamSchema([_parameter(name, info, predict) for name in RequestParams.model_fields]),
-    )
-
-
-_MLFLOW_TYPES = {"string": "string", "number": "double", "integer": "long", "boolean": "boolean"}
-
-
-def _parameter(name: str, info: ModelInfo, predict: PredictParams) -> ParamSpec:
-    """Describe a parameter to MLflow, whose empty list means "not given"."""
-    from mlflow.types.schema import ParamSpec
-
-    described = RequestParams.model_json_schema()["properties"][name]
-    kind = described if "type" in described else described["anyOf"][0]
-    value = getattr(predict, name, None)
-    if kind["type"] == "array":
-        item = kind["items"] if "items" in kind else kind["prefixItems"][0]
-        return ParamSpec(name, _MLFLOW_TYPES[item["type"]], list(value or ()), shape=(-1,))
-    # a least volume in the signature would be sent with every request, whatever its diameter
-    if value is None and name != "min_volume_um3":
-        value = getattr(info, "nucleus_diameter_um" if name == "diameter_um" else name, None)
-    return ParamSpec(name, _MLFLOW_TYPES[kind["type"]], value)
-
-
-def request_example(info: ModelInfo) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Give a small request that works: two bright balls of the model's diameter in a box."""
-    import pandas as pd
-
-    diameter = info.nucleus_diameter_um or 10.0
-    step = diameter / 8
-    z, y, x = np.mgrid[0:8, 0:24, 0:32].astype(np.float32)
-    image = np.full(z.shape, 100, np.float32)
-    for centre in ((4, 12, 8), (4, 12, 24)):
-        squared = (2 * (z - centre[0])) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2
-        image += 1000 * np.exp(-squared / 18)
-    with tempfile.TemporaryDirectory(prefix="nuclei3d-") as scratch:
-        file = Path(scratch) / "example.ome.tif"
-        write_image(file, image.astype(np.uint16), VoxelSize(2 * step, step, step))
-        return pd.DataFrame({"volume": [file.read_bytes()]}), {"mode": "auto"}
-
-
 def roll_back(params: Params, version: str | None = None) -> Registered:
     """Make an earlier version the champion again: the one that was it before, or `version`."""
     client = open_store(params.tracking)
@@ -425,101 +285,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise InputError(
             f"cannot read the metrics {path}: {error.strerror}; nuclei3d evaluate writes it"
         ) from None
-
-
-def judge(
-    champion: Mapping[str, Any],
-    challenger: Mapping[str, Any],
-    champion_name: str,
-    *,
-    seed: int,
-    metric: str = "ap_mean",
-) -> Verdict:
-    """Compare two metrics.json by a paired bootstrap over embryos, or blocks of time where those are few.
-
-    Both must have been evaluated on the same held-out volumes with the same true labels (``truth_digest``),
-    on some at least that neither was trained on; otherwise the question has no answer and the champion stays.
-    The challenger is better if the whole 95 % interval of the difference in the metric, pooled over the
-    volumes, lies above 0; where no interval can be given, the champion stays.
-    """
-    old, new = champion["volumes"], challenger["volumes"]
-    if _truths(old) != _truths(new):
-        reason = f"not evaluated on the same held-out volumes as the {champion_name}"
-        return Verdict(False, reason)
-    found = compare_evaluations(champion, challenger, replicates=_REPLICATES, seed=seed)
-    compared = found.compared
-    if compared is None:
-        reason = (
-            f"cannot be judged against the {champion_name}: one of them was trained on the embryos of "
-            f"{', '.join(found.trained_on[:3])}; evaluate both on embryos that neither has seen"
-        )
-        return Verdict(False, reason)
-    pair = compared.differences.get(metric, PairedDifference(*[float("nan")] * 4))
-    if np.isnan([pair.difference, pair.low]).any():
-        reason = (
-            f"too few held-out volumes ({len(found.volumes)}) or nuclei to tell whether the difference to "
-            f"the {champion_name} in {metric_name(metric)}, {pair.difference:+.4f}, is real"
-        )
-        return Verdict(False, reason, pair.difference)
-    better = pair.low > 0
-    others = tell_others(compared.differences, metric)
-    count = f"{len(found.volumes)}{f' of {len(new)}' if found.trained_on else ''}"
-    reason = (
-        f"{'better' if better else 'not better'} than the {champion_name} on the same {count} held-out "
-        f"volumes: {tell_difference(metric, pair)} over {compared.units.words}, {pair.b:.4f} against "
-        f"{pair.a:.4f}" + (others and f"; {others}")
-    )
-    return Verdict(better, reason, pair.difference, pair.low, pair.high)
-
-
-def judge_first(result: Mapping[str, Any], *, metric: str = "ap_mean") -> Verdict:
-    """Tell whether a first version beats the naive baseline that its metrics.json holds.
-
-    It does if the whole 95 % interval of the paired difference lies above 0. Where there is no interval (a
-    single volume, a metrics.json from before it was written) the values themselves decide.
-    """
-    seen = [name for name, volume in result["volumes"].items() if volume.get("seen") == "train"]
-    if seen:
-        return Verdict(False, f"cannot be judged: it was trained on {', '.join(seen[:3])}")
-    naive = (result.get("baselines") or {}).get(OTSU)
-    told = f"the naive baseline ({OTSU})"
-    if naive is None:
-        return Verdict(
-            False,
-            f"first version, not shown to beat {told}: its metrics.json does not hold it; evaluate with the "
-            "images and with otsu in evaluate.baselines",
-        )
-    own, other = _value(result, metric), _value(naive, metric)
-    if own is None or other is None:
-        return Verdict(False, f"first version, not shown to beat {told}: no {metric_name(metric)} is known")
-    difference = own - other
-    numbers = f"{metric_name(metric)} {own:.3f} against {other:.3f}"
-    known = ((naive.get("behind_model") or {}).get("metrics") or {}).get(metric)
-    if known is None:
-        better = difference > 0
-        return Verdict(
-            better,
-            f"first version, {'better' if better else 'not better'} than {told}: {numbers}; no interval "
-            "tells whether that is real",
-            difference,
-        )
-    low, high = known["interval"]
-    word = {1: "surely better", -1: "surely worse", 0: "not surely better"}[side_of_zero(low, high)]
-    reason = f"first version, {word} than {told}: {numbers}, 95 % interval {low:+.3f} to {high:+.3f}"
-    return Verdict(low > 0, reason, difference, low, high)
-
-
-def _value(scores: Mapping[str, Any], metric: str) -> float | None:
-    """Look a score up; the mean AP also where metrics.json is of a version that did not write it."""
-    if metric == "ap_mean" and metric not in scores:
-        aps = [value for iou, value in scores["ap"].items() if 0.5 <= float(iou) <= 0.9]
-        return None if None in aps or not aps else float(np.mean(aps))
-    value = scores[metric[:2]].get(metric[3:]) if metric[3:4] == "0" else scores.get(metric)
-    return None if value is None else float(value)
-
-
-def _truths(volumes: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
-    return {name: (volume.get("truth_digest"), volume.get("n_true")) for name, volume in volumes.items()}
 
 
 def _compare_with_champion(
