@@ -166,6 +166,9 @@ def compare_networks(path: Path, model: Model, scale: float, repeats: tuple[int,
             passes[f"OpenVINO, width {width}"] = network, {"engine": "openvino"}
             passes[f"OpenVINO int8, width {width}"] = network, {"precision": "int8"}
     passes["torch, every second xz and yz plane"] = model.network, {"engine": "torch", "orthogonal_step": 2}
+    if has_openvino():
+        both = {"precision": "int8", "orthogonal_step": 2}
+        passes["OpenVINO int8, every second xz and yz plane"] = model.network, both
     works: dict[str, tuple[Callable[[], Any], int]] = {}
     for name, (network, chosen) in passes.items():
         # channels last, as the first run leaves it, must not change a network that others measure

@@ -17,8 +17,9 @@ from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.calibrate import read_validation_volumes
 from nuclei3d.stages.export import export
+from nuclei3d.stages.model_card import describe_model
 from nuclei3d.stages.prepare import prepare
-from nuclei3d.stages.train import _describe_model, open_training
+from nuclei3d.stages.train import open_training
 from nuclei3d.stages.training_data import load_samples, read_slices
 from nuclei3d.training.examples import validation_batches
 from nuclei3d.training.slicing import nucleus_volumes_um3, sphere_diameter_um
@@ -278,7 +279,7 @@ def test_validation_volumes_are_read_at_the_scale_of_the_training(unlike: Path, 
     for volume in (small, large):
         volumes = nucleus_volumes_um3(volume.labels, volume.voxel_size).values()
         assert np.median([sphere_diameter_um(v) for v in volumes]) == pytest.approx(common_um, rel=1e-3)
-    found = _describe_model(params, described, None, None).embryo_diameters_um
+    found = describe_model(params, described, None, None).embryo_diameters_um
     assert found == pytest.approx((8, 16), rel=0.05)
     given = params_of(UNLIKE, "calibrate.volumes=2", "predict.diameter_um=10")
     for volume in read_validation_volumes(given, None, described).calibrating:

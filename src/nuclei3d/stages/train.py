@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,9 @@ from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
-from nuclei3d.errors import InputError, reason_of
+from nuclei3d.errors import InputError
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
-from nuclei3d.networks.folder import (
-    ModelInfo,
-    TrainingFrames,
-    info_beside,
-    load_model,
-    save_model,
-)
+from nuclei3d.networks.folder import load_model, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import (
     Targets,
@@ -39,19 +32,14 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, require_writable, whole_file, write_json, write_table
-from nuclei3d.stages.start_model import find_start_model, scale_of, trace_start
+from nuclei3d.outputs import refuse_foreign_folder, require_writable, write_table
+from nuclei3d.stages.checkpoints import Checkpoints, TrainResult, write_history
+from nuclei3d.stages.model_card import card_text, describe_model, final_metrics
+from nuclei3d.stages.start_model import find_start_model, scale_of
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
 from nuclei3d.training.crops import CropGrid
 from nuclei3d.training.examples import Examples
-from nuclei3d.training.loop import (
-    METRICS,
-    Callbacks,
-    EpochReport,
-    TrainingOutcome,
-    TrainingState,
-    train_network,
-)
+from nuclei3d.training.loop import Callbacks, EpochReport, TrainingOutcome, train_network
 from nuclei3d.training.samples import SampleSet, epoch_order
 
 if TYPE_CHECKING:
@@ -60,25 +48,6 @@ if TYPE_CHECKING:
 
 _NO_INFLUENCE = ("name", "patience", "select", "workers", "memory_limit_gb", "device", "fine_tune")
 """Parameters that decide when to stop, what to keep or where to compute, not what an epoch does."""
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` made.
-
-    `epochs` were done, those before a kill included; the weights of `epoch` were kept, whose figures
-    `metrics` has, and `crops_per_second`, the mean over all epochs. `stopped` says why the training ended
-    early, or is empty. `done_before`: the same training had been finished before; its model was kept.
-    """
-
-    model: Path
-    epochs: int
-    epoch: int
-    stopped: str
-    metrics: dict[str, float]
-    run_id: str | None
-    done_before: bool = False
 
 
 def train(
@@ -146,7 +115,7 @@ def train(
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}, name=_run_name(params, described)) as run:
-        info = _describe_model(params, described, training.spec, run.run_id)
+        info = describe_model(params, described, training.spec, run.run_id)
         _say_plan(training, params, device, described)
 
         def judge(judged: nn.Module) -> float:
@@ -158,7 +127,7 @@ def train(
         )
         network.load_state_dict(outcome.weights)
         network.eval()
-        metrics = _final_metrics(outcome)
+        metrics = final_metrics(outcome)
         if volumes.calibrating:
             segmenter = Segmenter(network, validation_settings(info, params), device)
             info, chosen = with_thresholds(info, params.calibrate, segmenter, volumes.calibrating)
@@ -166,8 +135,8 @@ def train(
         if training.spec is None:
             with torch.no_grad():
                 network.diam_labels.fill_(described.diameter_px)  # type: ignore[operator]
-        save_model(out, network, info, _model_card(info, outcome, params, described))
-        _write_history(out / "history.csv", outcome.state.history)
+        save_model(out, network, info, card_text(info, outcome, params, described))
+        write_history(out / "history.csv", outcome.state.history)
         _write_drawn(out, training, params.seed, outcome.state.epoch)
         run.metrics({f"kept_{name}": value for name, value in metrics.items()})
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
@@ -273,7 +242,8 @@ def _warn_of_start(params: Params, described: Slices) -> None:
     start = find_start_model(params)
     if start is None:
         return
-    normalization = {f"normalization.{name}": value for name, value in _normalization(params, described)}
+    prepared = described.normalization(params).items()
+    normalization = {f"normalization.{name}": value for name, value in prepared}
     shown = {"train.diameter_px": params.train.diameter_px, **normalization}
     for name, value in scale_of(load_model(start)).items():
         if name in shown and shown[name] != value:
@@ -283,12 +253,6 @@ def _warn_of_start(params: Params, described: Slices) -> None:
             )
     if not described.infos.get("validation"):
         warn("no validation data: the last epoch is kept even if the start model is better")
-
-
-def _normalization(params: Params, described: Slices) -> list[tuple[str, Any]]:
-    """Give what prepare normalised with, which params.yaml may no longer say."""
-    prepared: Mapping[str, Any] = described.summary.get("params", {}).get("normalization", {})
-    return list((params.normalization.model_dump() | dict(prepared)).items())
 
 
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
@@ -367,81 +331,6 @@ def _fingerprint(params: Params, described: Slices, start_digest: str) -> str:
     return _md5([chosen, params.seed, described.digest, start_digest])
 
 
-class Checkpoints:
-    """The checkpoints of a training, in ``<model folder>.checkpoint``; every file appears whole.
-
-    They are last.pt, best_<epoch>.pt and history.csv. When the training is finished, finished.json says what
-    it was made from, and its result.
-    """
-
-    def __init__(self, model: Path) -> None:
-        self.folder = model.with_name(model.name + ".checkpoint")
-        self._model = model
-        self._last = self.folder / "last.pt"
-        self._finished = self.folder / "finished.json"
-
-    def find_finished(self, cause: str) -> TrainResult | None:
-        """Find the result of the training that left the model folder as it is now."""
-        try:
-            record = json.loads(self._finished.read_text(encoding="utf-8"))
-            if record["cause"] != cause or record["model_md5"] != digest_of(self._model):
-                return None
-        except _UNREADABLE:
-            return None
-        record["result"].pop("warnings", None)  # of versions before
-        return TrainResult(**{**record["result"], "model": self._model, "done_before": True})
-
-    def note_finished(self, result: TrainResult, cause: str) -> None:
-        """Write what `find_finished` looks for."""
-        record = {"cause": cause, "model_md5": digest_of(self._model), "result": asdict(result)}
-        write_json(self._finished, record, default=str)
-
-    def _best(self, epoch: int) -> Path:
-        return self.folder / f"best_{epoch:05d}.pt"
-
-    def save(self, state: TrainingState, is_best: bool, fingerprint: str) -> None:
-        """Write a state; at any moment last.pt and the best weights that it names are there."""
-        if is_best:
-            with whole_file(self._best(state.best_epoch)) as path:
-                torch.save(state.best, path)
-        with whole_file(self._last) as path:
-            torch.save({"fingerprint": fingerprint, "state": state.as_plain()}, path)
-        for path in self.folder.glob("best_*.pt"):
-            if path != self._best(state.best_epoch):
-                path.unlink()
-        _write_history(self.folder / "history.csv", state.history)
-
-    def load(self, fingerprint: str) -> TrainingState | None:
-        """Read the last state; None if there is none or (said aloud) it is unusable or out of date."""
-        if not self._last.is_file():
-            return None
-        try:
-            saved = torch.load(self._last, map_location="cpu", weights_only=True)
-            if saved["fingerprint"] != fingerprint:
-                say(
-                    f"the parameters or the slices changed since the checkpoint in {self.folder}; "
-                    "training starts afresh"
-                )
-                return None
-            best: dict[str, Any] = {}
-            if saved["state"]["best_score"] > -math.inf:
-                path = self._best(saved["state"]["best_epoch"])
-                best = torch.load(path, map_location="cpu", weights_only=True)
-            return TrainingState.from_plain(saved["state"], best)
-        except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = reason_of(error, 200)
-            say(f"the checkpoint in {self.folder} cannot be read ({reason}); training starts afresh")
-            return None
-
-
-def _write_history(path: Path, history: Sequence[EpochReport]) -> None:
-    rows = (
-        [report.epoch, *("" if math.isnan(report[name]) else f"{report[name]:.6g}" for name in METRICS)]
-        for report in history
-    )
-    write_table(path, ("epoch", *METRICS), rows)
-
-
 def _train_epochs(
     training: Training,
     params: Params,
@@ -513,94 +402,6 @@ def _line(report: EpochReport, epochs: int) -> str:
         parts.append(f"{report['crops_per_second']:.1f} crops/s")
     parts.append(f"{report['seconds']:.1f} s")
     return ", ".join(parts)
-
-
-def _final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
-    history = outcome.state.history
-    metrics = next((report.metrics() for report in history if report.epoch == outcome.epoch), {})
-    rates = [report["crops_per_second"] for report in history if report.epoch]
-    if rates:
-        metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
-    return metrics
-
-
-def _describe_model(
-    params: Params, described: Slices, spec: VolumeSpec | None, run_id: str | None
-) -> ModelInfo:
-    """Gather what model.json holds; the thresholds are the defaults."""
-    from nuclei3d.experiment.provenance import trace_provenance
-
-    provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
-    elsewhere = ("nuclei3d.host", "nuclei3d.environment", "mlflow.source.git.commit")
-    tags = {name: value for name, value in provenance.as_tags().items() if name not in elsewhere}
-    origin = {name.removeprefix("nuclei3d."): value for name, value in tags.items()}
-    if run_id is not None:
-        origin["run_id"] = run_id
-    origin |= trace_start(params)
-    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
-        origin["label_shift_um"] = json.dumps(shift_um)
-    voxel = float(described.summary["voxel_um"])
-    own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
-    of_training = [
-        own[embryo] for embryo in described.summary.get("embryos", {}).get("train", ()) if embryo in own
-    ]
-    return ModelInfo(
-        kind="views2d" if spec is None else "full3d",
-        width=params.train.width,
-        full3d=spec,
-        name=params.train.name,
-        diameter_px=params.train.diameter_px,
-        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-        voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
-        embryo_diameters_um=(min(of_training), max(of_training)) if of_training else None,
-        training=described.summary.get("training"),
-        versions=dict(provenance.versions),
-        lineage=origin,
-        frames=_frames_seen(params, described),
-        **dict(_normalization(params, described)),
-    )
-
-
-def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
-    """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
-    digests = described.summary.get("frame_digests")
-    if digests is None:
-        return None
-    frames = TrainingFrames.model_validate(digests)
-    start = find_start_model(params)
-    if start is None:
-        return frames
-    info = info_beside(start)
-    return frames.after(None if info is None else info.frames)
-
-
-def _model_card(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
-    embryos = described.summary.get("embryos", {})
-    unit = "planes" if info.full3d is None else "volumes"
-    rows = [
-        ("trained on", ", ".join(embryos.get("train", ["unknown"]))),
-        ("validated on", ", ".join(embryos.get("validation", ["unknown"]))),
-        (unit, str(described.summary.get(unit, {}).get("train", "unknown"))),
-        ("epoch kept", f"{outcome.epoch} of {outcome.state.epoch}"),
-        ("nuclei", f"{info.nucleus_diameter_um:.3g} um, {info.diameter_px:.3g} px at the network's scale"),
-        ("seed", str(params.seed)),
-        *((name.replace("_", " "), f"{value:.4g}") for name, value in _final_metrics(outcome).items()),
-        *((name.replace("_", " "), value) for name, value in info.lineage.items()),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a "
-    if info.for_cellpose:
-        what += "plain Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models."
-        what += "CellposeModel`."
-    else:
-        what += f"state dict of width {info.width}, which Cellpose itself does not load."
-    if info.full3d is not None:
-        what = (
-            "A 3D network trained on embryos by nuclei3d, for voxels about "
-            f"{info.full3d.anisotropy:.3g} times as long in z as in x at its scale. `{info.name}` is a state "
-            "dict; model.json has the network's shape."
-        )
-    return f"# {info.name}\n\n{what}\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _write_drawn(out: Path, training: Training, seed: int, epochs: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from nuclei3d.config import Params
 from nuclei3d.digests import digests_of
 from nuclei3d.errors import InputError
 from nuclei3d.flows import flows_2d
@@ -98,6 +99,11 @@ class Slices:
     def network(self) -> str:
         """Kind of network that this was prepared for: ``views2d`` or ``full3d``."""
         return str(self.summary.get("network", "views2d"))
+
+    def normalization(self, params: Params) -> dict[str, Any]:
+        """Give what prepare normalised with, which params.yaml may no longer say."""
+        prepared = self.summary.get("params", {}).get("normalization", {})
+        return params.normalization.model_dump() | dict(prepared)
 
     @property
     def has_unlike_nuclei(self) -> bool:

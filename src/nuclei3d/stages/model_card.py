@@ -1,0 +1,103 @@
+"""What a trained model says of itself: model.json and the card beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from nuclei3d.config import Params
+from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
+from nuclei3d.networks.unet3d import VolumeSpec
+from nuclei3d.stages.start_model import find_start_model, trace_start
+from nuclei3d.stages.training_data import Slices
+from nuclei3d.training.loop import TrainingOutcome
+
+
+def describe_model(
+    params: Params, described: Slices, spec: VolumeSpec | None, run_id: str | None
+) -> ModelInfo:
+    """Gather what model.json holds; the thresholds are the defaults."""
+    from nuclei3d.experiment.provenance import trace_provenance
+
+    provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
+    elsewhere = ("nuclei3d.host", "nuclei3d.environment", "mlflow.source.git.commit")
+    tags = {name: value for name, value in provenance.as_tags().items() if name not in elsewhere}
+    origin = {name.removeprefix("nuclei3d."): value for name, value in tags.items()}
+    if run_id is not None:
+        origin["run_id"] = run_id
+    origin |= trace_start(params)
+    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+        origin["label_shift_um"] = json.dumps(shift_um)
+    voxel = float(described.summary["voxel_um"])
+    own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
+    of_training = [
+        own[embryo] for embryo in described.summary.get("embryos", {}).get("train", ()) if embryo in own
+    ]
+    return ModelInfo(
+        kind="views2d" if spec is None else "full3d",
+        width=params.train.width,
+        full3d=spec,
+        name=params.train.name,
+        diameter_px=params.train.diameter_px,
+        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
+        voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
+        embryo_diameters_um=(min(of_training), max(of_training)) if of_training else None,
+        training=described.summary.get("training"),
+        versions=dict(provenance.versions),
+        lineage=origin,
+        frames=_frames_seen(params, described),
+        **described.normalization(params),
+    )
+
+
+def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
+    """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
+    digests = described.summary.get("frame_digests")
+    if digests is None:
+        return None
+    frames = TrainingFrames.model_validate(digests)
+    start = find_start_model(params)
+    if start is None:
+        return frames
+    info = info_beside(start)
+    return frames.after(None if info is None else info.frames)
+
+
+def card_text(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
+    """Say in Markdown what the model is, what it was trained on, and how well it did there."""
+    embryos = described.summary.get("embryos", {})
+    unit = "planes" if info.full3d is None else "volumes"
+    rows = [
+        ("trained on", ", ".join(embryos.get("train", ["unknown"]))),
+        ("validated on", ", ".join(embryos.get("validation", ["unknown"]))),
+        (unit, str(described.summary.get(unit, {}).get("train", "unknown"))),
+        ("epoch kept", f"{outcome.epoch} of {outcome.state.epoch}"),
+        ("nuclei", f"{info.nucleus_diameter_um:.3g} um, {info.diameter_px:.3g} px at the network's scale"),
+        ("seed", str(params.seed)),
+        *((name.replace("_", " "), f"{value:.4g}") for name, value in final_metrics(outcome).items()),
+        *((name.replace("_", " "), value) for name, value in info.lineage.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    what = f"A Cellpose 3 network retrained on planes of 3D embryos by nuclei3d. `{info.name}` is a "
+    if info.for_cellpose:
+        what += "plain Cellpose state dict: it loads in the Cellpose GUI, command line and `cellpose.models."
+        what += "CellposeModel`."
+    else:
+        what += f"state dict of width {info.width}, which Cellpose itself does not load."
+    if info.full3d is not None:
+        what = (
+            "A 3D network trained on embryos by nuclei3d, for voxels about "
+            f"{info.full3d.anisotropy:.3g} times as long in z as in x at its scale. `{info.name}` is a state "
+            "dict; model.json has the network's shape."
+        )
+    return f"# {info.name}\n\n{what}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def final_metrics(outcome: TrainingOutcome) -> dict[str, float]:
+    """Give the figures of the epoch that was kept, and the mean crops a second."""
+    history = outcome.state.history
+    metrics = next((report.metrics() for report in history if report.epoch == outcome.epoch), {})
+    rates = [report["crops_per_second"] for report in history if report.epoch]
+    if rates:
+        metrics["crops_per_second"] = len(rates) / sum(1 / rate for rate in rates)
+    return metrics
