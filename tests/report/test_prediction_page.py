@@ -25,8 +25,9 @@ from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.report.prediction import QUANTITIES, ShownFrame, odd_numbers
 from nuclei3d.stages import predict_page
+from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict_page import write_page
-from nuclei3d.stages.predicted import COLUMNS, PredictedFrame
+from nuclei3d.stages.predicted import PredictedFrame
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

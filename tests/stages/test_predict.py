@@ -19,8 +19,8 @@ from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.inspect import inspect_images
+from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict import predict
-from nuclei3d.stages.predicted import COLUMNS
 from nuclei3d.stages.track_files import score_track_folders
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
@@ -284,7 +284,7 @@ def test_tracks_of_older_masks_are_moved_away(movie, oracle_model, tmp_path, cap
     assert (kept / "tracks.csv").read_bytes() == table
     assert f"moved to {kept}" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"holds no res_track\.txt"):
-        score_track_folders(out, out, required=True)
+        score_track_folders(out, out, out, required=True)
     write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
     predict(params, [movie], str(oracle_model), out, link=True)
     assert (out / "tracks" / "tracks.csv").read_bytes() != table

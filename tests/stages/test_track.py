@@ -17,11 +17,14 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
+from nuclei3d.outputs import write_table
 from nuclei3d.stages.evaluate import evaluate
+from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.pairing import find_label_entries
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track import TrackResult, track
 from nuclei3d.stages.track_files import read_tracks
+from nuclei3d.tracks.nuclei import measure_frame
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 
@@ -147,6 +150,43 @@ def test_the_scores_stand_in_the_metrics(
     (left / "res_track.txt").write_text("1 0 0 0\n")
     assert evaluate(film_params(), film / "labels", out, tmp_path / "left").metrics["tracks"] == found
     shutil.rmtree(left)
+
+
+def test_masks_that_changed_since_are_told(film: Path, tmp_path: Path, capsys) -> None:
+    """Tracks are scored as they are, and the table beside masks counts for what it knows of them."""
+    masks = tmp_path / "masks"
+    predicted = {}
+    for time in range(8):
+        labels = read_labels(film / f"labels/t{time:03d}.tif")
+        path = masks / f"t{time:03d}_masks.ome.tif"
+        write_labels(path, labels, VoxelSize(2.0, 0.348, 0.348))
+        found = measure_frame(labels, VoxelSize(2.0, 0.348, 0.348), 0)
+        columns = (found.label, *found.position_um.T, found.volume_um3, found.label, found.label / 100)
+        write_table(masks / f"t{time:03d}_nuclei.csv", COLUMNS, zip(*columns, strict=True))
+        predicted[path] = labels
+    track(Params(), masks, tmp_path / "tracks")
+    rows = table(tmp_path / "tracks" / "tracks.csv")
+    assert all(float(row["score"]) == int(row["label"]) / 100 for row in rows)
+    evaluate(film_params(), film, masks, tmp_path / "scores", tracks=tmp_path / "tracks")
+    assert "warning" not in capsys.readouterr().err
+    # one frame renumbered, a nucleus of another erased
+    one, other = sorted(predicted)[1], sorted(predicted)[2]
+    renumbered = np.where(predicted[one] > 0, predicted[one].max() + 1 - predicted[one], 0)
+    write_labels(one, renumbered, VoxelSize(2.0, 0.348, 0.348))
+    write_labels(other, np.where(predicted[other] == 1, 0, predicted[other]), VoxelSize(2.0, 0.348, 0.348))
+    result = evaluate(film_params(), film, masks, tmp_path / "again", tracks=tmp_path / "tracks")
+    said = capsys.readouterr().err
+    assert f"of other masks than {masks} holds ({one.name}, {other.name})" in said
+    assert "t001_nuclei.csv is not of these masks" in said
+    assert "t002_nuclei.csv is not of these masks" in said
+    assert result.metrics["tracks"]["det"] == 1
+    track(Params(), masks, tmp_path / "tracks")
+    scores = {
+        (int(row["frame"]), int(row["label"])): row["score"] for row in table(tmp_path / "tracks/tracks.csv")
+    }
+    assert all(scores[key] == "" or float(scores[key]) == key[1] / 100 for key in scores)
+    assert sum(scores[key] == "" for key in scores if key[0] == 1) >= len(np.unique(renumbered)) - 2
+    assert all(scores[key] for key in scores if key[0] != 1)
 
 
 def test_without_tracks_there_are_no_scores_of_tracks(film: Path, tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-_MOST_COMPILED = 4
+MOST_COMPILED = 4
+"""Networks that are kept compiled, of which a process needs one or two."""
+
 _COMPILED: dict[tuple[object, ...], Compiled] = {}
 
 
@@ -54,7 +56,7 @@ def compile_if_wanted(
         digest.update(value.detach().cpu().contiguous().numpy().data)
     key = (digest.digest(), str(precision), threads, threading.get_ident())
     if key not in _COMPILED:
-        while len(_COMPILED) >= _MOST_COMPILED:
+        while len(_COMPILED) >= MOST_COMPILED:
             _COMPILED.pop(next(iter(_COMPILED)))
         _COMPILED[key] = compile_cpnet(state, precision, threads)
     return _COMPILED[key]

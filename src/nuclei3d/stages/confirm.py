@@ -16,6 +16,7 @@ from nuclei3d.images.frames import natural_key, read_labels, single_label_frame
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.outputs import whole_file
 from nuclei3d.segmentation.likeness import with_nuclei
+from nuclei3d.stages.nuclei_table import table_path
 from nuclei3d.stages.pairing import Entry, find_label_entries
 from nuclei3d.stages.predicted import (
     PredictedFrame,
@@ -23,7 +24,6 @@ from nuclei3d.stages.predicted import (
     forget,
     lay_tracks_aside,
     note_done,
-    table_path,
 )
 from nuclei3d.stages.predictor import Sure
 from nuclei3d.stages.time_lapse import RECORD_FOLDER

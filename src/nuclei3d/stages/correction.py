@@ -20,8 +20,8 @@ from nuclei3d.images.unknown import read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import overlap_table, relabel_sequential
 from nuclei3d.scoring.suspicion import Suspect, find_missed, rank_nuclei
-from nuclei3d.stages.evaluate import read_scores
 from nuclei3d.stages.import_labels import ImportResult, NewLabels, label_target, list_frames, store_labels
+from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import Entry, find_label_entries, first_voxel_size
 from nuclei3d.stages.view import choose_layers
 from nuclei3d.tracks.linking import link_nuclei
@@ -182,7 +182,7 @@ def open_correction(
         if predicted is not None:
             table = overlap_table(labels, predicted)
             agreement = dict(zip(table.true_labels.tolist(), table.best_true_iou.tolist(), strict=True))
-        source, score = layer.frame.path, read_scores(layer)
+        source, score = layer.frame.path, read_column(layer, labels)
         growth = _growth(layer, labels, size, params)
     assert labels is not None
     place = (params, folder, name, entry.frame, volume)

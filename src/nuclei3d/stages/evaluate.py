@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -23,7 +22,6 @@ from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
-from nuclei3d.images.frames import frame_stem
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, info_beside
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
@@ -46,6 +44,7 @@ from nuclei3d.scoring.metrics import score
 from nuclei3d.scoring.plausibility import looks_like_image
 from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
+from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 from nuclei3d.stages.track_files import score_track_folders
 
@@ -186,7 +185,7 @@ def evaluate(
         info.frames.mark_seen(metrics["volumes"])
     if warnings := _find_warnings(metrics, assessed, pairing.pairs):
         metrics["warnings"] = warnings
-    if found := score_track_folders(truth, pred if tracks is None else tracks, required=tracks is not None):
+    if found := score_track_folders(truth, tracks or pred, pred, required=tracks is not None):
         metrics["tracks"] = found
     with whole_folder(out) as folder:
         about = _about(info, made or {})
@@ -226,26 +225,6 @@ def _training_edges(summary: Path) -> list[float]:
     return edges
 
 
-def read_scores(prediction: Entry, column: str = "score") -> dict[int, float] | None:
-    """Read the scores (or another column) that `nuclei3d predict` writes beside its masks; None if none."""
-    stem = frame_stem(prediction.frame.path)
-    path = prediction.frame.path.with_name(stem.removesuffix("_masks") + "_nuclei.csv")
-    if prediction.frame.time is not None or not path.is_file():
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"label", column} <= rows[0].keys():
-        return None
-    try:
-        scores = {int(row["label"]): float(row[column]) for row in rows if row[column]}
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{path}: cannot read the columns label and {column}; remove the file or have predict write it "
-            "again"
-        ) from None
-    return scores if all(math.isfinite(value) for value in scores.values()) else None
-
-
 def _assess(
     params: Params, pairs: Sequence[VolumePair], method: str
 ) -> tuple[dict[str, list[Assessment]], list[tuple[str, str]]]:
@@ -281,7 +260,7 @@ def _assess_methods(
         predicted = pair.read_prediction(entry, true.shape)
         _refuse_image(predicted, entry)
         contrast = found[method].true.contrast if found else None
-        found[name] = assess(true, predicted, scores=read_scores(entry), true_contrast=contrast)
+        found[name] = assess(true, predicted, scores=read_column(entry, predicted), true_contrast=contrast)
     return (_digest_of(true, unknown), _digest_of_frame(image, true, pair)), found
 
 

@@ -24,6 +24,7 @@ from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.nuclei_table import table_path, write_table
 from nuclei3d.stages.predicted import (
     TRACKS_FILE,
     PredictedFrame,
@@ -31,8 +32,6 @@ from nuclei3d.stages.predicted import (
     forget,
     lay_tracks_aside,
     note_done,
-    table_path,
-    write_table,
 )
 from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
 from nuclei3d.stages.time_lapse import write_series

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.outputs import remove, require_writable, whole_file
+from nuclei3d.stages.nuclei_table import table_path
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
-
-if TYPE_CHECKING:
-    from nuclei3d.segmentation.masks import Nucleus
 
 CHANGED_FOLDER = Path(RECORD_FOLDER, "changed")
 """In it are masks that were changed by hand before they were predicted again."""
 TRACKS_FILE = Path("tracks", "tracks.csv")
 """The table that ``nuclei3d track MASKS --out MASKS/tracks`` leaves beside the masks."""
-COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 
 
 @dataclass(frozen=True)
@@ -40,23 +33,6 @@ class PredictedFrame:
     """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
     diameter_um: float | None = None
     """Of the nuclei, as estimated; None where it was given or is the model's."""
-
-
-def table_path(out: Path, name: str) -> Path:
-    """Say where the table of a frame's nuclei goes."""
-    return out / f"{name}_nuclei.csv"
-
-
-def write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
-    """Write the table of nuclei, whole or not at all; an unknown score is an empty cell."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for nucleus in nuclei:
-            values = (getattr(nucleus, column) for column in COLUMNS[1:])
-            writer.writerow(
-                [nucleus.label, *("" if math.isnan(value) else f"{value:.6g}" for value in values)]
-            )
 
 
 def forget(out: Path, name: str) -> None:

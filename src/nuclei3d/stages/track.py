@@ -21,7 +21,7 @@ from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder
 from nuclei3d.stages import Result
-from nuclei3d.stages.evaluate import read_scores
+from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import (
     Entry,
     find_image_entries,
@@ -33,6 +33,7 @@ from nuclei3d.stages.track_files import (
     RESULT,
     find_table,
     mask_name,
+    note_masks,
     read_track_masks,
     read_tracks,
     renumber,
@@ -134,6 +135,7 @@ def track(
                 write_labels(folder / name, renumber(labels, old, numbered.track[own]), sizes[frame])
 
         work_on_frames("write masks", write, len(entries))
+        note_masks(folder, [entry.frame.path for entry in entries])
         write_track_table(folder / RESULT, nuclei, pieces)
         write_geff(folder / "tracks.geff", tracks, numbered)
         write_nuclei_table(folder / "tracks.csv", tracks, numbered)
@@ -199,10 +201,11 @@ def measure_masks(entry: Entry, image: Entry | None, size: VoxelSize, frame: int
             raise InputError(
                 f"{image.frame.path} and {entry.frame.path} differ in shape; give the masks' images"
             )
-    nuclei = measure_frame(entry.read_labels(), size, frame, volume)
+    labels = entry.read_labels()
+    nuclei = measure_frame(labels, size, frame, volume)
 
     def column(name: str) -> Floats | None:
-        known = read_scores(entry, name)
+        known = read_column(entry, labels, name)
         return None if known is None else np.array([known.get(int(n), np.nan) for n in nuclei.label])
 
     score = column("score")

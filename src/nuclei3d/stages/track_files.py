@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuclei3d import __version__
-from nuclei3d.console import progress_bar, say, warn
+from nuclei3d.console import progress_bar, say, some_of, warn
+from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import list_volumes, read_labels
-from nuclei3d.outputs import write_table
+from nuclei3d.outputs import write_json, write_table
 from nuclei3d.tracks.accuracy import FrameMatch, match_frame, score_tracks
 from nuclei3d.tracks.nuclei import Integers, Nuclei, NumberedTracks, Tracks
 
@@ -28,6 +29,7 @@ COLUMNS = (
     "seen_once",
 )  # fmt: skip
 _COUNTS = ("n_divisions", "n_divisions_pred", "n_true", "n_pred")
+_MASKS_FILE = "masks.json"
 _MASKS = {RESULT: "mask", TRUTH: "man_track"}
 
 
@@ -116,6 +118,36 @@ def read_track_masks(paths: Sequence[Path], tracks: Tracks) -> Iterator[NDArray[
         yield labels
 
 
+def note_masks(folder: Path, masks: Sequence[Path]) -> None:
+    """Note beside tracks which masks they link, by content."""
+    files = list(dict.fromkeys(masks))
+    write_json(folder / _MASKS_FILE, {file.name: digest_of(file) for file in files})
+
+
+def _warn_of_other_masks(tracks: Path, masks: Path) -> None:
+    """Warn where masks changed since tracks linked them: the tracks' scores are not theirs."""
+    try:
+        linked: dict[str, str] = json.loads((tracks / _MASKS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # of another program, or of a version that did not note them
+    home = tracks.resolve()
+    changed = []
+    for name, digest in linked.items():
+        beside = [path for path in masks.rglob(name) if not _is_hidden(path, masks)]
+        found = [path for path in beside if home not in path.resolve().parents]
+        if found and digest not in map(digest_of, found):
+            changed.append(name)
+    if changed:
+        warn(
+            f"the tracks in {tracks} are of other masks than {masks} holds ({some_of(changed)}), and so are "
+            "their scores; run nuclei3d track again"
+        )
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def renumber(labels: NDArray[np.uint32], old: Integers, new: Integers) -> NDArray[np.uint32]:
     """Give labels other numbers; those that are not among the `old` become background."""
     table = np.zeros(max(int(labels.max(initial=0)), int(old.max(initial=0))) + 1, np.uint32)
@@ -198,8 +230,10 @@ def write_geff(path: Path, tracks: Tracks, numbered: NumberedTracks) -> None:
     )
 
 
-def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str, Any] | None:
+def score_track_folders(truth: Path, found: Path, masks: Path, *, required: bool) -> dict[str, Any] | None:
     """Score the tracks below a folder against the true ones, in the form of the Cell Tracking Challenge.
+
+    Tracks of other masks than lie below `masks` now are warned of.
 
     The truth's lie below `truth`, or beside it where it is a folder called labels. Embryos pair by the names
     of their folders, a lone one with a lone one. Scores are means over embryos, counts are sums, and
@@ -220,6 +254,8 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
             f"no tracks of {found} have the name of an embryo with true tracks: found {', '.join(pred)} and "
             f"{', '.join(true)}"
         )
+    for _, name in names:
+        _warn_of_other_masks(pred[name].parent, masks)
     try:
         embryos = {name: _score(true[name], pred[other]) for name, other in names}
     except InputError as error:
@@ -241,7 +277,7 @@ def score_track_folders(truth: Path, found: Path, *, required: bool) -> dict[str
 def _tables(folder: Path, name: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob(name)):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if _is_hidden(path, folder):
             continue  # left half-written by a process that was killed, or of masks that are no more
         home = path.parent.resolve()
         embryo = home.parent.name if home.name == "tracks" else home.name
