@@ -37,7 +37,7 @@ from nuclei3d.experiment.runs import METRICS_TAG, stage_run
 from nuclei3d.experiment.store import open_store
 from nuclei3d.images.frames import find_frames
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.networks.folder import ModelInfo, digest_of_weights, load_model, save_model, scored_model
 from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.segmentation.segmenter import Segmenter
 from scores_fixture import metrics_of
@@ -327,6 +327,23 @@ def test_a_champion_whose_scores_were_lost_gives_way_by_force_alone(
     assert "has no metrics to compare with" in made.reason
     assert "--force" in made.reason
     assert register(params, model, metrics, force=True).champion == "2"
+
+
+def test_scores_of_another_model_are_refused(params, model, tmp_path, capsys):
+    loaded, metrics = load_model(model), tmp_path / "metrics.json"
+    other = scored_model(loaded.info, "0" * 64)
+    metrics.write_text(json.dumps({**metrics_of([0] * 4), "model": other}))
+    with pytest.raises(InputError, match=rf"{metrics} holds the scores of another model"):
+        register(params, model, metrics)
+    assert champions(params) == []
+    own = scored_model(loaded.info, digest_of_weights(model))
+    metrics.write_text(json.dumps({**metrics_of([0] * 4), "model": own}))
+    register(params, model, metrics)
+    assert "does not say of which model" not in capsys.readouterr().err
+    own["thresholds"]["score_threshold"] = 0.9
+    metrics.write_text(json.dumps({**metrics_of([1] * 4), "model": own}))
+    register(params, model, metrics)
+    assert f"the thresholds of {model} changed since" in capsys.readouterr().err
 
 
 def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp_path):

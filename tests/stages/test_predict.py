@@ -16,8 +16,9 @@ from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import Model, ModelInfo, save_model
+from nuclei3d.networks.folder import Model, ModelInfo, digest_of_weights, save_model
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.inspect import inspect_images
 from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict import predict
@@ -288,6 +289,22 @@ def test_tracks_of_older_masks_are_moved_away(movie, oracle_model, tmp_path, cap
     write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
     predict(params, [movie], str(oracle_model), out, link=True)
     assert (out / "tracks" / "tracks.csv").read_bytes() != table
+
+
+def test_masks_are_not_scored_as_those_of_another_model(movie, oracle_model, tmp_path):
+    out, params = tmp_path / "out", load_params(None, ["predict.report=false", "evaluate.report=false"])
+    predict(params, [movie], str(oracle_model), out, link=True)
+    for path in out.glob("*_masks.ome.tif"):
+        name = path.name.replace("_masks.ome", "")
+        tiff.write_labels(tmp_path / "truth" / name, read_labels(path), VOXELS)
+    save_model(tmp_path / "other", new_network(20, 1), INFO, "another")
+    with pytest.raises(InputError, match=r"t1_masks\.ome\.tif was predicted by another model"):
+        evaluate(params, tmp_path / "truth", out, tmp_path / "scores", model=tmp_path / "other")
+    with pytest.raises(InputError, match="gone"):
+        evaluate(params, tmp_path / "truth", out, tmp_path / "scores", model=tmp_path / "gone")
+    assert not (tmp_path / "scores").exists()
+    found = evaluate(params, tmp_path / "truth", out, tmp_path / "scores", model=oracle_model).metrics
+    assert found["model"]["weights_sha256"] == digest_of_weights(oracle_model)
 
 
 def test_an_image_that_moved_or_is_linked_is_not_done_again(movie, oracle_model, tmp_path):

@@ -18,7 +18,17 @@ from nuclei3d.experiment.packing import log_served_model
 from nuclei3d.experiment.provenance import md5_of_input
 from nuclei3d.experiment.runs import METRICS_TAG, is_known, stage_run
 from nuclei3d.experiment.store import open_store, store_lock
-from nuclei3d.networks.folder import INFO_FILE, ModelInfo, TrainingFrames, check_output, load_model, read_info
+from nuclei3d.networks.folder import (
+    INFO_FILE,
+    Model,
+    ModelInfo,
+    TrainingFrames,
+    check_output,
+    digest_of_weights,
+    load_model,
+    read_info,
+    scored_model,
+)
 from nuclei3d.scoring.metrics import parse_metrics
 from nuclei3d.scoring.verdict import Verdict, judge, judge_first
 
@@ -81,7 +91,8 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     judged by them, and one that a killed process began is gone on with. The version, and the runs that
     trained and evaluated the model where the store has them, name each other in their tags.
 
-    `metrics` is the metrics.json of its evaluation on held-out embryos, or the folder that holds it.
+    `metrics` is the metrics.json of its evaluation on held-out embryos, or the folder that holds it;
+    InputError is raised where it is that of another model.
     `tracking` names the store and the registered model, `predict` gives the defaults of the service,
     `evaluate.primary_metric` decides.
     """
@@ -97,6 +108,7 @@ def register(params: Params, folder: Path, metrics: Path, *, force: bool = False
     info = model.info
     metrics = metrics / _METRICS_FILE if metrics.is_dir() else metrics
     result = read_metrics(metrics)
+    _check_scored(result, model, metrics)
     _mark_seen(result, info.frames, "the model")
     client = open_store(params.tracking)
     with store_lock(params.tracking):
@@ -177,6 +189,21 @@ def _link_runs(client: MlflowClient, name: str, version: str, info: ModelInfo, m
         if run_id is not None and is_known(client, run_id):
             client.set_model_version_tag(name, version, f"nuclei3d.{stage}_run", run_id)
             client.set_tag(run_id, _REGISTERED_TAG, f"{name} version {version}")
+
+
+def _check_scored(result: Mapping[str, Any], model: Model, metrics: Path) -> None:
+    """Raise InputError for scores of another model; say what makes it doubtful that they are this one's."""
+    scored, own = result.get("model") or {}, scored_model(model.info, digest_of_weights(model.path))
+    if "weights_sha256" not in scored:
+        warn(f"{metrics} does not say of which model it is; nuclei3d assess, and evaluate --model, do")
+    elif scored["weights_sha256"] != own["weights_sha256"]:
+        raise InputError(
+            f"{metrics} holds the scores of another model ({scored.get('name')}, made "
+            f"{scored.get('created')}) than {model.path.parent} (made {model.info.created}); evaluate this "
+            "one: nuclei3d assess --model"
+        )
+    elif scored.get("thresholds") != own["thresholds"]:
+        warn(f"the thresholds of {model.path.parent} changed since {metrics} was written: evaluate it anew")
 
 
 def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -294,6 +295,23 @@ def info_beside(path: Path) -> ModelInfo | None:
     described = path.parent / INFO_FILE
     info = read_info(described) if described.is_file() else None
     return info if info is not None and info.name == path.name else None
+
+
+def digest_of_weights(path: Path) -> str:
+    """Give the SHA-256 of a weights file, or of that in a model folder: what tells a model from another."""
+    require_model(path)
+    weights = path / read_info(path / INFO_FILE).name if path.is_dir() else path
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+_THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
+
+
+def scored_model(info: ModelInfo, weights_sha256: str) -> dict[str, Any]:
+    """Give what metrics.json says of the model that was scored: enough to know it again, thresholds too."""
+    thresholds = info.model_dump(include={*_THRESHOLDS, "min_volume_um3"})
+    named = info.model_dump(include={"name", "kind", "created"})
+    return {**named, "weights_sha256": weights_sha256, "thresholds": thresholds}
 
 
 def check_output(model: Model) -> None:

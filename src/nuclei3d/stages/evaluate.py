@@ -23,7 +23,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.intensity import measure_range
-from nuclei3d.networks.folder import ModelInfo, info_beside
+from nuclei3d.networks.folder import ModelInfo, digest_of_weights, info_beside, scored_model
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
@@ -46,6 +46,7 @@ from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
+from nuclei3d.stages.predicted import weights_behind
 from nuclei3d.stages.track_files import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.
@@ -134,7 +135,7 @@ def evaluate(
         What `nuclei3d track` wrote, scored where the truth has tracks; None: if such lies below `pred`.
     model
         Folder or weights of the model that made the predictions: volumes that it was trained on are marked
-        and told.
+        and told. InputError is raised where predict noted another beside the masks.
     made
         Where the predictions come from, by name, such as the data and the MLflow run: told by the report.
     """
@@ -148,7 +149,9 @@ def evaluate(
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
-    info = None if model is None else info_beside(model)
+    info, weights = (None, None) if model is None else (info_beside(model), digest_of_weights(model))
+    if weights is not None:
+        _refuse_others(pairing.pairs, weights, str(model))
     assessed, digests = _assess(params, pairing.pairs, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
     edges_from: str | None = "true labels" if edges is None else "training labels"
@@ -171,7 +174,7 @@ def evaluate(
     }
     metrics = {
         **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
-        **({} if info is None else {"model": info.model_dump(include={"name", "kind", "created"})}),
+        **({} if info is None or weights is None else {"model": scored_model(info, weights)}),
         "training_frames_known": info is not None and info.frames is not None and info.frames.complete,
         "contrast_edges": edges,
         "contrast_edges_from": edges_from,
@@ -271,6 +274,17 @@ def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair:
     whole, _ = pair.read_whole_truth()
     block = block_of(whole, pair.share, str(pair.truth.frame.path))
     return digest_of_frame(None if image is None else image[block], true[block])
+
+
+def _refuse_others(pairs: Sequence[VolumePair], weights: str, model: str) -> None:
+    """Raise InputError where predict noted that another model than the one given made the masks."""
+    behind = {pair.pred.frame.path: weights_behind(pair.pred.frame.path) for pair in pairs}
+    others = [path for path, known in behind.items() if known and weights not in known]
+    if others:
+        raise InputError(
+            f"{others[0]} was predicted by another model than {model}; give the one that made the masks, or "
+            "predict them with this one"
+        )
 
 
 def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:

@@ -293,7 +293,9 @@ def _predict_frame(
         table = table_path(out, frame.name)
         write_table(table, nuclei)
         seconds = round(time.perf_counter() - started, 3)
-        return PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+        weights = tuple(opened.predictor.identity.get("weights_sha256", ()))
+        found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
+        return replace(found, weights_sha256=weights)
 
     return finish
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nuclei3d.console import say, warn
 from nuclei3d.digests import digest_of
+from nuclei3d.images.frames import frame_stem
 from nuclei3d.outputs import remove, require_writable, whole_file
 from nuclei3d.stages.nuclei_table import table_path
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
@@ -33,6 +34,8 @@ class PredictedFrame:
     """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
     diameter_um: float | None = None
     """Of the nuclei, as estimated; None where it was given or is the model's."""
+    weights_sha256: tuple[str, ...] = ()
+    """Of the networks that predicted it (`nuclei3d.networks.folder.digest_of_weights`); none of a service."""
 
 
 def forget(out: Path, name: str) -> None:
@@ -77,11 +80,22 @@ def find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
         masks, table = out / Path(entry["masks"]).name, table_path(out, name)
         if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
             return None
-        nuclei, seconds, warnings = entry["nuclei"], entry["seconds"], entry.get("warnings", ())
-        return PredictedFrame(name, masks, table, int(nuclei), float(seconds), True, tuple(warnings))
+        found = PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+        weights = tuple(entry.get("weights_sha256", ()))
+        return replace(found, warnings=tuple(entry.get("warnings", ())), weights_sha256=weights)
     except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
         # A record that cannot be read only means that the frame is done again.
         return None
+
+
+def weights_behind(masks: Path) -> tuple[str, ...]:
+    """Give the digests of the weights that predicted masks, as was noted beside them; none if not known."""
+    record = _record_file(masks.parent, frame_stem(masks).removesuffix("_masks"))
+    try:
+        entry = json.loads(record.read_text(encoding="utf-8"))
+        return tuple(entry["weights_sha256"]) if entry["masks"] == masks.name else ()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _digest_written(masks: Path, table: Path) -> list[str]:
@@ -98,6 +112,7 @@ def note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
         "nuclei": frame.nuclei,
         "seconds": frame.seconds,
         "warnings": frame.warnings,
+        "weights_sha256": frame.weights_sha256,
         "fingerprint": fingerprint,
         "written": _digest_written(frame.masks, frame.table),
     }

@@ -16,6 +16,7 @@ from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.digests import digest_of
 from nuclei3d.images.frames import Frame
+from nuclei3d.networks.folder import digest_of_weights
 from nuclei3d.segmentation.segmenter import Segmenter
 
 
@@ -113,7 +114,7 @@ def open_model(params: Params, model: str) -> Predictor:
     segmenter = Segmenter(find_model(model, params), params.predict)
     models = segmenter.models
     identity = {
-        "weights_sha256": [hashlib.sha256(each.path.read_bytes()).hexdigest() for each in models.values()],
+        "weights_sha256": [digest_of_weights(each.path) for each in models.values()],
         "settings": asdict(segmenter.settings),
     }
     say(f"model {models['main'].info.name} on {segmenter.device.type}, mode {segmenter.settings.mode}")
