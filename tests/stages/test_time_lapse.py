@@ -13,9 +13,9 @@ from ome_zarr_models import open_ome_zarr
 
 from nuclei3d.digests import digest_of
 from nuclei3d.images.frames import find_frames
+from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.stages.pairing import find_label_entries
-from nuclei3d.stages.predictor import BESIDE_THE_IMAGE
 from nuclei3d.stages.time_lapse import write_series
 
 SHAPE = (3, 4, 20, 30)

@@ -10,14 +10,18 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from nuclei3d.config.loading import validate_params
+from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
+from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import load_model
 from nuclei3d.stages.augment import write_augmentation_sheet
+from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.train import train
 from nuclei3d.stages.training_data import load_samples, read_slices
 from nuclei3d.training.loop import StopTraining
@@ -126,6 +130,47 @@ def test_epochs_are_judged_and_thresholds_chosen_on_whole_volumes(slices, tmp_pa
     assert np.isnan(reports[0]["volume_ap"])
     assert 0 <= reports[1]["volume_ap"] <= 1
     assert result.metrics["calibrated_ap"] >= result.metrics["uncalibrated_ap"]
+
+
+def test_slices_of_data_that_changed_since_are_told(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    size = VoxelSize(1.0, 0.5, 0.5)
+    for embryo in "abc":
+        for frame in ("t0", "t1"):
+            labels = np.zeros((8, 40, 40), np.uint16)
+            labels[2:6, 6:18, 6:18], labels[2:6, 22:36, 20:34] = 1, 2
+            image = (rng.poisson(50, labels.shape) + 200 * (labels > 0)).astype(np.uint16)
+            write_image(tmp_path / f"data/{embryo}/images/{frame}.tif", image, size)
+            write_labels(tmp_path / f"data/{embryo}/labels/{frame}.tif", labels, size)
+    params = params_of(min_train_masks=1, validation_crops=2)
+
+    def split(train, validation):
+        test = sorted({"b", "c"} - {*validation})
+        chosen = {"by": "embryo", "train": train, "validation": validation, "test": test}
+        tree = params.model_dump() | {"data": {"split": chosen}, "calibrate": {"volumes": 1}}
+        tree["prepare"] = {"downsample_xy": 1, "min_nuclei": 1, "min_volume_um3": 1, "workers": 1}
+        return validate_params(tree, "the test")
+
+    prepare(split(["a"], ["b"]), tmp_path / "data", tmp_path / "slices")
+    known = train(split(["a"], ["b"]), tmp_path / "slices", tmp_path / "m")
+    assert "was cut before" not in capsys.readouterr().err
+    before = load_model(known.model).info.frames
+    assert set(before.validation) == {"b/t0", "b/t1"}
+    # a label corrected in training and validation, a frame labelled, an embryo in another part
+    for embryo in "ab":
+        labels = read_labels(tmp_path / f"data/{embryo}/labels/t1.tif")
+        write_labels(tmp_path / f"data/{embryo}/labels/t1.tif", np.where(labels == 2, 0, labels), size)
+    write_image(tmp_path / "data/a/images/t2.tif", image, size)
+    write_labels(tmp_path / "data/a/labels/t2.tif", labels, size)
+    train(split(["a"], ["b"]), tmp_path / "slices", tmp_path / "m")
+    assert "changed (changed: a/t1, b/t1; new: a/t2): run 'nuclei3d prepare' again" in capsys.readouterr().err
+    model = train(split(["a"], ["c"]), tmp_path / "slices", tmp_path / "m2").model
+    assert "now in another part: c/t0, c/t1, b/t0" in capsys.readouterr().err
+    digests = load_model(model).info.frames.validation
+    assert digests.keys() > before.validation.keys()
+    image = tifffile.imread(tmp_path / "data/c/images/t1.tif")
+    labels = read_labels(tmp_path / "data/c/labels/t1.tif")
+    assert digest_of_frame(image, labels) in digests.values()
 
 
 def test_the_model_says_which_planes_were_drawn(slices, tmp_path):

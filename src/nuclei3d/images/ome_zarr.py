@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _MARKERS = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _OLD_AXES = ("t", "c", "z", "y", "x")
 
+# An OME-Zarr may have got its masks inside, which its consolidated metadata list; what those say of the image
+# counts by axes and voxel size.
+BESIDE_THE_IMAGE = ("labels", ".zmetadata", "zarr.json")
+
 
 class ZarrArray:
     """The full-resolution array of an OME-Zarr image, or a bare zarr array (z, y, x).

@@ -30,6 +30,17 @@ class ValidationVolumes:
     judging: Sequence[LabelledVolume] = ()
     calibrating: Sequence[LabelledVolume] = ()
 
+    @property
+    def frames(self) -> TrainingFrames:
+        """What a model has seen that was chosen by these."""
+        return frames_of([*self.judging, *self.calibrating])
+
+
+def frames_of(volumes: Sequence[LabelledVolume]) -> TrainingFrames:
+    """Gather the frames that thresholds or an epoch are chosen on."""
+    digests = dict.fromkeys(digest_of_frame(volume.image, volume.labels) for volume in volumes)
+    return TrainingFrames(train={}, validation={f"calibration/{n}": each for n, each in enumerate(digests)})
+
 
 def read_validation_volumes(params: Params, data: Path | None, described: Slices) -> ValidationVolumes:
     """Read the validation frames that a training needs, before it starts.
@@ -129,9 +140,7 @@ def calibrate(params: Params, model: Path, data: Path) -> CalibrateResult:
         say(f"the thresholds are for '{main.info.name}' with '{joined}' beside it")
     info, chosen = with_thresholds(main.info, params.calibrate, segmenter, volumes)
     if info.frames is not None:
-        known = enumerate(digest_of_frame(volume.image, volume.labels) for volume in volumes)
-        now = TrainingFrames(train={}, validation={f"calibration/{n}": digest for n, digest in known})
-        info = info.model_copy(update={"frames": now.after(info.frames)})
+        info = info.model_copy(update={"frames": frames_of(volumes).after(info.frames)})
     write_text(main.path.parent / INFO_FILE, info.model_dump_json(indent=2) + "\n")
     return CalibrateResult(model, len(volumes), chosen)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nuclei3d.images.embryos import EmbryoFrame, LabelledVolume, read_labelled
+from nuclei3d.console import some_of
+from nuclei3d.digests import digest_of
+from nuclei3d.images.embryos import PARTS, EmbryoFrame, LabelledVolume, Split, read_labelled
+from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
+from nuclei3d.images.unknown import find_known_mask
 from nuclei3d.training.slicing import nucleus_volumes_um3, sphere_diameter_um
 
 if TYPE_CHECKING:
@@ -51,6 +56,36 @@ def read_to_scale(
             scaled = volume.voxel_size.scaled(diameter_um / own[frame.embryo])
             volume = replace(volume, voxel_size=scaled)
         yield volume
+
+
+Sources = dict[str, tuple[str, str]]
+"""The part of each frame (embryo/frame), and a digest of its files: image, labels, mask of what is known."""
+
+
+def digest_sources(split: Split) -> Sources:
+    """Digest the files of all frames of a split."""
+    sources: Sources = {}
+    digest = cache(digest_of)  # many frames may lie in one file
+    for part in PARTS:
+        for frame in split.of(part):
+            labels = [] if frame.label_path is None else [frame.label_path, find_known_mask(frame.label_path)]
+            digests = [digest(file) for file in labels if file is not None]
+            image = digest(frame.image_path, without=BESIDE_THE_IMAGE)
+            sources[f"{frame.embryo}/{frame.frame}"] = part, "-".join([image, *digests])
+    return sources
+
+
+def tell_changes(before: Mapping[str, Sequence[str]], now: Sources) -> str:
+    """Say in words how frames differ from those before; nothing if they do not.
+
+    Frames that are not there now do not count: a machine that trains need not have them all.
+    """
+    common = [place for place in now if place in before]
+    changed = [place for place in common if now[place][1] != before[place][1]]
+    moved = [place for place in common if now[place][0] != before[place][0]]
+    new = [place for place in now if common and place not in before and now[place][0] != "test"]
+    found = {"changed": changed, "now in another part": moved, "new": new}
+    return "; ".join(f"{what}: {some_of(places)}" for what, places in found.items() if places)
 
 
 def spread_evenly(frames: Sequence[EmbryoFrame], wanted: int | None) -> list[EmbryoFrame]:

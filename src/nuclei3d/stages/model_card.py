@@ -14,9 +14,16 @@ from nuclei3d.training.loop import TrainingOutcome
 
 
 def describe_model(
-    params: Params, described: Slices, spec: VolumeSpec | None, run_id: str | None
+    params: Params,
+    described: Slices,
+    spec: VolumeSpec | None,
+    run_id: str | None,
+    read: TrainingFrames | None = None,
 ) -> ModelInfo:
-    """Gather what model.json holds; the thresholds are the defaults."""
+    """Gather what model.json holds; the thresholds are the defaults.
+
+    Validation frames `read` beside those of the slices are told, too.
+    """
     from nuclei3d.experiment.provenance import trace_provenance
 
     provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
@@ -45,17 +52,21 @@ def describe_model(
         training=described.summary.get("training"),
         versions=dict(provenance.versions),
         lineage=origin,
-        frames=_frames_seen(params, described),
+        frames=_frames_seen(params, described, read),
         **described.normalization(params),
     )
 
 
-def _frames_seen(params: Params, described: Slices) -> TrainingFrames | None:
+def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None) -> TrainingFrames | None:
     """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
     digests = described.summary.get("frame_digests")
     if digests is None:
         return None
     frames = TrainingFrames.model_validate(digests)
+    if read is not None:
+        known = frames.validation.values()
+        others = {name: each for name, each in read.validation.items() if each not in known}
+        frames = frames.after(TrainingFrames(train={}, validation=others))
     start = find_start_model(params)
     if start is None:
         return frames

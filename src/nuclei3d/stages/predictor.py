@@ -16,6 +16,7 @@ from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.digests import digest_of
 from nuclei3d.images.frames import Frame
+from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
 from nuclei3d.networks.folder import digest_of_weights
 from nuclei3d.segmentation.segmenter import Segmenter
 
@@ -123,11 +124,6 @@ def open_model(params: Params, model: str) -> Predictor:
 
 def _asked_of_a_service(predict: PredictParams) -> dict[str, Any]:
     return predict.model_dump(mode="json", exclude={"report", "animation"})
-
-
-# An OME-Zarr may have got its masks inside, which its consolidated metadata list; what those say of the image
-# counts by axes and voxel size.
-BESIDE_THE_IMAGE = ("labels", ".zmetadata", "zarr.json")
 
 
 def fingerprint_of(frame: Frame, predictor: Predictor) -> str:

@@ -40,7 +40,7 @@ from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.scoring.plausibility import LabelFault
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.check import describe_faults, find_volume_faults
-from nuclei3d.stages.labelled_frames import measure_embryos
+from nuclei3d.stages.labelled_frames import digest_sources, measure_embryos
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
     StoredSample,
@@ -114,6 +114,7 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
         summary = _summarise(params, data, tasks, frames)
+        summary["sources"] = digest_sources(split)
         if diameters:
             summary["embryo_diameters_um"] = diameters
         for warning in summary.get("warnings", ()):

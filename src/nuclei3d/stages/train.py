@@ -21,6 +21,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import progress_bar, say, some_of, warn
 from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
+from nuclei3d.images.embryos import find_embryos, split_embryos
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import load_model, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
@@ -34,6 +35,7 @@ from nuclei3d.networks.unet3d import (
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, write_table
 from nuclei3d.stages.checkpoints import Checkpoints, TrainResult, write_history
+from nuclei3d.stages.labelled_frames import digest_sources, tell_changes
 from nuclei3d.stages.model_card import card_text, describe_model, final_metrics
 from nuclei3d.stages.start_model import find_start_model, scale_of
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
@@ -102,6 +104,7 @@ def train(
     described.check_content()
     refuse_foreign_folder(out, "model.json", "model folder")
     _warn_of_start(params, described)
+    _warn_of_changes(params, described, data)
     cause = _cause_of_model(params, described, data)
     checkpoints = Checkpoints(out)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
@@ -115,7 +118,7 @@ def train(
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     volumes = read_validation_volumes(params, data, described)
     with stage_run("train", params, inputs={"slices": slices}, name=_run_name(params, described)) as run:
-        info = describe_model(params, described, training.spec, run.run_id)
+        info = describe_model(params, described, training.spec, run.run_id, volumes.frames)
         _say_plan(training, params, device, described)
 
         def judge(judged: nn.Module) -> float:
@@ -253,6 +256,20 @@ def _warn_of_start(params: Params, described: Slices) -> None:
             )
     if not described.infos.get("validation"):
         warn("no validation data: the last epoch is kept even if the start model is better")
+
+
+def _warn_of_changes(params: Params, described: Slices, data: Path | None) -> None:
+    """Say which labelled frames are not what they were when the slices were cut from them."""
+    before = described.summary.get("sources")
+    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    if before is None or not source.is_dir():
+        return
+    try:
+        changes = tell_changes(before, digest_sources(split_embryos(find_embryos(source), params.data.split)))
+    except InputError:
+        return  # whoever reads them says it
+    if changes:
+        warn(f"{described.folder} was cut before {source} changed ({changes}): run 'nuclei3d prepare' again")
 
 
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
