@@ -16,7 +16,8 @@ from nuclei3d.console import warned
 from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.networks.cpnet import new_network
+from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.stages.evaluate import evaluate, read_baselines
 from nuclei3d.stages.prepare import prepare
@@ -194,9 +195,8 @@ def test_volumes_that_the_model_knows_are_told_by_their_voxels(
         {"data": {"split": split}, "prepare": cut, "evaluate": {"bootstrap": 0, "report": False}}
     )
     summary = prepare(params, tmp_path / "data", tmp_path / "slices").summary
-    (tmp_path / "model").mkdir()
     info = ModelInfo(diameter_px=17, frames=summary["frame_digests"])
-    (tmp_path / "model/model.json").write_text(info.model_dump_json())
+    save_model(tmp_path / "model", new_network(17, 0), info, "a card")
     told = {"model": tmp_path / "model", "out": tmp_path / "out"}
     metrics = evaluate(params, tmp_path / "again", tmp_path / "pred", **told).metrics
     seen = {name: volume.get("seen") for name, volume in metrics["volumes"].items()}

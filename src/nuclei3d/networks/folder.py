@@ -301,7 +301,10 @@ def digest_of_weights(path: Path) -> str:
     """Give the SHA-256 of a weights file, or of that in a model folder: what tells a model from another."""
     require_model(path)
     weights = path / read_info(path / INFO_FILE).name if path.is_dir() else path
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read the weights {weights}: {error.strerror}") from None
 
 
 _THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
