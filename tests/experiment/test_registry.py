@@ -189,6 +189,7 @@ def test_nobody_is_judged_on_frames_that_a_model_was_trained_on(params, model, t
 
     def evaluated(missed: int) -> Path:
         tree = metrics_of([missed] * 4)
+        tree["model"] = scored_model(load_model(model).info, digest_of_weights(model))
         for number, volume in enumerate(tree["volumes"].values()):
             volume["frame_digest"] = f"image{number}-labels{number}"
         (tmp_path / "metrics.json").write_text(json.dumps(tree))

@@ -63,7 +63,7 @@ def read_column(
         places = {int(row["label"]): [float(row[name]) for name in _PLACE if name in row] for row in rows}
     except (TypeError, ValueError):
         raise InputError(
-            f"{path}: cannot read its numbers; remove the file or have predict write it again"
+            f"{path}: cannot read the numbers of {column} and place; remove it or have predict write it again"
         ) from None
     if not all(map(math.isfinite, values.values())):
         return None
