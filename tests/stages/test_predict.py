@@ -279,6 +279,10 @@ def test_tracks_of_older_masks_are_moved_away(movie, oracle_model, tmp_path, cap
     predict(params, [movie], str(oracle_model), out, link=True)
     kept = out / ".predicted" / "tracks"
     assert not kept.exists()
+    # another frame replaces nothing that was linked
+    write_image(tmp_path / "more" / "t4.ome.tif", embryo(1), VOXELS)
+    predict(params, [tmp_path / "more"], str(oracle_model), out)
+    assert (out / "tracks" / "tracks.csv").read_bytes() == table
     other = load_params(None, ["predict.report=false", "predict.min_volume_um3=1"])
     predict(other, [movie], str(oracle_model), out)
     assert not (out / "tracks").exists()

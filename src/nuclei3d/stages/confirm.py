@@ -22,7 +22,6 @@ from nuclei3d.stages.predicted import (
     PredictedFrame,
     find_done,
     forget,
-    lay_tracks_aside,
     note_done,
 )
 from nuclei3d.stages.predictor import Sure
@@ -80,7 +79,6 @@ def confirm(
     for at, (frame, digest) in enumerate(zip(candidates, digests, strict=True)):
         new = find_done(out, frame.name, digest)
         if new is None:
-            lay_tracks_aside(out)
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)

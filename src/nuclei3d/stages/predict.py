@@ -30,7 +30,6 @@ from nuclei3d.stages.predicted import (
     PredictedFrame,
     find_done,
     forget,
-    lay_tracks_aside,
     note_done,
 )
 from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
@@ -229,7 +228,6 @@ def _predict_frames(
             ahead, roomy = None, False
             if opened.finished is None:
                 bar.note(frame.name)
-                lay_tracks_aside(out)
                 forget(out, frame.name)
                 roomy = opened.predictor.fits(frame, 2)
                 if roomy and number < len(sequence):

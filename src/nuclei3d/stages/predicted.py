@@ -41,10 +41,13 @@ class PredictedFrame:
 def forget(out: Path, name: str) -> None:
     """Remove a frame's record before its masks are replaced: it never speaks of other masks than its own.
 
-    Masks that somebody changed since they were written are laid aside.
+    Masks that somebody changed since they were written are laid aside, and so are tracks beside them, which
+    may link them.
     """
     record = _record_file(out, name)
     require_writable(record)
+    if record.exists():
+        _lay_tracks_aside(out)
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(record.read_text(encoding="utf-8"))
         masks = out / Path(entry["masks"]).name
@@ -58,8 +61,7 @@ def forget(out: Path, name: str) -> None:
     record.unlink(missing_ok=True)
 
 
-def lay_tracks_aside(out: Path) -> None:
-    """Move tracks away before masks that they link are replaced: tracks beside masks are theirs."""
+def _lay_tracks_aside(out: Path) -> None:
     tracks, kept = out / TRACKS_FILE.parent, out / RECORD_FOLDER / TRACKS_FILE.parent
     if (out / TRACKS_FILE).is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _warn_of_other_masks(tracks: Path, masks: Path) -> None:
     home = tracks.resolve()
     changed = []
     for name, digest in linked.items():
-        beside = [path for path in masks.rglob(name) if not _is_hidden(path, masks)]
+        beside = [path for path in masks.rglob(escape(name)) if not _is_hidden(path, masks)]
         found = [path for path in beside if home not in path.resolve().parents]
         if found and digest not in map(digest_of, found):
             changed.append(name)
