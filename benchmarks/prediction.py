@@ -10,8 +10,8 @@ own, with three small filters in place of CPnet on both sides for all but the fi
 would take most of an hour; `--volumes` with nothing behind it measures the memory alone.
 
 --frame IMAGE measures something else, on a CPU: the network pass over a real image with networks of width 32,
-24 and 16 (the narrow ones untrained, which is as fast), by torch and by OpenVINO in float32 and int8, with
-every second orthogonal plane, and stock, by turns. Give OMP_NUM_THREADS=1.
+24 and 16 (the narrow ones untrained, which is as fast), by torch and by OpenVINO in float32, int8 and, where
+the processor computes with it, bfloat16, with every second orthogonal plane, and stock, by turns. Give OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ def compare_networks(path: Path, model: Model, scale: float, repeats: tuple[int,
     image = frame.read()
     image = image[tuple(slice(round(size * scale)) for size in image.shape)]
     settings = Segmenter(model, {"precision": "float32"}, "cpu").settings
+    bfloat16 = choose_precision("auto", torch.device("cpu")) == torch.bfloat16
     passes: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
     for width in (32, 24, 16):
         wide = model.info.width == width
@@ -166,6 +167,10 @@ def compare_networks(path: Path, model: Model, scale: float, repeats: tuple[int,
         if has_openvino():
             passes[f"OpenVINO, width {width}"] = network, {"engine": "openvino"}
             passes[f"OpenVINO int8, width {width}"] = network, {"precision": "int8"}
+        if bfloat16:
+            passes[f"torch bfloat16, width {width}"] = network, {"engine": "torch", "precision": "bfloat16"}
+        if bfloat16 and has_openvino():
+            passes[f"OpenVINO bfloat16, width {width}"] = network, {"precision": "bfloat16"}
     passes["torch, every second xz and yz plane"] = model.network, {"engine": "torch", "orthogonal_step": 2}
     if has_openvino():
         both = {"precision": "int8", "orthogonal_step": 2}
