@@ -11,7 +11,8 @@ would take most of an hour; `--volumes` with nothing behind it measures the memo
 
 --frame IMAGE measures something else, on a CPU: the network pass over a real image with networks of width 32,
 24 and 16 (the narrow ones untrained, which is as fast), by torch and by OpenVINO in float32, int8 and, where
-the processor computes with it, bfloat16, with every second orthogonal plane, and stock, by turns. Give OMP_NUM_THREADS=1.
+the processor computes with it, bfloat16, with every second orthogonal plane, and stock, by turns. Give
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

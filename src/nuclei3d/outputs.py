@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EBUSY, EDQUOT, EFBIG, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,11 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
     Yields an empty hidden folder beside `path`; it takes the place of `path` when the body ends well, and is
     removed when it does not. A folder that is already there gives way, with all that it holds, unless
-    `replace` is false; the working directory or a folder above it never does. Errors as those of
-    `whole_file`.
+    `replace` is false; the working directory or a folder above it never does. A link stays, and what it
+    leads to is replaced. Errors as those of `whole_file`.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     _check_replaceable(path, replace)
     with _partial(path) as partial:
         partial.mkdir()
@@ -131,21 +133,40 @@ def own_temporary_folder() -> Iterator[None]:
         if before is not None:
             os.environ["TMPDIR"] = before
         for entry in Path(own).glob("*"):
-            if not entry.name.startswith("pymp-"):
+            if not entry.name.startswith(("pymp-", "matplotlib-")):
                 remove(entry)
         try:
             os.rmdir(own)
         except OSError:
-            # multiprocessing needs its folder in here until the process ends, and then wants to remove it
+            # multiprocessing and matplotlib (without a home) need their folders until the process ends, and
+            # then want to remove them
             from multiprocessing.util import Finalize
 
             Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)
 
 
-def refuse_foreign_folder(folder: Path, marker: str, kind: str) -> None:
-    """Raise InputError if a folder to replace holds files, but not the one that marks its kind."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+_STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".git*")
+"""What systems leave in any folder, and DVC beside what it keeps: no loss."""
+
+
+def refuse_foreign_folder(folder: Path, marker: str, kind: str, own: Iterable[str]) -> None:
+    """Raise InputError if a folder to replace holds anything but what such a folder is made of.
+
+    That is `marker`, a file that says its `kind`, and what has one of the names in `own` (`fnmatch`).
+    """
+    if not folder.is_dir():
+        return
+    known = (marker, *own)
+    names = sorted(each.name for each in folder.iterdir())
+    names = [name for name in names if not any(fnmatchcase(name, each) for each in _STRAY)]
+    if names and marker not in names:
         raise InputError(f"{folder} exists and is no {kind}; give another folder or remove it yourself")
+    foreign = [name for name in names if not any(fnmatchcase(name, each) for each in known)]
+    if foreign:
+        raise InputError(
+            f"{folder} would be replaced, but {foreign[0]} in it is not of a {kind}; move it away, or give "
+            "another folder"
+        )
 
 
 def _check_replaceable(path: Path, replace: bool) -> None:
@@ -192,8 +213,10 @@ def _partial(path: Path) -> Iterator[Path]:
         reason = error.strerror or " ".join(str(error).split())
         if error.errno in _FAULTS:
             mend = "free some space or choose another place"
-            raise MachineError(f"cannot write {path}: {reason}; {mend}") from error
-        raise InputError(f"cannot write {path}: {reason}; choose a place that can be written") from error
+            raise MachineError(f"cannot write {_shown(path)}: {reason}; {mend}") from error
+        raise InputError(
+            f"cannot write {_shown(path)}: {reason}; choose a place that can be written"
+        ) from error
 
 
 def _blames_place(error: OSError, path: Path) -> bool:
@@ -212,6 +235,11 @@ def _hidden_name(path: Path) -> Path:
     suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
     stem = path.name.removesuffix(suffix)[:100]
     return path.with_name(f".{stem}.partial-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
+
+
+def _shown(path: Path) -> Path:
+    """Give a path as it will be, where folders on the way still have their hidden names."""
+    return Path(*(re.sub(r"^\.(.*)\.partial-.*?(\.[\w.]+)?$", r"\1\2", part) for part in path.parts))
 
 
 def _remove_dead(folder: Path, pattern: str) -> None:

@@ -314,6 +314,12 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
                 "whole numbers, one per nucleus; give the label image as it was before it was interpolated, "
                 "filtered or scaled"
             )
+        most = 2.0 ** (np.finfo(labels.dtype).nmant + 1)
+        if labels.size and labels.max() >= most:
+            raise InputError(
+                f"{where} holds labels of {most:g} and more as {labels.dtype}, which tells only smaller "
+                "numbers apart: some nuclei may be one in it; save the labels as integers"
+            )
     elif labels.dtype.kind not in "bui":
         raise InputError(f"{where} holds {labels.dtype} values where labels are wanted, expected integers")
     if labels.size:

@@ -307,12 +307,12 @@ def digest_of_weights(path: Path) -> str:
         raise InputError(f"cannot read the weights {weights}: {error.strerror}") from None
 
 
-_THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
+THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
 
 
 def scored_model(info: ModelInfo, weights_sha256: str) -> dict[str, Any]:
     """Give what metrics.json says of the model that was scored: enough to know it again, thresholds too."""
-    thresholds = info.model_dump(include={*_THRESHOLDS, "min_volume_um3"})
+    thresholds = info.model_dump(include={*THRESHOLDS, "min_volume_um3"})
     named = info.model_dump(include={"name", "kind", "created"})
     return {**named, "weights_sha256": weights_sha256, "thresholds": thresholds}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def confirm(
     fingerprints: Sequence[str],
     params: TracksParams,
     sure: Sequence[Sure],
+    thresholds: Sequence[Mapping[str, float]],
     out: Path,
 ) -> tuple[list[PredictedFrame], list[str]]:
     """Write into `out` the masks and tables of candidates that their lineages confirm.
@@ -66,6 +67,8 @@ def confirm(
         their names, are linked in the natural order of these.
     sure
         What counts as a nucleus by itself in each frame.
+    thresholds
+        Of each frame, without weak nuclei: what `PredictedFrame.made_by` says.
     """
     entries = [find_label_entries(frame.masks)[0] for frame in candidates]
     in_time = sorted(range(len(entries)), key=lambda at: natural_key(candidates[at].masks.name))
@@ -82,7 +85,8 @@ def confirm(
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
-            new = replace(frame, masks=masks, table=table, nuclei=len(confirmed[at].labels))
+            made_by = {**frame.made_by, "thresholds": dict(thresholds[at])}
+            new = replace(frame, masks=masks, table=table, nuclei=len(confirmed[at].labels), made_by=made_by)
             expected = sure[at].diameter_um
             if expected is not None:
                 unlike = with_nuclei(frame.warnings, confirmed[at].volumes_um3, expected)

@@ -23,7 +23,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.intensity import measure_range
-from nuclei3d.networks.folder import ModelInfo, digest_of_weights, info_beside, scored_model
+from nuclei3d.networks.folder import THRESHOLDS, ModelInfo, digest_of_weights, info_beside, scored_model
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
@@ -46,11 +46,13 @@ from nuclei3d.scoring.watershed import OTSU, otsu_watershed
 from nuclei3d.stages import map_in_processes
 from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
-from nuclei3d.stages.predicted import weights_behind
+from nuclei3d.stages.predicted import made_by, tell_changed_images
 from nuclei3d.stages.track_files import score_track_folders
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
+_WRITTEN = ("headline.json", "nuclei.csv", "report.html", "plots", "figures")
+"""Beside metrics.json, what is in the folder of an evaluation; headline.json is put there by assess."""
 _SIZE_RATIO = 8.0
 
 
@@ -139,7 +141,7 @@ def evaluate(
     made
         Where the predictions come from, by name, such as the data and the MLflow run: told by the report.
     """
-    refuse_foreign_folder(out, "metrics.json", "evaluation")
+    refuse_foreign_folder(out, "metrics.json", "evaluation", _WRITTEN)
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
@@ -149,9 +151,15 @@ def evaluate(
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
     if alone := pairing.predictions_alone:
         say(f"{len(alone)} predictions have no truth and are left out: {some_of(alone)}")
+    told = tell_changed_images(
+        (pair.pred.frame.path, pair.image.frame) for pair in pairing.pairs if pair.image is not None
+    )
     info, weights = (None, None) if model is None else (info_beside(model), digest_of_weights(model))
     if weights is not None:
         _refuse_others(pairing.pairs, weights, str(model))
+    if info is not None:
+        info, changed = _as_predicted(pairing.pairs, info, str(model))
+        told += changed
     assessed, digests = _assess(params, pairing.pairs, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
     edges_from: str | None = "true labels" if edges is None else "training labels"
@@ -186,7 +194,7 @@ def evaluate(
         say(f"true labels are moved by (z, y, x) um (data.label_shift_um): {moved}")
     if info is not None and info.frames is not None:
         info.frames.mark_seen(metrics["volumes"])
-    if warnings := _find_warnings(metrics, assessed, pairing.pairs):
+    if warnings := [*told, *_find_warnings(metrics, assessed, pairing.pairs)]:
         metrics["warnings"] = warnings
     if found := score_track_folders(truth, tracks or pred, pred, required=tracks is not None):
         metrics["tracks"] = found
@@ -278,13 +286,36 @@ def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair:
 
 def _refuse_others(pairs: Sequence[VolumePair], weights: str, model: str) -> None:
     """Raise InputError where predict noted that another model than the one given made the masks."""
-    behind = {pair.pred.frame.path: weights_behind(pair.pred.frame.path) for pair in pairs}
-    others = [path for path, known in behind.items() if known and weights not in known]
+    paths = [pair.pred.frame.path for pair in pairs]
+    others = [
+        path for path in paths if (known := made_by(path).get("weights_sha256")) and weights not in known
+    ]
     if others:
         raise InputError(
             f"{others[0]} was predicted by another model than {model}; give the one that made the masks, or "
             "predict them with this one"
         )
+
+
+def _as_predicted(pairs: Sequence[VolumePair], info: ModelInfo, model: str) -> tuple[ModelInfo, list[str]]:
+    """Give the model with the thresholds that predict noted beside masks; warn where they are not its own."""
+    own = info.model_dump(include={*THRESHOLDS, "min_volume_um3"})
+    for path in (pair.pred.frame.path for pair in pairs):
+        known = made_by(path).get("thresholds") or own
+        other = [name for name, value in own.items() if not _is_close(known.get(name), value)]
+        if other:
+            name = other[0]
+            told = (
+                f"{path} was predicted with other thresholds than {model} has ({name} {known.get(name)}, not "
+                f"{own[name]}): the scores are of those, and do not count for a registration"
+            )
+            warn(told)
+            return info.model_copy(update={name: known.get(name) for name in own}), [told]
+    return info, []
+
+
+def _is_close(first: float | None, second: float | None) -> bool:
+    return first is second if first is None or second is None else math.isclose(first, second, rel_tol=1e-6)
 
 
 def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:

@@ -31,6 +31,7 @@ from nuclei3d.stages.predicted import (
     find_done,
     forget,
     note_done,
+    refuse_another_image,
 )
 from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
 from nuclei3d.stages.time_lapse import write_series
@@ -106,6 +107,8 @@ def predict(
             "diameter is estimated (--diameter gives it)"
         )
         diameters = estimate_diameters(frames)
+    for frame in frames:
+        refuse_another_image(out, frame)
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
@@ -124,7 +127,8 @@ def predict(
         least = [each for each in sure if each]
         weaker = predictor.with_least(min(linking.weakest_score, *(each.score for each in least)), 0.0)
         done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        done, fingerprints = confirm(done, fingerprints, linking, least, out)
+        thresholds = [predictor.at(diameter_um).thresholds for diameter_um in diameters]
+        done, fingerprints = confirm(done, fingerprints, linking, least, thresholds, out)
     else:
         done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
     series: list[Path] = []
@@ -291,9 +295,8 @@ def _predict_frame(
         table = table_path(out, frame.name)
         write_table(table, nuclei)
         seconds = round(time.perf_counter() - started, 3)
-        weights = tuple(opened.predictor.identity.get("weights_sha256", ()))
         found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
-        return replace(found, weights_sha256=weights)
+        return replace(found, made_by=opened.predictor.made_by(frame))
 
     return finish
 

@@ -92,7 +92,9 @@ def _digest(predicted: Sequence[PredictedFrame], tracks: Path, more: Sequence[st
 def _show(frame: Frame, predicted: PredictedFrame) -> ShownFrame:
     import pandas as pd
 
-    nuclei = pd.read_csv(predicted.table, usecols=list(QUANTITIES))[list(QUANTITIES)]
+    # types are given: a frame without nuclei has a header alone
+    types = dict.fromkeys(QUANTITIES, float) | {"label": int}
+    nuclei = pd.read_csv(predicted.table, usecols=list(QUANTITIES), dtype=types)[list(QUANTITIES)]
     return ShownFrame(
         name=frame.name,
         shape=frame.shape,
@@ -111,7 +113,11 @@ def _add_tracks(
 
     try:
         numbers = ["track", "parent", "frame", "label"]
-        tracks = pd.read_csv(table, usecols=[*numbers, *_PLACE], dtype=dict.fromkeys(numbers, int))
+        tracks = pd.read_csv(
+            table,
+            usecols=[*numbers, *_PLACE],
+            dtype=dict.fromkeys(_PLACE, float) | dict.fromkeys(numbers, int),
+        )
     except ValueError:
         raise InputError(
             f"{table} is no table of tracks; remove it, or have nuclei3d track write it again"

@@ -14,11 +14,10 @@ from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
-from nuclei3d.digests import digest_of
 from nuclei3d.images.frames import Frame
-from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
-from nuclei3d.networks.folder import digest_of_weights
+from nuclei3d.networks.folder import THRESHOLDS, digest_of_weights
 from nuclei3d.segmentation.segmenter import Segmenter
+from nuclei3d.stages.predicted import file_digests
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Predictor:
     model: Segmenter | RemoteModel
     params: PredictParams
     identity: Mapping[str, Any]
-    digests: dict[Path, str] = field(default_factory=dict)
+    digests: dict[Path, list[str]] = field(default_factory=dict)
 
     @property
     def trained_diameters_um(self) -> tuple[float, float] | None:
@@ -62,6 +61,33 @@ class Predictor:
             return None
         expected_um = given.diameter_um if isinstance(given.diameter_um, float) else None
         return Sure(given.score_threshold, given.min_volume_um3, expected_um)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Thresholds of a model here by their names in model.json; the least volume is at its diameter."""
+        if isinstance(self.model, RemoteModel):
+            return {}
+        settings, info = self.model.settings, self.model.models["main"].info
+        smaller = (info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um
+        return {
+            **{name: getattr(settings.masks, name) for name in THRESHOLDS},
+            "min_volume_um3": settings.masks.min_volume_um3 * smaller**3,
+        }
+
+    def made_by(self, frame: Frame) -> dict[str, Any]:
+        """Say for a frame's record what its masks were made by and from (`PredictedFrame.made_by`)."""
+        return {
+            "weights_sha256": self.identity.get("weights_sha256", ()),
+            "thresholds": self.thresholds,
+            "image": frame.image,
+            "files": self.files_of(frame),
+        }
+
+    def files_of(self, frame: Frame) -> list[str]:
+        """Digest a frame's files; one with many time points is looked at once."""
+        if frame.path not in self.digests:
+            self.digests[frame.path] = file_digests(frame)
+        return self.digests[frame.path]
 
     def fits(self, frame: Frame, times: int = 1) -> bool:
         """Tell whether the memory holds a frame, so many times; that of a service is not known."""
@@ -128,12 +154,8 @@ def _asked_of_a_service(predict: PredictParams) -> dict[str, Any]:
 
 def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
     """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
-    files = [frame.path.with_name(name) for name in sorted(frame.companions)] or [frame.path]
-    for file in files:
-        if file not in predictor.digests:
-            predictor.digests[file] = digest_of(file, without=BESIDE_THE_IMAGE)
     content = {
-        "files": [predictor.digests[file] for file in files],
+        "files": predictor.files_of(frame),
         "image": frame.image,
         "time": frame.time,
         "axes": repr(frame.axes),

@@ -89,7 +89,7 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
     nuclei.csv); it appears when all is done, and one that is there is replaced. Implausible labels
     (`nuclei3d.scoring.plausibility`) are said, with `strict` refused; intensities in their place always are.
     """
-    refuse_foreign_folder(out, SUMMARY_FILE, "slice data set")
+    refuse_foreign_folder(out, SUMMARY_FILE, "slice data set", (*PARTS, "*.csv", "slices.png"))
     solid = params.train.network == "full3d"
     if solid and params.prepare.cellpose_files:
         raise InputError(

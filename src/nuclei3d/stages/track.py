@@ -29,6 +29,7 @@ from nuclei3d.stages.pairing import (
     first_voxel_size,
     pair_entries,
 )
+from nuclei3d.stages.predicted import tell_changed_images
 from nuclei3d.stages.track_files import (
     RESULT,
     find_table,
@@ -47,6 +48,17 @@ from nuclei3d.tracks.accuracy import match_frame
 from nuclei3d.tracks.learning import TRIALS, KnownFilm, learn_tracks
 from nuclei3d.tracks.linking import link_nuclei
 from nuclei3d.tracks.nuclei import Floats, Nuclei, measure_frame
+
+_WRITTEN = (
+    "mask*.tif",
+    "*_masks.ome.tif",
+    "masks.json",
+    "tracks.geff",
+    "tracks.csv",
+    "napari_tracks.*",
+    "*.html",
+)
+"""Beside RESULT, what is in the folder of a tracking."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def track(
         raise InputError(
             "--apply writes what --learn DIR chose into params.yaml; give both, or --params FILE"
         )
-    refuse_foreign_folder(out, RESULT, "tracking")
+    refuse_foreign_folder(out, RESULT, "tracking", _WRITTEN)
     target = out.resolve()
     # tracks may lie in the folder of the masks, and hold masks of their own
     entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
@@ -188,6 +200,7 @@ def _images_of(entries: Sequence[Entry], images: Path | None, params: Params) ->
     pairs = pair_entries(entries, find_image_entries(images, params.data.channel))
     if not pairs:
         raise InputError(f"no image of {images} has the name of a volume of masks such as {entries[0].key}")
+    tell_changed_images((masks.frame.path, image.frame) for masks, image in pairs.items())
     return [pairs.get(entry) for entry in entries]
 
 

@@ -23,7 +23,7 @@ from nuclei3d.digests import digest_of
 from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import find_embryos, split_embryos
 from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
-from nuclei3d.networks.folder import load_model, save_model
+from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, load_model, read_info, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import (
     Targets,
@@ -102,11 +102,11 @@ def train(
     device = choose_device(params.train.device)
     described = read_slices(slices)
     described.check_content()
-    refuse_foreign_folder(out, "model.json", "model folder")
+    checkpoints = Checkpoints(out)
+    _refuse_to_lose(out, checkpoints, params.train.start_from)
     _warn_of_start(params, described)
     _warn_of_changes(params, described, data)
     cause = _cause_of_model(params, described, data)
-    checkpoints = Checkpoints(out)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
         say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
         return finished
@@ -156,6 +156,23 @@ def train(
     if outcome.state.epoch >= params.train.epochs or on_epoch is None:
         checkpoints.note_finished(result, cause)
     return result
+
+
+def _refuse_to_lose(out: Path, checkpoints: Checkpoints, start_from: str | None) -> None:
+    """Raise InputError where the model's folder holds the start model, or what no training there wrote."""
+    if start_from is not None and out.resolve() in (
+        Path(start_from).resolve(),
+        Path(start_from).parent.resolve(),
+    ):
+        raise InputError(f"{out} holds the model that this starts from; give the new one another folder")
+    described = out / INFO_FILE
+    name = read_info(described).name if described.is_file() else "*"
+    refuse_foreign_folder(out, INFO_FILE, "model folder", (name, CARD_FILE, "history.csv", "*_drawn.csv"))
+    if described.is_file() and not checkpoints.folder.is_dir():
+        raise InputError(
+            f"{out} holds a model that was not trained there and would be replaced; give another folder, or "
+            "remove it yourself"
+        )
 
 
 def _run_name(params: Params, described: Slices) -> str:
