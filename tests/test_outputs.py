@@ -130,6 +130,17 @@ def test_a_folder_that_holds_something_is_kept_where_that_is_asked(tmp_path: Pat
     assert names(tmp_path / "out") == ["a"]
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "old.txt").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "new.txt").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["new.txt"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_working_directory_and_the_folders_above_are_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

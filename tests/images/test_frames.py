@@ -561,6 +561,14 @@ def test_labels_of_any_integer_type_become_uint32(tmp_path: Path, dtype: str) ->
     np.testing.assert_array_equal(labels, ramp())
 
 
+def test_float_labels_that_their_type_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    labels = np.zeros((4, 8, 8), np.float32)
+    labels[1], labels[2] = 2**24 + 3, 2**24 + 4  # the same number
+    tifffile.imwrite(tmp_path / "float.tif", labels, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=r"float\.tif holds labels above 16777216 as float32"):
+        read_labels(tmp_path / "float.tif")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_whole_float_labels_are_read(tmp_path: Path, dtype: str) -> None:
     labels = ramp(dtype=dtype)

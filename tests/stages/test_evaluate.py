@@ -280,6 +280,10 @@ def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_p
         (lambda root: write_labels(root / "truth/v0.tif", NOISE, SIZE), r"truth.v0.tif holds intensities"),
         (lambda root: write_labels(root / "pred/v1.tif", NOISE, SIZE), r"pred.v1.tif holds intensities"),
         (lambda root: (root / "out/notes.txt").write_text("mine"), "is no evaluation"),
+        (
+            lambda root: [(root / "out" / name).write_text("{}") for name in ("metrics.json", "mine.txt")],
+            "mine",
+        ),
         (lambda root: (root / "pred/v0_nuclei.csv").write_text("label,score\n1,high\n"), "score"),
         (lambda root: tifffile.imwrite(root / "images/v0.tif", np.zeros((6, 9, 8), np.uint8)), "same grid"),
         (lambda root: (root / "images/v0.tif").rename(root / "images/w.tif"), "no image"),
@@ -296,12 +300,12 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path: Path, change: 
     if words in ("no volume of", "no image"):
         (tmp_path / ("pred" if words == "no volume of" else "images") / "v1.tif").unlink()
         (tmp_path / "truth/v2.tif").write_bytes((tmp_path / "truth/v1.tif").read_bytes())
-    (tmp_path / "out").rmdir() if words != "is no evaluation" else None
+    (tmp_path / "out").rmdir() if words not in ("is no evaluation", "mine") else None
     change(tmp_path)
     with pytest.raises(InputError, match=words) as caught:
         evaluate(QUICK, tmp_path / "truth", tmp_path / "pred", tmp_path / "out", images=tmp_path / "images")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out/metrics.json").exists()
+    assert (tmp_path / "out/metrics.json").exists() == (words == "mine")
     assert not list(tmp_path.glob(".out*"))
 
 

@@ -1,6 +1,7 @@
 import csv
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.inspect import inspect_images
 from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict import predict
+from nuclei3d.stages.track import track
 from nuclei3d.stages.track_files import score_track_folders
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
 
@@ -268,6 +270,58 @@ def test_masks_that_were_changed_by_hand_are_laid_aside(movie, oracle_model, tmp
     kept = (tmp_path / "out" / ".predicted" / "changed").iterdir()
     assert sorted(int(read_labels(path).min()) for path in kept) == [1, 2]
     assert f"{masks} was changed since it was predicted" in capsys.readouterr().err
+
+
+def test_masks_that_are_not_known_to_be_predicted_are_laid_aside(movie, oracle_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    masks, table = out / "t1_masks.ome.tif", out / "t1_nuclei.csv"
+    tiff.write_labels(masks, np.full((18, 60, 64), 7, np.uint16), VOXELS)
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
+    table.write_text(table.read_text() + "\n")
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
+    (kept_table, kept_masks) = sorted(
+        (out / ".predicted" / "changed").iterdir(), key=lambda path: path.suffix
+    )
+    assert read_labels(kept_masks).max() == 7
+    assert kept_table.name.endswith("_t1_nuclei.csv")
+    told = capsys.readouterr().err
+    assert f"{masks} is there, not known to be predicted" in told
+    assert f"{table} was changed since it was predicted" in told
+    # what a killed run left is the same, and stays nowhere
+    (out / ".predicted" / "t1.json").unlink()
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
+    assert len(list((out / ".predicted" / "changed").iterdir())) == 2
+
+
+@pytest.mark.parametrize("empty", ["one", "all"])
+def test_a_frame_without_nuclei_has_a_place_on_the_page(movie, oracle_model, tmp_path, capsys, empty):
+    for name in ("t2",) if empty == "one" else ("t1", "t2", "t3"):
+        write_image(movie / f"{name}.ome.tif", embryo(0), VOXELS)
+    result = predict(Params(), [movie], str(oracle_model), tmp_path / "out", link=True)
+    assert result.page is not None
+    assert [frame.nuclei == 0 for frame in result.frames].count(True) == (1 if empty == "one" else 3)
+    assert "is not of these masks" not in capsys.readouterr().err
+
+
+def test_scores_tell_of_images_and_thresholds_that_changed(movie, oracle_model, tmp_path, capsys):
+    out, params = tmp_path / "out", load_params(None, ["predict.report=false", "evaluate.report=false"])
+    other = load_params(None, ["predict.report=false", "predict.score_threshold=0.3"])
+    predict(other, [movie], str(oracle_model), out)
+    for path in out.glob("*_masks.ome.tif"):
+        name = path.name.replace("_masks.ome", "")
+        tiff.write_labels(tmp_path / "truth" / name, read_labels(path), VOXELS)
+    scored = partial(evaluate, params, tmp_path / "truth", out, tmp_path / "scores", model=oracle_model)
+    found = scored().metrics
+    assert found["model"]["thresholds"]["score_threshold"] == 0.3
+    assert "with other thresholds" in found["warnings"][0]
+    predict(params, [movie], str(oracle_model), out, link=True)
+    assert "warnings" not in scored(images=movie).metrics
+    write_image(movie / "t2.ome.tif", embryo(3), VOXELS)
+    track(params, out, tmp_path / "tracks", images=movie)
+    assert "was predicted from another image" in capsys.readouterr().err
+    found = scored(images=movie).metrics
+    assert "t2_masks.ome.tif was predicted from another image" in found["warnings"][0]
 
 
 @pytest.mark.parametrize("weakest", [0.3, 1])

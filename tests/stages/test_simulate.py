@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_an_earlier_simulation_is_replaced_as_a_whole(tmp_path: Path) -> None:
     simulate(small(embryos=["old"], frames=1), out)
     simulate(small(embryos=["new"], frames=1), out)
     assert sorted(path.name for path in out.iterdir()) == ["new", RECORD]
+
+
+def test_labels_and_embryos_that_came_later_are_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    simulate(small(embryos=["old"], frames=1), out)
+    (labels,) = (out / "old" / "labels").iterdir()
+    later = (out / RECORD).stat().st_mtime + 60
+    os.utime(labels, (later, later))
+    with pytest.raises(InputError, match=rf"{labels.name} was changed since it was simulated"):
+        simulate(small(), out)
+    (out / "mouse_1").mkdir()
+    with pytest.raises(InputError, match="mouse_1 in it is not of a"):
+        simulate(small(), out)
+    assert labels.is_file()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -208,6 +208,19 @@ def test_a_finished_training_started_again_is_kept_as_it_is(slices, tmp_path):
     assert epochs == [1, 2]
 
 
+def test_a_model_that_was_not_trained_there_is_not_replaced(slices, tmp_path):
+    train(params_of(), slices, tmp_path / "m")
+    with pytest.raises(InputError, match="holds the model that this starts from"):
+        train(params_of(start_from=str(tmp_path / "m")), slices, tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt in it is not of a model folder"):
+        train(params_of(epochs=1), slices, tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").unlink()
+    (tmp_path / "m").rename(tmp_path / "released")
+    with pytest.raises(InputError, match="released holds a model that was not trained there"):
+        train(params_of(), slices, tmp_path / "released")
+
+
 def test_targets_that_were_emptied_are_found_though_the_model_was_trained_before(slices, tmp_path):
     train(params_of(), slices, tmp_path / "m")
     sample = sorted((slices / "train").glob("*.bin"))[0]

@@ -315,9 +315,9 @@ def to_labels(labels: NDArray[Any], where: str) -> NDArray[np.uint32]:
                 "filtered or scaled"
             )
         most = 2.0 ** (np.finfo(labels.dtype).nmant + 1)
-        if labels.size and labels.max() >= most:
+        if labels.size and labels.max() > most:
             raise InputError(
-                f"{where} holds labels of {most:g} and more as {labels.dtype}, which tells only smaller "
+                f"{where} holds labels above {most:.0f} as {labels.dtype}, which tells only smaller "
                 "numbers apart: some nuclei may be one in it; save the labels as integers"
             )
     elif labels.dtype.kind not in "bui":
