@@ -1,4 +1,5 @@
 import csv
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -292,6 +293,14 @@ def test_masks_that_are_not_known_to_be_predicted_are_laid_aside(movie, oracle_m
     (out / ".predicted" / "t1.json").unlink()
     predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), out)
     assert len(list((out / ".predicted" / "changed").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("name", "words"), [("n" * 243, "is too long"), (os.fsdecode(b"bad\xff"), "UTF-8")])
+def test_names_that_masks_could_not_have_are_told_before_the_work(movie, oracle_model, tmp_path, name, words):
+    (movie / "t1.ome.tif").rename(movie / f"{name}.ome.tif")
+    with pytest.raises(InputError, match=words):
+        predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("empty", ["one", "all"])

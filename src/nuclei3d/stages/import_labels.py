@@ -105,8 +105,8 @@ def import_labels(
     is there. With `overwrite` labels are replaced that are there and differ. The section ``prepare`` says
     what is a crumb.
     """
-    if Path(embryo).name != embryo or embryo.startswith("."):
-        raise InputError(f"'{embryo}' is no name for an embryo's folder; give one such as mouse_1 (--embryo)")
+    if Path(embryo).name != embryo or embryo.startswith(".") or not embryo.isprintable():
+        raise InputError(f"{embryo!r} is no name for an embryo's folder; give one such as mouse_1 (--embryo)")
     if (data / "images").is_dir():
         raise InputError(f"{data} is itself an embryo (it holds images/); give the folder above it")
     folder = data / embryo

@@ -316,6 +316,7 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
         )
     names: dict[str, Path] = {}
     for frame in frames:
+        _check_name(frame)
         for name in {frame.name, frame_stem(frame.path)}:
             other = names.setdefault(name, frame.path)
             if other != frame.path:
@@ -326,6 +327,19 @@ def find_all(inputs: Sequence[Path], params: Params) -> list[Frame]:
         frame.require_voxel_size()
     return frames
 
+
+def _check_name(frame: Frame) -> None:
+    """Raise InputError where the names of what belongs to a frame could not be written."""
+    try:
+        size = len(f"{frame.name}_masks.ome.zarr".encode())
+    except UnicodeEncodeError:
+        raise InputError(f"the name of {str(frame.path)!a} is not in UTF-8; rename it") from None
+    if size > _LONGEST_NAME:
+        raise InputError(f"the name of {frame.path} is too long for those of its masks; shorten it")
+
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name that common file systems take."""
 
 _Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
 """File of masks, nuclei, warnings."""
