@@ -145,7 +145,7 @@ def own_temporary_folder() -> Iterator[None]:
             Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)
 
 
-_STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".git*")
+_STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".gitignore")
 """What systems leave in any folder, and DVC beside what it keeps: no loss."""
 
 

@@ -344,7 +344,7 @@ def test_scores_of_another_model_are_refused(params, model, tmp_path, capsys):
     own["thresholds"]["score_threshold"] = 0.9
     metrics.write_text(json.dumps({**metrics_of([1] * 4), "model": own}))
     register(params, model, metrics)
-    assert f"the thresholds of {model} changed since" in capsys.readouterr().err
+    assert f"was scored with other thresholds than {model} has" in capsys.readouterr().err
 
 
 def test_what_cannot_be_registered_is_told_and_leaves_nothing(params, model, tmp_path):

@@ -203,7 +203,7 @@ def _check_scored(result: Mapping[str, Any], model: Model, metrics: Path) -> Non
             "one: nuclei3d assess --model"
         )
     elif scored.get("thresholds") != own["thresholds"]:
-        warn(f"the thresholds of {model.path.parent} changed since {metrics} was written: evaluate it anew")
+        warn(f"{metrics} was scored with other thresholds than {model.path.parent} has: evaluate it anew")
 
 
 def _mark_seen(result: Mapping[str, Any], frames: TrainingFrames | None, who: str) -> None:

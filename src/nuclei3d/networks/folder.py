@@ -307,14 +307,18 @@ def digest_of_weights(path: Path) -> str:
         raise InputError(f"cannot read the weights {weights}: {error.strerror}") from None
 
 
-THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
+_THRESHOLDS = ("cellprob_threshold", "outline_threshold", "outline_threshold_z", "score_threshold")
+
+
+def thresholds_of(model: object) -> dict[str, float | None]:
+    """Give the thresholds of a model, or of settings that it predicts with, by their names in model.json."""
+    return {name: getattr(model, name) for name in (*_THRESHOLDS, "min_volume_um3")}
 
 
 def scored_model(info: ModelInfo, weights_sha256: str) -> dict[str, Any]:
     """Give what metrics.json says of the model that was scored: enough to know it again, thresholds too."""
-    thresholds = info.model_dump(include={*THRESHOLDS, "min_volume_um3"})
     named = info.model_dump(include={"name", "kind", "created"})
-    return {**named, "weights_sha256": weights_sha256, "thresholds": thresholds}
+    return {**named, "weights_sha256": weights_sha256, "thresholds": thresholds_of(info)}
 
 
 def check_output(model: Model) -> None:

@@ -53,7 +53,7 @@ def confirm(
     fingerprints: Sequence[str],
     params: TracksParams,
     sure: Sequence[Sure],
-    thresholds: Sequence[Mapping[str, float]],
+    thresholds: Sequence[Mapping[str, float | None]],
     out: Path,
 ) -> tuple[list[PredictedFrame], list[str]]:
     """Write into `out` the masks and tables of candidates that their lineages confirm.

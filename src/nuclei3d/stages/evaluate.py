@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
+from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, some_of, warn
 from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
 from nuclei3d.grid import available_threads
 from nuclei3d.images.embryos import ONE_IMAGE, block_of
 from nuclei3d.intensity import measure_range
-from nuclei3d.networks.folder import THRESHOLDS, ModelInfo, digest_of_weights, info_beside, scored_model
+from nuclei3d.networks.folder import ModelInfo, digest_of_weights, info_beside, scored_model, thresholds_of
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
@@ -158,7 +159,7 @@ def evaluate(
     if weights is not None:
         _refuse_others(pairing.pairs, weights, str(model))
     if info is not None:
-        info, changed = _as_predicted(pairing.pairs, info, str(model))
+        info, changed = _as_predicted(pairing.pairs, info, params.predict, str(model))
         told += changed
     assessed, digests = _assess(params, pairing.pairs, method)
     contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
@@ -297,9 +298,15 @@ def _refuse_others(pairs: Sequence[VolumePair], weights: str, model: str) -> Non
         )
 
 
-def _as_predicted(pairs: Sequence[VolumePair], info: ModelInfo, model: str) -> tuple[ModelInfo, list[str]]:
-    """Give the model with the thresholds that predict noted beside masks; warn where they are not its own."""
-    own = info.model_dump(include={*THRESHOLDS, "min_volume_um3"})
+def _as_predicted(
+    pairs: Sequence[VolumePair], info: ModelInfo, predict: PredictParams, model: str
+) -> tuple[ModelInfo, list[str]]:
+    """Give the model with the thresholds that predict noted beside masks.
+
+    It is told where they are neither the model's nor those that the parameters give in their place.
+    """
+    given = predict.model_dump(include=set(thresholds_of(info)), exclude_none=True)
+    own = thresholds_of(info) | given
     for path in (pair.pred.frame.path for pair in pairs):
         known = made_by(path).get("thresholds") or own
         other = [name for name, value in own.items() if not _is_close(known.get(name), value)]
@@ -307,11 +314,11 @@ def _as_predicted(pairs: Sequence[VolumePair], info: ModelInfo, model: str) -> t
             name = other[0]
             told = (
                 f"{path} was predicted with other thresholds than {model} has ({name} {known.get(name)}, not "
-                f"{own[name]}): the scores are of those, and do not count for a registration"
+                f"{own[name]}): the scores are of those"
             )
             warn(told)
             return info.model_copy(update={name: known.get(name) for name in own}), [told]
-    return info, []
+    return info.model_copy(update=own), []
 
 
 def _is_close(first: float | None, second: float | None) -> bool:

@@ -15,7 +15,7 @@ from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
 from nuclei3d.images.frames import Frame
-from nuclei3d.networks.folder import THRESHOLDS, digest_of_weights
+from nuclei3d.networks.folder import digest_of_weights, thresholds_of
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.predicted import file_digests
 
@@ -63,14 +63,14 @@ class Predictor:
         return Sure(given.score_threshold, given.min_volume_um3, expected_um)
 
     @property
-    def thresholds(self) -> dict[str, float]:
+    def thresholds(self) -> dict[str, float | None]:
         """Thresholds of a model here by their names in model.json; the least volume is at its diameter."""
         if isinstance(self.model, RemoteModel):
             return {}
         settings, info = self.model.settings, self.model.models["main"].info
         smaller = (info.nucleus_diameter_um or settings.nucleus_diameter_um) / settings.nucleus_diameter_um
         return {
-            **{name: getattr(settings.masks, name) for name in THRESHOLDS},
+            **thresholds_of(settings.masks),
             "min_volume_um3": settings.masks.min_volume_um3 * smaller**3,
         }
 
