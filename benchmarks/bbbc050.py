@@ -10,7 +10,6 @@ with the same network, number of crops and crop size (``cellpose.train.train_seg
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +35,7 @@ from nuclei3d.networks.cpnet import choose_device, new_network
 from nuclei3d.networks.folder import load_model
 from nuclei3d.outputs import whole_folder
 from nuclei3d.stages.export.cellpose import write_training_set
+from nuclei3d.stages.training_data import read_summary
 from shared import new_parser, params_of, train_with_stock
 
 OURS = "nuclei3d"
@@ -88,7 +88,7 @@ def main() -> None:
     ours, slices = train_on(params, data, out), out / "slices"
     predict_frames(params, test, ours, out / "ours")
     weights = train_stock(params, slices, out / "stock_model")
-    diameter_um = json.loads((slices / "summary.json").read_text())["nucleus_diameter_um"]
+    diameter_um = read_summary(slices).nucleus_diameter_um
     predict_stock(weights, test, params, diameter_um, out / "stock")
     metrics = score(
         params,

@@ -52,6 +52,7 @@ from nuclei3d.segmentation.uncertainty import (
     sum_cells,
 )
 from nuclei3d.stages.train import train
+from nuclei3d.stages.training_data import read_summary
 from shared import new_parser, params_of
 
 BLOCKS = 5
@@ -297,7 +298,7 @@ def fine_tune(bench: Bench, folder: Path, start: Path, seed: int, crops: int) ->
     )
     slices = prepare_once(params, data, folder / "slices")
     # the scale at which the first model sees nuclei, whatever the size of those in the blocks
-    found_um = json.loads((slices / "summary.json").read_text())["nucleus_diameter_um"]
+    found_um = read_summary(slices).nucleus_diameter_um
     diameter_px = bench.settings.diameter_px * found_um / bench.settings.nucleus_diameter_um
     scaled = params.train.model_copy(update={"diameter_px": diameter_px})
     train(params.model_copy(update={"train": scaled}), slices, folder / "model", data=data)

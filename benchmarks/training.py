@@ -52,6 +52,7 @@ from nuclei3d.stages.prepare import prepare
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.training_data import (
     Slices,
+    SliceSummary,
     StoredSample,
     describe_samples,
     load_samples,
@@ -112,7 +113,7 @@ def train_ours(slices: Path, settings: TrainParams, seed: int) -> tuple[Measured
     described = read_slices(slices)
     planes = load_samples(described, "train", settings.memory_limit_gb)
     validation = load_samples(described, "validation", settings.memory_limit_gb)
-    grid = CropGrid.of_planes(settings, described.diameter_px)
+    grid = CropGrid.of_planes(settings, described.summary.diameter_px)
     examples = Examples(planes, validation, settings, grid, seed=seed)
     outcome = train_network(network, examples, settings, device=choose_device(settings.device))
     measured = clock.stop(settings.epochs * (settings.crops_per_epoch or len(planes)))
@@ -147,7 +148,7 @@ def stock_normalised(planes: SampleSet) -> SampleSet:
 
 def validation_loss(network: CPnet, planes: SampleSet, described: Slices, settings: TrainParams) -> float:
     """Compute the loss on fixed crops, in float32."""
-    grid = CropGrid.of_planes(settings, described.diameter_px)
+    grid = CropGrid.of_planes(settings, described.summary.diameter_px)
     judged = settings.model_copy(update={"validation_crops": 256, "batch_size": 16})
     examples = Examples(planes, planes, judged, grid, seed=0)
     arithmetic = Arithmetic(choose_device(settings.device), torch.float32, torch.contiguous_format)
@@ -239,7 +240,14 @@ def write_planes(folder: Path, planes: int, edge: int) -> None:
             os.link(folder / f"{first.info.file}.bin", folder / f"{file}.bin")
             info = replace(first.info, file=file, frame=frame, view=view, index=number)
             samples.append(replace(first, info=info))
-    summary = {"data": "absent", "nucleus_diameter_um": 12.0, "voxel_um": 0.35, "diameter_px": 34.0}
+    summary = SliceSummary(
+        data=Path("absent"),
+        nucleus_diameter_um=12.0,
+        voxel_um=0.35,
+        diameter_px=34.0,
+        contrast_quintiles=(),
+        md5="",
+    )
     describe_samples(folder, summary, samples)
 
 

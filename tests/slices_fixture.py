@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.stages.training_data import describe_samples, plane_flows, store_sample
+from nuclei3d.stages.training_data import SliceSummary, describe_samples, plane_flows, store_sample
 from nuclei3d.training.samples import SampleInfo, SampleSet, SampleView
 from nuclei3d.views import VIEWS
 from volumes_fixture import sample_info, stack_samples
@@ -65,13 +65,13 @@ def write_slices(folder: Path, train: int = 6, validation: int = 3, size: int = 
             info = plane_info(VIEWS[number % 3], labels, number, part, embryo)
             flows = plane_flows(labels)[:, None]
             samples.append(store_sample(folder, part, info, image[None], labels[None], flows))
-    summary = {
-        "data": "absent",
-        "nucleus_diameter_um": 7.0,
-        "voxel_um": 0.5,
-        "diameter_px": 14.0,
-        "contrast_quintiles": [1.0, 2.0, 3.0, 4.0],
-        "md5": hashlib.md5("".join(sample.md5 for sample in samples).encode()).hexdigest(),
-    }
+    summary = SliceSummary(
+        data=Path("absent"),
+        nucleus_diameter_um=7.0,
+        voxel_um=0.5,
+        diameter_px=14.0,
+        contrast_quintiles=(1.0, 2.0, 3.0, 4.0),
+        md5=hashlib.md5("".join(sample.md5 for sample in samples).encode()).hexdigest(),
+    )
     describe_samples(folder, summary, samples)
     return folder

@@ -27,6 +27,9 @@ from nuclei3d.segmentation.segmenter import Segmentation
 if TYPE_CHECKING:
     from nuclei3d.segmentation.masks import Nucleus
 
+#: Environment variable with the bearer token that a service asks for and a client sends.
+TOKEN_VARIABLE = "NUCLEI3D_TOKEN"
+
 _AGAIN = (502, 503)
 _CONNECT_S = 10.0
 
@@ -107,7 +110,7 @@ class RemoteModel:
         return answer.get("model") if isinstance(answer, dict) else None
 
     def _headers(self) -> dict[str, str]:
-        token = self.token or os.environ.get("NUCLEI3D_TOKEN")
+        token = self.token or os.environ.get(TOKEN_VARIABLE)
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def _post(self, body: bytes) -> bytes:

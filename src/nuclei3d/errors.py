@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -46,6 +50,21 @@ def hint_at(name: str, known: Collection[str]) -> str:
 def reason_of(error: BaseException, longest: int | None = None) -> str:
     """Give what an error of a library says, in one line; its kind where it says nothing."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
+class Problem(NamedTuple):
+    """What is wrong with a value: the field in dots (empty: the whole), the value, the reason in words."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """Give the first of the problems that pydantic found."""
+    found = error.errors()[0]
+    field = ".".join(map(str, found["loc"]))
+    return Problem(field, found["input"], found["msg"].removeprefix("Value error, "))
 
 
 def missing(path: Path, message: str) -> InputError:

@@ -52,12 +52,13 @@ def test_a_good_data_set_gives_no_warning(tmp_path: Path, params: Params) -> Non
     assert (result.warnings, result.errors, result.exit_code) == ((), (), 0)
     assert [frame.nuclei for frame in result.frames] == [10] * 6
     summary = prepare(params, data, tmp_path / "slices").summary
-    assert "warnings" not in summary
-    assert summary["training"]["voxel_x_um"] == [1.0, 1.0]
-    assert summary["training"]["anisotropy"] == [2.0, 2.0]
-    low, high = summary["training"]["diameter_um"]
-    assert low <= summary["nucleus_diameter_um"] <= high
-    assert summary["training"]["range_over_noise"][0] == pytest.approx(
+    assert summary.warnings is None
+    assert summary.training is not None
+    assert summary.training["voxel_x_um"] == (1.0, 1.0)
+    assert summary.training["anisotropy"] == (2.0, 2.0)
+    low, high = summary.training["diameter_um"]
+    assert low <= summary.nucleus_diameter_um <= high
+    assert summary.training["range_over_noise"][0] == pytest.approx(
         result.frames[0].range_over_noise, abs=0.01
     )
 
@@ -128,7 +129,7 @@ def test_labels_off_the_image_are_moved_wherever_they_are_read(tmp_path: Path) -
     assert params.data.label_shift_of("a") is None
     assert check(params, data).warnings == ()
     summary = prepare(params, data, tmp_path / "slices").summary
-    assert list(summary["params"]["data"]["label_shift_um"]) == ["c"]
+    assert list(summary.params["data"]["label_shift_um"]) == ["c"]
     for options, least, most in (([], 0.0, 0.6), ([given], 0.8, 1.0)):
         scored = load_params(None, [*options, *QUICK, "evaluate.report=false", "evaluate.bootstrap=0"])
         result = evaluate(scored, data / "c", tmp_path / "true", tmp_path / "scores")
@@ -154,8 +155,9 @@ def test_embryos_of_two_microscopes_train_together_at_one_scale(
     assert "0.5 to 1 um" in warning
     summary = prepare(params, data, tmp_path / "slices").summary
     assert "brought to pixels of 1 um" in capsys.readouterr().err
-    assert summary["diameter_px"] == pytest.approx(12, rel=0.05)
-    assert summary["training"]["voxel_x_um"] == [0.5, 1.0]
+    assert summary.diameter_px == pytest.approx(12, rel=0.05)
+    assert summary.training is not None
+    assert summary.training["voxel_x_um"] == (0.5, 1.0)
     samples = load_samples(read_slices(tmp_path / "slices"), "train")
     shapes = {info.embryo: info.shape for info in samples.infos if info.view == "xy"}
     assert shapes == {"a": (1, 48, 48), "b": (1, 48, 48)}
@@ -183,7 +185,7 @@ def test_a_single_stack_trains_in_blocks_that_share_no_nucleus(
     assert all(numbers)
     assert sum(map(len, numbers)) == len(set().union(*numbers))
     assert sum(part.labels.shape[2] for part in parts) <= 160 - 2 * 11
-    frames = prepare(params, tmp_path / "data", tmp_path / "slices").summary["frames"]
+    frames = prepare(params, tmp_path / "data", tmp_path / "slices").summary.frames
     assert frames == dict.fromkeys(PARTS, 1)
 
     # what was trained on is not scored: predictions are wrong there and right in the test block

@@ -21,6 +21,7 @@ from nuclei3d.networks.folder import ModelInfo, save_model
 from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.stages.evaluate import evaluate, read_baselines
 from nuclei3d.stages.prepare import prepare
+from nuclei3d.stages.training_data import SliceSummary
 
 SIZE = VoxelSize(2.0, 0.5, 0.5)
 NOISE = np.random.default_rng(0).integers(0, 900, (6, 9, 9)).astype(np.uint32)
@@ -156,8 +157,9 @@ def test_label_volumes_without_images_are_scored_without_contrast(folders: Path,
 
 
 def test_contrast_bins_come_from_the_training_set_if_it_is_named_and_otsu_from_the_frames(folders, tmp_path):
-    facts = {"contrast_quintiles": [5.0, 10.0, 20.0, 30.0], "nucleus_diameter_um": 30.0}
-    (tmp_path / "summary.json").write_text(json.dumps(facts))
+    sizes = {"nucleus_diameter_um": 30.0, "voxel_um": 1.0, "diameter_px": 30.0}
+    facts = SliceSummary(data=tmp_path, contrast_quintiles=(5.0, 10.0, 20.0, 30.0), md5="feed", **sizes)
+    (tmp_path / "summary.json").write_text(facts.model_dump_json())
     metrics = evaluate(QUICK, folders / "data", folders / "pred", tmp_path / "out", summary=tmp_path).metrics
     assert metrics["contrast_edges"] == [5, 10, 20, 30]
     assert metrics["contrast_edges_from"] == "training labels"
@@ -195,7 +197,7 @@ def test_volumes_that_the_model_knows_are_told_by_their_voxels(
         {"data": {"split": split}, "prepare": cut, "evaluate": {"bootstrap": 0, "report": False}}
     )
     summary = prepare(params, tmp_path / "data", tmp_path / "slices").summary
-    info = ModelInfo(diameter_px=17, frames=summary["frame_digests"])
+    info = ModelInfo(diameter_px=17, frames=summary.frame_digests)
     save_model(tmp_path / "model", new_network(17, 0), info, "a card")
     told = {"model": tmp_path / "model", "out": tmp_path / "out"}
     metrics = evaluate(params, tmp_path / "again", tmp_path / "pred", **told).metrics

@@ -215,4 +215,4 @@ def test_debris_becomes_background(data, volumes, tmp_path):
     described = read_slices(tmp_path / "slices")
     stored = load_samples(described, "train")
     assert stored.infos[0].nuclei == len(sizes) - 1 == stored.read(0).labels.max()
-    assert described.summary["labels_left_out"] >= 1
+    assert described.summary.labels_left_out >= 1

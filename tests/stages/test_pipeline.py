@@ -18,6 +18,7 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.stages.assess import headline
 from nuclei3d.stages.run import PipelineResult, run_pipeline
 from nuclei3d.stages.simulate import simulate
+from nuclei3d.stages.training_data import SliceSummary
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Made:
     """What a stand-in of a stage gives back."""
 
     out: Path
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: SliceSummary | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     frames: tuple[Any, ...] = ()
     done_before: bool = False
@@ -58,9 +59,11 @@ class Stages:
         self._begin("prepare")
         out.mkdir(parents=True, exist_ok=True)
         parts = {"train": 1, "validation": 1, "test": 1}
-        summary = {"nucleus_diameter_um": 9.0, "diameter_px": 12.0, "voxel_um": 0.7, "training_nuclei": 5}
-        summary |= {"planes": parts, "frames": parts, "md5": "feed", "data": str(data)}
-        (out / "summary.json").write_text(json.dumps(summary))
+        sizes = {"nucleus_diameter_um": 9.0, "diameter_px": 12.0, "voxel_um": 0.7}
+        summary = SliceSummary(
+            data=data, contrast_quintiles=(), planes=parts, frames=parts, md5="feed", **sizes
+        )
+        (out / "summary.json").write_text(summary.model_dump_json())
         return Made(out, summary)
 
     def train(self, params: Params, slices: Path, out: Path, *, data: Path) -> Made:

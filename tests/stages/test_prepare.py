@@ -104,18 +104,18 @@ def test_a_plane_takes_six_bytes_a_pixel(slices: Path) -> None:
 
 
 def test_nuclei_are_measured_in_3d(slices: Path) -> None:
-    summary = json.loads((slices / "summary.json").read_text())
-    assert summary["nucleus_diameter_um"] == pytest.approx(8.0, rel=0.05)
-    assert summary["diameter_px"] == pytest.approx(16.0, rel=0.05)
-    assert len(summary["contrast_quintiles"]) == 4
-    assert summary["frames"] == {"train": 2, "validation": 1, "test": 1}
+    summary = read_slices(slices).summary
+    assert summary.nucleus_diameter_um == pytest.approx(8.0, rel=0.05)
+    assert summary.diameter_px == pytest.approx(16.0, rel=0.05)
+    assert len(summary.contrast_quintiles) == 4
+    assert summary.frames == {"train": 2, "validation": 1, "test": 1}
 
 
 def test_labels_below_a_volume_are_left_out_and_counted(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nuclei"):
         prepare(params_of("prepare.min_volume_um3=1e+6"), data, tmp_path / "none")
     result = prepare(params_of("prepare.min_volume_um3=10"), data, tmp_path / "all")
-    assert result.summary["labels_left_out"] == 0
+    assert result.summary.labels_left_out == 0
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_real_embryos_give_planes_with_outlines(bbbc050: Path, tmp_path: Path) -
             (small / name / kind / "t501.tif").symlink_to(bbbc050 / name / kind / "t501.tif")
     split = "data.split={by: embryo, train: [Emb01], validation: [Emb10], test: [Emb11]}"
     result = prepare(params_of(split, "prepare.step_xy=4"), small, tmp_path / "slices")
-    assert 8 < result.summary["nucleus_diameter_um"] < 20
+    assert 8 < result.summary.nucleus_diameter_um < 20
     assert (tmp_path / "slices" / "slices.png").stat().st_size > 10_000
 
 
@@ -245,9 +245,11 @@ UNLIKE = "data.split={by: embryo, train: [a, b], validation: [c, d], test: []}"
 def test_nuclei_of_unlike_size_are_alike_in_the_crops(network: str, unlike: Path, tmp_path: Path) -> None:
     params = params_of(UNLIKE, f"train.network={network}")
     summary = prepare(params, unlike, tmp_path / "slices").summary
-    assert list(summary["embryo_diameters_um"].values()) == pytest.approx([8, 16, 8, 16], rel=0.05)
-    assert summary["nucleus_diameter_um"] == pytest.approx(12, rel=0.05)
-    assert summary["training"]["diameter_um"] == pytest.approx([8, 16], rel=0.05)
+    assert summary.embryo_diameters_um is not None
+    assert summary.training is not None
+    assert list(summary.embryo_diameters_um.values()) == pytest.approx([8, 16, 8, 16], rel=0.05)
+    assert summary.nucleus_diameter_um == pytest.approx(12, rel=0.05)
+    assert summary.training["diameter_um"] == pytest.approx((8, 16), rel=0.05)
     described = read_slices(tmp_path / "slices")
     grid = open_training(params, described).examples.grid
     for part in ("train", "validation"):
@@ -266,7 +268,7 @@ def test_without_a_ratio_or_below_it_one_diameter_is_for_all(unlike: Path, tmp_p
     for ratio in ("null", "2.1"):
         out = tmp_path / ratio
         summary = prepare(params_of(UNLIKE, f"prepare.max_size_ratio={ratio}"), unlike, out).summary
-        assert "embryo_diameters_um" not in summary
+        assert summary.embryo_diameters_um is None
         assert {info.voxel_size for info in read_slices(out).infos["train"]} == {VoxelSize(0.5, 0.5, 0.5)}
 
 
@@ -275,7 +277,7 @@ def test_validation_volumes_are_read_at_the_scale_of_the_training(unlike: Path, 
     prepare(params, unlike, tmp_path / "slices")
     described = read_slices(tmp_path / "slices")
     small, large = read_validation_volumes(params, None, described).calibrating
-    common_um = described.summary["nucleus_diameter_um"]
+    common_um = described.summary.nucleus_diameter_um
     for volume in (small, large):
         volumes = nucleus_volumes_um3(volume.labels, volume.voxel_size).values()
         assert np.median([sphere_diameter_um(v) for v in volumes]) == pytest.approx(common_um, rel=1e-3)

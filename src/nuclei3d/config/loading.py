@@ -108,10 +108,10 @@ def _explain(error: ValidationError, source: str, changed: Sequence[str]) -> lis
             hint = hint_at(str(problem["loc"][-1]), known)
             lines.append(f"{origin}: unknown parameter '{name}'; {hint}")
         else:
-            hint = ""
+            hint, reason = "", problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "tuple_type" and isinstance(problem["input"], str):
                 hint = f"; write it in brackets: [{problem['input'].strip('()')}]"
-            lines.append(f"{origin}: parameter '{name}' is {problem['input']!r}: {problem['msg']}{hint}")
+            lines.append(f"{origin}: parameter '{name}' is {problem['input']!r}: {reason}{hint}")
     return lines
 
 

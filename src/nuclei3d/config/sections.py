@@ -240,7 +240,7 @@ class Full3dParams(Section):
     """The 3D network (train.network: full3d): its shape, its patches, its loss."""
 
     profile: Literal["default", "small"] = "default"
-    """``default``: about 6 M parameters; ``small``: about 0.5 M, for two processor cores."""
+    """``default``: 4.5 to 6.3 M parameters; ``small``: 0.3 to 0.5 M, for two processor cores."""
     pooling: Literal["spacing", "isotropic"] = "spacing"
     """``spacing``: an axis is pooled and convolved along once its spacing is at most twice the finest;
     ``isotropic``: all axes alike, whatever the voxel size."""
@@ -419,7 +419,6 @@ class TrainParams(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 where the processor computes with it (CUDA from Ampere on, CPUs with AVX512-BF16 or
     AMX), else float32. Weights, loss and optimiser are always float32."""
-    channels_last: bool = True
     cuda_graph: bool = True
     """On a GPU, record a step once and replay it: the same numbers, faster for small batches."""
     workers: PositiveInt | None = None
@@ -813,9 +812,6 @@ class ServeParams(Section):
     """Longest time from a request's arrival to its answer."""
     shutdown_s: PositiveFloat = 60.0
     """How long a stopping service lets the request that is being computed finish."""
-    token_variable: str = "NUCLEI3D_TOKEN"
-    """Environment variable with the bearer token that requests must carry; no token is asked for where it is
-    unset. The token itself is never written into a file."""
 
 
 class Params(Section):

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from nuclei3d.config.sections import PredictParams, SegmentationParams, ServeParams
 from nuclei3d.console import printable
-from nuclei3d.errors import InputError, TooLargeError, hint_at
+from nuclei3d.errors import InputError, TooLargeError, first_problem, hint_at
 from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM, VoxelSize
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class RequestParams(SegmentationParams):
         try:
             return PredictParams.model_validate(defaults.model_dump() | given)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise InputError(f"the parameters do not go together: {reason}") from None
+            raise InputError(f"the parameters do not go together: {first_problem(error).reason}") from None
 
 
 def refuse_second_model(predict: PredictParams) -> None:
@@ -208,10 +207,8 @@ def read_request_params(values: Mapping[str, Any] | None) -> RequestParams:
     try:
         return RequestParams.model_validate(given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        value = printable(repr(problem["input"]))
-        raise InputError(f"parameter '{name}' is {value}: {printable(problem['msg'])}") from None
+        name, value, reason = first_problem(error)
+        raise InputError(f"parameter '{name}' is {printable(repr(value))}: {printable(reason)}") from None
 
 
 def decode_volume(value: object) -> bytes:

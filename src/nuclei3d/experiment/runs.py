@@ -40,7 +40,6 @@ _SECTIONS = {
     "predict": ("predict",),
     "evaluate": ("predict", "evaluate"),
     "register": ("tracking",),
-    "serve": ("serve",),
 }
 _PAUSE_S = 60.0
 _MAX_ENTRIES_IN_BATCH = 100
@@ -324,7 +323,7 @@ def _stage_params(stage: str, params: Params) -> dict[str, object]:
 def _device_of(stage: str, params: Params) -> str | None:
     if stage == "train":
         return params.train.device
-    if stage in ("predict", "search", "pipeline", "serve"):
+    if stage in ("predict", "search", "pipeline"):
         return params.predict.device
     return None
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from nuclei3d.console import say
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, first_problem, missing
 from nuclei3d.images.voxel_size import LARGEST_EDGE_UM, SMALLEST_EDGE_UM
 from nuclei3d.networks.cpnet import CELLPOSE_WIDTH, INPUT_CHANNELS, new_network
 from nuclei3d.networks.unet3d import VolumeNetwork, VolumeSpec, new_volume_network
@@ -212,11 +212,9 @@ def read_info(path: Path) -> ModelInfo:
 
 
 def _refused(path: Path, kind: str, error: ValidationError) -> InputError:
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the file"
-    found = f" (found {problem['input']!r:.60})" if problem["loc"] else ""
-    reason = problem["msg"].removeprefix("Value error, ")
-    return InputError(f"{path} is not a valid {kind}: {field}: {reason}{found}")
+    field, value, reason = first_problem(error)
+    found = f" (found {value!r:.60})" if field else ""
+    return InputError(f"{path} is not a valid {kind}: {field or 'the file'}: {reason}{found}")
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def plan_architecture(
 ) -> Architecture:
     """Choose pooling and kernels from the voxel size; `style` as in `Architecture`.
 
-    `anisotropy` is the edge of a voxel in z over that in x and y. The `profile` is ``default`` (about 6 M
-    parameters) or ``small`` (about 0.4 M, for two processor cores), the `pooling` ``spacing``, nnU-Net's
+    `anisotropy` is the edge of a voxel in z over that in x and y. The `profile` is ``default`` (4.5 to 6.3 M
+    parameters) or ``small`` (0.3 to 0.5 M, for two processor cores), the `pooling` ``spacing``, nnU-Net's
     rule, or ``isotropic``: every axis alike, whatever the voxel size.
     """
     if not 0 < anisotropy <= _MAX_ANISOTROPY:

@@ -37,7 +37,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, first_problem
 from nuclei3d.scoring.matching import Floats, OverlapTable, match
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
@@ -195,9 +195,8 @@ def parse_metrics(content: bytes, where: object) -> dict[str, Any]:
         tree = from_json(content)
         _Scores.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        reason = (f"{field}: " if field else "") + problem["msg"].removeprefix("Value error, ")
+        field, _, fault = first_problem(error)
+        reason = f"{field}: {fault}" if field else fault
     except ValueError:
         reason = "it is not valid JSON"
     else:

@@ -36,11 +36,11 @@ def write_augmentation_sheet(params: Params, slices: Path, out: Path) -> SheetRe
     from nuclei3d.stages.training_data import load_samples, read_slices
 
     described = read_slices(slices)
-    if described.network != "views2d":
+    if described.summary.network != "views2d":
         raise InputError(f"{slices} holds volumes for a 3D network; the sheet shows crops of planes only")
     planes = load_samples(described, "train", params.train.memory_limit_gb)
     with stage_run("augment", params, inputs={"slices": slices}) as run:
-        figure = draw_augmentation_sheet(planes, described.diameter_px, params)
+        figure = draw_augmentation_sheet(planes, described.summary.diameter_px, params)
         with whole_file(out) as path:
             figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
         run.artifact(out)

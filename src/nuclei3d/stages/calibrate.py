@@ -51,14 +51,14 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
     wanted = params.train.validation_volumes if params.train.validate_volumes_every else 0
     if not wanted and params.calibrate.volumes == 0:
         return ValidationVolumes()
-    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    source, summary = data or described.summary.data, described.summary
     try:
         if not source.is_dir():
             raise missing(source, f"there is no folder {source} of labelled embryos (--data)")
         frames = split_embryos(find_embryos(source), params.data.split).validation
         if not frames:
             raise InputError(f"the split of {source} names no validation embryos with labels (data.split)")
-        diameter_um = described.summary["nucleus_diameter_um"] if described.has_unlike_nuclei else None
+        diameter_um = summary.nucleus_diameter_um if summary.embryo_diameters_um else None
         judging, calibrating = (
             list(read_to_scale(spread_evenly(frames, count), params, _unless_given(diameter_um, params)))
             for count in (wanted, params.calibrate.volumes)
@@ -100,7 +100,11 @@ def validation_settings(info: ModelInfo, params: Params) -> SegmentationSettings
 
 
 def _as_validated(params: Params) -> PredictParams:
-    """Give the parameters of a prediction of labelled volumes, whose nuclei need no estimate."""
+    """Give the parameters of a prediction of labelled volumes, whose nuclei need no estimate.
+
+    The mode is that of flows in 3D, whichever the predictions will have: only from flows can masks be cut
+    anew for every threshold.
+    """
     diameter_um = params.predict.diameter_um
     update = {"mode": "auto", "diameter_um": None if diameter_um == "auto" else diameter_um}
     return params.predict.model_copy(update=update)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
 from nuclei3d.stages.predicted import made_by, tell_changed_images
 from nuclei3d.stages.track_files import score_track_folders
+from nuclei3d.stages.training_data import read_summary
 
 # Below so many voxels in all, starting processes takes longer than they save.
 _WORTH_PROCESSES = 200_000_000
@@ -146,7 +146,7 @@ def evaluate(
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
-    edges = None if summary is None else _training_edges(summary)
+    edges = None if summary is None else list(read_summary(summary).contrast_quintiles)
     pairing = pair_volumes(params, truth, pred, images, baselines or {}, only)
     if alone := pairing.truths_alone:
         say(f"{len(alone)} true volumes have no prediction and are left out: {some_of(alone)}")
@@ -221,20 +221,6 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"--baseline {text}: two baselines are called '{name.strip()}'; rename one")
         baselines[name.strip()] = Path(folder)
     return baselines
-
-
-def _training_edges(summary: Path) -> list[float]:
-    path = summary / "summary.json" if summary.is_dir() else summary
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        edges = [float(edge) for edge in tree["contrast_quintiles"]]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; nuclei3d prepare writes it") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no summary.json of nuclei3d prepare") from None
-    if edges != sorted(edges):
-        raise InputError(f"{path}: contrast_quintiles must ascend")
-    return edges
 
 
 def _assess(

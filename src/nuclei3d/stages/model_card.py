@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
 from nuclei3d.config import Params
-from nuclei3d.networks.folder import ModelInfo, TrainingFrames, info_beside
+from nuclei3d.networks.folder import ModelInfo, TrainingFrames, TrainingRange, info_beside
 from nuclei3d.networks.unet3d import VolumeSpec
 from nuclei3d.stages.start_model import find_start_model, trace_start
 from nuclei3d.stages.training_data import Slices
@@ -26,6 +25,7 @@ def describe_model(
     """
     from nuclei3d.experiment.provenance import trace_provenance
 
+    summary = described.summary
     provenance = trace_provenance(params, {"slices": described.folder}, device=params.train.device)
     elsewhere = ("nuclei3d.host", "nuclei3d.environment", "mlflow.source.git.commit")
     tags = {name: value for name, value in provenance.as_tags().items() if name not in elsewhere}
@@ -33,23 +33,20 @@ def describe_model(
     if run_id is not None:
         origin["run_id"] = run_id
     origin |= trace_start(params)
-    if shift_um := described.summary.get("params", {}).get("data", {}).get("label_shift_um"):
+    if shift_um := summary.params.get("data", {}).get("label_shift_um"):
         origin["label_shift_um"] = json.dumps(shift_um)
-    voxel = float(described.summary["voxel_um"])
-    own: Mapping[str, float] = described.summary.get("embryo_diameters_um", {})
-    of_training = [
-        own[embryo] for embryo in described.summary.get("embryos", {}).get("train", ()) if embryo in own
-    ]
+    voxel, own = summary.voxel_um, summary.embryo_diameters_um or {}
+    of_training = [own[embryo] for embryo in summary.embryos.get("train", ()) if embryo in own]
     return ModelInfo(
         kind="views2d" if spec is None else "full3d",
         width=params.train.width,
         full3d=spec,
         name=params.train.name,
         diameter_px=params.train.diameter_px,
-        nucleus_diameter_um=float(described.summary["nucleus_diameter_um"]),
-        voxel_size_um=(float(described.summary.get("voxel_z_um", voxel)), voxel, voxel),
+        nucleus_diameter_um=summary.nucleus_diameter_um,
+        voxel_size_um=(summary.voxel_z_um or voxel, voxel, voxel),
         embryo_diameters_um=(min(of_training), max(of_training)) if of_training else None,
-        training=described.summary.get("training"),
+        training=None if summary.training is None else TrainingRange.model_validate(summary.training),
         versions=dict(provenance.versions),
         lineage=origin,
         frames=_frames_seen(params, described, read),
@@ -59,7 +56,7 @@ def describe_model(
 
 def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None) -> TrainingFrames | None:
     """Gather the frames that the model has seen, start model included; None if prepare did not tell them."""
-    digests = described.summary.get("frame_digests")
+    digests = described.summary.frame_digests
     if digests is None:
         return None
     frames = TrainingFrames.model_validate(digests)
@@ -76,12 +73,12 @@ def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None)
 
 def card_text(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
     """Say in Markdown what the model is, what it was trained on, and how well it did there."""
-    embryos = described.summary.get("embryos", {})
+    summary = described.summary
     unit = "planes" if info.full3d is None else "volumes"
     rows = [
-        ("trained on", ", ".join(embryos.get("train", ["unknown"]))),
-        ("validated on", ", ".join(embryos.get("validation", ["unknown"]))),
-        (unit, str(described.summary.get(unit, {}).get("train", "unknown"))),
+        ("trained on", ", ".join(summary.embryos.get("train", ["unknown"]))),
+        ("validated on", ", ".join(summary.embryos.get("validation", ["unknown"]))),
+        (unit, str(summary.samples.get("train", "unknown"))),
         ("epoch kept", f"{outcome.epoch} of {outcome.state.epoch}"),
         ("nuclei", f"{info.nucleus_diameter_um:.3g} um, {info.diameter_px:.3g} px at the network's scale"),
         ("seed", str(params.seed)),

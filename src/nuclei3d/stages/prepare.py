@@ -43,6 +43,7 @@ from nuclei3d.stages.check import describe_faults, find_volume_faults
 from nuclei3d.stages.labelled_frames import digest_sources, measure_embryos
 from nuclei3d.stages.training_data import (
     SUMMARY_FILE,
+    SliceSummary,
     StoredSample,
     describe_samples,
     load_samples,
@@ -67,14 +68,14 @@ _SAME_SIZE = 0.02
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What `prepare` made; `summary` is the content of summary.json."""
+    """What `prepare` made."""
 
     out: Path
-    summary: dict[str, Any]
+    summary: SliceSummary
 
     def as_json(self) -> dict[str, Any]:
         """Give the result as plain data."""
-        return {"out": str(self.out), **self.summary}
+        return {"out": str(self.out), **self.summary.model_dump(mode="json", exclude_none=True)}
 
 
 def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> PrepareResult:
@@ -113,11 +114,10 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
         frames = map_in_processes("prepare", work, tasks, workers=workers)
         samples = [sample for frame in frames for sample in frame.samples]
         _check_enough(samples, params, data)
-        summary = _summarise(params, data, tasks, frames)
-        summary["sources"] = digest_sources(split)
-        if diameters:
-            summary["embryo_diameters_um"] = diameters
-        for warning in summary.get("warnings", ()):
+        summary = _summarise(params, data, tasks, frames).model_copy(
+            update={"sources": digest_sources(split), "embryo_diameters_um": diameters or None}
+        )
+        for warning in summary.warnings or ():
             warn(warning)
         describe_samples(folder, summary, samples)
         if not solid:
@@ -126,8 +126,8 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
             draw_slices_sheet(load_samples(read_slices(folder), "train"), folder / "slices.png")
     kind = "volumes" if solid else "planes"
     say(
-        f"{summary[kind]['train']} training {kind} in {out}; nuclei measure "
-        f"{summary['nucleus_diameter_um']:.3g} um ({summary['diameter_px']:.3g} px on the planes)"
+        f"{summary.samples['train']} training {kind} in {out}; nuclei measure "
+        f"{summary.nucleus_diameter_um:.3g} um ({summary.diameter_px:.3g} px on the planes)"
     )
     return PrepareResult(out, summary)
 
@@ -330,7 +330,9 @@ def _check_enough(samples: Sequence[StoredSample], params: Params, data: Path) -
         )
 
 
-def _training_range(frames: Sequence[PreparedFrame], volumes: NDArray[np.float64]) -> dict[str, Any] | None:
+def _training_range(
+    frames: Sequence[PreparedFrame], volumes: NDArray[np.float64]
+) -> dict[str, tuple[float, float]] | None:
     """Say what the training frames are like, as `nuclei3d.networks.folder.TrainingRange` takes it."""
     ratios = [frame.range_over_noise for frame in frames if math.isfinite(frame.range_over_noise)]
     if not ratios:
@@ -341,12 +343,12 @@ def _training_range(frames: Sequence[PreparedFrame], volumes: NDArray[np.float64
         "anisotropy": [frame.voxel_size.anisotropy for frame in frames],
         "range_over_noise": ratios,
     }
-    return {name: [round(float(end), 4) for end in (min(v), max(v))] for name, v in of_each.items()}
+    return {name: (round(float(min(v)), 4), round(float(max(v)), 4)) for name, v in of_each.items()}
 
 
 def _summarise(
     params: Params, data: Path, tasks: Sequence[tuple[str, EmbryoFrame]], frames: Sequence[PreparedFrame]
-) -> dict[str, Any]:
+) -> SliceSummary:
     training = [frame for (part, _), frame in zip(tasks, frames, strict=True) if part == "train"]
     samples = [sample for frame in frames for sample in frame.samples]
     volumes = np.concatenate([frame.volumes_um3 for frame in training])
@@ -365,32 +367,32 @@ def _summarise(
         exclude={"prepare": {"workers", "cellpose_files"}},
     )
     solid = params.train.network == "full3d"
-    summary: dict[str, Any] = {
-        "data": str(data),
-        "nucleus_diameter_um": round(diameter_um, 4),
-        "voxel_um": round(voxel_um, 6),
-        "diameter_px": round(diameter_um / voxel_um, 3),
-        "contrast_quintiles": [round(float(edge), 4) for edge in contrast_edges(contrasts)],
-        "frames": {part: sum(1 for p, _ in tasks if p == part) for part in PARTS},
-        "embryos": {part: sorted({f.embryo for p, f in tasks if p == part}) for part in PARTS},
-        "network": params.train.network,
-        "volumes" if solid else "planes": {part: sum(s.part == part for s in samples) for part in PARTS},
-        "training_nuclei": len(volumes),
-        "labels_left_out": sum(frame.labels_left_out for frame in frames),
-        "training": _training_range(training, volumes),
-        "params": chosen,
-        "md5": digest.hexdigest(),
-    }
+    counts = {part: sum(sample.part == part for sample in samples) for part in PARTS}
+    depths = [sample.info.voxel_size.z for sample in samples if sample.part == "train"]
     places = [f"{frame.embryo}/{frame.frame}" for _, frame in tasks]
     of_frames = list(zip((part for part, _ in tasks), places, frames, strict=True))
-    summary["frame_digests"] = {
-        part: {place: frame.digest for p, place, frame in of_frames if p == part}
-        for part in ("train", "validation")
-    }
-    found = [(place, fault) for place, each in zip(places, frames, strict=True) for fault in each.faults]
-    if found:
-        summary["warnings"] = describe_faults(found)
-    if solid:
-        depths = [sample.info.voxel_size.z for sample in samples if sample.part == "train"]
-        summary |= {"voxel_z_um": round(float(np.median(depths)), 6), "targets": params.prepare.targets}
-    return summary
+    faults = [(place, fault) for place, each in zip(places, frames, strict=True) for fault in each.faults]
+    return SliceSummary(
+        data=data,
+        nucleus_diameter_um=round(diameter_um, 4),
+        voxel_um=round(voxel_um, 6),
+        diameter_px=round(diameter_um / voxel_um, 3),
+        contrast_quintiles=tuple(round(float(edge), 4) for edge in contrast_edges(contrasts)),
+        frames={part: sum(1 for p, _ in tasks if p == part) for part in PARTS},
+        embryos={part: tuple(sorted({f.embryo for p, f in tasks if p == part})) for part in PARTS},
+        network=params.train.network,
+        planes=None if solid else counts,
+        volumes=counts if solid else None,
+        training_nuclei=len(volumes),
+        labels_left_out=sum(frame.labels_left_out for frame in frames),
+        training=_training_range(training, volumes),
+        params=chosen,
+        md5=digest.hexdigest(),
+        frame_digests={
+            part: {place: frame.digest for p, place, frame in of_frames if p == part}
+            for part in ("train", "validation")
+        },
+        warnings=tuple(describe_faults(faults)) if faults else None,
+        voxel_z_um=round(float(np.median(depths)), 6) if solid else None,
+        targets=params.prepare.targets if solid else None,
+    )

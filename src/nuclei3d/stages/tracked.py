@@ -45,10 +45,11 @@ def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = Fal
         result = prepare(params, data, out, strict=strict)
         summary = result.summary
         numbers = ("nucleus_diameter_um", "diameter_px", "voxel_um", "training_nuclei")
-        run.metrics({name: summary[name] for name in numbers})
-        for unit in ("planes", "volumes", "frames"):
-            run.metrics({f"{unit}/{part}": count for part, count in summary.get(unit, {}).items()})
-        run.tags({"nuclei3d.slices_md5": summary["md5"]})
+        run.metrics({name: getattr(summary, name) for name in numbers})
+        counts = {"planes": summary.planes, "volumes": summary.volumes, "frames": summary.frames}
+        for unit, by_part in counts.items():
+            run.metrics({f"{unit}/{part}": count for part, count in (by_part or {}).items()})
+        run.tags({"nuclei3d.slices_md5": summary.md5})
         for name in ("slices.png", "summary.json", "manifest.csv"):
             if (out / name).is_file():
                 run.artifact(out / name)

@@ -26,7 +26,6 @@ from nuclei3d.networks.cpnet import choose_device, choose_precision, new_network
 from nuclei3d.networks.folder import CARD_FILE, INFO_FILE, load_model, read_info, save_model
 from nuclei3d.networks.planning import plan_architecture, plan_patch
 from nuclei3d.networks.unet3d import (
-    Targets,
     VolumeSpec,
     count_parameters,
     describe,
@@ -137,7 +136,7 @@ def train(
             metrics |= {"calibrated_ap": chosen.ap, "uncalibrated_ap": chosen.ap_default}
         if training.spec is None:
             with torch.no_grad():
-                network.diam_labels.fill_(described.diameter_px)  # type: ignore[operator]
+                network.diam_labels.fill_(described.summary.diameter_px)  # type: ignore[operator]
         save_model(out, network, info, card_text(info, outcome, params, described))
         write_history(out / "history.csv", outcome.state.history)
         _write_drawn(out, training, params.seed, outcome.state.epoch)
@@ -145,7 +144,7 @@ def train(
         run.tags({"nuclei3d.kept_epoch": outcome.epoch, "nuclei3d.stopped": outcome.stopped or "no"})
         run.artifact(out, "model")
         if run.run_id is not None and training.spec is None:
-            shown = draw_augmentation_sheet(training.samples, described.diameter_px, params, 4, 5)
+            shown = draw_augmentation_sheet(training.samples, described.summary.diameter_px, params, 4, 5)
             run.figure(shown, "augmented_crops.png")
     say(
         f"model of epoch {outcome.epoch} of {outcome.state.epoch} in {out}"
@@ -177,7 +176,7 @@ def _refuse_to_lose(out: Path, checkpoints: Checkpoints, start_from: str | None)
 
 def _run_name(params: Params, described: Slices) -> str:
     wanted = params.train
-    embryos = some_of(described.summary.get("embryos", {}).get("train", [])) or described.folder.name
+    embryos = some_of(described.summary.embryos.get("train", ())) or described.folder.name
     start = "" if wanted.start_from is None else f" from {Path(wanted.start_from).name}"
     return (
         f"train {wanted.name}{start} on {embryos}: {wanted.network}, {wanted.epochs} epochs, rate "
@@ -196,7 +195,7 @@ def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str
     chosen = [section.model_dump(mode="json", exclude=machine) for section in sections]
     start = find_start_model(params)
     start_md5 = None if start is None else digest_of(start)
-    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    source = data or described.summary.data
     data_md5 = digest_of(source) if source.is_dir() else None
     return _md5([__version__, chosen, params.seed, described.digest, start_md5, data_md5])
 
@@ -219,11 +218,11 @@ class Training:
 def open_training(params: Params, described: Slices) -> Training:
     """Open the data set and make the network."""
     settings = params.train
-    if described.network != settings.network:
+    if described.summary.network != settings.network:
         raise InputError(
-            f"{described.folder} was prepared for train.network '{described.network}', not "
+            f"{described.folder} was prepared for train.network '{described.summary.network}', not "
             f"'{settings.network}'; run 'nuclei3d prepare --set train.network={settings.network}', or train "
-            f"with --set train.network={described.network}"
+            f"with --set train.network={described.summary.network}"
         )
     spec = _volume_spec(params, described) if settings.network == "full3d" else None
     start = find_start_model(params)
@@ -244,9 +243,9 @@ def open_training(params: Params, described: Slices) -> Training:
                 f"{sparse} of {len(samples)} planes show fewer than {fewest} nuclei; they are {fate} "
                 "(train.sampling.sparse)"
             )
-        grid = CropGrid.of_planes(settings, described.diameter_px)
+        grid = CropGrid.of_planes(settings, described.summary.diameter_px)
     else:
-        grid = CropGrid.of_volumes(settings, spec, float(described.summary["nucleus_diameter_um"]))
+        grid = CropGrid.of_volumes(settings, spec, described.summary.nucleus_diameter_um)
         plan += (
             f", in patches of {' x '.join(map(str, spec.patch))} voxels; a 3D network of "
             f"{count_parameters(network) / 1e6:.2g} M parameters for anisotropy {spec.anisotropy:.3g} "
@@ -277,8 +276,8 @@ def _warn_of_start(params: Params, described: Slices) -> None:
 
 def _warn_of_changes(params: Params, described: Slices, data: Path | None) -> None:
     """Say which labelled frames are not what they were when the slices were cut from them."""
-    before = described.summary.get("sources")
-    source = data if data is not None else Path(str(described.summary.get("data", "")))
+    before = described.summary.sources
+    source = data or described.summary.data
     if before is None or not source.is_dir():
         return
     try:
@@ -323,14 +322,13 @@ def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -
 def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
     """Shape the 3D network after the voxel size of the data set and the size of its nuclei."""
     settings, wanted = params.train, params.train.full3d
-    try:
-        depth_um = float(described.summary["voxel_z_um"])
-    except (KeyError, TypeError, ValueError):
+    depth_um = described.summary.voxel_z_um
+    if depth_um is None:
         raise InputError(
             f"{described.folder}/summary.json does not say the voxel size along z; make the data set again "
             "with 'nuclei3d prepare'"
-        ) from None
-    edge_um = float(described.summary["nucleus_diameter_um"]) / settings.diameter_px
+        )
+    edge_um = described.summary.nucleus_diameter_um / settings.diameter_px
     anisotropy = round(depth_um / edge_um, 4)
     architecture = plan_architecture(anisotropy, wanted.profile, wanted.pooling, wanted.style)
     multiple = architecture.multiple
@@ -340,8 +338,7 @@ def _volume_spec(params: Params, described: Slices) -> VolumeSpec:
             f"train.full3d.patch {list(patch)} does not suit the network: (z, y, x) must be multiples of "
             f"{list(multiple)}"
         )
-    targets: Targets = "tanh" if described.summary.get("targets") == "tanh" else "heat"
-    return VolumeSpec(architecture, anisotropy, patch, targets)
+    return VolumeSpec(architecture, anisotropy, patch, described.summary.targets or "heat")
 
 
 def _say_plan(training: Training, params: Params, device: torch.device, described: Slices) -> None:
@@ -351,7 +348,7 @@ def _say_plan(training: Training, params: Params, device: torch.device, describe
     precision = str(choose_precision(params.train.precision, device)).removeprefix("torch.")
     say(
         f"training on {where} in {precision}: {training.plan}; "
-        f"nuclei of {described.diameter_px:.3g} px scaled to {params.train.diameter_px:.3g} px"
+        f"nuclei of {described.summary.diameter_px:.3g} px scaled to {params.train.diameter_px:.3g} px"
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -18,17 +17,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError, model_validator
 
 from nuclei3d.config import Params
 from nuclei3d.digests import digests_of
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, first_problem
 from nuclei3d.flows import flows_2d
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import write_json, write_table
+from nuclei3d.outputs import write_table, write_text
 from nuclei3d.training.samples import (
     UNKNOWN_FLOW,
     SampleArrays,
@@ -74,6 +74,54 @@ class StoredSample:
     md5: str
 
 
+class SliceSummary(BaseModel):
+    """What summary.json says: the facts of a slice data set, by part where there are several.
+
+    `data` is the folder that it was cut from. A typical training nucleus measures `nucleus_diameter_um`, or
+    `diameter_px` on planes with pixels of `voxel_um`; `voxel_z_um` is told of volumes alone, as are
+    `volumes` and `targets`, and `planes` of planes. `contrast_quintiles` part the training nuclei by
+    contrast. `training` is what `nuclei3d.networks.folder.TrainingRange` takes, `frame_digests` what its
+    `TrainingFrames` does. `embryo_diameters_um` is there where each embryo was brought to the common scale
+    by its own nuclei. `params` has what decided the samples, `md5` is theirs, `sources` tells for each frame
+    its part and the digests of its files.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data: Path
+    nucleus_diameter_um: PositiveFloat
+    voxel_um: PositiveFloat
+    diameter_px: PositiveFloat
+    contrast_quintiles: tuple[float, ...]
+    frames: dict[str, int] = {}
+    embryos: dict[str, tuple[str, ...]] = {}
+    network: Literal["views2d", "full3d"] = "views2d"
+    planes: dict[str, int] | None = None
+    volumes: dict[str, int] | None = None
+    training_nuclei: int = 0
+    labels_left_out: int = 0
+    training: dict[str, tuple[float, float]] | None = None
+    params: dict[str, Any] = {}
+    md5: str
+    frame_digests: dict[str, dict[str, str]] | None = None
+    warnings: tuple[str, ...] | None = None
+    voxel_z_um: PositiveFloat | None = None
+    targets: Literal["heat", "tanh"] | None = None
+    sources: dict[str, tuple[str, str]] | None = None
+    embryo_diameters_um: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _check_contrast(self) -> Self:
+        if list(self.contrast_quintiles) != sorted(self.contrast_quintiles):
+            raise ValueError("contrast_quintiles must ascend")
+        return self
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Number of planes or volumes by part."""
+        return self.planes or self.volumes or {}
+
+
 @dataclass(frozen=True)
 class Slices:
     """A data set's description.
@@ -83,7 +131,7 @@ class Slices:
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: SliceSummary
     infos: dict[str, tuple[SampleInfo, ...]]
     md5s: dict[str, str]
     digest: str
@@ -95,25 +143,10 @@ class Slices:
             if found != expected:
                 raise InputError(f"{file} was changed since prepare wrote it; {_MEND}")
 
-    @property
-    def network(self) -> str:
-        """Kind of network that this was prepared for: ``views2d`` or ``full3d``."""
-        return str(self.summary.get("network", "views2d"))
-
     def normalization(self, params: Params) -> dict[str, Any]:
         """Give what prepare normalised with, which params.yaml may no longer say."""
-        prepared = self.summary.get("params", {}).get("normalization", {})
+        prepared = self.summary.params.get("normalization", {})
         return params.normalization.model_dump() | dict(prepared)
-
-    @property
-    def has_unlike_nuclei(self) -> bool:
-        """Whether each embryo was brought to the common scale by its own nuclei."""
-        return bool(self.summary.get("embryo_diameters_um"))
-
-    @property
-    def diameter_px(self) -> float:
-        """Diameter of a typical nucleus on the planes."""
-        return float(self.summary["diameter_px"])
 
 
 def plane_flows(labels: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.float32]:
@@ -157,7 +190,7 @@ def store_sample(
     return StoredSample(part, info, table, step, offset, power, digest.hexdigest())
 
 
-def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[StoredSample]) -> None:
+def describe_samples(folder: Path, summary: SliceSummary, samples: Sequence[StoredSample]) -> None:
     """Write summary.json, manifest.csv and, of volumes, nuclei.csv."""
     solid = not samples[0].info.is_plane
     columns: tuple[str, ...] = _VOLUME_COLUMNS if solid else _PLANE_COLUMNS
@@ -176,7 +209,7 @@ def describe_samples(folder: Path, summary: dict[str, Any], samples: Sequence[St
             for label, values in enumerate(sample.nuclei, start=1)
         )
         write_table(folder / NUCLEI_FILE, _NUCLEI_COLUMNS, rows)
-    write_json(folder / SUMMARY_FILE, summary)
+    write_text(folder / SUMMARY_FILE, summary.model_dump_json(indent=2, exclude_none=True) + "\n")
 
 
 def _row(sample: StoredSample) -> dict[str, Any]:
@@ -188,32 +221,39 @@ def _row(sample: StoredSample) -> dict[str, Any]:
     return row
 
 
+def read_summary(path: Path) -> SliceSummary:
+    """Read the summary.json of a slice data set, given as the file or the data set."""
+    file = path / SUMMARY_FILE if path.is_dir() else path
+    try:
+        return SliceSummary.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}; nuclei3d prepare writes it") from None
+    except ValidationError as error:
+        field, _, reason = first_problem(error)
+        what = f"{file} is damaged or no summary.json of a slice data set"
+        raise InputError(f"{what} ({field}: {reason}); {_MEND}") from None
+
+
 def read_slices(folder: Path) -> Slices:
     """Read summary.json and manifest.csv."""
-    summary_path, manifest_path = folder / SUMMARY_FILE, folder / MANIFEST_FILE
-    for path in (summary_path, manifest_path):
+    manifest_path = folder / MANIFEST_FILE
+    for path in (folder / SUMMARY_FILE, manifest_path):
         if not path.is_file():
             raise InputError(
                 f"{folder} is no slice data set: {path.name} is missing; make one with 'nuclei3d prepare'"
             )
-    try:
-        summary = json.loads(summary_path.read_bytes())
-        for name in ("nucleus_diameter_um", "voxel_um", "diameter_px"):
-            if not float(summary[name]) > 0:
-                raise ValueError(name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{summary_path} is damaged ({error}); {_MEND}") from None
+    summary = read_summary(folder)
     infos: dict[str, list[SampleInfo]] = {}
     md5s: dict[str, str] = {}
     try:
         with manifest_path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                infos.setdefault(row["part"], []).append(_info(row, float(summary["voxel_um"])))
+                infos.setdefault(row["part"], []).append(_info(row, summary.voxel_um))
                 md5s[row["file"]] = row["md5"]
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{manifest_path} is damaged ({error}); {_MEND}") from None
     digest = hashlib.md5(manifest_path.read_bytes(), usedforsecurity=False)
-    digest.update(f"{summary['diameter_px']} {summary['nucleus_diameter_um']}".encode())
+    digest.update(f"{summary.diameter_px} {summary.nucleus_diameter_um}".encode())
     if (folder / NUCLEI_FILE).is_file():
         digest.update((folder / NUCLEI_FILE).read_bytes())
     by_part = {part: tuple(rows) for part, rows in infos.items()}

@@ -37,8 +37,4 @@ class Arithmetic:
 def choose_arithmetic(params: TrainParams, device: torch.device, axes: int) -> Arithmetic:
     """Choose how to compute with images of so many spatial axes."""
     last = torch.channels_last if axes == 2 else torch.channels_last_3d
-    return Arithmetic(
-        device,
-        choose_precision(params.precision, device),
-        last if params.channels_last else torch.contiguous_format,
-    )
+    return Arithmetic(device, choose_precision(params.precision, device), last)

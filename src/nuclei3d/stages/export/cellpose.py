@@ -139,7 +139,7 @@ def write_training_set(slices: Path, folder: Path) -> list[Path]:
     stored, and the user is told.
     """
     described = read_slices(slices)
-    if described.network != "views2d":
+    if described.summary.network != "views2d":
         raise InputError(f"{slices} holds volumes for a 3D network; Cellpose's training takes planes only")
     written: list[Path] = []
     for part in PARTS:

@@ -47,10 +47,9 @@ def train_and_validate(job: TrialJob, on_epoch: Callable[[EpochReport], None]) -
     from nuclei3d.stages.train import train
 
     params = without_idle_work(job.params)
-    summary, frames = judged_on(params, job.slices, job.data)
+    edges, frames = judged_on(params, job.slices, job.data)
     model = job.folder / params.train.name
     train(params, job.slices, model, data=job.data, resume=True, on_epoch=on_epoch)
-    edges = [float(edge) for edge in summary.get("contrast_quintiles", ())]
     return value_of(assess_model(params, model, frames), params.search, edges)
 
 
@@ -70,12 +69,12 @@ def without_idle_work(params: Params) -> Params:
     return params.model_copy(update=update)
 
 
-def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[dict[str, Any], list[EmbryoFrame]]:
-    """Give the summary of the slices and the frames that models are judged on; refuse if there are none."""
+def judged_on(params: Params, slices: Path, data: Path | None) -> tuple[tuple[float, ...], list[EmbryoFrame]]:
+    """Give the edges of the contrast bins, and the frames that models are judged on."""
     from nuclei3d.stages.training_data import read_slices
 
-    summary = dict(read_slices(slices).summary)
-    return summary, validation_frames(params, data or Path(str(summary.get("data", ""))))
+    summary = read_slices(slices).summary
+    return summary.contrast_quintiles, validation_frames(params, data or summary.data)
 
 
 def validation_frames(params: Params, data: Path) -> list[EmbryoFrame]:
