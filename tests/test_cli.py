@@ -139,7 +139,7 @@ def test_a_command_passes_on_what_its_stage_takes(stage, names):
     module, _, function = stage.partition(":")
     taken = dict(signature(getattr(import_module(f"nuclei3d.{module}"), function)).parameters)
     if any(each.kind is Parameter.VAR_KEYWORD for each in taken.values()):
-        name = function.removesuffix("_tracked")
+        name = function.removeprefix("record_")
         taken |= signature(getattr(import_module(f"nuclei3d.stages.{name}"), name)).parameters
     assert names <= set(taken)
     needed = {name for name, each in taken.items() if each.default is each.empty}

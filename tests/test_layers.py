@@ -103,4 +103,8 @@ def test_only_experiment_imports_mlflow(path: Path) -> None:
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_functions_on_arrays_touch_no_files(path: Path) -> None:
-    assert not imported_names(path) & {"pathlib", "tifffile", "zarr", "shutil", "csv", "json"}
+    by_libraries = {"pathlib", "tifffile", "zarr", "shutil", "csv", "json"}
+    by_us = {"nuclei3d.outputs", "nuclei3d.images.tiff", "nuclei3d.images.frames"}
+    if path.name != "segmenter.py":
+        by_us.add("nuclei3d.networks.folder.load_model")
+    assert not imported_names(path) & (by_libraries | by_us)

@@ -326,7 +326,7 @@ def _add_command(
     return app.command(cls=_Command)(command)
 
 
-@_command("stages.tracked:simulate_tracked")
+@_command("stages.recorded:record_simulate")
 def simulate(params: Params, out: Path) -> Result:
     """Make time-lapses of synthetic embryos with exact labels."""
 
@@ -336,7 +336,7 @@ def check(params: Params, data: Path) -> Result:
     """Tell all that is odd about labelled embryos, before any work."""
 
 
-@_command("stages.tracked:prepare_tracked")
+@_command("stages.recorded:record_prepare")
 def prepare(params: Params, data: Path, out: Path, start: str | None = None, strict: bool = False) -> Result:
     """Cut labelled embryos into planes with flows: the training data."""
 
@@ -368,7 +368,7 @@ def inspect(params: Params, inputs: list[Path], model: Path | None = None, out: 
     """Say what is in images, estimate the size of the nuclei, and say what to set."""
 
 
-@_command("stages.tracked:predict_tracked", track="link")
+@_command("stages.recorded:record_predict", track="link")
 def predict(
     params: Params,
     inputs: list[Path],
@@ -396,7 +396,7 @@ def suggest(
     """Say which blocks of which unlabelled frames to label next."""
 
 
-@_command("stages.tracked:track_tracked")
+@_command("stages.recorded:record_track")
 def track(
     params: Params,
     masks: Path,
@@ -410,7 +410,7 @@ def track(
     """Link nuclei over time: tracks, divisions, lineages."""
 
 
-@_command("stages.tracked:evaluate_tracked", slices="summary", name="method", baseline="baselines")
+@_command("stages.recorded:record_evaluate", slices="summary", name="method", baseline="baselines")
 def evaluate(
     params: Params,
     truth: Path,

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nuclei3d.errors import InputError, MachineError
+from nuclei3d.errors import InputError, MachineError, reason_of
 
 # Of these the machine is at fault, not the choice of the place; numpy reports a short write without a number.
 _FAULTS = frozenset({ENOSPC, EDQUOT, EFBIG, EIO, None})
@@ -210,7 +210,7 @@ def _partial(path: Path) -> Iterator[Path]:
     except OSError as error:
         if not _blames_place(error, path):
             raise
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or reason_of(error)
         if error.errno in _FAULTS:
             mend = "free some space or choose another place"
             raise MachineError(f"cannot write {_shown(path)}: {reason}; {mend}") from error

@@ -23,9 +23,9 @@ from nuclei3d.images.frames import find_frames
 from nuclei3d.images.ome_zarr import create_zarr
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.report.prediction import QUANTITIES, ShownFrame, odd_numbers
+from nuclei3d.report.prediction import ShownFrame, odd_numbers
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 from nuclei3d.stages import predict_page
-from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict_page import write_page
 from nuclei3d.stages.predicted import PredictedFrame
 
@@ -67,7 +67,7 @@ def predicted(root: Path, zarr: bool = False) -> list[PredictedFrame]:
             for label, centre in centres.items()
         ]
         with table.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+            csv.writer(file).writerows([NUCLEUS_COLUMNS, *rows])
         done.append(PredictedFrame(f"t{frame}", masks, table, len(rows), 0.0, False))
     return done
 
@@ -233,7 +233,7 @@ def frames_with(
 ) -> list[ShownFrame]:
     def table(at: int, count: int) -> pd.DataFrame:
         values = [each(at) if callable(each) else each for each in (volumes, intensity, score)]
-        columns = dict(zip(QUANTITIES[4:], values, strict=True))
+        columns = dict(zip(NUCLEUS_COLUMNS[4:], values, strict=True))
         nuclei = pd.DataFrame(columns, index=range(count))
         return nuclei.assign(label=range(1, count + 1), z_um=0, y_um=0, x_um=0)
 

@@ -139,7 +139,7 @@ def test_a_model_finds_what_to_correct_or_disputes_it(data: Path, monkeypatch: p
     found = SimpleNamespace(
         labels=np.where(balls() == 2, 0, balls()), scores=np.array([0, 0.5, 0, 0.25, 0.5], np.float32)
     )
-    predictor = SimpleNamespace(model=SimpleNamespace(segment=lambda volume, size: found))
+    predictor = SimpleNamespace(segment=lambda volume, size: found)
     monkeypatch.setattr("nuclei3d.stages.predictor.open_model", lambda params, model: predictor)
     disputed = opened(data, "t001", model="m").agreement
     assert disputed is not None

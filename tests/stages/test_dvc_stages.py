@@ -27,7 +27,7 @@ ENTRIES = {
 }
 # What cannot change a result: messages, records of it, how processes end, a service elsewhere, and the
 # wrappers of every stage.
-OUTSIDE = {"console", "errors", "experiment", "client", "worker", "stages.tracked"}
+OUTSIDE = {"console", "errors", "experiment", "client", "worker", "stages.recorded"}
 
 
 def module_file(name: str) -> Path | None:

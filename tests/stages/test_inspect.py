@@ -183,12 +183,14 @@ def test_auto_predicts_with_the_diameter_of_the_frame(asked_for, model, tmp_path
 
     asked = []
 
-    def remember(frame, opened, out, advance):
-        asked.append(opened.predictor.model.settings)
+    def remember(opened, out, advance):
+        asked.append(opened.job.predictor.segmenter.settings)
         for name in ("masks", "table"):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).touch()
-        found = stage.PredictedFrame(frame.name, out / "masks", out / "table", 0, 0.0, done_before=False)
+        found = stage.PredictedFrame(
+            opened.job.frame.name, out / "masks", out / "table", 0, 0.0, done_before=False
+        )
         return lambda: found
 
     monkeypatch.setattr(stage, "_predict_frame", remember)

@@ -47,6 +47,11 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         return subcommand.make_context(arguments[0], list(rest), parent=context).params
 
 
+def test_every_command_that_needs_no_screen_is_an_entry_point() -> None:
+    commands = set(typer.main.get_command(app).commands) - {"view", "correct", "params"}
+    assert commands == {"run" if entry == "main" else entry for entry in ENTRIES}
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_entry_point_runs_with_its_defaults(entry: str, tmp_path: Path) -> None:
     arguments = command_line(entry, tmp_path)
@@ -64,7 +69,7 @@ def test_every_parameter_reaches_the_command_line(entry: str, tmp_path: Path) ->
     given["set"] = "train.epochs=7"
     parsed = parse(command_line(entry, tmp_path, **given))
     for name, value in given.items():
-        if name in ("force", "apply", "same_numbers", "track"):
+        if name in ("force", "apply", "same_numbers", "track", "overwrite"):
             assert parsed[name] is True
         else:
             assert value in str(parsed), name

@@ -19,10 +19,10 @@ from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
 from nuclei3d.networks.folder import Model, ModelInfo, digest_of_weights, save_model
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.inspect import inspect_images
-from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.predict import predict
 from nuclei3d.stages.track import track
 from nuclei3d.stages.track_files import score_track_folders
@@ -87,7 +87,7 @@ def test_every_frame_gets_masks_and_a_table(movie, oracle_model, tmp_path):
         with tifffile.TiffFile(masks) as tiff:
             assert tiff.pages.first.compression.name == "ADOBE_DEFLATE"
         rows = rows_of(tmp_path / "out" / f"t{t}_nuclei.csv")
-        assert tuple(rows[0]) == COLUMNS
+        assert tuple(rows[0]) == NUCLEUS_COLUMNS
         assert [int(row["label"]) for row in rows] == list(range(1, t + 1))
         measured = sorted(tuple(float(row[f"{axis}_um"]) for axis in "zyx") for row in rows)
         np.testing.assert_allclose(measured, sorted(CENTRES_UM[:t]), atol=0.6)
@@ -421,7 +421,7 @@ def test_a_run_that_fails_after_its_masks_leaves_no_record_of_the_one_before(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("nuclei3d.stages.predict.write_table", fail)
+        patched.setattr("nuclei3d.stages.predict.write_nuclei", fail)
         with pytest.raises(KeyboardInterrupt):
             predict(load_params(None, ["predict.min_volume_um3=1e6"]), image, str(oracle_model), out)
     assert read_labels(first.frames[0].masks).max() == 0
@@ -561,7 +561,7 @@ def test_an_empty_or_saturated_frame_gives_valid_empty_output(oracle_model, tmp_
     result = predict(Params(), [tmp_path / "dark.tif"], str(oracle_model), tmp_path / "out")
     assert result.frames[0].nuclei == 0
     assert not read_labels(result.frames[0].masks).any()
-    assert result.frames[0].table.read_text() == ",".join(COLUMNS) + "\n"
+    assert result.frames[0].table.read_text() == ",".join(NUCLEUS_COLUMNS) + "\n"
 
 
 def test_masks_in_the_input_folder_are_no_images(movie, oracle_model):

@@ -18,8 +18,8 @@ from nuclei3d.images.frames import find_frames, read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.outputs import write_table
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 from nuclei3d.stages.evaluate import evaluate
-from nuclei3d.stages.nuclei_table import COLUMNS
 from nuclei3d.stages.pairing import find_label_entries
 from nuclei3d.stages.simulate import simulate
 from nuclei3d.stages.track import TrackResult, track
@@ -162,7 +162,7 @@ def test_masks_that_changed_since_are_told(film: Path, tmp_path: Path, capsys) -
         write_labels(path, labels, VoxelSize(2.0, 0.348, 0.348))
         found = measure_frame(labels, VoxelSize(2.0, 0.348, 0.348), 0)
         columns = (found.label, *found.position_um.T, found.volume_um3, found.label, found.label / 100)
-        write_table(masks / f"t{time:03d}_nuclei.csv", COLUMNS, zip(*columns, strict=True))
+        write_table(masks / f"t{time:03d}_nuclei.csv", NUCLEUS_COLUMNS, zip(*columns, strict=True))
         predicted[path] = labels
     track(Params(), masks, tmp_path / "tracks")
     rows = table(tmp_path / "tracks" / "tracks.csv")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -73,17 +73,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         raise InputError(f"--set {name}: cannot read the value '{text}'") from None
     if isinstance(value, str):
         value = _number_or_text(value)
-    node = tree
-    for key in keys[:-1]:
-        child = node.get(key)
-        if child is None:
-            child = {}
-            node[key] = child
-        if not isinstance(child, dict):
-            raise InputError(f"--set {name}: '{key}' is a value, not a section")
-        node = child
-    node[keys[-1]] = value
-    return ".".join(keys)
+    try:
+        set_dotted(tree, name.strip(), value)
+    except TypeError as error:
+        raise InputError(f"--set {name}: '{error}' is a value, not a section") from None
+    return name.strip()
+
+
+def set_dotted(tree: MutableMapping[str, Any], name: str, value: object) -> None:
+    """Set a value in nested mappings by its dotted name; TypeError names a part that is no mapping."""
+    *sections, key = name.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, MutableMapping):
+            raise TypeError(section)
+    tree[key] = value
 
 
 def _number_or_text(text: str) -> float | str:
@@ -149,12 +155,7 @@ def write_values(path: Path, values: Mapping[str, bool | int | float | str | Non
     edited = {} if tree is None else tree
     for name, value in values.items():
         for each in (edited, expected):
-            *sections, key = name.split(".")
-            for section in sections:
-                if each.get(section) is None:
-                    each[section] = {}
-                each = each[section]
-            each[key] = value
+            set_dotted(each, name, value)
     out = io.StringIO(text if tree is None else "")
     out.seek(0, io.SEEK_END)
     editor.dump(edited, out)

@@ -15,6 +15,7 @@ from nuclei3d.experiment.invocation import RequestParams, VolumeLimits
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.folder import ModelInfo
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,10 +84,8 @@ def request_signature(info: ModelInfo, predict: PredictParams) -> ModelSignature
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, Property, Schema
 
-    numbers = ("z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
-    nucleus = Object(
-        [Property("label", DataType.long), *(Property(name, DataType.double) for name in numbers)]
-    )
+    label, *numbers = NUCLEUS_COLUMNS
+    nucleus = Object([Property(label, DataType.long), *(Property(name, DataType.double) for name in numbers)])
     return ModelSignature(
         inputs=Schema(
             [

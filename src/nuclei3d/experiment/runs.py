@@ -17,7 +17,7 @@ import yaml
 from nuclei3d.config import Params
 from nuclei3d.config.loading import flat
 from nuclei3d.console import warn
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 from nuclei3d.experiment.provenance import environment_listing, trace_provenance
 from nuclei3d.experiment.store import (
     experiment_id,
@@ -196,7 +196,7 @@ def stage_run(
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-        run.tags({_FAILURE_TAG: f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        run.tags({_FAILURE_TAG: f"{type(error).__name__}: {reason_of(error)}"})
         run.finish()
         _end("KILLED" if stopped else "FAILED")
         raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from nuclei3d.config.sections import TrackingParams
-from nuclei3d.errors import InputError, MachineError
+from nuclei3d.errors import InputError, MachineError, reason_of
 from nuclei3d.outputs import whole_file
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def open_store(params: TrackingParams) -> MlflowClient:
         experiments = client.search_experiments()
     except Exception as error:
         # of MLflow's, SQLAlchemy's or Alembic's, and a database can make them raise nearly anything
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         if "schema" in reason or "revision" in reason:
             reason = (
                 "it was made by another version of MLflow; keep a copy of it and run "

@@ -26,6 +26,7 @@ from nuclei3d.report.animation import Animation
 from nuclei3d.report.charts import OUTLINES, draw_chart, draw_series, style_of
 from nuclei3d.report.page import json_in_page, page_environment, page_part
 from nuclei3d.report.projections import Box, PictureGrid, Polygon, coarse_labels, project_image, silhouettes
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,8 +44,6 @@ _JUMP = 0.25
 _ODD_SIZES = 0.02
 _FEWEST_FOR_TREND = 5
 
-#: What the page says of a nucleus, in this order, then its track.
-QUANTITIES = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 _CHARTS = {"volume_um3": "volume (µm³)", "mean_intensity": "mean intensity", "score": "score"}
 
 
@@ -52,7 +51,7 @@ _CHARTS = {"volume_um3": "volume (µm³)", "mean_intensity": "mean intensity", "
 class ShownFrame:
     """A frame of a prediction, and how to read its image and labels block by block.
 
-    The table `nuclei` has the columns `QUANTITIES` and, where nuclei are linked over time, ``track``.
+    The table `nuclei` has the columns `NUCLEUS_COLUMNS` and, where nuclei are linked over time, ``track``.
     """
 
     name: str
@@ -82,7 +81,7 @@ def write_prediction_page(
     tracks = [] if parents is None else lay_out_lineages(frames, parents)
     tree = {
         "names": [frame.name for frame in frames],
-        "fields": [*QUANTITIES, "track"],
+        "fields": [*NUCLEUS_COLUMNS, "track"],
         "color": OUTLINES["pred"],
         "tracks": [asdict(track) for track in tracks] or None,
     }
@@ -209,7 +208,7 @@ def pack_frame(
 
 def _rows(nuclei: pd.DataFrame) -> list[list[float | int | None]]:
     """Give the nuclei as rows of the page's fields; None where a value is unknown."""
-    table = nuclei.reindex(columns=[*QUANTITIES, "track"])
+    table = nuclei.reindex(columns=[*NUCLEUS_COLUMNS, "track"])
     return [
         [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
         for row in table.astype(float).itertuples(index=False)

@@ -8,7 +8,7 @@ and a hole belongs to a label only if nothing else touches it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -299,6 +299,10 @@ class Nucleus:
     volume_um3: float
     mean_intensity: float
     score: float
+
+
+#: What tables and answers say of a nucleus, in this order.
+NUCLEUS_COLUMNS = tuple(field.name for field in fields(Nucleus))
 
 
 @njit(cache=True, nogil=True)

@@ -63,14 +63,14 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path, *, link:
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
-    from nuclei3d.stages.tracked import predict_run_name, predict_tracked
+    from nuclei3d.stages.recorded import predict_run_name, record_predict
 
     frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
     images = [path for paths in frames.values() for path in paths]
     with stage_run("predict", params, inputs=inputs, name=predict_run_name(params, images, model)):
         results = [
-            predict_tracked(params, paths, model, predictions / embryo, link=link)
+            record_predict(params, paths, model, predictions / embryo, link=link)
             for embryo, paths in frames.items()
         ]
     _keep_only(frames, predictions)
@@ -82,13 +82,13 @@ def evaluate_held_out(
 ) -> EvaluateResult:
     """Predict the baselines and evaluate all; the main numbers also go to `HEADLINE_FILE`."""
     from nuclei3d.experiment.registry import find_model
-    from nuclei3d.stages.tracked import evaluate_tracked
+    from nuclei3d.stages.recorded import record_evaluate
 
     baselines = predict_baselines(params, _images_by_embryo(params, data), model, out / "baselines")
     folder = find_model(model, params)
     history = folder / "history.csv"
     named = {"data": data, "slices": slices, "model": folder}
-    result = evaluate_tracked(
+    result = record_evaluate(
         params,
         data,
         out / "predictions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from nuclei3d.config.sections import TracksParams
 from nuclei3d.console import say
 from nuclei3d.images.frames import natural_key, read_labels, single_label_frame
 from nuclei3d.images.tiff import write_labels
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_table
 from nuclei3d.segmentation.likeness import with_nuclei
 from nuclei3d.stages.nuclei_table import table_path
 from nuclei3d.stages.pairing import Entry, find_label_entries
@@ -24,7 +24,7 @@ from nuclei3d.stages.predicted import (
     forget,
     note_done,
 )
-from nuclei3d.stages.predictor import Sure
+from nuclei3d.stages.predictor import Predictor, Sure
 from nuclei3d.stages.time_lapse import RECORD_FOLDER
 from nuclei3d.stages.track import measure_masks, work_on_frames
 from nuclei3d.stages.track_files import renumber
@@ -50,25 +50,20 @@ class _Confirmed:
 
 def confirm(
     candidates: Sequence[PredictedFrame],
-    fingerprints: Sequence[str],
-    params: TracksParams,
+    predictors: Sequence[Predictor],
     sure: Sequence[Sure],
-    thresholds: Sequence[Mapping[str, float | None]],
+    params: TracksParams,
     out: Path,
-) -> tuple[list[PredictedFrame], list[str]]:
+) -> list[PredictedFrame]:
     """Write into `out` the masks and tables of candidates that their lineages confirm.
-
-    Gives the frames, and a digest of what each was made from.
 
     Parameters
     ----------
-    candidates, fingerprints
-        Frames with weak nuclei too, and what says of each whether it changed; those of each embryo, told by
-        their names, are linked in the natural order of these.
-    sure
-        What counts as a nucleus by itself in each frame.
-    thresholds
-        Of each frame, without weak nuclei: what `PredictedFrame.made_by` says.
+    candidates
+        Frames with weak nuclei too; those of each embryo, told by their names, are linked in the natural
+        order of these.
+    predictors, sure
+        What predicts each frame without weak nuclei, and what counts by itself there.
     """
     entries = [find_label_entries(frame.masks)[0] for frame in candidates]
     in_time = sorted(range(len(entries)), key=lambda at: natural_key(candidates[at].masks.name))
@@ -78,20 +73,21 @@ def confirm(
         found = _confirm_film([entries[at] for at in film], params, [sure[at] for at in film])
         confirmed |= zip(film, found, strict=True)
     done: list[PredictedFrame] = []
-    digests = [confirmed[at].digest(known) for at, known in enumerate(fingerprints)]
-    for at, (frame, digest) in enumerate(zip(candidates, digests, strict=True)):
+    for at, frame in enumerate(candidates):
+        digest = confirmed[at].digest(frame.fingerprint)
         new = find_done(out, frame.name, digest)
         if new is None:
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
-            made_by = {**frame.made_by, "thresholds": dict(thresholds[at])}
-            new = replace(frame, masks=masks, table=table, nuclei=len(confirmed[at].labels), made_by=made_by)
+            made_by = {**frame.made_by, "thresholds": predictors[at].thresholds}
+            new = replace(frame, masks=masks, table=table, fingerprint=digest, made_by=made_by)
+            new = replace(new, nuclei=len(confirmed[at].labels))
             expected = sure[at].diameter_um
             if expected is not None:
                 unlike = with_nuclei(frame.warnings, confirmed[at].volumes_um3, expected)
                 new = replace(new, warnings=unlike)
-            note_done(out, new, digest)
+            note_done(out, new)
         done.append(replace(new, done_before=frame.done_before, diameter_um=frame.diameter_um))
     weak = sum(each.weak for each in confirmed.values())
     left_out = sum(frame.nuclei for frame in candidates) - sum(frame.nuclei for frame in done)
@@ -99,7 +95,7 @@ def confirm(
         f"{weak} nuclei below the model's least score or volume stay, since others of their lineage are "
         f"above; {left_out} do not"
     )
-    return done, digests
+    return done
 
 
 def _confirm_film(entries: Sequence[Entry], params: TracksParams, sure: Sequence[Sure]) -> list[_Confirmed]:
@@ -127,7 +123,4 @@ def _write_confirmed(
     new = dict(zip(confirmed.labels.tolist(), numbers.tolist(), strict=True))
     with table.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file))
-    with whole_file(new_table) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([new[int(row[0])], *row[1:]] for row in rows if int(row[0]) in new)
+    write_table(new_table, header, ([new[int(row[0])], *row[1:]] for row in rows if int(row[0]) in new))

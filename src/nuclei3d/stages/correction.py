@@ -193,17 +193,17 @@ def _ask(
     params: Params, model: str, volume: NDArray[Any], size: VoxelSize
 ) -> tuple[NDArray[np.uint32], dict[int, float], Foreground | None]:
     """Have a model segment a volume: labels, scores by label, and its foreground, if it says it."""
-    from nuclei3d.segmentation.segmenter import Segmenter
-    from nuclei3d.stages.predictor import open_model
+    from nuclei3d.stages.predictor import LocalPredictor, open_model
 
-    segmenter, foreground = open_model(params, model).model, None
-    if isinstance(segmenter, Segmenter) and segmenter.settings.mode != "cellpose":
-        flows, settings = segmenter.flows(volume, size), segmenter.settings
+    predictor, foreground = open_model(params, model), None
+    if isinstance(predictor, LocalPredictor) and predictor.segmenter.settings.mode != "cellpose":
+        segmenter, settings = predictor.segmenter, predictor.segmenter.settings
+        flows = segmenter.flows(volume, size)
         labels, scores = segmenter.label(flows, volume.shape)
         where = flows.logit > settings.masks.cellprob_threshold
         foreground = Foreground(where, flows.voxel_size, settings.nucleus_diameter_um)
     else:
-        found = segmenter.segment(volume, size)
+        found = predictor.segment(volume, size)
         labels, scores = found.labels, found.scores
     return labels, dict(enumerate(scores.tolist())), foreground
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,11 @@ from numpy.typing import NDArray
 from nuclei3d.console import warn
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import frame_stem
-from nuclei3d.outputs import whole_file
+from nuclei3d.outputs import write_table
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS, Nucleus
 from nuclei3d.stages.pairing import Entry
 from nuclei3d.tracks.nuclei import measure_frame
 
-if TYPE_CHECKING:
-    from nuclei3d.segmentation.masks import Nucleus
-
-COLUMNS = ("label", "z_um", "y_um", "x_um", "volume_um3", "mean_intensity", "score")
 _PLACE = ("z_um", "y_um", "x_um", "volume_um3")
 
 
@@ -30,16 +28,13 @@ def table_path(out: Path, name: str) -> Path:
     return out / f"{name}_nuclei.csv"
 
 
-def write_table(path: Path, nuclei: Sequence[Nucleus]) -> None:
+def write_nuclei(path: Path, nuclei: Sequence[Nucleus]) -> None:
     """Write the table of nuclei, whole or not at all; an unknown score is an empty cell."""
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for nucleus in nuclei:
-            values = (getattr(nucleus, column) for column in COLUMNS[1:])
-            writer.writerow(
-                [nucleus.label, *("" if math.isnan(value) else f"{value:.6g}" for value in values)]
-            )
+    rows = (
+        (label, *("" if math.isnan(value) else f"{value:.6g}" for value in values))
+        for label, *values in map(astuple, nuclei)
+    )
+    write_table(path, NUCLEUS_COLUMNS, rows)
 
 
 def read_column(

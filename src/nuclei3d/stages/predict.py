@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nuclei3d.client import RemoteModel, RemoteSegmentation
 from nuclei3d.config import Params
+from nuclei3d.config.sections import TracksParams
 from nuclei3d.console import progress_bar, say, warn
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.segmentation.segmenter import Segmenter
-from nuclei3d.stages.nuclei_table import table_path, write_table
+from nuclei3d.stages.nuclei_table import table_path, write_nuclei
 from nuclei3d.stages.predicted import (
     TRACKS_FILE,
     PredictedFrame,
@@ -33,7 +32,7 @@ from nuclei3d.stages.predicted import (
     note_done,
     refuse_another_image,
 )
-from nuclei3d.stages.predictor import Predictor, fingerprint_of, open_model
+from nuclei3d.stages.predictor import LocalPredictor, Predictor, Sure, fingerprint_of, open_model
 from nuclei3d.stages.time_lapse import write_series
 
 if TYPE_CHECKING:
@@ -90,54 +89,30 @@ def predict(
         ``<out>/tracks``. Nuclei below the least score or volume then stay where their lineage has one above.
     """
     frames = find_all(inputs, params)
-    diameters: Sequence[float | None] = [None] * len(frames)
-    if params.predict.diameter_um == "auto":
-        from nuclei3d.stages.diameters import estimate_diameters
-
-        diameters = estimate_diameters(frames)
-        first = params.predict.model_copy(update={"diameter_um": diameters[0]})
-        params = params.model_copy(update={"predict": first})
-    predictor = open_model(params, model)
-    unlike = predictor.trained_diameters_um
-    if unlike is not None and params.predict.diameter_um is None:
-        from nuclei3d.stages.diameters import estimate_diameters
-
-        say(
-            f"the model knows nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its own scale: the "
-            "diameter is estimated (--diameter gives it)"
-        )
-        diameters = estimate_diameters(frames)
+    jobs = _plan(params, frames, model)
     for frame in frames:
         refuse_another_image(out, frame)
     shape = " x ".join(map(str, frames[0].shape))
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    sequence = list(zip(frames, diameters, strict=True))
-    sure = [predictor.at(diameter_um).sure for diameter_um in diameters] if link else []
-    linking = params.tracks
-    confirms = len(sure) > 1 and linking.weakest_score < 1
-    if confirms and (None in sure or any(map(predictor.needs_blocks, frames))):
-        why = "the service's thresholds are not given" if None in sure else "frames are cut into blocks"
-        warn(f"{why}: weak nuclei do not stay by their lineage (docs/time-lapse.md)")
-        confirms = False
-    if confirms:
+    sure = _confirming(jobs, params.tracks) if link else []
+    if sure:
         from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
 
-        least = [each for each in sure if each]
-        weaker = predictor.with_least(min(linking.weakest_score, *(each.score for each in least)), 0.0)
-        done, fingerprints = _predict_frames(sequence, weaker, out / CANDIDATES_FOLDER, overwrite)
-        thresholds = [predictor.at(diameter_um).thresholds for diameter_um in diameters]
-        done, fingerprints = confirm(done, fingerprints, linking, least, thresholds, out)
+        least = min(params.tracks.weakest_score, *(each.score for each in sure))
+        weaker = [job.with_least(least) for job in jobs]
+        candidates = _predict_frames(weaker, out / CANDIDATES_FOLDER, overwrite)
+        done = confirm(candidates, [job.predictor for job in jobs], sure, params.tracks, out)
     else:
-        done, fingerprints = _predict_frames(sequence, predictor, out, overwrite)
+        done = _predict_frames(jobs, out, overwrite)
     series: list[Path] = []
     for source in dict.fromkeys(frame.path for frame in frames):
-        chosen = [i for i, frame in enumerate(frames) if frame.path == source]
+        film = [(frame, found) for frame, found in zip(frames, done, strict=True) if frame.path == source]
         series += write_series(
-            [frames[i] for i in chosen],
-            [done[i].masks for i in chosen],
-            [fingerprints[i] for i in chosen],
+            [frame for frame, _ in film],
+            [found.masks for _, found in film],
+            [found.fingerprint for _, found in film],
             out,
             into_input=params.predict.into_input,
         )
@@ -185,81 +160,119 @@ def _says_what_is_kept(done: Sequence[PredictedFrame], count: int) -> Iterator[N
         ) from None
 
 
-class _Opened(NamedTuple):
-    """A frame, and if it was `finished` before; if it was read, its image, and its range in the predictor."""
+@dataclass(frozen=True)
+class _Job:
+    """A frame and what predicts it, at the diameter that was estimated for it (um; None: not estimated)."""
 
+    frame: Frame
+    predictor: Predictor
+    diameter_um: float | None
+
+    def with_least(self, score: float) -> _Job:
+        """Give the job with nuclei of any volume from this score on."""
+        weaker = self.predictor.with_params(score_threshold=score, min_volume_um3=0.0)
+        return replace(self, predictor=weaker)
+
+
+def _plan(params: Params, frames: Sequence[Frame], model: str) -> list[_Job]:
+    """Open the model; estimate the diameters where that was asked for, or the model was trained so."""
+    from nuclei3d.stages.diameters import estimate_diameters
+
+    diameters: Sequence[float | None] = [None] * len(frames)
+    asked = params.predict.diameter_um
+    if asked == "auto":
+        diameters = estimate_diameters(frames)
+        first = params.predict.model_copy(update={"diameter_um": diameters[0]})
+        params = params.model_copy(update={"predict": first})
+    predictor = open_model(params, model)
+    unlike = predictor.trained_diameters_um
+    if unlike is not None and asked is None:
+        say(
+            f"the model knows nuclei of {unlike[0]:.3g} to {unlike[1]:.3g} um, each at its own scale: the "
+            "diameter is estimated (--diameter gives it)"
+        )
+        diameters = estimate_diameters(frames)
+    return [_Job(frame, predictor.at(each), each) for frame, each in zip(frames, diameters, strict=True)]
+
+
+def _confirming(jobs: Sequence[_Job], linking: TracksParams) -> list[Sure]:
+    """Say what counts by itself in each frame where weak nuclei may stay by their lineage; else nothing."""
+    if len(jobs) < 2 or linking.weakest_score >= 1:
+        return []
+    sure = [each for job in jobs if (each := job.predictor.sure) is not None]
+    if len(sure) == len(jobs) and not any(job.predictor.needs_blocks(job.frame) for job in jobs):
+        return sure
+    why = "frames are cut into blocks" if len(sure) == len(jobs) else "the service's thresholds are not given"
+    warn(f"{why}: weak nuclei do not stay by their lineage (docs/time-lapse.md)")
+    return []
+
+
+class _Opened(NamedTuple):
+    """A frame to predict, and if it was `finished` before; its image, if it was read."""
+
+    job: _Job
     fingerprint: str
     finished: PredictedFrame | None
-    predictor: Predictor
     image: NDArray[Any] | None = None
 
 
-def _predict_frames(
-    sequence: Sequence[tuple[Frame, float | None]], predictor: Predictor, out: Path, overwrite: bool
-) -> tuple[list[PredictedFrame], list[str]]:
-    """Segment frames, each at its diameter (None: the model's), but those done before; digest each.
+def _predict_frames(jobs: Sequence[_Job], out: Path, overwrite: bool) -> list[PredictedFrame]:
+    """Segment frames, but those done before.
 
     While one is segmented, a thread reads the next and another writes the one before. Where the memory would
     not hold two frames, each waits for its turn.
     """
     done: list[PredictedFrame] = []
-    fingerprints: list[str] = []
     ahead: Future[_Opened] | None = None
     written: Future[None] | None = None
 
-    def open_frame(frame: Frame, diameter_um: float | None, *, read: bool) -> _Opened:
-        wanted = predictor.at(diameter_um)
-        fingerprint = fingerprint_of(frame, wanted)
-        finished = None if overwrite else find_done(out, frame.name, fingerprint)
-        if finished is None and read and wanted.fits(frame, 2):
-            return _Opened(fingerprint, None, *_read(frame, wanted))
-        return _Opened(fingerprint, finished, wanted)
+    def open_frame(job: _Job, *, read: bool) -> _Opened:
+        fingerprint = fingerprint_of(job.frame, job.predictor)
+        finished = None if overwrite else find_done(out, job.frame.name, fingerprint)
+        image = None
+        if finished is None and read and job.predictor.fits(job.frame, 2):
+            job, image = _read(job)
+        return _Opened(job, fingerprint, finished, image)
 
-    def write(finish: Callable[[], PredictedFrame], fingerprint: str, diameter_um: float | None) -> None:
+    def write(finish: Callable[[], PredictedFrame], job: _Job) -> None:
         frame = finish()
         if not frame.done_before:
-            note_done(out, frame, fingerprint)
-        done.append(replace(frame, diameter_um=diameter_um))
+            note_done(out, frame)
+        done.append(replace(frame, diameter_um=job.diameter_um))
 
     with (
-        progress_bar("predict", total=len(sequence)) as bar,
-        _says_what_is_kept(done, len(sequence)),
+        progress_bar("predict", total=len(jobs)) as bar,
+        _says_what_is_kept(done, len(jobs)),
         ThreadPoolExecutor(1) as reading,
         ThreadPoolExecutor(1) as writing,
     ):
-        for number, (frame, diameter_um) in enumerate(sequence, start=1):
-            opened = ahead.result() if ahead else open_frame(frame, diameter_um, read=False)
+        for number, job in enumerate(jobs, start=1):
+            opened = ahead.result() if ahead else open_frame(job, read=False)
             ahead, roomy = None, False
             if opened.finished is None:
-                bar.note(frame.name)
-                forget(out, frame.name)
-                roomy = opened.predictor.fits(frame, 2)
-                if roomy and number < len(sequence):
-                    ahead = reading.submit(open_frame, *sequence[number], read=True)
-                finish = _predict_frame(frame, opened, out, bar.advance)
+                bar.note(job.frame.name)
+                forget(out, job.frame.name)
+                roomy = job.predictor.fits(job.frame, 2)
+                if roomy and number < len(jobs):
+                    ahead = reading.submit(open_frame, jobs[number], read=True)
+                finish = _predict_frame(opened, out, bar.advance)
             else:
                 bar.skip(1)
                 finish = partial(replace, opened.finished)
             if written is not None:
                 written.result()
-            written = writing.submit(write, finish, opened.fingerprint, diameter_um)
-            fingerprints.append(opened.fingerprint)
-            if not roomy or number == len(sequence):
+            written = writing.submit(write, finish, job)
+            if not roomy or number == len(jobs):
                 written.result()
-    return done, fingerprints
+    return done
 
 
-def _read(frame: Frame, predictor: Predictor) -> tuple[Predictor, NDArray[Any]]:
+def _read(job: _Job) -> tuple[_Job, NDArray[Any]]:
     """Read and check a frame; its range of intensities goes with the predictor."""
-    with _named(frame):
-        image = frame.read()
-        check_image(image, str(frame.path))
-    model = predictor.model
-    if isinstance(model, Segmenter):
-        from nuclei3d.segmentation.settings import with_ranges
-
-        model = model.with_settings(with_ranges(model.settings, image))
-    return replace(predictor, model=model), image
+    with _named(job.frame):
+        image = job.frame.read()
+        check_image(image, str(job.frame.path))
+    return replace(job, predictor=job.predictor.with_range_of(image)), image
 
 
 @contextmanager
@@ -274,10 +287,9 @@ def _named(frame: Frame) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _predict_frame(
-    frame: Frame, opened: _Opened, out: Path, advance: Progress
-) -> Callable[[], PredictedFrame]:
+def _predict_frame(opened: _Opened, out: Path, advance: Progress) -> Callable[[], PredictedFrame]:
     """Segment a frame; give what writes its masks and table."""
+    frame, predictor = opened.job.frame, opened.job.predictor
     started, shown = time.perf_counter(), 0.0
 
     def progress(share: float) -> None:
@@ -286,17 +298,17 @@ def _predict_frame(
         shown = share
 
     with _named(frame):
-        write_masks = _segment(frame, opened, out, progress)
+        write_masks = _segment(opened, out, progress)
     progress(1.0)
 
     def finish() -> PredictedFrame:
         with _named(frame):
             masks, nuclei, warnings = write_masks()
         table = table_path(out, frame.name)
-        write_table(table, nuclei)
+        write_nuclei(table, nuclei)
         seconds = round(time.perf_counter() - started, 3)
-        found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, warnings)
-        return replace(found, made_by=opened.predictor.made_by(frame))
+        found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, opened.fingerprint)
+        return replace(found, warnings=warnings, made_by=predictor.made_by(frame))
 
     return finish
 
@@ -345,49 +357,22 @@ _Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
 """File of masks, nuclei, warnings."""
 
 
-def _segment(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
+def _segment(opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
     """Segment a frame, in blocks if it is larger than the memory; give what writes its masks."""
-    predictor = opened.predictor
-    model = predictor.model
-    if isinstance(model, RemoteModel):
-        return _segment_whole(frame, opened, out, progress)
-    import torch
-
-    from nuclei3d.segmentation.likeness import find_unlikeness
-    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, required_gb, with_frame_ranges
-
-    settings, run = model.settings, BlockRun.of(predictor.params)
-    needed = required_gb(frame, settings)
-    if opened.image is None and predictor.needs_blocks(frame):
-        say(f"{frame.name} would need {needed:.1f} GB, a worker has {run.worker_gb:.1f}: cut into blocks")
-        masks = out / f"{frame.name}_masks.ome.zarr"
-        settings = with_frame_ranges(frame, settings)
-        nuclei = predict_in_blocks(frame, model.models, settings, run, opened.fingerprint, masks, progress)
-        unlike = find_unlikeness(
-            np.array([nucleus.volume_um3 for nucleus in nuclei]),
-            frame.require_voxel_size(),
-            settings.nucleus_diameter_um,
-            model.models["main"].info.training,
-            settings.intensity_range,
-        )
-        return lambda: (masks, nuclei, tuple(unlike))
+    frame, predictor = opened.job.frame, opened.job.predictor
+    if opened.image is None and isinstance(predictor, LocalPredictor) and predictor.needs_blocks(frame):
+        found = _segment_blocks(frame, predictor, opened.fingerprint, out, progress)
+        return lambda: found
+    job, image = _read(opened.job) if opened.image is None else (opened.job, opened.image)
     try:
-        return _segment_whole(frame, opened, out, progress)
-    except (MemoryError, torch.OutOfMemoryError):
+        result = job.predictor.segment(image, frame.require_voxel_size(), progress)
+    except MemoryError:
+        if not isinstance(predictor, LocalPredictor):
+            raise
+        least_gb = 0.5 * predictor.required_gb(frame)
         raise MachineError(
-            f"out of memory; cut the volume into blocks: predict.memory_gb={0.5 * needed:.2g} or less"
+            f"out of memory; cut the volume into blocks: predict.memory_gb={least_gb:.2g} or less"
         ) from None
-
-
-def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
-    """Segment a frame as a whole; if the service said which model it serves, by no other."""
-    predictor, image = opened.predictor, opened.image
-    if image is None:
-        predictor, image = _read(frame, predictor)
-    result = predictor.model.segment(image, frame.require_voxel_size(), progress)
-    served = predictor.identity.get("model")
-    if isinstance(served, dict) and isinstance(result, RemoteSegmentation) and result.model != served:
-        raise InputError("the service serves another model than at the start; give the same command again")
 
     def write() -> _Written:
         from nuclei3d.images.tiff import write_labels
@@ -397,3 +382,26 @@ def _segment_whole(frame: Frame, opened: _Opened, out: Path, progress: Progress)
         return path, result.nuclei, result.warnings
 
     return write
+
+
+def _segment_blocks(
+    frame: Frame, predictor: LocalPredictor, fingerprint: str, out: Path, progress: Progress
+) -> _Written:
+    """Segment a frame block by block, as `nuclei3d.stages.predict_blocks` does."""
+    from nuclei3d.segmentation.likeness import find_unlikeness
+    from nuclei3d.stages.predict_blocks import BlockRun, predict_in_blocks, with_frame_ranges
+
+    segmenter, run = predictor.segmenter, BlockRun.of(predictor.params)
+    needed, has = predictor.required_gb(frame), run.worker_gb
+    say(f"{frame.name} would need {needed:.1f} GB, a worker has {has:.1f}: cut into blocks")
+    masks = out / f"{frame.name}_masks.ome.zarr"
+    settings = with_frame_ranges(frame, segmenter.settings)
+    nuclei = predict_in_blocks(frame, segmenter.models, settings, run, fingerprint, masks, progress)
+    unlike = find_unlikeness(
+        np.array([nucleus.volume_um3 for nucleus in nuclei]),
+        frame.require_voxel_size(),
+        settings.nucleus_diameter_um,
+        segmenter.models["main"].info.training,
+        settings.intensity_range,
+    )
+    return masks, nuclei, tuple(unlike)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say
-from nuclei3d.errors import InputError, MachineError
+from nuclei3d.errors import InputError, MachineError, reason_of
 from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import Frame, check_image
 from nuclei3d.images.ome_zarr import create_zarr
@@ -297,9 +297,8 @@ def _client(run: BlockRun) -> Iterator[Client]:
         try:
             client = Client(run.scheduler, timeout=f"{_ANSWER_S}s")  # type: ignore[no-untyped-call]
         except (OSError, ValueError, TimeoutError) as error:
-            reason = " ".join(str(error).split()) or f"no answer within {_ANSWER_S} s"
             raise InputError(
-                f"no Dask scheduler at {run.scheduler} ({reason}); start one with: dask scheduler"
+                f"no Dask scheduler at {run.scheduler} ({reason_of(error)}); start one with: dask scheduler"
             ) from None
         with client:
             workers = client.scheduler_info(n_workers=-1)["workers"].values()

@@ -20,13 +20,13 @@ from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.outputs import whole_file
 from nuclei3d.report.animation import Animation
 from nuclei3d.report.prediction import (
-    QUANTITIES,
     ShownFrame,
     made_from_of,
     odd_numbers,
     write_prediction_page,
 )
 from nuclei3d.report.projections import Box
+from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 from nuclei3d.stages.predicted import TRACKS_FILE, PredictedFrame
 
 PAGE_FILE = "prediction.html"
@@ -93,8 +93,8 @@ def _show(frame: Frame, predicted: PredictedFrame) -> ShownFrame:
     import pandas as pd
 
     # types are given: a frame without nuclei has a header alone
-    types = dict.fromkeys(QUANTITIES, float) | {"label": int}
-    nuclei = pd.read_csv(predicted.table, usecols=list(QUANTITIES), dtype=types)[list(QUANTITIES)]
+    types = dict.fromkeys(NUCLEUS_COLUMNS, float) | {"label": int}
+    nuclei = pd.read_csv(predicted.table, usecols=list(NUCLEUS_COLUMNS), dtype=types)[list(NUCLEUS_COLUMNS)]
     return ShownFrame(
         name=frame.name,
         shape=frame.shape,

@@ -34,6 +34,8 @@ class PredictedFrame:
     nuclei: int
     seconds: float
     done_before: bool
+    fingerprint: str = ""
+    """Digest of all that it depends on, by which it counts as done."""
     warnings: tuple[str, ...] = ()
     """In what the frame is unlike the training of the model (`nuclei3d.segmentation.likeness`)."""
     diameter_um: float | None = None
@@ -101,7 +103,8 @@ def find_done(out: Path, name: str, fingerprint: str) -> PredictedFrame | None:
         masks, table = out / Path(entry["masks"]).name, table_path(out, name)
         if entry["fingerprint"] != fingerprint or entry["written"] != _digest_written(masks, table):
             return None
-        found = PredictedFrame(name, masks, table, int(entry["nuclei"]), float(entry["seconds"]), True)
+        nuclei, seconds = int(entry["nuclei"]), float(entry["seconds"])
+        found = PredictedFrame(name, masks, table, nuclei, seconds, True, fingerprint)
         made_by = dict(entry.get("made_by", {}))
         return replace(found, warnings=tuple(entry.get("warnings", ())), made_by=made_by)
     except (OSError, ValueError, KeyError, TypeError):  # an InputError, too
@@ -158,7 +161,7 @@ def _digest_written(masks: Path, table: Path) -> list[str]:
     return [digest_of(masks), digest_of(table)]
 
 
-def note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
+def note_done(out: Path, frame: PredictedFrame) -> None:
     """Note that a frame is finished, and what it was made from; its masks in another form go."""
     for other in _mask_files(out, frame.name):
         if other != frame.masks:
@@ -169,7 +172,7 @@ def note_done(out: Path, frame: PredictedFrame, fingerprint: str) -> None:
         "seconds": frame.seconds,
         "warnings": frame.warnings,
         "made_by": dict(frame.made_by),
-        "fingerprint": fingerprint,
+        "fingerprint": frame.fingerprint,
         "written": (written := _digest_written(frame.masks, frame.table)),
     }
     for path, digest in zip((frame.masks, frame.table), written, strict=True):

@@ -40,14 +40,14 @@ def run_pipeline(params: Params, data: Path, out: Path) -> PipelineResult:
     from nuclei3d.experiment.registry import register
     from nuclei3d.experiment.runs import stage_run
     from nuclei3d.stages.assess import evaluate_held_out, headline, predict_held_out
-    from nuclei3d.stages.tracked import prepare_tracked
+    from nuclei3d.stages.recorded import record_prepare
     from nuclei3d.stages.train import train
 
     _check(data, out)
     slices, model, evaluation = out / "slices", out / "models" / params.train.name, out / "evaluation"
     name = f"whole job: {params.train.name} from {data.name}"
     with stage_run("pipeline", params, inputs={"data": data}, name=name, job=_job(params, data, out)) as run:
-        prepare_tracked(params, data, slices)
+        record_prepare(params, data, slices)
         trained = train(params, slices, model, data=data)
         predicted_before = predict_held_out(params, data, str(model), out, link=True)
         evaluated = evaluate_held_out(params, data, str(model), out, slices=slices)

@@ -25,7 +25,7 @@ from nuclei3d.outputs import whole_file, write_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of
 from nuclei3d.stages.predict import find_all
-from nuclei3d.stages.predictor import open_model
+from nuclei3d.stages.predictor import open_local
 
 if TYPE_CHECKING:
     from nuclei3d.segmentation.uncertainty import Block, Place
@@ -129,8 +129,7 @@ def suggest(
     if is_service(model):
         raise InputError(f"{model} is a service, which does not say what it is unsure of; give the model")
     candidates, labelled = _without_labelled(_find_candidates(params, inputs), params)
-    segmenter = open_model(params, model).model
-    assert isinstance(segmenter, Segmenter)
+    segmenter = open_local(params, model).segmenter
     _require_memory(candidates, segmenter, params)
     edge_um = BLOCK_DIAMETERS * segmenter.settings.nucleus_diameter_um
     found: list[_Found] = []

@@ -11,7 +11,7 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nuclei3d.config import Params
-from nuclei3d.config.loading import flat, validate_params
+from nuclei3d.config.loading import flat, set_dotted, validate_params
 from nuclei3d.config.sections import Range
 from nuclei3d.console import say
 from nuclei3d.errors import InputError, hint_at
@@ -62,11 +62,7 @@ def params_with(params: Params, values: Mapping[str, Value]) -> Params:
     """Give the parameters with some values replaced, by dotted names."""
     tree = params.model_dump(mode="json")
     for name, value in values.items():
-        *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[key] = value
+        set_dotted(tree, name, value)
     return validate_params(tree, "the search")
 
 

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from nuclei3d.config.sections import SearchParams
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -234,4 +234,4 @@ def _advisory_lock(engine: Engine) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "orig", error)).split())[:200]
+    return reason_of(getattr(error, "orig", error), 200)

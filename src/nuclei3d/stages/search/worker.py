@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nuclei3d.config import Params
 from nuclei3d.config.sections import SearchParams
 from nuclei3d.console import say
-from nuclei3d.errors import InputError
+from nuclei3d.errors import InputError, reason_of
 from nuclei3d.experiment.runs import StageRun
 from nuclei3d.experiment.trials import RecordedState, TrialRecord, TrialRuns
 from nuclei3d.stages import end_children
@@ -245,7 +245,7 @@ class Worker:
             raise _Left from error
         except Exception as error:
             worse = _why_only_worse(error)
-            text = worse or " ".join(str(error).split())
+            text = worse or reason_of(error)
             if worse is None and isinstance(error, InputError) and not counted(self.study, *COUNTED):
                 # what is wrong with the input of the first trial is wrong with that of all
                 raise _Left from error
@@ -307,7 +307,7 @@ class Worker:
 
 def _why_only_worse(error: Exception) -> str | None:
     """Tell why a trial is no more than worse than others; None where it ended with a real fault."""
-    text = " ".join(str(error).split())
+    text = reason_of(error)
     out_of_memory = "out of memory" in text.lower()
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and (out_of_memory or "alloc_failed" in text.lower())

@@ -26,7 +26,7 @@ def predict_run_name(params: Params, inputs: Sequence[Path], model: str) -> str:
     return f"predict {some_of(list(embryos))} with {Path(model).name}, mode {params.predict.mode}"
 
 
-def simulate_tracked(params: Params, out: Path) -> SimulateResult:
+def record_simulate(params: Params, out: Path) -> SimulateResult:
     """Simulate embryos; see `nuclei3d.stages.simulate.simulate`."""
     from nuclei3d.stages.simulate import simulate
 
@@ -36,7 +36,7 @@ def simulate_tracked(params: Params, out: Path) -> SimulateResult:
     return result
 
 
-def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = False) -> PrepareResult:
+def record_prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> PrepareResult:
     """Cut a data set into planes or, for a 3D network, volumes; see `nuclei3d.stages.prepare.prepare`."""
     from nuclei3d.stages.prepare import prepare
 
@@ -56,7 +56,7 @@ def prepare_tracked(params: Params, data: Path, out: Path, *, strict: bool = Fal
     return result
 
 
-def predict_tracked(
+def record_predict(
     params: Params, inputs: Sequence[Path], model: str, out: Path, **options: Any
 ) -> PredictResult:
     """Segment volumes; see `nuclei3d.stages.predict.predict`. The page becomes an artifact."""
@@ -73,7 +73,7 @@ def predict_tracked(
         return result
 
 
-def track_tracked(params: Params, masks: Path, out: Path, **options: Any) -> TrackResult:
+def record_track(params: Params, masks: Path, out: Path, **options: Any) -> TrackResult:
     """Link nuclei over time; see `nuclei3d.stages.track.track`. The masks stay where they are."""
     from nuclei3d.stages.track import track
 
@@ -90,7 +90,7 @@ def _track_counts(result: TrackResult) -> dict[str, float]:
     return {name: getattr(result, name) for name in ("frames", "nuclei", "tracks", "divisions", "seen_once")}
 
 
-def evaluate_tracked(
+def record_evaluate(
     params: Params,
     truth: Path,
     pred: Path,
