@@ -135,7 +135,7 @@ def test_an_evaluation_repeated_is_the_same_and_replaces_the_older(folders: Path
 def test_several_processes_find_the_same(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = Params.model_validate({"evaluate": {"bootstrap": 50, "report": False}})
     alone = evaluate(params, folders / "data", folders / "pred", folders / "alone").metrics
-    monkeypatch.setattr("nuclei3d.stages.evaluate._WORTH_PROCESSES", 0)
+    monkeypatch.setattr("nuclei3d.stages.evaluation._WORTH_PROCESSES", 0)
     assert evaluate(params, folders / "data", folders / "pred", folders / "shared").metrics == alone
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -12,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nuclei3d import __version__
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
 from nuclei3d.console import say, some_of, warn
-from nuclei3d.digests import digest_of_frame
 from nuclei3d.errors import InputError
-from nuclei3d.grid import available_threads
-from nuclei3d.images.embryos import ONE_IMAGE, block_of
+from nuclei3d.images.embryos import ONE_IMAGE
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, digest_of_weights, info_beside, scored_model, thresholds_of
 from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
@@ -29,29 +25,13 @@ from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_table, write_plot_data
 from nuclei3d.report.viewer import Arrays, ShownVolume, pack_volumes
-from nuclei3d.scoring.assessment import (
-    Assessment,
-    assess_volume,
-    by_embryo,
-    by_stage,
-    count_by_contrast,
-    summarise,
-)
-from nuclei3d.scoring.bootstrap import FEWEST_NUCLEI, Statistics, compare_paired
-from nuclei3d.scoring.comparison import pooled_scores
-from nuclei3d.scoring.contrast import contrast_edges
-from nuclei3d.scoring.metrics import score
-from nuclei3d.scoring.plausibility import looks_like_image
-from nuclei3d.scoring.watershed import OTSU, otsu_watershed
-from nuclei3d.stages import map_in_processes
-from nuclei3d.stages.nuclei_table import read_column
-from nuclei3d.stages.pairing import Entry, VolumePair, pair_volumes
+from nuclei3d.scoring.watershed import OTSU
+from nuclei3d.stages.evaluation import Evaluation
+from nuclei3d.stages.pairing import VolumePair, pair_volumes
 from nuclei3d.stages.predicted import made_by, tell_changed_images
 from nuclei3d.stages.track_files import score_track_folders
 from nuclei3d.stages.training_data import read_summary
 
-# Below so many voxels in all, starting processes takes longer than they save.
-_WORTH_PROCESSES = 200_000_000
 _WRITTEN = ("headline.json", "nuclei.csv", "report.html", "plots", "figures")
 """Beside metrics.json, what is in the folder of an evaluation; headline.json is put there by assess."""
 _SIZE_RATIO = 8.0
@@ -161,32 +141,11 @@ def evaluate(
     if info is not None:
         info, changed = _as_predicted(pairing.pairs, info, params.predict, str(model))
         told += changed
-    assessed, digests = _assess(params, pairing.pairs, method)
-    contrast = np.concatenate([assessment.true.contrast for assessment in assessed[method]])
-    edges_from: str | None = "true labels" if edges is None else "training labels"
-    if not np.isfinite(contrast).any():
-        edges = edges_from = None
-    elif edges is None:
-        edges = contrast_edges(contrast, params.evaluate.contrast_bins).tolist()
-    summaries = {
-        name: summarise(
-            assessments,
-            [pair.embryo for pair in pairing.pairs],
-            thresholds=params.evaluate.thresholds,
-            contrast_edges=edges,
-            replicates=params.evaluate.bootstrap,
-            over=params.evaluate.resample,
-            # The same draws for every method: their intervals differ by the method alone.
-            rng=np.random.default_rng(params.seed),
-        )
-        for name, assessments in assessed.items()
-    }
+    evaluation = Evaluation.of(params, method, pairing.pairs, edges)
     metrics = {
-        **_metrics(params, pairing.pairs, assessed, summaries, digests, method, edges),
+        **evaluation.metrics(),
         **({} if info is None or weights is None else {"model": scored_model(info, weights)}),
         "training_frames_known": info is not None and info.frames is not None and info.frames.complete,
-        "contrast_edges": edges,
-        "contrast_edges_from": edges_from,
         "unpaired": {"truth": pairing.truths_alone, "prediction": pairing.predictions_alone},
     }
     moved = {pair.embryo: list(pair.label_shift_um) for pair in pairing.pairs if pair.label_shift_um}
@@ -195,16 +154,15 @@ def evaluate(
         say(f"true labels are moved by (z, y, x) um (data.label_shift_um): {moved}")
     if info is not None and info.frames is not None:
         info.frames.mark_seen(metrics["volumes"])
-    if warnings := [*told, *_find_warnings(metrics, assessed, pairing.pairs)]:
+    if warnings := [*told, *_find_warnings(evaluation, metrics)]:
         metrics["warnings"] = warnings
     if found := score_track_folders(truth, tracks or pred, pred, required=tracks is not None):
         metrics["tracks"] = found
     with whole_folder(out) as folder:
-        about = _about(info, made or {})
-        _write(params, folder, metrics, pairing.pairs, assessed[method], method, history, about)
+        _write(evaluation, folder, metrics, history, _about(info, made or {}))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names.sort(key=lambda name: name != "metrics.json")
-    _say_result(summaries, method, len(pairing.pairs), out)
+    _say_result(evaluation, out)
     return EvaluateResult(out, metrics, tuple(out / name for name in names))
 
 
@@ -221,54 +179,6 @@ def read_baselines(given: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"--baseline {text}: two baselines are called '{name.strip()}'; rename one")
         baselines[name.strip()] = Path(folder)
     return baselines
-
-
-def _assess(
-    params: Params, pairs: Sequence[VolumePair], method: str
-) -> tuple[dict[str, list[Assessment]], list[tuple[str, str]]]:
-    """Assess the model first, the given baselines and, where there are images, Otsu's watershed.
-
-    Gives the assessments of each method in the order of `pairs`, and digests of the true labels and of the
-    frames. Otsu's diameter is that of the true nuclei: its scores depend on the frames alone.
-    """
-    voxels = sum(math.prod(pair.truth.frame.shape) for pair in pairs)
-    workers = min(available_threads(), len(pairs)) if voxels >= _WORTH_PROCESSES else 1
-    results = map_in_processes("evaluate", partial(_assess_methods, params, method), pairs, workers=workers)
-    digests = [digest for digest, _ in results]
-    assessed = {name: [found[name] for _, found in results] for name in (method, *pairs[0].baselines)}
-    volumes_um3 = np.concatenate([own.true.volume_um3 for own in assessed[method]])
-    possible = len(volumes_um3) and all(pair.physical and pair.image is not None for pair in pairs)
-    if "otsu" in params.evaluate.baselines and possible:
-        diameter_um = float((6 / np.pi * np.median(volumes_um3)) ** (1 / 3))
-        contrasts = [own.true.contrast for own in assessed[method]]
-        otsu = partial(_assess_otsu, params, diameter_um)
-        assessed[OTSU] = map_in_processes("Otsu baseline", otsu, pairs, contrasts, workers=workers)
-    return assessed, digests
-
-
-def _assess_methods(
-    params: Params, method: str, pair: VolumePair
-) -> tuple[tuple[str, str], dict[str, Assessment]]:
-    true, unknown = pair.read_truth()
-    _refuse_image(true, pair.truth)
-    image = pair.read_image() if pair.physical else None
-    assess = _assessing(params, pair, image, unknown)
-    found: dict[str, Assessment] = {}
-    for name, entry in {method: pair.pred, **pair.baselines}.items():
-        predicted = pair.read_prediction(entry, true.shape)
-        _refuse_image(predicted, entry)
-        contrast = found[method].true.contrast if found else None
-        found[name] = assess(true, predicted, scores=read_column(entry, predicted), true_contrast=contrast)
-    return (_digest_of(true, unknown), _digest_of_frame(image, true, pair)), found
-
-
-def _digest_of_frame(image: NDArray[Any] | None, true: NDArray[np.uint32], pair: VolumePair) -> str:
-    """Digest the part of a frame that counts, as prepare does."""
-    if pair.share is None:
-        return digest_of_frame(image, true)
-    whole, _ = pair.read_whole_truth()
-    block = block_of(whole, pair.share, str(pair.truth.frame.path))
-    return digest_of_frame(None if image is None else image[block], true[block])
 
 
 def _refuse_others(pairs: Sequence[VolumePair], weights: str, model: str) -> None:
@@ -311,16 +221,7 @@ def _is_close(first: float | None, second: float | None) -> bool:
     return first is second if first is None or second is None else math.isclose(first, second, rel_tol=1e-6)
 
 
-def _refuse_image(labels: NDArray[np.uint32], entry: Entry) -> None:
-    if looks_like_image(labels):
-        raise InputError(
-            f"{entry.frame.path} holds intensities, not labels; give the folder of the label volumes"
-        )
-
-
-def _find_warnings(
-    metrics: Mapping[str, Any], assessed: Mapping[str, Sequence[Assessment]], pairs: Sequence[VolumePair]
-) -> list[str]:
+def _find_warnings(evaluation: Evaluation, metrics: Mapping[str, Any]) -> list[str]:
     """Say what makes scores doubtful.
 
     Volumes that the model knows, blocks of one image, nuclei of a volume far from the true ones'.
@@ -333,8 +234,8 @@ def _find_warnings(
         seen = [name for name, volume in metrics["volumes"].items() if volume.get("seen") == part]
         if seen:
             warnings.append(f"the model {why.format(some_of(seen))}")
-    warnings += [ONE_IMAGE] if any(pair.share is not None for pair in pairs) else []
-    for name, assessments in assessed.items():
+    warnings += [ONE_IMAGE] if any(pair.share is not None for pair in evaluation.pairs) else []
+    for name, assessments in evaluation.assessed.items():
         medians = [
             float(np.median(volumes)) if len(volumes) else math.nan
             for volumes in (
@@ -371,154 +272,45 @@ def _read_shown(pair: VolumePair) -> Arrays:
     return image, truth, pair.read_prediction(pair.pred, truth.shape)
 
 
-def _assess_otsu(
-    params: Params, diameter_um: float, pair: VolumePair, true_contrast: NDArray[np.float64]
-) -> Assessment:
-    image = pair.read_image()
-    assert image is not None
-    true, unknown = pair.read_truth()
-    found = otsu_watershed(image, pair.voxel_size, diameter_um)
-    return _assessing(params, pair, image, unknown)(true, found, true_contrast=true_contrast)
-
-
-def _assessing(
-    params: Params, pair: VolumePair, image: NDArray[Any] | None, unknown: NDArray[np.bool_] | None
-) -> Callable[..., Assessment]:
-    """Give `assess_volume` with what is the same of all methods."""
-    return partial(
-        assess_volume,
-        voxel_size=pair.voxel_size,
-        image=image,
-        thresholds=params.evaluate.thresholds,
-        surfaces=params.evaluate.surface_distances,
-        unknown=unknown,
-    )
-
-
-def _digest_of(labels: NDArray[np.uint32], unknown: NDArray[np.bool_] | None) -> str:
-    """Give a short fingerprint, by which two evaluations know that they used the same truth."""
-    digest = hashlib.blake2b(repr(labels.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(labels, dtype="<u4").data)
-    if unknown is not None:
-        digest.update(np.packbits(unknown).data)
-    return digest.hexdigest()
-
-
-def _metrics(
-    params: Params,
-    pairs: Sequence[VolumePair],
-    assessed: Mapping[str, Sequence[Assessment]],
-    summaries: Mapping[str, Mapping[str, Any]],
-    digests: Sequence[tuple[str, str]],
-    method: str,
-    edges: Sequence[float] | None,
-) -> dict[str, Any]:
-    """Put metrics.json together; the layout is the contract of the project."""
-    thresholds, embryos = params.evaluate.thresholds, [pair.embryo for pair in pairs]
-    own = assessed[method]
-
-    def counts_by_contrast(assessment: Assessment) -> dict[str, list[int]] | None:
-        if edges is None:
-            return None
-        counts = vars(count_by_contrast([assessment], edges))
-        return {name: part[0].astype(int).tolist() for name, part in counts.items()}
-
-    volumes = {
-        pair.name: {
-            **score(assessment.tally, thresholds).as_json(),
-            "embryo": pair.embryo,
-            "frame": pair.frame,
-            "truth_digest": digest,
-            "frame_digest": frame_digest,
-            "counts": assessment.tally.as_json(),
-            "contrast_counts": counts_by_contrast(assessment),
-        }
-        for pair, assessment, (digest, frame_digest) in zip(pairs, own, digests, strict=True)
-    }
-
-    def pooled(method: Sequence[Assessment]) -> Statistics:
-        counts = [counts_by_contrast(assessment) for assessment in method]
-        return pooled_scores([assessment.tally for assessment in method], thresholds, counts)
-
-    enough = sum(int(assessment.tally.n_true) for assessment in own) >= FEWEST_NUCLEI
-
-    def lead(rival: Sequence[Assessment]) -> dict[str, Any] | None:
-        """Give the lead of the model over a baseline, in AP at .5 and in all metrics."""
-        compared = compare_paired(
-            pooled(rival),
-            pooled(own),
-            embryos,
-            replicates=params.evaluate.bootstrap if enough else 0,
-            over=params.evaluate.resample,
-            rng=np.random.default_rng(params.seed),
-        )
-        ap = compared.differences["ap_0.50"]
-        if np.isnan([ap.difference, ap.low, ap.high]).any():
-            return None
-        return {
-            "ap_0.50": ap.difference,
-            "interval": [ap.low, ap.high],
-            "metrics": {
-                name: {"difference": pair.difference, "interval": [pair.low, pair.high]}
-                for name, pair in compared.differences.items()
-                if not np.isnan([pair.difference, pair.low, pair.high]).any()
-            },
-        }
-
-    return {
-        "nuclei3d": __version__,
-        **summaries[method],
-        "by_embryo": by_embryo(own, embryos, thresholds),
-        "by_stage": by_stage(own, thresholds),
-        "baselines": {
-            name: {**item, "behind_model": lead(assessed[name])}
-            for name, item in summaries.items()
-            if name != method
-        },
-        "volumes": volumes,
-    }
-
-
 def _write(
-    params: Params,
+    evaluation: Evaluation,
     folder: Path,
     metrics: dict[str, Any],
-    pairs: Sequence[VolumePair],
-    assessments: Sequence[Assessment],
-    method: str,
     history: Path | None,
     about: Mapping[str, str],
 ) -> None:
     import pandas as pd
 
+    params, method = evaluation.params.evaluate, evaluation.method
+    assessed = list(zip(evaluation.pairs, evaluation.own, strict=True))
     write_json(folder / "metrics.json", metrics, allow_nan=False)
     tables = [
         nucleus_table(pair.name, pair.embryo, pair.frame, assessment, metrics["contrast_edges"])
-        for pair, assessment in zip(pairs, assessments, strict=True)
+        for pair, assessment in assessed
     ]
     nuclei = pd.concat(tables, ignore_index=True)
     nuclei.to_csv(folder / "nuclei.csv", index=False, float_format="%.4f", lineterminator="\n")
     write_plot_data(folder / "plots", metrics)
     volumes = [
         ShownVolume(pair.name, pair.voxel_size, assessment, partial(_read_shown, pair))
-        for pair, assessment in zip(pairs, assessments, strict=True)
+        for pair, assessment in assessed
     ]
     draw_figures(folder / "figures", {method: metrics, **metrics["baselines"]}, volumes, nuclei)
-    if params.evaluate.report:
+    if params.report:
         page = build_page(
             metrics,
             nuclei,
-            pack_volumes(volumes, params.evaluate.viewer_megabytes),
+            pack_volumes(volumes, params.viewer_megabytes),
             method=method,
-            unit="um" if all(pair.physical for pair in pairs) else "voxels",
+            unit="um" if all(pair.physical for pair in evaluation.pairs) else "voxels",
             history=history,
             about=about,
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _say_result(summaries: Mapping[str, Mapping[str, Any]], method: str, volumes: int, out: Path) -> None:
-    for name, scores in summaries.items():
+def _say_result(evaluation: Evaluation, out: Path) -> None:
+    for name, scores in evaluation.summaries.items():
         told = {
             "AP .5": next(iter(scores["ap"].values())),
             "precision": scores["precision"],
@@ -526,5 +318,6 @@ def _say_result(summaries: Mapping[str, Mapping[str, Any]], method: str, volumes
             "recall of the faintest": scores["recall_faint"],
         }
         words = ", ".join(f"{key} {value:.3f}" for key, value in told.items() if value is not None)
-        say(f"{name}: {words}" if name != method else f"{name}, {volumes} volumes: {words}")
+        of = f", {len(evaluation.pairs)} volumes" if name == evaluation.method else ""
+        say(f"{name}{of}: {words}")
     say(f"evaluation in {out}")

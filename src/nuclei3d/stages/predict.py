@@ -96,14 +96,15 @@ def predict(
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    sure = _confirming(jobs, params.tracks) if link else []
+    linking = params.tracks  # of the rest nothing depends on these
+    sure = _confirming(jobs, linking) if link else []
     if sure:
         from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
 
-        least = min(params.tracks.weakest_score, *(each.score for each in sure))
+        least = min(linking.weakest_score, *(each.score for each in sure))
         weaker = [job.with_least(least) for job in jobs]
         candidates = _predict_frames(weaker, out / CANDIDATES_FOLDER, overwrite)
-        done = confirm(candidates, [job.predictor for job in jobs], sure, params.tracks, out)
+        done = confirm(candidates, [job.predictor for job in jobs], sure, linking, out)
     else:
         done = _predict_frames(jobs, out, overwrite)
     series: list[Path] = []
