@@ -96,7 +96,7 @@ def predict(
     if len({frame.shape for frame in frames}) > 1:
         shape = "several shapes"
     say(f"{len(frames)} frame{'s' if len(frames) > 1 else ''} ({shape}) into {out}")
-    linking = params.tracks  # of the rest nothing depends on these
+    linking = params.tracks  # where nothing is linked, as in assess, no result depends on these
     sure = _confirming(jobs, linking) if link else []
     if sure:
         from nuclei3d.stages.confirm import CANDIDATES_FOLDER, confirm
