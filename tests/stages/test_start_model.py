@@ -12,9 +12,10 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.networks.cpnet import new_network
-from nuclei3d.networks.folder import ModelInfo, load_model, save_model
+from nuclei3d.networks.folder import ModelInfo, TrainingRange, load_model, save_model
 from nuclei3d.stages.start_model import load_fine_tuning
 from nuclei3d.stages.train import train
+from nuclei3d.stages.training_data import read_summary
 from slices_fixture import write_slices
 
 SMALL = (
@@ -127,6 +128,36 @@ def test_epoch_0_is_judged_and_wins_over_what_is_worse_also_after_a_kill(model, 
     assert rows[0]["train_loss"] == ""
     lineage = load_model(tmp_path / "m").info.lineage
     assert (lineage["start_from"], len(lineage["start_md5"])) == ("model", 32)
+
+
+def test_what_the_start_model_has_seen_is_not_unlike_the_training(tmp_path):
+    seen = {
+        "diameter_um": (8.0, 12.0),
+        "voxel_x_um": (0.2, 0.5),
+        "anisotropy": (2, 5),
+        "range_over_noise": (9, 90),
+    }
+    info = ModelInfo(name="start", diameter_px=17.0, training=TrainingRange(**seen))
+    save_model(tmp_path / "start", new_network(17.0, 3), info, "")
+    slices = write_slices(tmp_path / "slices")
+    summary = read_summary(slices)
+    new = {
+        "diameter_um": (9.0, 9.0),
+        "voxel_x_um": (0.8, 0.8),
+        "anisotropy": (1.0, 1.0),
+        "range_over_noise": (48, 48),
+    }
+    (slices / "summary.json").write_text(summary.model_copy(update={"training": new}).model_dump_json())
+    params = load_fine_tuning(None, [*SMALL, *WORSE, f"train.start_from={tmp_path / 'start'}"], asked=True)
+    train(params, slices, tmp_path / "m")
+    found = load_model(tmp_path / "m").info.training
+    assert found is not None
+    assert dict(found) == {
+        "diameter_um": (8, 12),
+        "voxel_x_um": (0.2, 0.8),
+        "anisotropy": (1, 5),
+        "range_over_noise": (9, 90),
+    }
 
 
 def test_images_unlike_the_start_models_are_told(model, tmp_path):

@@ -54,6 +54,16 @@ class TrainingRange(BaseModel):
     anisotropy: Bounds
     range_over_noise: Bounds
 
+    def after(self, start: TrainingRange | None) -> TrainingRange:
+        """Widen the range by that of the start model; None: it does not tell it."""
+        if start is None:
+            return self
+        ends = {
+            name: (min(low, getattr(start, name)[0]), max(high, getattr(start, name)[1]))
+            for name, (low, high) in self
+        }
+        return TrainingRange(**ends)
+
 
 class TrainingFrames(BaseModel):
     """Digests (`nuclei3d.digests.digest_of_frame`) of the frames that a model has seen, by embryo and frame.

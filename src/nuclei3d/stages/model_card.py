@@ -46,12 +46,21 @@ def describe_model(
         nucleus_diameter_um=summary.nucleus_diameter_um,
         voxel_size_um=(summary.voxel_z_um or voxel, voxel, voxel),
         embryo_diameters_um=(min(of_training), max(of_training)) if of_training else None,
-        training=None if summary.training is None else TrainingRange.model_validate(summary.training),
+        training=_range_seen(params, described),
         versions=dict(provenance.versions),
         lineage=origin,
         frames=_frames_seen(params, described, read),
         **described.normalization(params),
     )
+
+
+def _range_seen(params: Params, described: Slices) -> TrainingRange | None:
+    """Give the range of what the model has seen, start model included."""
+    if described.summary.training is None:
+        return None
+    seen, start = TrainingRange.model_validate(described.summary.training), find_start_model(params)
+    info = None if start is None else info_beside(start)
+    return seen.after(None if info is None else info.training)
 
 
 def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None) -> TrainingFrames | None:
