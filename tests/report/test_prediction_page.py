@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,6 +264,15 @@ def frames_with(
             ],
         ),
         (frames_with([5] * 6, score=np.nan), []),
+        # another embryo is no jump and no trend
+        (
+            [
+                replace(frame, film=film)
+                for film, counts in (("a", [26, 33]), ("b", [15, 15]))
+                for frame in frames_with(counts, intensity=100 if film == "a" else 20)
+            ],
+            [],
+        ),
         (
             frames_with([10], volumes=[500.0] * 8 + [2000, 50]),
             [

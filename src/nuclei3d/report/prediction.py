@@ -52,6 +52,7 @@ class ShownFrame:
     """A frame of a prediction, and how to read its image and labels block by block.
 
     The table `nuclei` has the columns `NUCLEUS_COLUMNS` and, where nuclei are linked over time, ``track``.
+    Frames of one `film` follow each other in time.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ShownFrame:
     nuclei: pd.DataFrame
     read_image: Callable[[], Iterable[tuple[Box, NDArray[Any]]]]
     read_labels: Callable[[], Iterable[tuple[Box, NDArray[np.uint32]]]]
+    film: str = ""
 
 
 def write_prediction_page(
@@ -227,29 +229,18 @@ def _jpeg_of(picture: NDArray[np.uint8], most_bytes: float) -> bytes:
 
 def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
     """Say what is odd in the numbers of nuclei, in their brightness, scores and sizes, a line each."""
-    counts = np.array([len(frame.nuclei) for frame in frames])
     lines = []
     if empty := [frame.name for frame in frames if not len(frame.nuclei)]:
         lines.append(f"No nucleus in {some_of(empty, 5)}.")
-    jumps = []
-    for at in range(1, len(frames) - 1):
-        beside = np.median(counts[max(at - 2, 0) : at]), np.median(counts[at + 1 : at + 3])
-        least = max(3, _JUMP * np.mean(beside))
-        if counts[at] and not min(beside) - least <= counts[at] <= max(beside) + least:
-            jumps.append(f"{frames[at].name} ({counts[at]}; before {beside[0]:g}, after {beside[1]:g})")
-    if jumps:
+    films: dict[str, list[ShownFrame]] = {}
+    for frame in frames:
+        films.setdefault(frame.film, []).append(frame)
+    if jumps := [jump for film in films.values() for jump in _find_jumps(film)]:
         lines.append(f"The number of nuclei jumps in {some_of(jumps, 5)}: missed, split or false ones?")
+    for name, film in films.items():
+        lines += [f"{name}: {line}" if len(films) > 1 else line for line in _find_trends(film)]
+    counts = np.array([len(frame.nuclei) for frame in frames])
     tables = [frame.nuclei for frame in frames if len(frame.nuclei)]
-    for name, words, most in (("mean_intensity", "Nuclei become dimmer", 0.6), ("score", "Scores fall", 0.8)):
-        medians = [median for table in tables if not math.isnan(median := table[name].median())]
-        if len(medians) >= _FEWEST_FOR_TREND:
-            part = len(medians) // _FEWEST_FOR_TREND
-            early, late = np.median(medians[:part]), np.median(medians[-part:])
-            if late < most * early:
-                lines.append(
-                    f"{words}: from {early:.3g} in the first frames to {late:.3g} in the last (medians); "
-                    "there more of the faint nuclei may be missed."
-                )
     ratios = np.array([])
     for table in tables:
         ratios = np.append(ratios, table["volume_um3"] / table["volume_um3"].median())
@@ -259,6 +250,32 @@ def odd_numbers(frames: Sequence[ShownFrame]) -> list[str]:
     ):
         if number > _ODD_SIZES * counts.sum():
             lines.append(f"{number} of {counts.sum()} nuclei have {words} the median volume of their frame.")
+    return lines
+
+
+def _find_jumps(film: Sequence[ShownFrame]) -> list[str]:
+    counts = np.array([len(frame.nuclei) for frame in film])
+    jumps = []
+    for at in range(1, len(film) - 1):
+        beside = np.median(counts[max(at - 2, 0) : at]), np.median(counts[at + 1 : at + 3])
+        least = max(3, _JUMP * np.mean(beside))
+        if counts[at] and not min(beside) - least <= counts[at] <= max(beside) + least:
+            jumps.append(f"{film[at].name} ({counts[at]}; before {beside[0]:g}, after {beside[1]:g})")
+    return jumps
+
+
+def _find_trends(film: Sequence[ShownFrame]) -> list[str]:
+    lines = []
+    for name, words, most in (("mean_intensity", "Nuclei become dimmer", 0.6), ("score", "Scores fall", 0.8)):
+        medians = [median for frame in film if not math.isnan(median := frame.nuclei[name].median())]
+        if len(medians) >= _FEWEST_FOR_TREND:
+            part = len(medians) // _FEWEST_FOR_TREND
+            early, late = np.median(medians[:part]), np.median(medians[-part:])
+            if late < most * early:
+                lines.append(
+                    f"{words}: from {early:.3g} in the first frames to {late:.3g} in the last (medians); "
+                    "there more of the faint nuclei may be missed."
+                )
     return lines
 
 

@@ -65,7 +65,7 @@ def confirm(
     predictors, sure
         What predicts each frame without weak nuclei, and what counts by itself there.
     """
-    entries = [find_label_entries(frame.masks)[0] for frame in candidates]
+    entries = find_label_entries(*(frame.masks for frame in candidates))
     in_time = sorted(range(len(entries)), key=lambda at: natural_key(candidates[at].masks.name))
     confirmed: dict[int, _Confirmed] = {}
     for embryo in dict.fromkeys(entry.embryo for entry in entries):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from nuclei3d.images.frames import (
     to_labels,
 )
 from nuclei3d.images.layout import NoVolumeError
+from nuclei3d.images.names import split_names
 from nuclei3d.images.ome_zarr import find_label_array, is_zarr
 from nuclei3d.images.unknown import is_known_mask, read_partial_labels
 from nuclei3d.images.voxel_size import VoxelSize
@@ -43,7 +44,6 @@ _OVERRIDE = "pair by the frames' names alone with --set evaluate.pair_by=frame"
 # Folders that say what they hold, not which embryo.
 _CONTAINERS = frozenset({"labels", "images", "masks", "predictions"})
 _LAST_NUMBER = re.compile(r"(\d+|(?<![^\W_])[a-z])$", re.IGNORECASE)
-_TRAILING_TIME = re.compile(r"[_\-. ]*(t|frame|time)?[_\-]?\d+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ class Entry:
 
     `folders` are those between the root and the file, but none called `labels`, `images` and the like; `stem`
     is the name of the frame without `_masks` and the like; `home` the innermost folder, and `root` the name
-    of the one that was searched.
+    of the one that was searched. `named` are the names of embryo and frame that the stem tells, beside those
+    of its folder (`nuclei3d.images.names.split_names`).
     """
 
     frame: Frame
@@ -60,6 +61,7 @@ class Entry:
     stem: str
     home: Path
     root: str
+    named: tuple[str, str] = ("", "")
 
     @property
     def key(self) -> str:
@@ -73,27 +75,26 @@ class Entry:
 
     @property
     def embryo(self) -> str:
-        """The embryo: the folder, else what is left of the stem without its number, else the root."""
-        return "/".join(self.folders) or _TRAILING_TIME.sub("", self.stem) or self.root
+        """The embryo: the folder, else what the stem says, else the root."""
+        return "/".join(self.folders) or self.named[0] or self.root
 
     @property
     def short(self) -> str:
         """The frame's name within its embryo."""
-        if self.folders or _TRAILING_TIME.sub("", self.stem) == "":
-            return self.stem
-        return self.stem[len(self.embryo) :].lstrip("_-. ") or self.stem
+        return self.stem if self.folders else self.named[1]
 
     def read_labels(self) -> NDArray[np.uint32]:
         """Read and check the labels."""
         return to_labels(self.frame.read(), str(self.frame.path))
 
 
-def find_label_entries(source: Path) -> list[Entry]:
-    """Find the label volumes at or below a path.
+def find_label_entries(*sources: Path) -> list[Entry]:
+    """Find the label volumes at or below paths.
 
-    Where some lie in folders called `labels`, only those count; where some end in `_masks`, only those.
+    Where some below a path lie in folders called `labels`, only those count; where some end in `_masks`, only
+    those.
     """
-    return _find_entries(source, "labels")
+    return _name([entry for source in sources for entry in _find_entries(source, "labels")])
 
 
 def find_image_entries(
@@ -101,7 +102,16 @@ def find_image_entries(
 ) -> list[Entry]:
     """Find the images at or below a path, passing over what is named as labels."""
     entries = _find_entries(source, "images", channel=channel, image=image)
-    return [entry for entry in entries if not LABEL_WORDS.search(frame_stem(entry.frame.path))]
+    return _name([entry for entry in entries if not LABEL_WORDS.search(frame_stem(entry.frame.path))])
+
+
+def _name(entries: Sequence[Entry]) -> list[Entry]:
+    """Let the names of entries in a folder say what is embryo and what frame in them."""
+    together: defaultdict[Path, list[str]] = defaultdict(list)
+    for entry in entries:
+        together[entry.home].append(entry.stem)
+    named = {home: dict(zip(stems, split_names(stems), strict=True)) for home, stems in together.items()}
+    return [replace(entry, named=named[entry.home][entry.stem]) for entry in entries]
 
 
 def pair_entries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from nuclei3d import __version__
 from nuclei3d.console import progress_bar, warn
 from nuclei3d.errors import InputError
-from nuclei3d.images.frames import Frame, natural_key, single_label_frame, to_labels
+from nuclei3d.images.frames import Frame, frame_stem, natural_key, single_label_frame, to_labels
+from nuclei3d.images.names import split_names
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.outputs import whole_file
 from nuclei3d.report.animation import Animation
@@ -56,7 +58,8 @@ def write_page(
     made_from = _digest(predicted, tracks, [*warnings, f"animated: {animated}"])
     if made_from_of(page) == made_from:
         return page
-    shown = [_show(frame, result) for frame, result in zip(frames, predicted, strict=True)]
+    films = name_films(frames)
+    shown = [_show(*each) for each in zip(frames, predicted, films, strict=True)]
     parents = None
     if tracks.is_file():
         shown, parents = _add_tracks(shown, predicted, tracks)
@@ -89,7 +92,25 @@ def _digest(predicted: Sequence[PredictedFrame], tracks: Path, more: Sequence[st
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
-def _show(frame: Frame, predicted: PredictedFrame) -> ShownFrame:
+def name_films(frames: Sequence[Frame]) -> list[str]:
+    """Name the film that each frame is of: its file, or what files of a folder have in common."""
+    stems: defaultdict[Path, list[str]] = defaultdict(list)
+    for frame in frames:
+        stems[frame.path.parent].append(frame_stem(frame.path))
+    embryo_of = {
+        (folder, stem): embryo
+        for folder, names in stems.items()
+        for stem, (embryo, _) in zip(names, split_names(names), strict=True)
+    }
+    return [
+        frame.path.name
+        if frame.time is not None
+        else str(Path(frame.path.parent.name, embryo_of[frame.path.parent, frame_stem(frame.path)]))
+        for frame in frames
+    ]
+
+
+def _show(frame: Frame, predicted: PredictedFrame, film: str) -> ShownFrame:
     import pandas as pd
 
     # types are given: a frame without nuclei has a header alone
@@ -102,6 +123,7 @@ def _show(frame: Frame, predicted: PredictedFrame) -> ShownFrame:
         nuclei=nuclei,
         read_image=partial(_read_parts, frame),
         read_labels=partial(_read_label_parts, predicted.masks),
+        film=film,
     )
 
 

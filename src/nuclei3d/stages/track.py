@@ -109,7 +109,7 @@ def track(
     # tracks may lie in the folder of the masks, and hold masks of their own
     entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
     if files:
-        chosen = [e for path in files for e in find_label_entries(path)]
+        chosen = find_label_entries(*files)
         keys = {entry.key for entry in chosen}
         others = [entry.key for entry in entries if entry.key not in keys]
         entries = sorted(chosen, key=lambda entry: natural_key(entry.frame.path.name))
