@@ -105,6 +105,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(tmp_path):
         ("train --slices nowhere --out o", "nowhere does not exist (--slices)"),
         ("evaluate --truth . --pred nowhere --out o", "nowhere does not exist (--pred)"),
         ("compare nowhere .", "nowhere does not exist"),
+        ("train --slices . --out notes.txt", "notes.txt is a file; give another folder with --out"),
         (
             "predict . --model m --out /proc/self/out",
             "cannot write /proc/self/out: /proc/self cannot be written; choose a place that can be written",
@@ -124,11 +125,12 @@ def test_what_cannot_work_is_said_before_anything_large_is_imported(tmp_path, ar
         "try:\n    cli.main()\n"
         "finally:\n    print(sorted({'torch', 'mlflow', 'numpy', 'scipy'} & set(sys.modules)))\n"
     )
+    (notes := tmp_path / "notes.txt").touch()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr, done.stdout) == (2, f"nuclei3d: {line}\n", "[]\n")
-    assert not any(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [notes]
 
 
 @pytest.mark.parametrize(

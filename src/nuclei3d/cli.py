@@ -104,8 +104,11 @@ class _Command(TyperCommand):
                         f"--set {override} would not act: {self.name} normalises as the model was trained; "
                         "set it for prepare and train anew"
                     )
-        if isinstance(ctx.params.get("out"), Path):
-            require_writable(ctx.params["out"])
+        for option in self.params:
+            if option.name == "out" and isinstance(place := ctx.params["out"], Path):
+                require_writable(place)
+                if option.metavar == "DIR" and place.exists() and not place.is_dir():
+                    raise InputError(f"{place} is a file; give another folder with --out")
         try:
             with own_temporary_folder():
                 return super().invoke(ctx)
@@ -211,7 +214,7 @@ _OPTIONS: dict[str, Any] = {
     "assess.slices": typer.Option(help="Folder made by prepare: its bins of contrast.", metavar="DIR"),
     "compare.a": typer.Argument(help="metrics.json, or the folder of an evaluation.", metavar="A"),
     "compare.b": typer.Argument(help="The other one, on the same volumes.", metavar="B"),
-    "compare.out": typer.Option(help="File or folder for the result.", metavar="DIR"),
+    "compare.out": typer.Option(help="File or folder for the result.", metavar="PATH"),
     "search.trials": typer.Option(help="Trials wanted in all, over all starts.", metavar="N"),
     "search.out": typer.Option(help="Folder of the search.", metavar="DIR"),
     "search.storage": typer.Option(

@@ -71,10 +71,11 @@ def digest_of_frame(image: NDArray[Any] | None, labels: NDArray[Any]) -> str:
     So a frame is known in whatever file and type it lies. What is absent, or without any label, is ``0``.
     """
     parts = (image, "<f4"), (labels if labels.any() else None, "<u4")
-    return "-".join("0" if voxels is None else _digest_voxels(voxels, kind) for voxels, kind in parts)
+    return "-".join("0" if voxels is None else digest_of_voxels(voxels, kind) for voxels, kind in parts)
 
 
-def _digest_voxels(voxels: NDArray[Any], kind: str) -> str:
+def digest_of_voxels(voxels: NDArray[Any], kind: str = "<f4") -> str:
+    """Digest an image (Z, Y, X), taken as numbers of this kind."""
     digest = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=6)
     for plane in voxels:
         digest.update(np.ascontiguousarray(plane, dtype=kind).data)

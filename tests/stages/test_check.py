@@ -63,6 +63,13 @@ def test_a_good_data_set_gives_no_warning(tmp_path: Path, params: Params) -> Non
     )
 
 
+def test_labels_of_another_frame_are_told(tmp_path: Path, params: Params) -> None:
+    data = make_data(tmp_path / "data")
+    shutil.copy(data / "a/labels/t000.tif", data / "b/labels/t001.tif")
+    (warning,) = check(params, data).warnings
+    assert warning.startswith("b/t001: the image is no brighter in the labels than around them")
+
+
 def test_each_kind_of_fault_is_said_once_with_its_frames(
     tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,22 @@ def test_a_difference_in_every_embryo_is_real(outs: dict[str, Path], tmp_path: P
     assert backwards.verdict.startswith("B is really worse than A")
 
 
+def test_volumes_that_were_evaluated_from_another_folder_are_the_same(
+    outs: dict[str, Path], tmp_path: Path
+) -> None:
+    tree = json.loads((outs["good"] / "metrics.json").read_text())
+    tree["volumes"] = {f"elsewhere/{name}": volume for name, volume in tree["volumes"].items()}
+    (tmp_path / "metrics.json").write_text(json.dumps(tree))
+    found = compare(PARAMS, outs["worse"], tmp_path)
+    assert found.differences == compare(PARAMS, outs["worse"], outs["good"]).differences
+    # truths that are twice there tell nothing
+    for volume in tree["volumes"].values():
+        volume["truth_digest"] = "the same"
+    (tmp_path / "metrics.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match="share no volume"):
+        compare(PARAMS, outs["worse"], tmp_path)
+
+
 def test_the_start_model_of_a_side_is_told(outs, tmp_path, capsys):
     metrics = json.loads((outs["good"] / "metrics.json").read_text())
     worse = json.loads((outs["worse"] / "metrics.json").read_text())
@@ -161,7 +177,7 @@ def test_another_truth_no_shared_volume_and_files_of_another_kind_are_refused(ou
     changed.write_text(json.dumps(tree))
     with pytest.raises(InputError, match="other true labels"):
         compare(PARAMS, outs["good"], changed)
-    tree["volumes"] = {"X/t0": tree["volumes"]["E1/t0"]}
+    tree["volumes"] = {"X/t0": tree["volumes"]["E3/t0"]}
     changed.write_text(json.dumps(tree))
     with pytest.raises(InputError, match="share no volume"):
         compare(PARAMS, outs["good"], changed)

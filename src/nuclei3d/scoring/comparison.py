@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -96,6 +97,27 @@ class Evaluations:
     trained_on: tuple[str, ...]
     chosen_on: tuple[str, ...]
     same_bins: bool
+
+
+def named_like(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a metrics.json whose volumes are called as those of another with the same true labels.
+
+    Folders lend volumes their names, so that one that is evaluated from another folder is called otherwise.
+    Names that both have stay, and so do those of truths that one of them holds twice, such as empty ones.
+    """
+    truths = [
+        Counter(volume["truth_digest"] for volume in each["volumes"].values()) for each in (first, second)
+    ]
+    name_of = {
+        volume["truth_digest"]: name
+        for name, volume in first["volumes"].items()
+        if name not in second["volumes"] and all(each[volume["truth_digest"]] == 1 for each in truths)
+    }
+    volumes = {
+        name if name in first["volumes"] else name_of.get(volume["truth_digest"], name): volume
+        for name, volume in second["volumes"].items()
+    }
+    return {**second, "volumes": volumes}
 
 
 def compare_evaluations(

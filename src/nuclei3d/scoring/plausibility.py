@@ -18,7 +18,16 @@ from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.scoring.matching import Labels, relabel_sequential
 
 FaultKind = Literal[
-    "intensities", "binary", "background", "interpolated", "planes", "pieces", "crumbs", "voxel size", "image"
+    "intensities",
+    "binary",
+    "background",
+    "interpolated",
+    "planes",
+    "pieces",
+    "crumbs",
+    "voxel size",
+    "image",
+    "contrast",
 ]
 
 #: Neighbours in x that differ: .05 at most in labels of real nuclei, nearly all in an image.

@@ -18,6 +18,7 @@ from nuclei3d.scoring.comparison import (
     Evaluations,
     compare_evaluations,
     metric_name,
+    named_like,
     surely,
     tell_difference,
     tell_others,
@@ -72,7 +73,8 @@ def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Compar
     has another truth, or all that they share is of embryos that a model was trained on.
     """
     a, b = (path / "metrics.json" if path.is_dir() else path for path in (a, b))
-    first, second = _read(a), _read(b)
+    first = _read(a)
+    second = named_like(first, _read(b))
     names = [name for name in first["volumes"] if name in second["volumes"]]
     if not names:
         raise InputError(f"{a} and {b} share no volume; evaluate both on the same embryos")

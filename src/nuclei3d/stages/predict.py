@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nuclei3d.config import Params
 from nuclei3d.config.sections import TracksParams
 from nuclei3d.console import progress_bar, say, warn
+from nuclei3d.digests import digest_of_voxels
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.images.frames import Frame, check_image, find_frames, frame_stem
 from nuclei3d.images.voxel_size import VoxelSize
@@ -304,12 +305,12 @@ def _predict_frame(opened: _Opened, out: Path, advance: Progress) -> Callable[[]
 
     def finish() -> PredictedFrame:
         with _named(frame):
-            masks, nuclei, warnings = write_masks()
+            masks, nuclei, warnings, voxels = write_masks()
         table = table_path(out, frame.name)
         write_nuclei(table, nuclei)
         seconds = round(time.perf_counter() - started, 3)
         found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, opened.fingerprint)
-        return replace(found, warnings=warnings, made_by=predictor.made_by(frame))
+        return replace(found, warnings=warnings, made_by={**predictor.made_by(frame), "voxels": voxels})
 
     return finish
 
@@ -354,8 +355,14 @@ def _check_name(frame: Frame) -> None:
 _LONGEST_NAME = 255
 """Bytes of a file's name that common file systems take."""
 
-_Written = tuple[Path, "list[Nucleus]", tuple[str, ...]]
-"""File of masks, nuclei, warnings."""
+
+class _Written(NamedTuple):
+    """File of masks, nuclei, warnings; of an image that was read as a whole, the digest of its voxels."""
+
+    masks: Path
+    nuclei: list[Nucleus]
+    warnings: tuple[str, ...]
+    voxels: str | None = None
 
 
 def _segment(opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Written]:
@@ -380,7 +387,7 @@ def _segment(opened: _Opened, out: Path, progress: Progress) -> Callable[[], _Wr
 
         path = out / f"{frame.name}_masks.ome.tif"
         write_labels(path, result.labels, frame.require_voxel_size())
-        return path, result.nuclei, result.warnings
+        return _Written(path, result.nuclei, result.warnings, digest_of_voxels(image))
 
     return write
 
@@ -405,4 +412,4 @@ def _segment_blocks(
         segmenter.models["main"].info.training,
         settings.intensity_range,
     )
-    return masks, nuclei, tuple(unlike)
+    return _Written(masks, nuclei, tuple(unlike))

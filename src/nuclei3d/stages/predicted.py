@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nuclei3d.console import say, warn
-from nuclei3d.digests import digest_of
+from nuclei3d.digests import digest_of, digest_of_voxels
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, frame_stem
 from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
@@ -42,7 +42,8 @@ class PredictedFrame:
     """Of the nuclei, as estimated; None where it was given or is the model's."""
     made_by: Mapping[str, Any] = field(default_factory=dict)
     """What predicted it from what: ``weights_sha256`` of the networks (none of a service) and ``thresholds``
-    as `nuclei3d.networks.folder.scored_model` has them, ``image`` and ``files``, the digests of its files."""
+    as `nuclei3d.networks.folder.scored_model` has them, ``image`` and ``files``, the digests of its files,
+    and ``voxels``, that of the image, if it was read as a whole."""
 
 
 def forget(out: Path, name: str) -> None:
@@ -136,12 +137,8 @@ def refuse_another_image(out: Path, frame: Frame) -> None:
 
 
 def tell_changed_images(pairs: Iterable[tuple[Path, Frame]]) -> list[str]:
-    """Warn, once, of masks that predict noted to be of an image with another content; give the warning."""
-    changed = [
-        (masks, frame)
-        for masks, frame in pairs
-        if (known := made_by(masks).get("files")) and known != file_digests(frame)
-    ]
+    """Warn, once, of masks that predict noted to be of an image with other voxels; give the warning."""
+    changed = [(masks, frame) for masks, frame in pairs if _is_changed(made_by(masks), frame)]
     if not changed:
         return []
     masks, frame = changed[0]
@@ -149,6 +146,14 @@ def tell_changed_images(pairs: Iterable[tuple[Path, Frame]]) -> list[str]:
     told = f"{masks}{more} was predicted from another image than {frame.path} is now; predict it again"
     warn(told)
     return [told]
+
+
+def _is_changed(known: Mapping[str, Any], frame: Frame) -> bool:
+    """Tell whether the image changed of which masks are noted to be, if that is noted."""
+    if not known.get("files") or known["files"] == file_digests(frame):
+        return False
+    # a file may be written anew with the same image in it
+    return known.get("voxels") is None or known["voxels"] != digest_of_voxels(frame.read())
 
 
 def file_digests(frame: Frame) -> list[str]:
