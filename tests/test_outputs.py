@@ -5,13 +5,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nuclei3d.errors import InputError, MachineError
-from nuclei3d.outputs import require_writable, whole_file, whole_folder
+from nuclei3d.outputs import (
+    list_written,
+    refuse_foreign_folder,
+    require_writable,
+    whole_file,
+    whole_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -246,3 +254,36 @@ def test_a_living_process_keeps_its_unfinished_file(tmp_path: Path) -> None:
             second.write_text("second")
         assert (tmp_path / "a.txt").read_text() == "second"
     assert (tmp_path / "a.txt").read_text() == "first"
+
+
+def written(folder: Path) -> Path:
+    """A folder as a command leaves it."""
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "one.svg").write_text("drawn")
+    (folder / "metrics.json").write_text('{"volumes": {}}')
+    list_written(folder, digests=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda out: None, None),
+        (lambda out: (out / "figures" / ".DS_Store").touch(), None),
+        (lambda out: (out / "compare.json").touch(), None),
+        (lambda out: (out / "metrics.json").write_text('{"volumes": {"a": 1}}'), None),
+        (lambda out: (out / "figures" / "mine.svg").touch(), r"mine\.svg in it did not come with this evaluation"),
+        (lambda out: (out / "figures" / "one.svg").write_text("edited"), r"one\.svg in it was changed"),
+        (lambda out: (out / "metrics.json").write_text('{"accuracy": 1}'), "is no evaluation"),
+        # of a version that noted nothing
+        (lambda out: (out / ".written.json").unlink(), None),
+        (lambda out: [(out / ".written.json").unlink(), (out / "mine").mkdir()], "mine in it did not come"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_replaced_only_if_all_in_it_was_written_by_commands(
+    tmp_path: Path, change: Callable[[Path], object], words: str | None
+) -> None:
+    out = written(tmp_path / "out")
+    change(out)
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        refuse_foreign_folder(out, "evaluation", ("metrics.json", "volumes"), ("figures",), ("compare.json",))

@@ -145,28 +145,78 @@ def own_temporary_folder() -> Iterator[None]:
             Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)
 
 
-_STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".gitignore")
-"""What systems leave in any folder, and DVC beside what it keeps: no loss."""
+_STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".gitignore", ".nfs*", ".*.sw?")
+"""What systems and editors leave in any folder, and DVC beside what it keeps: no loss."""
+_LISTING = ".written.json"
 
 
-def refuse_foreign_folder(folder: Path, marker: str, kind: str, own: Iterable[str]) -> None:
-    """Raise InputError if a folder to replace holds anything but what such a folder is made of.
+def list_written(folder: Path, *, digests: bool = False) -> None:
+    """Note in a folder just filled what is in it, for `refuse_foreign_folder`; by content if with digests."""
+    from nuclei3d.digests import digests_of  # which takes numpy's time
 
-    That is `marker`, a file that says its `kind`, and what has one of the names in `own` (`fnmatch`).
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    md5s = digests_of(files) if digests else [None] * len(files)
+    write_json(folder / _LISTING, dict(zip(names, md5s, strict=True)))
+
+
+def refuse_foreign_folder(
+    folder: Path, kind: str, marker: tuple[str, str], own: Iterable[str] = (), added: Iterable[str] = ()
+) -> None:
+    """Raise InputError if a folder to replace holds anything but what commands of ours wrote there.
+
+    A folder of this `kind` has the `marker`, a JSON file with a key (``""``: whichever). In it is what
+    `list_written` noted, unchanged where it noted contents, and what other commands `added`; where nothing
+    was noted, by older versions, what is called as in `own` (patterns of `fnmatch`).
     """
     if not folder.is_dir():
         return
-    known = (marker, *own)
-    names = sorted(each.name for each in folder.iterdir())
-    names = [name for name in names if not any(fnmatchcase(name, each) for each in _STRAY)]
-    if names and marker not in names:
+    from nuclei3d.digests import digests_of
+
+    file, key = marker
+    inside = sorted(each.relative_to(folder) for each in folder.rglob("*") if not _is_stray(each))
+    if inside and not _holds_key(folder / file, key):
         raise InputError(f"{folder} exists and is no {kind}; give another folder or remove it yourself")
-    foreign = [name for name in names if not any(fnmatchcase(name, each) for each in known)]
+    listed = _read_listing(folder)
+    fault = None
+    if listed is None:
+        foreign = [each for each in inside if not _matches(each.parts[0], (file, *own, *added))]
+    else:
+        files = [each for each in inside if (folder / each).is_file() and str(each) != _LISTING]
+        mine = [each for each in files if each.as_posix() in listed]
+        foreign = [each for each in files if each not in mine and not _matches(each.as_posix(), added)]
+        noted = [each for each in mine if listed[each.as_posix()] is not None and str(each) != file]
+        found = digests_of([folder / each for each in noted])
+        changed = [each for each, md5 in zip(noted, found, strict=True) if md5 != listed[each.as_posix()]]
+        fault = f"{changed[0]} in it was changed since it was written" if changed else None
     if foreign:
-        raise InputError(
-            f"{folder} would be replaced, but {foreign[0]} in it is not of a {kind}; move it away, or give "
-            "another folder"
-        )
+        fault = f"{foreign[0]} in it did not come with this {kind}"
+    if fault is not None:
+        raise InputError(f"{folder} would be replaced, but {fault}; move it away, or give another folder")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, each) for each in patterns)
+
+
+def _is_stray(path: Path) -> bool:
+    return _matches(path.name, _STRAY)
+
+
+def _holds_key(file: Path, key: str) -> bool:
+    try:
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and (not key or key in tree)
+
+
+def _read_listing(folder: Path) -> dict[str, str | None] | None:
+    try:
+        tree = json.loads((folder / _LISTING).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def _check_replaceable(path: Path, replace: bool) -> None:

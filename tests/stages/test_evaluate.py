@@ -283,7 +283,9 @@ def test_the_real_embryos_and_otsu_agree_with_what_is_known(bbbc050: Path, tmp_p
         (lambda root: write_labels(root / "pred/v1.tif", NOISE, SIZE), r"pred.v1.tif holds intensities"),
         (lambda root: (root / "out/notes.txt").write_text("mine"), "is no evaluation"),
         (
-            lambda root: [(root / "out" / name).write_text("{}") for name in ("metrics.json", "mine.txt")],
+            lambda root: [
+                (root / "out" / name).write_text('{"volumes": {}}') for name in ("metrics.json", "mine.txt")
+            ],
             "mine",
         ),
         (lambda root: (root / "pred/v0_nuclei.csv").write_text("label,score\n1,high\n"), "score"),

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,9 +50,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     simulate(small(), tmp_path / "a")
     simulate(small(), tmp_path / "b")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert (
-        len(digests(tmp_path / "a")) == 3 * 3 + 2 + 1
-    )  # images, labels, tracks; the tables of tracks; the record
+    # images, labels, tracks; the tables of tracks; the record and the list of all these
+    assert len(digests(tmp_path / "a")) == 3 * 3 + 2 + 2
 
 
 def test_an_embryo_does_not_depend_on_those_after_it(tmp_path: Path) -> None:
@@ -74,21 +74,30 @@ def test_an_earlier_simulation_is_replaced_as_a_whole(tmp_path: Path) -> None:
     out = tmp_path / "data"
     simulate(small(embryos=["old"], frames=1), out)
     simulate(small(embryos=["new"], frames=1), out)
-    assert sorted(path.name for path in out.iterdir()) == ["new", RECORD]
+    assert sorted(path.name for path in out.iterdir()) == [".written.json", "new", RECORD]
 
 
 def test_labels_and_embryos_that_came_later_are_not_lost(tmp_path: Path) -> None:
     out = tmp_path / "data"
     simulate(small(embryos=["old"], frames=1), out)
     (labels,) = (out / "old" / "labels").iterdir()
-    later = (out / RECORD).stat().st_mtime + 60
-    os.utime(labels, (later, later))
-    with pytest.raises(InputError, match=rf"{labels.name} was changed since it was simulated"):
+    corrected = labels.read_bytes() + b"corrected"
+    labels.write_bytes(corrected)
+    # as a copy with its dates does
+    os.utime(labels, (0, 0))
+    with pytest.raises(InputError, match=rf"{labels.name} in it was changed since it was written"):
         simulate(small(), out)
-    (out / "mouse_1").mkdir()
-    with pytest.raises(InputError, match="mouse_1 in it is not of a"):
+    (out / "old" / "labels" / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"mine\.txt in it did not come with this earlier simulation"):
         simulate(small(), out)
-    assert labels.is_file()
+    assert labels.read_bytes() == corrected
+
+
+def test_a_copy_of_a_simulation_is_one(tmp_path: Path) -> None:
+    simulate(small(embryos=["old"], frames=1), tmp_path / "data")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    (tmp_path / "copy" / "old" / ".DS_Store").touch()
+    simulate(small(embryos=["new"], frames=1), tmp_path / "copy")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
@@ -131,7 +140,8 @@ def stored(digest: str) -> Path:
 
 def test_the_sample_lies_whole_in_the_repository() -> None:
     listing = sample_listing()
-    assert len(listing) == 3 * 12 + 3 + 1  # images, labels and tracks, three tables of tracks, the record
+    # images, labels and tracks, three tables of tracks, the record and the list of all these
+    assert len(listing) == 3 * 12 + 3 + 2
     for entry in listing:
         assert hashlib.md5(stored(entry["md5"]).read_bytes()).hexdigest() == entry["md5"]
     assert sum(stored(entry["md5"]).stat().st_size for entry in listing) < 5e6

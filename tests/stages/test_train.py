@@ -213,7 +213,7 @@ def test_a_model_that_was_not_trained_there_is_not_replaced(slices, tmp_path):
     with pytest.raises(InputError, match="holds the model that this starts from"):
         train(params_of(start_from=str(tmp_path / "m")), slices, tmp_path / "m")
     (tmp_path / "m" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"notes\.txt in it is not of a model folder"):
+    with pytest.raises(InputError, match=r"notes\.txt in it did not come with this model folder"):
         train(params_of(epochs=1), slices, tmp_path / "m")
     (tmp_path / "m" / "notes.txt").unlink()
     (tmp_path / "m").rename(tmp_path / "released")

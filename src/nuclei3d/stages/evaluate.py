@@ -20,7 +20,7 @@ from nuclei3d.errors import InputError
 from nuclei3d.images.embryos import ONE_IMAGE
 from nuclei3d.intensity import measure_range
 from nuclei3d.networks.folder import ModelInfo, digest_of_weights, info_beside, scored_model, thresholds_of
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
+from nuclei3d.outputs import list_written, refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.report.figures import draw_figures
 from nuclei3d.report.page import build_page
 from nuclei3d.report.tables import nucleus_table, write_plot_data
@@ -32,8 +32,10 @@ from nuclei3d.stages.predicted import made_by, tell_changed_images
 from nuclei3d.stages.track_files import score_track_folders
 from nuclei3d.stages.training_data import read_summary
 
-_WRITTEN = ("headline.json", "nuclei.csv", "report.html", "plots", "figures")
-"""Beside metrics.json, what is in the folder of an evaluation; headline.json is put there by assess."""
+_WRITTEN = ("nuclei.csv", "report.html", "plots", "figures")
+"""Beside metrics.json, what is in the folder of an evaluation."""
+_ADDED = ("headline.json", "compare.json")
+"""What assess and compare put there."""
 _SIZE_RATIO = 8.0
 
 
@@ -122,7 +124,7 @@ def evaluate(
     made
         Where the predictions come from, by name, such as the data and the MLflow run: told by the report.
     """
-    refuse_foreign_folder(out, "metrics.json", "evaluation", _WRITTEN)
+    refuse_foreign_folder(out, "evaluation", ("metrics.json", "volumes"), _WRITTEN, _ADDED)
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
@@ -161,6 +163,7 @@ def evaluate(
     with whole_folder(out) as folder:
         _write(evaluation, folder, metrics, history, _about(info, made or {}))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        list_written(folder)
     names.sort(key=lambda name: name != "metrics.json")
     _say_result(evaluation, out)
     return EvaluateResult(out, metrics, tuple(out / name for name in names))

@@ -35,7 +35,7 @@ from nuclei3d.images.embryos import (
 )
 from nuclei3d.images.voxel_size import VoxelSize
 from nuclei3d.intensity import measure_range
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.outputs import list_written, refuse_foreign_folder, whole_folder
 from nuclei3d.scoring.contrast import contrast_edges, nucleus_contrast
 from nuclei3d.scoring.plausibility import LabelFault
 from nuclei3d.stages import map_in_processes
@@ -90,7 +90,13 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
     nuclei.csv); it appears when all is done, and one that is there is replaced. Implausible labels
     (`nuclei3d.scoring.plausibility`) are said, with `strict` refused; intensities in their place always are.
     """
-    refuse_foreign_folder(out, SUMMARY_FILE, "slice data set", (*PARTS, "*.csv", "slices.png"))
+    refuse_foreign_folder(
+        out,
+        "slice data set",
+        (SUMMARY_FILE, "diameter_px"),
+        (*PARTS, "*.csv", "slices.png"),
+        ("augmented.png",),
+    )
     solid = params.train.network == "full3d"
     if solid and params.prepare.cellpose_files:
         raise InputError(
@@ -124,6 +130,7 @@ def prepare(params: Params, data: Path, out: Path, *, strict: bool = False) -> P
             from nuclei3d.report.figures import draw_slices_sheet
 
             draw_slices_sheet(load_samples(read_slices(folder), "train"), folder / "slices.png")
+        list_written(folder)
     kind = "volumes" if solid else "planes"
     say(
         f"{summary.samples['train']} training {kind} in {out}; nuclei measure "

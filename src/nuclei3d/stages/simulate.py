@@ -12,20 +12,16 @@ import numpy as np
 
 from nuclei3d.config import Params
 from nuclei3d.console import Bar, progress_bar, say
-from nuclei3d.errors import InputError
 from nuclei3d.images.frames import read_labels
 from nuclei3d.images.tiff import write_image, write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder, write_json
+from nuclei3d.outputs import list_written, refuse_foreign_folder, whole_folder, write_json
 from nuclei3d.simulation import simulate_embryo
 from nuclei3d.stages.track_files import TRUTH, mask_name, renumber, write_track_table
 from nuclei3d.tracks.nuclei import Tracks, trace_lineages
 
 # Lies in the folder beside the embryos: says how they were made, and that the folder may be replaced.
 RECORD = "simulation.json"
-
-# The record is written last; clocks of file systems are this coarse.
-_CLOCK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def simulate(params: Params, out: Path) -> SimulateResult:
     The true tracks lie beside, in ``<out>/<embryo>/tracks``, in the form of the Cell Tracking Challenge.
     The same parameters and seed give the same bytes. An embryo does not depend on those listed after it.
     """
-    _refuse_to_lose(out)
+    refuse_foreign_folder(out, "earlier simulation", (RECORD, "embryos"), _embryos_in(out / RECORD))
     settings = params.simulate
     total = sum(settings.frames_of(index) for index in range(len(settings.embryos)))
     with whole_folder(out) as folder:
@@ -62,26 +58,17 @@ def simulate(params: Params, out: Path) -> SimulateResult:
             "embryos": [asdict(embryo) for embryo in embryos],
         }
         write_json(folder / RECORD, record)
+        list_written(folder, digests=True)
     nuclei = sum(sum(embryo.nuclei) for embryo in embryos)
     say(f"{out}: {len(embryos)} embryos, {total} frames, {nuclei} labelled nuclei")
     return SimulateResult(out, embryos)
 
 
-def _refuse_to_lose(out: Path) -> None:
-    """Raise InputError where a folder holds what no simulation wrote, or what was changed since."""
-    record = out / RECORD
-    embryos: list[str] = []
+def _embryos_in(record: Path) -> list[str]:
+    """Name the embryos of an earlier simulation, which of an older version alone says what is in it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        embryos = [embryo["name"] for embryo in json.loads(record.read_text(encoding="utf-8"))["embryos"]]
-    refuse_foreign_folder(out, RECORD, "earlier simulation", embryos)
-    if record.is_file():
-        written = record.stat().st_mtime + _CLOCK_SECONDS
-        for path in sorted(out.rglob("*")):
-            if path.is_file() and path.stat().st_mtime > written:
-                raise InputError(
-                    f"{out} would be replaced, but {path} was changed since it was simulated; give another "
-                    "folder, or remove it yourself"
-                )
+        return [embryo["name"] for embryo in json.loads(record.read_text(encoding="utf-8"))["embryos"]]
+    return []
 
 
 def _write_embryos(params: Params, folder: Path, bar: Bar) -> Iterator[SimulatedEmbryo]:

@@ -19,7 +19,7 @@ from nuclei3d.grid import available_threads
 from nuclei3d.images.frames import check_image, natural_key, say_passed_over
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.images.voxel_size import VoxelSize
-from nuclei3d.outputs import refuse_foreign_folder, whole_folder
+from nuclei3d.outputs import list_written, refuse_foreign_folder, whole_folder
 from nuclei3d.stages import Result
 from nuclei3d.stages.nuclei_table import read_column
 from nuclei3d.stages.pairing import (
@@ -31,6 +31,7 @@ from nuclei3d.stages.pairing import (
 )
 from nuclei3d.stages.predicted import tell_changed_images
 from nuclei3d.stages.track_files import (
+    MASKS_FILE,
     RESULT,
     find_table,
     mask_name,
@@ -104,7 +105,7 @@ def track(
         raise InputError(
             "--apply writes what --learn DIR chose into params.yaml; give both, or --params FILE"
         )
-    refuse_foreign_folder(out, RESULT, "tracking", _WRITTEN)
+    refuse_foreign_folder(out, "tracking", (MASKS_FILE, ""), (RESULT, *_WRITTEN))
     target = out.resolve()
     # tracks may lie in the folder of the masks, and hold masks of their own
     entries = [e for e in find_label_entries(masks) if target not in e.frame.path.resolve().parents]
@@ -152,6 +153,7 @@ def track(
         write_geff(folder / "tracks.geff", tracks, numbered)
         write_nuclei_table(folder / "tracks.csv", tracks, numbered)
         write_napari(folder / "napari_tracks.csv", nuclei, numbered)
+        list_written(folder, digests=True)
     result = TrackResult(
         *(out, len(entries), len(nuclei), len(numbered.parent) - 1, len(tracks.divisions)),
         seen_once=int(tracks.seen_once.sum()),

@@ -30,7 +30,7 @@ COLUMNS = (
     "seen_once",
 )  # fmt: skip
 _COUNTS = ("n_divisions", "n_divisions_pred", "n_true", "n_pred")
-_MASKS_FILE = "masks.json"
+MASKS_FILE = "masks.json"
 _MASKS = {RESULT: "mask", TRUTH: "man_track"}
 
 
@@ -122,13 +122,13 @@ def read_track_masks(paths: Sequence[Path], tracks: Tracks) -> Iterator[NDArray[
 def note_masks(folder: Path, masks: Sequence[Path]) -> None:
     """Note beside tracks which masks they link, by content."""
     files = list(dict.fromkeys(masks))
-    write_json(folder / _MASKS_FILE, {file.name: digest_of(file) for file in files})
+    write_json(folder / MASKS_FILE, {file.name: digest_of(file) for file in files})
 
 
 def _warn_of_other_masks(tracks: Path, masks: Path) -> None:
     """Warn where masks changed since tracks linked them: the tracks' scores are not theirs."""
     try:
-        linked: dict[str, str] = json.loads((tracks / _MASKS_FILE).read_text(encoding="utf-8"))
+        linked: dict[str, str] = json.loads((tracks / MASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # of another program, or of a version that did not note them
     home = tracks.resolve()

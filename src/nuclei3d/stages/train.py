@@ -166,7 +166,8 @@ def _refuse_to_lose(out: Path, checkpoints: Checkpoints, start_from: str | None)
         raise InputError(f"{out} holds the model that this starts from; give the new one another folder")
     described = out / INFO_FILE
     name = read_info(described).name if described.is_file() else "*"
-    refuse_foreign_folder(out, INFO_FILE, "model folder", (name, CARD_FILE, "history.csv", "*_drawn.csv"))
+    own = (name, CARD_FILE, "history.csv", "*_drawn.csv")
+    refuse_foreign_folder(out, "model folder", (INFO_FILE, "diameter_px"), own)
     if described.is_file() and not checkpoints.folder.is_dir():
         raise InputError(
             f"{out} holds a model that was not trained there and would be replaced; give another folder, or "
