@@ -272,7 +272,7 @@ def written(folder: Path) -> Path:
         (lambda out: (out / "figures" / ".DS_Store").touch(), None),
         (lambda out: (out / "compare.json").touch(), None),
         (lambda out: (out / "metrics.json").write_text('{"volumes": {"a": 1}}'), None),
-        (lambda out: (out / "figures" / "mine.svg").touch(), r"mine\.svg in it did not come with this evaluation"),
+        (lambda out: (out / "figures" / "mine.svg").touch(), r"mine\.svg in it did not come"),
         (lambda out: (out / "figures" / "one.svg").write_text("edited"), r"one\.svg in it was changed"),
         (lambda out: (out / "metrics.json").write_text('{"accuracy": 1}'), "is no evaluation"),
         # of a version that noted nothing

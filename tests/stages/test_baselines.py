@@ -51,12 +51,19 @@ def test_another_model_that_is_champion_is_a_baseline(calls, monkeypatch, tmp_pa
     model = write_model(tmp_path / "model", "new")
     out = tmp_path / "baselines"
     (out / "champion_3" / "c").mkdir(parents=True)
+    mine = [out / "champion_3" / "c" / "t0_masks.ome.tif", out / "stardist" / "notes.txt"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     made = predict_baselines(
         load_params(None, ["predict.mode=stitch", "evaluate.baselines=[champion]"]), FRAMES, str(model), out
     )
     assert made == {"champion (version 4)": out / "champion_4"}
     assert calls == [("models:/nuclei_3d/4", "stitch", out / "champion_4" / "c")]
-    assert not (out / "champion_3").exists()
+    # what is not known to be predicted is laid aside, what is no baseline of ours stays
+    assert not mine[0].exists()
+    (kept,) = (out / "champion_3" / "c" / ".predicted" / "changed").iterdir()
+    assert (kept.read_text(), mine[1].read_text()) == ("mine", "mine")
 
 
 def test_a_champion_in_3d_is_run_in_3d_and_one_in_2d_is_not(calls, monkeypatch, tmp_path):

@@ -6,7 +6,6 @@ latter for any two folders of labels. The runs of MLflow are called `predict` an
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,8 +62,10 @@ def predict_held_out(params: Params, data: Path, model: str, out: Path, *, link:
     are removed, for the evaluation would take them in.
     """
     from nuclei3d.experiment.runs import stage_run
+    from nuclei3d.stages.evaluate import refuse_other_evaluation
     from nuclei3d.stages.recorded import predict_run_name, record_predict
 
+    refuse_other_evaluation(out / "evaluation")
     frames, predictions = _images_by_embryo(params, data), out / "predictions"
     inputs = {"data": data} | ({"model": Path(model)} if Path(model).exists() else {})
     images = [path for paths in frames.values() for path in paths]
@@ -136,15 +137,19 @@ def _images_by_embryo(params: Params, data: Path) -> dict[str, list[Path]]:
 
 def _keep_only(frames: Mapping[str, Sequence[Path]], predictions: Path) -> None:
     """Remove masks of frames that are not among these: an evaluation of the folder would take them in."""
+    from nuclei3d.stages.nuclei_table import table_path
     from nuclei3d.stages.predict_page import PAGE_FILE
+    from nuclei3d.stages.predicted import forget
 
     for masks in predictions.glob("*/*_masks.ome.tif"):
         stem = masks.name.removesuffix("_masks.ome.tif")
         # a file of several time points gives <stem>_t000 and so on
         names = {frame_stem(path) for path in frames.get(masks.parent.name, [])}
         if not names & {stem, stem.rpartition("_t")[0]}:
-            masks.unlink()
-            masks.with_name(f"{stem}_nuclei.csv").unlink(missing_ok=True)
+            # what was changed by hand, or came from elsewhere, is laid aside
+            forget(masks.parent, stem)
+            masks.unlink(missing_ok=True)
+            table_path(masks.parent, stem).unlink(missing_ok=True)
     for page in predictions.glob(f"*/{PAGE_FILE}"):
         if page.parent.name not in frames:
             page.unlink()
@@ -163,9 +168,9 @@ def predict_baselines(
 ) -> dict[str, Path]:
     """Predict held-out frames (images by embryo) with the baselines that `evaluate.baselines` names.
 
-    Frames that were done before with the same network and settings are kept; baselines of earlier calls
-    that are no longer wanted are removed. Gives the folder of each, ``<out>/<baseline>``, with a folder per
-    embryo, by the name that the report gives it.
+    Frames that were done before with the same network and settings are kept; masks of baselines of earlier
+    calls that are no longer wanted are removed. Gives the folder of each, ``<out>/<baseline>``, with a folder
+    per embryo, by the name that the report gives it.
     """
     from nuclei3d.stages.predict import predict
 
@@ -188,9 +193,9 @@ def predict_baselines(
             )
         _keep_only(frames, out / baseline.folder)
         made[baseline.name] = out / baseline.folder
-    for folder in out.iterdir():
-        if folder not in made.values():
-            shutil.rmtree(folder)
+    for pattern in ("stock_fusion", "champion_*", "start_model"):
+        for folder in set(out.glob(pattern)) - set(made.values()):
+            _keep_only({}, folder)
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,9 +43,10 @@ class _Confirmed:
     volumes_um3: Floats
     weak: int
 
-    def digest(self, candidates: str) -> str:
-        """Digest what the frame's masks depend on: its candidates, and which of them stay."""
-        return hashlib.sha256(f"{candidates} {self.labels.tolist()}".encode()).hexdigest()
+    def digest(self, candidates: str, thresholds: Mapping[str, float | None]) -> str:
+        """Digest what the frame's masks depend on: its candidates, and which of them stay, and why."""
+        content = f"{candidates} {self.labels.tolist()} {sorted(thresholds.items())}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def confirm(
@@ -74,13 +75,14 @@ def confirm(
         confirmed |= zip(film, found, strict=True)
     done: list[PredictedFrame] = []
     for at, frame in enumerate(candidates):
-        digest = confirmed[at].digest(frame.fingerprint)
+        thresholds = predictors[at].thresholds
+        digest = confirmed[at].digest(frame.fingerprint, thresholds)
         new = find_done(out, frame.name, digest)
         if new is None:
             forget(out, frame.name)
             masks, table = out / frame.masks.name, table_path(out, frame.name)
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
-            made_by = {**frame.made_by, "thresholds": predictors[at].thresholds}
+            made_by = {**frame.made_by, "thresholds": thresholds}
             new = replace(frame, masks=masks, table=table, fingerprint=digest, made_by=made_by)
             new = replace(new, nuclei=len(confirmed[at].labels))
             expected = sure[at].diameter_um

@@ -124,7 +124,7 @@ def evaluate(
     made
         Where the predictions come from, by name, such as the data and the MLflow run: told by the report.
     """
-    refuse_foreign_folder(out, "evaluation", ("metrics.json", "volumes"), _WRITTEN, _ADDED)
+    refuse_other_evaluation(out)
     for name in baselines or {}:
         if name in (method, OTSU):
             raise InputError(f"a baseline cannot be called '{name}', which is taken; give it another name")
@@ -167,6 +167,11 @@ def evaluate(
     names.sort(key=lambda name: name != "metrics.json")
     _say_result(evaluation, out)
     return EvaluateResult(out, metrics, tuple(out / name for name in names))
+
+
+def refuse_other_evaluation(out: Path) -> None:
+    """Raise InputError where an evaluation would replace a folder with anything else in it."""
+    refuse_foreign_folder(out, "evaluation", ("metrics.json", "volumes"), _WRITTEN, _ADDED)
 
 
 def read_baselines(given: Sequence[str]) -> dict[str, Path]:

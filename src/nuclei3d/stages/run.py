@@ -86,6 +86,9 @@ def _check(data: Path, out: Path) -> None:
         raise InputError(f"{out} is a file; give another folder with --out")
     if out.resolve() == data.resolve() or data.resolve() in out.resolve().parents:
         raise InputError(f"the output folder {out} lies in the data set; give another with --out")
+    from nuclei3d.stages.evaluate import refuse_other_evaluation
+
+    refuse_other_evaluation(out / "evaluation")
 
 
 def _job(params: Params, data: Path, out: Path) -> str:
