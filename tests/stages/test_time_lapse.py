@@ -114,8 +114,26 @@ def test_a_stack_that_something_else_replaced_is_written_again(tmp_path: Path) -
     expected = path.read_bytes()
     # such as the masks of a single frame of that name, or of a run that was killed before it noted them
     write_labels(path, labels_over_time()[0], find_frames(path)[0].require_voxel_size())
+    other = path.read_bytes()
     series_of(tmp_path / "film.ome.tif", tmp_path / "out", labels_over_time())
     assert path.read_bytes() == expected
+    # which may be somebody's work
+    (kept,) = (tmp_path / "out" / ".predicted" / "changed").iterdir()
+    assert kept.read_bytes() == other
+
+
+def test_labels_in_the_input_that_were_corrected_there_are_laid_aside(tmp_path: Path) -> None:
+    source, labels = tmp_path / "film.ome.zarr", labels_over_time()
+    write_zarr(source, "0.5")
+    _, place = series_of(source, tmp_path / "out", labels, into_input=True)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    series_of(source, tmp_path / "out", labels, into_input=True)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    zarr.open_group(str(place), mode="r+")["0"][0, 0] = 7
+    series_of(source, tmp_path / "out", labels, into_input=True)
+    (kept,) = (tmp_path / "out" / ".predicted" / "changed").iterdir()
+    assert (zarr.open_group(str(kept), mode="r")["0"][0, 0] == 7).all()
+    np.testing.assert_array_equal(zarr.open_group(str(place), mode="r")["0"][...], labels)
 
 
 def scale_of(group: Any) -> list[float]:

@@ -19,13 +19,13 @@ from nuclei3d.segmentation.likeness import with_nuclei
 from nuclei3d.stages.nuclei_table import table_path
 from nuclei3d.stages.pairing import Entry, find_label_entries
 from nuclei3d.stages.predicted import (
+    RECORD_FOLDER,
     PredictedFrame,
     find_done,
     forget,
     note_done,
 )
 from nuclei3d.stages.predictor import Predictor, Sure
-from nuclei3d.stages.time_lapse import RECORD_FOLDER
 from nuclei3d.stages.track import measure_masks, work_on_frames
 from nuclei3d.stages.track_files import renumber
 from nuclei3d.tracks.linking import link_nuclei

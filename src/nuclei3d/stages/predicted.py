@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,9 @@ from nuclei3d.images.frames import Frame, frame_stem
 from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
 from nuclei3d.outputs import remove, require_writable, whole_file
 from nuclei3d.stages.nuclei_table import table_path
-from nuclei3d.stages.time_lapse import RECORD_FOLDER
 
+RECORD_FOLDER = ".predicted"
+"""In it is noted, a file each, what is finished: so several jobs can fill one folder."""
 CHANGED_FOLDER = Path(RECORD_FOLDER, "changed")
 """In it are masks that were changed by hand before they were predicted again."""
 TRACKS_FILE = Path("tracks", "tracks.csv")
@@ -64,10 +66,7 @@ def forget(out: Path, name: str) -> None:
             continue
         digest = digest_of(path)
         if digest not in written:
-            kept = _kept_aside(path, digest)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            remove(kept)
-            path.replace(kept)
+            kept = lay_aside(path, digest, out)
             why = "was changed since it was predicted" if written else "is there, not known to be predicted,"
             warn(f"{path} {why} and is written again; the one before: {kept}")
     record.unlink(missing_ok=True)
@@ -81,6 +80,15 @@ def _mask_files(out: Path, name: str) -> list[Path]:
 def _kept_aside(path: Path, digest: str) -> Path:
     """Say where a file is laid aside: by content, so that what was laid aside before stays."""
     return path.parent / CHANGED_FOLDER / f"{digest[:8]}_{path.name}"
+
+
+def lay_aside(path: Path, digest: str, out: Path) -> Path:
+    """Move what somebody changed out of the way of what is written, and say where to."""
+    kept = _kept_aside(out / path.name, digest)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    remove(kept)
+    shutil.move(path, kept)
+    return kept
 
 
 def _lay_tracks_aside(out: Path) -> None:
