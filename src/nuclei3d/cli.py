@@ -30,7 +30,8 @@ for _switch in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DVC_NO_ANALYTICS"):
     os.environ.setdefault(_switch, "true")
 
 app = typer.Typer(
-    help="Retrain Cellpose on labelled 3D embryos, measure it, register it, and segment time-lapses.",
+    help="Retrain Cellpose on labelled 3D embryos, measure it, register it, and segment time-lapses.\n\n"
+    "'nuclei3d COMMAND --help' says what a command takes, 'nuclei3d params' what each parameter means.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -172,7 +173,9 @@ _OPTIONS: dict[str, Any] = {
     "inspect.out": typer.Option(help="PNG to write: a plane of each file or time-lapse.", metavar="FILE"),
     "predict.inputs": _inputs(help="Files, folders or OME-Zarr."),
     "predict.model": typer.Option(help="Model folder, weights file, models:/name@alias or URL."),
-    "predict.mode": typer.Option(help="auto, ortho, stitch, full3d, mixed or cellpose; see params.yaml."),
+    "predict.mode": typer.Option(
+        help="auto, ortho, stitch, full3d, mixed or cellpose; see 'nuclei3d params predict'."
+    ),
     "predict.diameter": typer.Option(
         help="Of the nuclei in um; auto estimates it; the model's if not given.", metavar="UM"
     ),
@@ -183,7 +186,9 @@ _OPTIONS: dict[str, Any] = {
     "suggest.inputs": _inputs(help="Labelled embryos, files, folders or OME-Zarr."),
     "suggest.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "suggest.count": typer.Option(help="Blocks wanted.", metavar="N"),
-    "suggest.out": typer.Option(help="Folder for the table and pictures.", metavar="DIR"),
+    "suggest.out": typer.Option(
+        help="Folder for the table and pictures; nothing is written without it.", metavar="DIR"
+    ),
     "suggest.known": typer.Option(
         "--known", help="Write masks of what is known once the blocks are labelled, too."
     ),
@@ -227,9 +232,9 @@ _OPTIONS: dict[str, Any] = {
     "register.force": typer.Option("--force", help="Make it the champion whatever the comparison says."),
     "rollback.version": typer.Option(help="Version to go back to; the one before otherwise."),
     "serve.model": typer.Option(help="models:/name@alias or a model folder."),
-    "serve.host": typer.Option(help="Address to listen on."),
+    "serve.host": typer.Option(help="Address to listen on; serve.host (127.0.0.1) if not given."),
     "serve.insecure": typer.Option("--insecure", help="Serve other machines without a token."),
-    "serve.port": typer.Option(help="Port to listen on.", metavar="N"),
+    "serve.port": typer.Option(help="Port to listen on; serve.port (5050) if not given.", metavar="N"),
     "export.model": typer.Option(help="Model folder, weights file or models:/name@alias."),
     "export.masks": typer.Option(help="Masks that predict wrote, for seg and rois.", metavar="DIR"),
     "export.images": typer.Option(help="Their images, for seg.", metavar="DIR"),
@@ -242,7 +247,9 @@ _OPTIONS: dict[str, Any] = {
     ),
     "import.into": typer.Option("--data", help="Data set; may be new.", metavar="DIR"),
     "import.embryo": typer.Option(help="Whose labels they are; may be new.", metavar="NAME"),
-    "import.images": typer.Option(help="Their images, copied where they are missing.", metavar="DIR"),
+    "import.images": typer.Option(
+        help="Their images, copied where they are missing.", metavar="FILE_OR_FOLDER"
+    ),
     "import.overwrite": typer.Option("--overwrite", help="Replace labels that are there and differ."),
     "correct.image": typer.Argument(help="Image, or a folder of them.", metavar="IMAGE"),
     "correct.masks": typer.Option(
@@ -346,7 +353,7 @@ def prepare(params: Params, data: Path, out: Path, start: str | None = None, str
 
 @_command("stages.augment:write_augmentation_sheet")
 def augment(params: Params, slices: Path, out: Path) -> Result:
-    """Draw a sheet of augmented crops with their labels, to look at before training."""
+    """Draw augmented crops with their labels, to look at first."""
 
 
 @_command("stages.train:train")
@@ -363,12 +370,15 @@ def train(
 
 @_command("stages.calibrate:calibrate")
 def calibrate(params: Params, model: Path, data: Path) -> Result:
-    """Choose a model's thresholds on the validation embryos (train does it by itself)."""
+    """Choose a model's thresholds on the validation embryos.
+
+    train does it by itself.
+    """
 
 
 @_command("stages.inspect:inspect_images", out="picture")
 def inspect(params: Params, inputs: list[Path], model: Path | None = None, out: Path | None = None) -> Result:
-    """Say what is in images, estimate the size of the nuclei, and say what to set."""
+    """Say what is in images, how large nuclei are, and what to set."""
 
 
 @_command("stages.recorded:record_predict", track="link")
@@ -427,7 +437,10 @@ def evaluate(
     tracks: Path | None = None,
     model: Path | None = None,
 ) -> Result:
-    """Compare predicted with true labels: metrics.json, nuclei.csv and a report."""
+    """Compare predicted with true labels: scores and a report.
+
+    Writes metrics.json, nuclei.csv and report.html.
+    """
 
 
 @_command("stages.assess:assess")
@@ -439,7 +452,7 @@ def assess(
 
 @_command("stages.compare:compare")
 def compare(params: Params, a: Path, b: Path, out: Path | None = None) -> Result:
-    """Say whether model B is really better than model A on the same volumes."""
+    """Say whether B is really better than A on the same volumes."""
 
 
 @_command("stages.search.study:search")
@@ -459,12 +472,15 @@ def search(
 
 @_command("experiment.registry:register", model="folder")
 def register(params: Params, model: Path, metrics: Path, force: bool = False) -> Result:
-    """Register a model as challenger; it becomes champion if it is better."""
+    """Register a model; if it is better, it becomes the champion.
+
+    Otherwise it stays the challenger.
+    """
 
 
 @_command("experiment.registry:roll_back")
 def rollback(params: Params, version: str | None = None) -> Result:
-    """Make an earlier version of the registered model the champion again."""
+    """Make an earlier version of the model the champion again."""
 
 
 @_command("stages.serve:serve")
@@ -488,7 +504,10 @@ def export(
     slices: Path | None = None,
     formats: list[str] | None = None,
 ) -> Result:
-    """Write a model, masks or training planes for Cellpose, bioimage.io or ImageJ."""
+    """Write a model, masks or planes for Cellpose, ImageJ and others.
+
+    Give at least one of --model, --masks and --slices.
+    """
 
 
 @_command("stages.import_labels:import_labels", into="data")
@@ -500,7 +519,7 @@ def import_(
     images: Path | None = None,
     overwrite: bool = False,
 ) -> Result:
-    """Take corrected labels of any program into a data set, and say what changed."""
+    """Take corrected labels into a data set, and say what changed."""
 
 
 @_command("stages.correct:correct", into="data")
@@ -513,7 +532,10 @@ def correct(
     embryo: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Correct masks in napari, most suspicious nuclei first, and save them in a data set."""
+    """Correct masks in napari, most suspicious nuclei first.
+
+    They are saved in a data set.
+    """
 
 
 @_command("stages.view:view")
