@@ -82,7 +82,7 @@ def _meanings(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def _as_text(value: Any) -> str:
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "null" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _allowed(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -100,6 +100,6 @@ def _allowed(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if node.get("type") == "object":
         return f"{node['title']}: {', '.join(node['properties'])}" if "properties" in node else "mapping"
     if node.get("type") == "null":
-        return "none"
+        return "null"
     words = [_WORDS[node["type"]], *(f"{word} {node[key]:g}" for key, word in _BOUNDS.items() if key in node)]
     return " ".join(words)

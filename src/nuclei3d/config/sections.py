@@ -57,14 +57,14 @@ class DataParams(Section):
     """Where voxel sizes and channels come from, and how embryos are split."""
 
     voxel_size_um: Triple | None = None
-    """(z, y, x), wins over what the files say; None reads it from them."""
+    """(z, y, x), wins over what the files say; null reads it from them."""
     channel: str | int | None = None
-    """Name or number, from 0, of the nuclear channel; None where the files hold one."""
+    """Name or number, from 0, of the nuclear channel; null where the files hold one."""
     label_shift_um: Shift | dict[str, Shift] | None = None
     """Moves labels that lie off the image by a constant, as they are read: (z, y, x) for all embryos, or for
     each by its name. ``nuclei3d check`` measures it."""
     unknown_label: int | None = -1
-    """Number that marks, among the labels, what nobody looked at: no loss, no count there. None: no number; a
+    """Number that marks, among the labels, what nobody looked at: no loss, no count there. null: no number; a
     mask ``labels/<frame>_known.tif``, 0 where nobody looked, says the same."""
     image: str | int | None = None
     """Name or number, from 0, of the image to read where a file holds several (series, scenes, positions)."""
@@ -230,7 +230,7 @@ class PrepareParams(Section):
     """Write the planes as TIFF pairs beside, for stock Cellpose's training; they are seldom needed and take
     longer to write than all else (export --format cellpose-training makes them later)."""
     workers: PositiveInt | None = None
-    """Processes; None takes every core."""
+    """Processes; null takes every core."""
 
 
 Size = Annotated[int, Field(ge=4)]
@@ -247,7 +247,7 @@ class Full3dParams(Section):
     style: bool = False
     """Feed the mean of the deepest features to the way up, as Cellpose does."""
     patch: tuple[Size, Size, Size] | None = None
-    """Shape (z, y, x) of the patches in voxels of the network's grid; None: `patch_diameters` of a nucleus.
+    """Shape (z, y, x) of the patches in voxels of the network's grid; null: `patch_diameters` of a nucleus.
     """
     patch_diameters: PositiveFloat = 4.0
     """Edge of the patches in diameters of a nucleus."""
@@ -270,7 +270,7 @@ Rotation = Literal["none", "quarter", "free"]
 
 
 class AugmentParams(Section):
-    """Random changes of a crop; 0 (or false, or none) switches one off.
+    """Random changes of a crop; 0 (or false, or ``none``) switches one off.
 
     Each has random numbers of its own, so switching one on or off leaves the draws of the others as they
     were. Intensities are those after normalisation: 0 is background, about 1 the brightest nuclei.
@@ -374,18 +374,18 @@ class TrainParams(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "nuclei_3d"
     """Of the model: the weights file, and what Cellpose shows."""
     start_from: str | None = None
-    """A model folder, weights file or models:/name@alias to start from; None: from scratch. The commands take
+    """A model folder, weights file or models:/name@alias to start from; null: from scratch. The commands take
     its kind of network, width, diameter and normalisation, and cut planes at its scale, whatever stands in
     the file; --set overrides that. The model as it is counts as epoch 0."""
     fine_tune: FineTuneParams | None = None
-    """Used with start_from; None: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
+    """Used with start_from; null: nothing is replaced, with --from by the defaults (learning_rate 5e-4,
     warmup_steps 20, epochs 10)."""
     diameter_px: Annotated[float, Field(ge=1, le=1000)] = 30.0
     """Diameter of a typical nucleus at the network's scale."""
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 32
     crops_per_epoch: PositiveInt | None = None
-    """Crops (full3d: patches) of an epoch; None: one per plane drawn (full3d: one per nucleus)."""
+    """Crops (full3d: patches) of an epoch; null: one per plane drawn (full3d: one per nucleus)."""
     crop_px: Annotated[int, Field(ge=32, multiple_of=16)] = 224
     """Edge of the crops."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -422,7 +422,7 @@ class TrainParams(Section):
     cuda_graph: bool = True
     """On a GPU, record a step once and replay it: the same numbers, faster for small batches."""
     workers: PositiveInt | None = None
-    """Threads that cut crops; None: one on a CPU, up to eight beside a GPU."""
+    """Threads that cut crops; null: one on a CPU, up to eight beside a GPU."""
     memory_limit_gb: PositiveFloat = 2.0
     """Planes that take more than this are read from disk as they are needed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -479,7 +479,7 @@ def _read_diameter(value: object) -> object:
 
 
 class SegmentationParams(Section):
-    """How a volume is segmented; what a request may set. None: the value stored with the model."""
+    """How a volume is segmented; what a request may set. null: the value stored with the model."""
 
     mode: Mode = "auto"
     """auto is ortho for a 2D network, full3d for a 3D one, and mixed with a `volume_model`."""
@@ -491,7 +491,7 @@ class SegmentationParams(Section):
     views: Annotated[tuple[View, ...], Field(min_length=1, max_length=3)] = ("xy", "xz", "yz")
     """The planes that modes ortho and mixed look at."""
     view_weights: Annotated[tuple[Weight, ...], Field(max_length=3)] | None = None
-    """The trust in each view (None: equal)."""
+    """The trust in each view (null: equal)."""
     fusion: Fusion = "mean"
     """consensus trusts, place by place, the view whose flow varies least; mean trusts all alike."""
     orthogonal_step: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -779,7 +779,7 @@ class TrackingParams(Section):
     enabled: bool = True
     """False: nothing is recorded."""
     uri: str | None = None
-    """None means the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the project directory."""
+    """null means the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the project directory."""
     experiment: Annotated[str, Field(min_length=1)] = "nuclei3d"
     """What runs are grouped in."""
     registered_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$")] = "nuclei_3d"
@@ -794,7 +794,7 @@ class ServeParams(Section):
     insecure: bool = False
     """Take requests from other machines without a token."""
     root: str | None = None
-    """Folder below which requests may name files by path; None refuses paths."""
+    """Folder below which requests may name files by path; null refuses paths."""
     queue: Annotated[int, Field(ge=0)] = 16
     """Requests that may wait while one is computed; the next is answered 503."""
     max_body_mb: PositiveInt = 512
@@ -804,7 +804,7 @@ class ServeParams(Section):
     max_network_voxels: PositiveInt = 2_000_000_000
     """Most voxels that the network may look at for a request, at its own scale, over all views and rows."""
     memory_gb: PositiveFloat | None = None
-    """Most resident memory of a process that works; what needs more is answered 413. None: 0.8 of what is
+    """Most resident memory of a process that works; what needs more is answered 413. null: 0.8 of what is
     free at the start."""
     body_s: PositiveFloat = 300.0
     """Longest time until the body of a request is there."""
