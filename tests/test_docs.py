@@ -84,7 +84,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "evaluation" / "report.html").stat().st_size > 10_000
     # the lines of Python, with the model that was trained in the place of the released one
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     shutil.copytree(tmp_path / "runs" / "nuclei_3d", tmp_path / "models" / "nuclei_3d")
