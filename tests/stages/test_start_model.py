@@ -130,14 +130,15 @@ def test_epoch_0_is_judged_and_wins_over_what_is_worse_also_after_a_kill(model, 
     assert (lineage["start_from"], len(lineage["start_md5"])) == ("model", 32)
 
 
-def test_what_the_start_model_has_seen_is_not_unlike_the_training(tmp_path):
+def test_what_the_start_model_has_seen_and_its_thresholds_are_taken_over(tmp_path):
     seen = {
         "diameter_um": (8.0, 12.0),
         "voxel_x_um": (0.2, 0.5),
         "anisotropy": (2, 5),
         "range_over_noise": (9, 90),
     }
-    info = ModelInfo(name="start", diameter_px=17.0, training=TrainingRange(**seen))
+    cut = {"nucleus_diameter_um": 14.0, "score_threshold": 0.6, "min_volume_um3": 80.0}
+    info = ModelInfo(name="start", diameter_px=17.0, training=TrainingRange(**seen), **cut)
     save_model(tmp_path / "start", new_network(17.0, 3), info, "")
     slices = write_slices(tmp_path / "slices")
     summary = read_summary(slices)
@@ -150,7 +151,10 @@ def test_what_the_start_model_has_seen_is_not_unlike_the_training(tmp_path):
     (slices / "summary.json").write_text(summary.model_copy(update={"training": new}).model_dump_json())
     params = load_fine_tuning(None, [*SMALL, *WORSE, f"train.start_from={tmp_path / 'start'}"], asked=True)
     train(params, slices, tmp_path / "m")
-    found = load_model(tmp_path / "m").info.training
+    info = load_model(tmp_path / "m").info
+    # the new nuclei are half as wide
+    assert (info.score_threshold, info.min_volume_um3) == (0.6, 10.0)
+    found = info.training
     assert found is not None
     assert dict(found) == {
         "diameter_um": (8, 12),

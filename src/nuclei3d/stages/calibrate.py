@@ -67,7 +67,7 @@ def read_validation_volumes(params: Params, data: Path | None, described: Slices
     except InputError as error:
         if data is not None:
             raise
-        say(f"nothing is validated in 3D and the thresholds stay at their defaults: {error}")
+        say(f"nothing is validated in 3D and the thresholds stay as they are: {error}")
         return ValidationVolumes()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from nuclei3d.config import Params
-from nuclei3d.networks.folder import ModelInfo, TrainingFrames, TrainingRange, info_beside
+from nuclei3d.networks.folder import ModelInfo, TrainingFrames, TrainingRange, info_beside, thresholds_of
 from nuclei3d.networks.unet3d import VolumeSpec
 from nuclei3d.stages.start_model import find_start_model, trace_start
 from nuclei3d.stages.training_data import Slices
@@ -19,7 +19,7 @@ def describe_model(
     run_id: str | None,
     read: TrainingFrames | None = None,
 ) -> ModelInfo:
-    """Gather what model.json holds; the thresholds are the defaults.
+    """Gather what model.json holds; the thresholds are those of the start model, else the defaults.
 
     Validation frames `read` beside those of the slices are told, too.
     """
@@ -50,17 +50,32 @@ def describe_model(
         versions=dict(provenance.versions),
         lineage=origin,
         frames=_frames_seen(params, described, read),
+        **_thresholds_of_start(params, summary.nucleus_diameter_um),
         **described.normalization(params),
     )
+
+
+def _start_info(params: Params) -> ModelInfo | None:
+    start = find_start_model(params)
+    return None if start is None else info_beside(start)
+
+
+def _thresholds_of_start(params: Params, diameter_um: float) -> dict[str, float | None]:
+    """Give the thresholds of the start model, the least volume as that of nuclei of this diameter."""
+    start = _start_info(params)
+    if start is None:
+        return {}
+    larger = diameter_um / (start.nucleus_diameter_um or diameter_um)
+    return {**thresholds_of(start), "min_volume_um3": round(start.min_volume_um3 * larger**3, 3)}
 
 
 def _range_seen(params: Params, described: Slices) -> TrainingRange | None:
     """Give the range of what the model has seen, start model included."""
     if described.summary.training is None:
         return None
-    seen, start = TrainingRange.model_validate(described.summary.training), find_start_model(params)
-    info = None if start is None else info_beside(start)
-    return seen.after(None if info is None else info.training)
+    start = _start_info(params)
+    seen = TrainingRange.model_validate(described.summary.training)
+    return seen.after(None if start is None else start.training)
 
 
 def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None) -> TrainingFrames | None:
@@ -73,11 +88,10 @@ def _frames_seen(params: Params, described: Slices, read: TrainingFrames | None)
         known = frames.validation.values()
         others = {name: each for name, each in read.validation.items() if each not in known}
         frames = frames.after(TrainingFrames(train={}, validation=others))
-    start = find_start_model(params)
-    if start is None:
+    if find_start_model(params) is None:
         return frames
-    info = info_beside(start)
-    return frames.after(None if info is None else info.frames)
+    start = _start_info(params)
+    return frames.after(None if start is None else start.frames)
 
 
 def card_text(info: ModelInfo, outcome: TrainingOutcome, params: Params, described: Slices) -> str:
