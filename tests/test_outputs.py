@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nuclei3d import outputs
 from nuclei3d.errors import InputError, MachineError
 from nuclei3d.outputs import (
     list_written,
@@ -287,3 +288,22 @@ def test_a_folder_is_replaced_only_if_all_in_it_was_written_by_commands(
     change(out)
     with pytest.raises(InputError, match=words) if words else nullcontext():
         refuse_foreign_folder(out, "evaluation", ("metrics.json", "volumes"), ("figures",), ("compare.json",))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_whose_replacement_was_killed_half_way_comes_back(tmp_path: Path, there: bool) -> None:
+    with whole_folder(tmp_path / "other") as folder:
+        (folder / "mark").touch()
+    # between its two renamings: the old one has a hidden name, the new one may have the place
+    (ended := subprocess.Popen([sys.executable, "-c", ""])).wait()
+    hidden = outputs._hidden_name(tmp_path / "out").name.replace("partial", "replaced")
+    old = tmp_path / hidden.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    old.mkdir()
+    (old / "old").touch()
+    if there:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "new").touch()
+    with whole_file(tmp_path / "a.txt") as partial:
+        partial.touch()
+    assert names(tmp_path) == ["a.txt", "other", "out"]
+    assert names(tmp_path / "out") == (["new"] if there else ["old"])

@@ -82,7 +82,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         try:
             yield partial
             if path.exists():
-                old = _hidden_name(path)
+                old = _hidden_name(path, "replaced")
                 path.rename(old)
                 partial.rename(path)
                 remove(old)
@@ -242,6 +242,7 @@ def _partial(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # of killed processes, whatever they wrote into this folder
         _remove_dead(path.parent, rf"\..*\.partial-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}(\.[\w.]+)?")
+        _put_back(path.parent)
         try:
             yield _hidden_name(path)
         except BaseException:
@@ -281,10 +282,10 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
 
 
-def _hidden_name(path: Path) -> Path:
+def _hidden_name(path: Path, state: str = "partial") -> Path:
     suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
     stem = path.name.removesuffix(suffix)[:100]
-    return path.with_name(f".{stem}.partial-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
+    return path.with_name(f".{stem}.{state}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
 
 
 def _shown(path: Path) -> Path:
@@ -302,6 +303,22 @@ def _remove_dead(folder: Path, pattern: str) -> None:
 
         if not psutil.pid_exists(int(match.group(1))):
             remove(entry)
+
+
+def _put_back(folder: Path) -> None:
+    """Give folders their names back whose process was killed while it put another in their place."""
+    named = rf"\.(.*)\.replaced-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}(\.[\w.]+)?"
+    for entry in folder.glob(".*.replaced-*"):
+        if match := re.fullmatch(named, entry.name):
+            import psutil
+
+            place = folder / f"{match[1]}{match[3] or ''}"
+            if psutil.pid_exists(int(match[2])):
+                continue
+            if place.exists():
+                remove(entry)
+            else:
+                entry.rename(place)
 
 
 def remove(entry: Path) -> None:
