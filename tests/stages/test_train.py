@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -221,6 +222,39 @@ def test_a_model_that_was_not_trained_there_is_not_replaced(slices, tmp_path):
         train(params_of(), slices, tmp_path / "released")
 
 
+def test_a_model_is_trained_on_through_a_link_to_its_folder(slices, tmp_path):
+    train(params_of(), slices, tmp_path / "m")
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "here"
+    link.symlink_to(tmp_path / "m")
+    assert train(params_of(), slices, link).done_before
+    assert not train(params_of(select="last"), slices, link).done_before
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("out", [".", "", "..", "absolute"])
+def test_the_working_directory_is_refused_as_a_model_folder_before_the_training(
+    slices, tmp_path, monkeypatch, out
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(InputError, match="is the working directory or lies above it"):
+        train(params_of(), slices, here if out == "absolute" else Path(out))
+    assert not (tmp_path / "here.checkpoint").exists()
+
+
+def test_a_start_model_spelled_otherwise_is_the_same(slices, tmp_path, monkeypatch):
+    train(params_of(epochs=1), slices, tmp_path / "start")
+    monkeypatch.chdir(tmp_path)
+    train(params_of(start_from="start"), slices, tmp_path / "m")
+    assert train(params_of(start_from="start/"), slices, tmp_path / "m").done_before
+    assert train(params_of(start_from=str(tmp_path / "start")), slices, tmp_path / "m").done_before
+    epochs, other = [], params_of(start_from="start/", select="last")
+    train(other, slices, tmp_path / "m", on_epoch=lambda r: epochs.append(r.epoch))
+    assert not epochs, "the checkpoint is of these epochs"
+
+
 def test_targets_that_were_emptied_are_found_though_the_model_was_trained_before(slices, tmp_path):
     train(params_of(), slices, tmp_path / "m")
     sample = sorted((slices / "train").glob("*.bin"))[0]
@@ -234,18 +268,21 @@ def test_targets_that_were_emptied_are_found_though_the_model_was_trained_before
 
 
 def test_a_label_behind_a_link_that_was_replaced_asks_for_new_thresholds(slices, tmp_path):
-    for name in ("e1", "e2"):
-        (tmp_path / "disk" / name / "labels").mkdir(parents=True)
-        (tmp_path / "disk" / name / "labels" / "t0.tif").write_text("labels")
+    labels, size = np.ones((2, 8, 8), np.uint16), VoxelSize(1.0, 0.5, 0.5)
     (tmp_path / "data").mkdir()
-    for name in ("e1", "e2"):
+    for name in ("e1", "e2", "e3"):
+        for folder in ("images", "labels"):
+            write_labels(tmp_path / "disk" / name / folder / "t0.tif", labels, size)
         (tmp_path / "data" / name).symlink_to(tmp_path / "disk" / name)
     params = params_of().model_copy(
         update={"calibrate": params_of().calibrate.model_copy(update={"volumes": 0})}
     )
     assert not train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
+    # what systems leave in a folder is no label
+    (tmp_path / "data" / ".DS_Store").touch()
+    (tmp_path / "disk" / "e2" / "labels" / "Thumbs.db").touch()
     assert train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
-    (tmp_path / "disk" / "e2" / "labels" / "t0.tif").write_text("labelS")
+    write_labels(tmp_path / "disk" / "e2" / "labels" / "t0.tif", labels + 1, size)
     assert not train(params, slices, tmp_path / "m", data=tmp_path / "data").done_before
 
 

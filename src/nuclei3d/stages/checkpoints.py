@@ -47,7 +47,8 @@ class Checkpoints:
     """
 
     def __init__(self, model: Path) -> None:
-        self.folder = model.with_name(model.name + ".checkpoint")
+        home = model.resolve() if model.is_symlink() else model  # a link stays, what it leads to is replaced
+        self.folder = home.with_name(home.name + ".checkpoint")
         self._model = model
         self._last = self.folder / "last.pt"
         self._finished = self.folder / "finished.json"

@@ -34,7 +34,7 @@ from nuclei3d.networks.unet3d import (
 )
 from nuclei3d.outputs import refuse_foreign_folder, require_writable, write_table
 from nuclei3d.stages.checkpoints import Checkpoints, TrainResult, write_history
-from nuclei3d.stages.labelled_frames import digest_sources, tell_changes
+from nuclei3d.stages.labelled_frames import Sources, digest_sources, tell_changes
 from nuclei3d.stages.model_card import card_text, describe_model, final_metrics
 from nuclei3d.stages.start_model import find_start_model, scale_of
 from nuclei3d.stages.training_data import Slices, load_samples, read_slices
@@ -101,11 +101,11 @@ def train(
     device = choose_device(params.train.device)
     described = read_slices(slices)
     described.check_content()
-    checkpoints = Checkpoints(out)
-    _refuse_to_lose(out, checkpoints, params.train.start_from)
+    checkpoints = _refuse_to_lose(out, params.train.start_from)
     _warn_of_start(params, described)
-    _warn_of_changes(params, described, data)
-    cause = _cause_of_model(params, described, data)
+    sources = _find_sources(params, data or described.summary.data)
+    _warn_of_changes(described, data, sources)
+    cause = _cause_of_model(params, described, sources)
     if resume and (finished := checkpoints.find_finished(cause)) is not None:
         say(f"model of epoch {finished.epoch} of {finished.epochs} in {out}: trained before, kept")
         return finished
@@ -157,8 +157,14 @@ def train(
     return result
 
 
-def _refuse_to_lose(out: Path, checkpoints: Checkpoints, start_from: str | None) -> None:
-    """Raise InputError where the model's folder holds the start model, or what no training there wrote."""
+def _refuse_to_lose(out: Path, start_from: str | None) -> Checkpoints:
+    """Raise InputError where the model's folder holds the start model, or what no training there wrote, or
+    the command runs in it; give its checkpoints.
+    """
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(
+            f"{out} is the working directory or lies above it and would be replaced; give a folder of its own"
+        )
     if start_from is not None and out.resolve() in (
         Path(start_from).resolve(),
         Path(start_from).parent.resolve(),
@@ -168,11 +174,13 @@ def _refuse_to_lose(out: Path, checkpoints: Checkpoints, start_from: str | None)
     name = read_info(described).name if described.is_file() else "*"
     own = (name, CARD_FILE, "history.csv", "*_drawn.csv")
     refuse_foreign_folder(out, "model folder", (INFO_FILE, "diameter_px"), own)
+    checkpoints = Checkpoints(out)
     if described.is_file() and not checkpoints.folder.is_dir():
         raise InputError(
             f"{out} holds a model that was not trained there and would be replaced; give another folder, or "
             "remove it yourself"
         )
+    return checkpoints
 
 
 def _run_name(params: Params, described: Slices) -> str:
@@ -189,16 +197,23 @@ def _md5(cause: list[Any]) -> str:
     return hashlib.md5(json.dumps(cause, default=str).encode(), usedforsecurity=False).hexdigest()
 
 
-def _cause_of_model(params: Params, described: Slices, data: Path | None) -> str:
+def _find_sources(params: Params, data: Path) -> Sources | None:
+    """Digest the labelled frames as they are now; None where they are gone or cannot be found."""
+    try:
+        return digest_sources(split_embryos(find_embryos(data), params.data.split)) if data.is_dir() else None
+    except InputError:
+        return None  # whoever reads them says it
+
+
+def _cause_of_model(params: Params, described: Slices, sources: Sources | None) -> str:
     """Digest everything that decides the model folder, thresholds included."""
-    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler", "fine_tune"}
+    # the start model counts by its content, wherever it lies
+    machine = {"device", "workers", "memory_gb", "memory_limit_gb", "scheduler", "fine_tune", "start_from"}
     sections = (params.data, params.normalization, params.train, params.calibrate, params.predict)
     chosen = [section.model_dump(mode="json", exclude=machine) for section in sections]
     start = find_start_model(params)
     start_md5 = None if start is None else digest_of(start)
-    source = data or described.summary.data
-    data_md5 = digest_of(source) if source.is_dir() else None
-    return _md5([__version__, chosen, params.seed, described.digest, start_md5, data_md5])
+    return _md5([__version__, chosen, params.seed, described.digest, start_md5, sources])
 
 
 @dataclass(frozen=True)
@@ -275,18 +290,14 @@ def _warn_of_start(params: Params, described: Slices) -> None:
         warn("no validation data: the last epoch is kept even if the start model is better")
 
 
-def _warn_of_changes(params: Params, described: Slices, data: Path | None) -> None:
+def _warn_of_changes(described: Slices, data: Path | None, sources: Sources | None) -> None:
     """Say which labelled frames are not what they were when the slices were cut from them."""
     before = described.summary.sources
-    source = data or described.summary.data
-    if before is None or not source.is_dir():
+    if before is None or sources is None:
         return
-    try:
-        changes = tell_changes(before, digest_sources(split_embryos(find_embryos(source), params.data.split)))
-    except InputError:
-        return  # whoever reads them says it
-    if changes:
-        warn(f"{described.folder} was cut before {source} changed ({changes}): run 'nuclei3d prepare' again")
+    if changes := tell_changes(before, sources):
+        where = data or described.summary.data
+        warn(f"{described.folder} was cut before {where} changed ({changes}): run 'nuclei3d prepare' again")
 
 
 def _start_network(params: Params, spec: VolumeSpec | None, path: Path | None) -> tuple[nn.Module, str]:
@@ -358,7 +369,9 @@ def _fingerprint(params: Params, described: Slices, start_digest: str) -> str:
 
     With the constant schedule the number of epochs does not count, so that a training can be prolonged.
     """
-    ignored = {*_NO_INFLUENCE, "epochs"} if params.train.schedule == "constant" else {*_NO_INFLUENCE}
+    ignored = {*_NO_INFLUENCE, "start_from"}  # the start model's weights count, wherever they lie
+    if params.train.schedule == "constant":
+        ignored.add("epochs")
     chosen = params.train.model_dump(mode="json", exclude=ignored)
     return _md5([chosen, params.seed, described.digest, start_digest])
 
