@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from nuclei3d.segmentation.masks import NUCLEUS_COLUMNS
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.evaluate import evaluate
 from nuclei3d.stages.inspect import inspect_images
+from nuclei3d.stages.nuclei_table import write_nuclei
 from nuclei3d.stages.predict import predict
+from nuclei3d.stages.predicted import PredictedFrame, find_done, made_by, note_done
 from nuclei3d.stages.track import track
 from nuclei3d.stages.track_files import score_track_folders
 from oracle_network import SOLID, OracleNetwork, VolumeOracle
@@ -358,7 +361,11 @@ def test_tracks_of_older_masks_are_moved_away(movie, oracle_model, tmp_path, cap
         score_track_folders(out, out, out, required=True)
     write_image(movie / "t1.ome.tif", embryo(3), VOXELS)
     predict(params, [movie], str(oracle_model), out, link=True)
-    assert (out / "tracks" / "tracks.csv").read_bytes() != table
+    second = (out / "tracks" / "tracks.csv").read_bytes()
+    assert second != table
+    predict(other, [movie], str(oracle_model), out)
+    assert (kept / "tracks.csv").read_bytes() == table
+    assert (out / ".predicted" / "tracks_2" / "tracks.csv").read_bytes() == second
 
 
 def test_masks_are_not_scored_as_those_of_another_model(movie, oracle_model, tmp_path):
@@ -737,6 +744,24 @@ def test_jobs_that_fill_one_folder_keep_each_others_records(movie, oracle_model,
     assert [frame.done_before for frame in result.frames] == [True, True, False]
 
 
+def test_two_at_once_on_one_frame_leave_no_record_of_masks_that_are_the_others(
+    movie, oracle_model, tmp_path, monkeypatch, capsys
+):
+    image, out = [movie / "t3.ome.tif"], tmp_path / "out"
+
+    def another_job_meanwhile(*arguments: object) -> None:
+        monkeypatch.setattr("nuclei3d.stages.predict.write_nuclei", write_nuclei)
+        predict(load_params(None, ["predict.min_volume_um3=1e6"]), image, str(oracle_model), out)
+        write_nuclei(*arguments)
+
+    monkeypatch.setattr("nuclei3d.stages.predict.write_nuclei", another_job_meanwhile)
+    predict(load_params(None, ["predict.report=false"]), image, str(oracle_model), out)
+    assert "t3 was written by another process, too" in capsys.readouterr().err
+    again = predict(Params(), image, str(oracle_model), out)
+    assert not again.frames[0].done_before
+    assert read_labels(again.frames[0].masks).max() == 3
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"fingerprint": 3'])
 def test_a_damaged_record_only_means_that_the_frame_is_done_again(movie, oracle_model, tmp_path, text):
     predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
@@ -744,6 +769,43 @@ def test_a_damaged_record_only_means_that_the_frame_is_done_again(movie, oracle_
     record.write_text(text)
     again = predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
     assert not again.frames[0].done_before
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"weights_sha256": 5},
+        {"thresholds": [1, 2]},
+        {"thresholds": {"score_threshold": float("nan")}},
+        {"thresholds": {"score_threshold": "high"}},
+        {"files": 1},
+        {"image": [0]},
+    ],
+    ids=str,
+)
+def test_a_record_with_odd_values_counts_as_none(tmp_path, odd):
+    masks, table = tmp_path / "t1_masks.ome.tif", tmp_path / "t1_nuclei.csv"
+    for path in (masks, table):
+        path.write_text("x")
+    note_done(tmp_path, PredictedFrame("t1", masks, table, 1, 0.5, False, "f", made_by={"files": ["d"]}))
+    assert made_by(masks)["files"] == ("d",)
+    assert find_done(tmp_path, "t1", "f") is not None
+    record = tmp_path / ".predicted" / "t1.json"
+    tree = json.loads(record.read_text())
+    # a record of a version that noted less, and of one that notes more
+    record.write_text(json.dumps({**tree, "made_by": {"files": ["d"], "more": 1}}))
+    assert find_done(tmp_path, "t1", "f") is not None
+    record.write_text(json.dumps({**tree, "made_by": tree["made_by"] | odd}))
+    assert find_done(tmp_path, "t1", "f") is None
+    assert not made_by(masks)["files"]
+
+
+def test_a_folder_in_the_place_of_a_record_is_named_and_nothing_is_moved(movie, oracle_model, tmp_path):
+    (tmp_path / "out" / ".predicted" / "t1.json").mkdir(parents=True)
+    (tmp_path / "out" / "t1_masks.ome.tif").write_text("mine")
+    with pytest.raises(InputError, match=r"t1\.json is a folder"):
+        predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    assert (tmp_path / "out" / "t1_masks.ome.tif").read_text() == "mine"
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, oracle, tmp_path):

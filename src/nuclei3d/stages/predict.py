@@ -31,6 +31,7 @@ from nuclei3d.stages.predicted import (
     find_done,
     forget,
     note_done,
+    place_of,
     refuse_another_image,
 )
 from nuclei3d.stages.predictor import LocalPredictor, Predictor, Sure, fingerprint_of, open_model
@@ -306,11 +307,14 @@ def _predict_frame(opened: _Opened, out: Path, advance: Progress) -> Callable[[]
     def finish() -> PredictedFrame:
         with _named(frame):
             masks, nuclei, warnings, voxels = write_masks()
+        placed = {masks: place_of(masks)}
         table = table_path(out, frame.name)
         write_nuclei(table, nuclei)
+        placed[table] = place_of(table)
         seconds = round(time.perf_counter() - started, 3)
         found = PredictedFrame(frame.name, masks, table, len(nuclei), seconds, False, opened.fingerprint)
-        return replace(found, warnings=warnings, made_by={**predictor.made_by(frame), "voxels": voxels})
+        made_by = {**predictor.made_by(frame), "voxels": voxels}
+        return replace(found, warnings=warnings, made_by=made_by, placed=placed)
 
     return finish
 

@@ -88,7 +88,7 @@ class Predictor(ABC):
         return False
 
     def made_by(self, frame: Frame) -> dict[str, Any]:
-        """Say for a frame's record what its masks were made by and from (`PredictedFrame.made_by`)."""
+        """Say for a frame's record what its masks were made by and from: the fields of `MadeBy`."""
         return {
             "weights_sha256": self.identity.get("weights_sha256", ()),
             "thresholds": self.thresholds,
