@@ -808,6 +808,15 @@ def test_a_folder_in_the_place_of_a_record_is_named_and_nothing_is_moved(movie, 
     assert (tmp_path / "out" / "t1_masks.ome.tif").read_text() == "mine"
 
 
+def test_what_another_version_of_the_package_predicted_is_done_again(
+    movie, oracle_model, tmp_path, monkeypatch
+):
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    monkeypatch.setattr("nuclei3d.stages.predictor.__version__", "0.0.1")
+    again = predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    assert not again.frames[0].done_before
+
+
 def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, oracle, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file"):

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from nuclei3d import __version__
 from nuclei3d.client import RemoteModel, is_service
 from nuclei3d.config import Params
 from nuclei3d.config.sections import PredictParams
@@ -246,8 +247,11 @@ def _asked_of_a_service(predict: PredictParams) -> dict[str, Any]:
 
 
 def fingerprint_of(frame: Frame, predictor: Predictor) -> str:
-    """Digest what a frame's result depends on: the content of its files, what is read of them, the model."""
+    """Digest what a frame's result depends on: this package, the content of its files, what is read of them,
+    the model.
+    """
     content = {
+        "version": __version__,
         "files": predictor.files_of(frame),
         "image": frame.image,
         "time": frame.time,
