@@ -1,10 +1,12 @@
 """Corrections: what is opened, where they go, what counts as looked at, and napari's panel."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -168,6 +170,23 @@ def test_without_a_screen_one_line_says_so(data: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(InputError, match="needs a screen"):
         correct(Params(), data / "e1/images/t000.tif")
+
+
+def test_what_was_not_saved_replaces_nothing_that_was_rescued_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = sys.modules["nuclei3d.stages.correct"]
+    monkeypatch.setattr(module, "require_napari", lambda *_: None)
+    monkeypatch.setattr(module, "show", lambda *_: MagicMock())
+    monkeypatch.setitem(sys.modules, "napari", MagicMock())
+    panels = MagicMock()
+    monkeypatch.setitem(sys.modules, "nuclei3d.stages.correction_panel", panels)
+    for labels in (balls(), balls() > 0):
+        panels.CorrectionPanel.return_value.layer.data = labels
+        correct(Params(), data / "e1/images/t000.tif", tmp_path / "pred/t000_masks.ome.tif")
+    rescued = (tmp_path / "unsaved" / f"e1_t000_masks{number}.ome.tif" for number in ("", "_2"))
+    assert [read_labels(path).max() for path in rescued] == [4, 1]
 
 
 needs_napari = pytest.mark.skipif(

@@ -9,6 +9,7 @@ from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.images.tiff import write_labels
 from nuclei3d.stages.correction import open_correction
+from nuclei3d.stages.laid_aside import free_path
 from nuclei3d.stages.view import require_napari, show
 
 
@@ -49,7 +50,8 @@ def correct(
 
         napari.run()
         if panel.unsaved:
-            rescued = Path("unsaved") / f"{correction.folder.name}_{correction.frame}_masks.ome.tif"
+            name = f"{correction.folder.name}_{correction.frame}_masks.ome.tif"
+            rescued = free_path(Path("unsaved") / name)
             write_labels(rescued, panel.layer.data, correction.voxel_size)
             say(f"closed without saving; the labels as they were: {rescued} (nuclei3d import takes them in)")
     return panel
