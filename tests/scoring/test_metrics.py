@@ -154,7 +154,7 @@ def test_scores_are_asked_for_by_threshold() -> None:
 def metrics_file() -> dict[str, Any]:
     table = overlap_table(np.ones((1, 2, 2), np.uint8), np.ones((1, 2, 2), np.uint8))
     counts = tally_of(table, [0.5]).as_json()
-    volume = {"embryo": "E", "truth_digest": "d", "n_true": 1, "counts": counts}
+    volume = {"embryo": "E", "truth_digest": "d", "frame_digest": "0-0", "n_true": 1, "counts": counts}
     return {"ap": {"0.50": 1.0}, "f1": {"0.50": None}, "volumes": {"E/0": volume}}
 
 
@@ -178,6 +178,7 @@ def test_a_file_of_metrics_is_read_as_it_was_written():
         ({"volumes": {}}, "volumes"),
         ({"volumes": ["E/0"]}, "volumes"),
         ({"embryo": None}, "embryo"),
+        ({"frame_digest": 7}, "frame_digest"),
         ({"n_true": -1}, "n_true"),
         ({"counts": {}}, r"counts\.n_true is missing"),
         ({"counts": {"n_true": float("inf")}}, "counts"),

@@ -158,6 +158,7 @@ class _VolumeScores(BaseModel):
 
     embryo: str
     truth_digest: str
+    frame_digest: str = ""
     n_true: Annotated[int, Field(ge=0)]
     counts: dict[str, Count | list[Count]]
     contrast_counts: dict[str, list[Count]] | None = None
