@@ -112,7 +112,7 @@ def test_a_lone_image_of_the_data_set_does_not_take_labels_of_another_name(
     assert import_labels(Params(), [other], data, "e2", image).frames[0].frame == "t000"
 
 
-def test_all_files_come_or_none(tmp_path: Path, image: Path) -> None:
+def test_all_files_come_or_none(tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(image.with_name("t001.tif"), image_of(LABELS), SIZE)
     good = save("predict", tmp_path / "a", LABELS)
     bad = tmp_path / "a" / "t001_masks.tif"
@@ -120,6 +120,9 @@ def test_all_files_come_or_none(tmp_path: Path, image: Path) -> None:
     with pytest.raises(InputError, match=r"t001_masks\.tif 12 x 39 x 48 .* expected the same"):
         import_labels(Params(), [good, bad], tmp_path / "data", "e1", image.parent)
     assert not (tmp_path / "data").exists()
+    assert "copied from" not in capsys.readouterr().err
+    import_labels(Params(), [good], tmp_path / "data", "e1", image)
+    assert f"copied from {image}" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -222,6 +225,20 @@ def test_another_voxel_size_is_refused_unless_given(tmp_path: Path, image: Path)
         import_labels(Params(), [tmp_path / "t000_masks.tif"], tmp_path / "data", "e1", image)
     params = load_params(None, ["data.voxel_size_um=[2,1,1]"])
     import_labels(params, [tmp_path / "t000_masks.tif"], tmp_path / "data", "e1", image)
+
+
+def test_a_voxel_size_that_the_labels_alone_state_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tifffile.imwrite(tmp_path / "t000.tif", image_of(LABELS))
+    labels = save("predict", tmp_path / "a", LABELS)
+    import_labels(Params(), [labels], tmp_path / "data", "e1", tmp_path / "t000.tif")
+    assert (
+        f"t000.tif states no voxel size: 2 x 1 x 1 um (z, y, x) is that of {labels}"
+        in capsys.readouterr().err
+    )
+    import_labels(Params(), [labels], tmp_path / "data", "e1", tmp_path / "t000.tif")
+    assert "no voxel size" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("embryo", ["a/b", ".hidden", ".."])

@@ -127,6 +127,7 @@ def store_labels(
     checks: list[FrameCheck] = []
     gone: list[Path] = []
     differing: list[ImportedFrame] = []
+    told: list[str] = []
     with ExitStack() as files:
         for each in new:
             if each.frame in frames:
@@ -136,6 +137,8 @@ def store_labels(
             check, frame = _compare(each, folder, there.get(each.frame), params)
             checks.append(check)
             frames[each.frame] = frame
+            if (frame.written or each.frame not in there) and (note := _note_of_size(each, params)):
+                told.append(note)
             if frame.written:
                 if frame.labels.exists():
                     differing.append(frame)
@@ -148,7 +151,8 @@ def store_labels(
                 elif mask is not None:
                     gone.append(mask)
             if each.frame not in there:
-                _copy_image(each, folder, params, files)
+                target = _copy_image(each, folder, params, files)
+                told.append(f"{target}: copied from {each.image.path}")
         if differing and not overwrite:
             first, more = differing[0], len(differing) - 1
             raise InputError(
@@ -158,6 +162,8 @@ def store_labels(
             )
     for path in gone:
         path.unlink()
+    for line in dict.fromkeys(told):
+        say(line)
     if not frames:
         raise InputError("no labels among the files: nothing to import")
     offset = common_offset(checks)
@@ -254,7 +260,15 @@ def _voxel_size(new: NewLabels, params: Params) -> VoxelSize:
     return given or new.image.voxel_size or new.voxel_size or new.image.require_voxel_size()
 
 
-def _copy_image(new: NewLabels, folder: Path, params: Params, files: ExitStack) -> None:
+def _note_of_size(new: NewLabels, params: Params) -> str:
+    """Say that an image has its voxel size from its labels, where it has."""
+    if params.data.voxel_size_um is not None or new.image.voxel_size is not None or new.voxel_size is None:
+        return ""
+    return f"{new.image.path} states no voxel size: {new.voxel_size} is that of {new.source}"
+
+
+def _copy_image(new: NewLabels, folder: Path, params: Params, files: ExitStack) -> Path:
+    """Write the image of labels into the embryo's folder, and give its file."""
     target = folder / "images" / f"{new.frame}.tif"
     image = new.image.read()
     if image.dtype.kind in "iu" and image.dtype.itemsize == 8:
@@ -265,7 +279,7 @@ def _copy_image(new: NewLabels, folder: Path, params: Params, files: ExitStack) 
                 f"{new.image.path} holds numbers beyond 32 bits; convert it before it is imported"
             )
     write_image(files.enter_context(whole_file(target)), image, _voxel_size(new, params))
-    say(f"{target}: copied from {new.image.path}")
+    return target
 
 
 def _read_all(
