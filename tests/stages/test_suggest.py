@@ -104,6 +104,24 @@ def test_the_same_input_gives_the_same_files(data, model, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_what_an_earlier_call_suggested_is_moved_away_as_it_is(data, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    suggest(PARAMS, [data], model, out, count=3, known=True)
+    table = out / "suggestions.csv"
+    masks = {path.relative_to(out) for path in out.rglob("*_known.tif")}
+    suggest(PARAMS, [data], model, out, count=3, known=True)
+    assert not (out / "earlier").exists()
+    (out / "known" / "notes.txt").write_text("mine")
+    table.write_text(table.read_text() + "edited\n")
+    suggest(PARAMS, [data / "b"], model, out, count=1)
+    assert "edited" in (out / "earlier" / "suggestions.csv").read_text()
+    assert {path.relative_to(out / "earlier") for path in out.rglob("earlier/**/*_known.tif")} == masks
+    assert [path.name for path in out.glob("known/**/*") if path.is_file()] == ["notes.txt"]
+    assert f"moved to {out / 'earlier'}" in capsys.readouterr().err
+    suggest(PARAMS, [data], model, out, count=3)
+    assert len((out / "earlier_2" / "suggestions.csv").read_text().splitlines()) == 2
+
+
 def test_what_is_known_of_a_frame_is_left_out_and_stays_known(data, model, tmp_path):
     known = np.zeros(SHAPE, np.uint8)
     known[:, 40:, :] = 1

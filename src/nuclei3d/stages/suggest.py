@@ -20,10 +20,11 @@ from nuclei3d.images.embryos import EmbryoFrame, find_embryo, find_embryos
 from nuclei3d.images.frames import Frame, check_image, frame_stem, single_label_frame
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.tiff import write_image
-from nuclei3d.images.unknown import read_partial_labels
+from nuclei3d.images.unknown import KNOWN_MARK, read_partial_labels
 from nuclei3d.outputs import whole_file, write_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of
+from nuclei3d.stages.laid_aside import free_path
 from nuclei3d.stages.predict import find_all
 from nuclei3d.stages.predictor import open_local
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 TABLE_FILE = "suggestions.csv"
 SHEET_FILE = "suggestions.png"
 KNOWN_FOLDER = "known"
+EARLIER_FOLDER = "earlier"
 
 _MOST_FRAMES = 24
 """Of an embryo that are looked at, evenly in time: neighbours show the same."""
@@ -117,7 +119,8 @@ def suggest(
     takes them: files of one folder, and the time points of a file, are then an embryo. The model is a folder,
     weights file or ``models:/name@alias``. `out` gets `TABLE_FILE` and `SHEET_FILE` (None: nothing is
     written) and, if `known`, ``known/<embryo>/<frame>_known.tif`` of each chosen frame: 1 in its blocks and
-    all over the nuclei that they cut, and where it was known before. InputError is raised if nothing is
+    all over the nuclei that they cut, and where it was known before. Of an earlier call that suggested
+    otherwise, what lies in `out` is moved to `EARLIER_FOLDER` in it. InputError is raised if nothing is
     unlabelled, a frame is larger than the memory, or the model is a service.
     """
     from nuclei3d.segmentation.uncertainty import BLOCK_DIAMETERS, choose_blocks
@@ -309,6 +312,10 @@ def _write(
     from nuclei3d.report.figures import ShownBlock, draw_blocks
 
     files = [out / TABLE_FILE, out / SHEET_FILE]
+    with whole_file(files[0]) as new:
+        write_table(new, [each.name for each in fields(Suggestion)], (astuple(each) for each in blocks))
+        if files[0].is_file() and files[0].read_bytes() != new.read_bytes():
+            _lay_earlier_aside(out)
     masks: dict[Path, NDArray[np.bool_]] = {}
     shown = []
     for rank, each in enumerate(chosen, start=1):
@@ -335,15 +342,24 @@ def _write(
             )
         )
         if known is not None:
-            path = out / KNOWN_FOLDER / each.candidate.embryo / f"{frame.name}_known.tif"
+            path = out / KNOWN_FOLDER / each.candidate.embryo / f"{frame.name}{KNOWN_MARK}.tif"
             if path not in masks:
                 unknown = each.candidate.read_unknown(known.data.unknown_label)
                 masks[path] = np.zeros(frame.shape, bool) if unknown is None else ~unknown
             masks[path][box] = True
             masks[path] |= np.isin(labels, np.setdiff1d(labels[box], 0))
             write_image(path, masks[path], voxel_size)
-    columns = [each.name for each in fields(Suggestion)]
-    write_table(files[0], columns, (astuple(each) for each in blocks))
     with whole_file(files[1]) as partial:
         draw_blocks(shown, partial)
     return (*files, *masks)
+
+
+def _lay_earlier_aside(out: Path) -> None:
+    """Move away what an earlier call wrote; somebody may have worked on it."""
+    earlier = free_path(out / EARLIER_FOLDER)
+    for path in (out / TABLE_FILE, out / SHEET_FILE, *out.glob(f"{KNOWN_FOLDER}/*/*{KNOWN_MARK}.tif")):
+        if path.is_file():
+            kept = earlier / path.relative_to(out)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(kept)
+    say(f"{out} held other suggestions: moved to {earlier}")
