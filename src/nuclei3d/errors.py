@@ -40,11 +40,16 @@ class StoppedError(InputError):
     exit_code = 130
 
 
-def hint_at(name: str, known: Collection[str]) -> str:
-    """Say which of the known names may have been meant, or else all of them."""
+def hint_at(name: str, known: Collection[str], prefix: str = "") -> str:
+    """Say which of the known names may have been meant, with a prefix to it, or else all of them."""
+    close = closest(name, known)
+    return f"did you mean '{prefix}{close}'?" if close is not None else f"known: {', '.join(known)}"
+
+
+def closest(name: str, known: Collection[str]) -> str | None:
+    """Give the known name that may have been meant, if any is close."""
     # a stranger's name may be of any length
-    close = difflib.get_close_matches(name[:50], known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    return next(iter(difflib.get_close_matches(name[:50], known, n=1)), None)
 
 
 def reason_of(error: BaseException, longest: int | None = None) -> str:

@@ -31,7 +31,11 @@ def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epoch=3", "did you mean 'epochs'?"),
+        ("train.epoch=3", "did you mean 'train.epochs'?"),
+        ("data.voxel_size=[1,1,1]", "did you mean 'data.voxel_size_um'?"),
+        ("predict.mode=orto", "; did you mean 'ortho'?"),
+        ("data.voxel_size_um=none", "; write null for none"),
+        ("predict.diameter_um=None", "; write null for none"),
         ("trian.epochs=3", "did you mean 'train'?"),
         ("train.epochs=many", "train.epochs"),
         ("train.epochs=0", "greater than or equal to 1"),
@@ -58,6 +62,12 @@ def test_each_error_names_where_the_value_came_from(tmp_path: Path) -> None:
     assert "--set: parameter 'data.voxel_size_um'" in str(error.value)
     assert "write it in brackets: [2,1,1]" in str(error.value)
     assert f"{file}: parameter 'train.epochs'" in str(error.value)
+
+
+def test_none_is_no_hint_where_nothing_may_be_null() -> None:
+    with pytest.raises(InputError) as error:
+        load_params(None, ["train.epochs=none"])
+    assert "null" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "train: [", "train: 3\n"])

@@ -19,6 +19,12 @@ def test_a_section_brings_those_within_it() -> None:
     assert "## predict" not in page
 
 
+def test_a_parameter_brings_its_section() -> None:
+    assert "| `mode` |" in describe_parameters("predict.mode")
+    assert "| `flips` |" not in describe_parameters("train.epochs")
+    assert "| `seed` |" in describe_parameters("seed")
+
+
 def test_an_unknown_section_lists_the_known() -> None:
     with pytest.raises(InputError, match=r"'trian'.*train\.augment"):
         describe_parameters("trian")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nuclei3d.config.sections import Params
-from nuclei3d.errors import InputError, hint_at, reason_of
+from nuclei3d.errors import InputError, closest, hint_at, reason_of
 from nuclei3d.outputs import whole_file
 
 
@@ -111,14 +113,39 @@ def _explain(error: ValidationError, source: str, changed: Sequence[str]) -> lis
         origin = "--set" if concerned else source
         if problem["type"] == "extra_forbidden":
             known = _known_names(problem["loc"][:-1])
-            hint = hint_at(str(problem["loc"][-1]), known)
+            *sections, wrong = map(str, problem["loc"])
+            # on the command line names are dotted
+            prefix = "".join(f"{section}." for section in sections) if concerned else ""
+            hint = hint_at(wrong, known, prefix)
             lines.append(f"{origin}: unknown parameter '{name}'; {hint}")
         else:
-            hint, reason = "", problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "tuple_type" and isinstance(problem["input"], str):
-                hint = f"; write it in brackets: [{problem['input'].strip('()')}]"
-            lines.append(f"{origin}: parameter '{name}' is {problem['input']!r}: {reason}{hint}")
+            reason = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{origin}: parameter '{name}' is {problem['input']!r}: {reason}{_mend(problem)}")
     return lines
+
+
+def _mend(problem: ErrorDetails) -> str:
+    """Say what may have been meant by a text that is no value of its parameter; nothing if unknown."""
+    text = problem["input"]
+    if not isinstance(text, str):
+        return ""
+    if text.lower() == "none" and _may_be_null(problem["loc"]):
+        return "; write null for none"
+    if problem["type"] == "tuple_type":
+        return f"; write it in brackets: [{text.strip('()')}]"
+    if problem["type"] == "literal_error":
+        meant = closest(text, re.findall("'([^']*)'", problem["ctx"]["expected"]))
+        return "" if meant is None else f"; did you mean '{meant}'?"
+    return ""
+
+
+def _may_be_null(location: tuple[int | str, ...]) -> bool:
+    section: Any = Params
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+    return type(None) in get_args(section)
 
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:

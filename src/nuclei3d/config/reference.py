@@ -31,10 +31,13 @@ _BOUNDS = {
 
 
 def describe_parameters(section: str | None = None) -> str:
-    """Describe all sections in Markdown, or one such as ``train`` or ``train.augment``."""
+    """Describe all sections in Markdown, or one such as ``train`` or ``train.augment``, or a parameter's."""
     sections = _sections("", Params)
     if section is None:
         return "\n".join([_HEAD, *(_page(name, kind) for name, kind in sections.items())])
+    outer, _, name = section.rpartition(".")
+    if section not in sections and outer in sections and name in sections[outer].model_fields:
+        return _page(outer, sections[outer])
     if section not in sections:
         raise InputError(
             f"there is no section '{section}'; choose one of {', '.join(filter(None, sections))}"
