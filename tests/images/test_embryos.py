@@ -89,7 +89,11 @@ def test_folders_that_are_no_data_set_are_one_clear_line(tmp_path: Path) -> None
         find_embryos(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no embryo"):
         find_embryos(tmp_path)
-    (tmp_path / "emb" / "images").mkdir(parents=True)
+    (tmp_path / "emb").mkdir()
+    (tmp_path / "emb" / "t0.tif").touch()
+    with pytest.raises(InputError, match=r"emb holds volumes: move them into .*/emb/images"):
+        find_embryos(tmp_path)
+    (tmp_path / "emb" / "images").mkdir()
     with pytest.raises(InputError, match=r"images holds no \.tif"):
         find_embryos(tmp_path)
     with pytest.raises(InputError, match="is itself an embryo"):

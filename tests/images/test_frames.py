@@ -344,8 +344,17 @@ def test_missing_empty_and_foreign_files_are_one_clear_line(tmp_path: Path) -> N
         find_frames(tmp_path / "empty.tif")
     with pytest.raises(InputError, match=r"text\.tif is not a TIFF file"):
         find_frames(tmp_path / "text.tif")
-    with pytest.raises(InputError, match=r"folder holds no \.tif"):
+    with pytest.raises(InputError, match=r"folder holds no \.tif.*; give a folder that does"):
         find_frames(tmp_path / "folder")
+    for place, meant in {"b/b10": "b/b10", "a": "a", "a/images": "a/images"}.items():
+        tifffile.imwrite(made(tmp_path / "folder" / place) / "t0.tif", np.zeros((3, 8, 8), np.uint8))
+        with pytest.raises(InputError, match=rf"folder holds no \.tif.*; did you mean .*/folder/{meant}\?"):
+            find_frames(tmp_path / "folder")
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.mark.parametrize(

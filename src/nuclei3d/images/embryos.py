@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -15,13 +14,14 @@ from scipy.ndimage import find_objects
 
 from nuclei3d.config.sections import DataParams, SplitParams
 from nuclei3d.console import say, warn
-from nuclei3d.errors import InputError, missing
+from nuclei3d.errors import InputError, closest, missing
 from nuclei3d.grid import compact_labels
 from nuclei3d.images.frames import (
     LABEL_WORDS,
     Frame,
     check_image,
     count_times,
+    folder_of_volumes,
     frame_stem,
     label_stem,
     list_volumes,
@@ -128,7 +128,9 @@ def find_embryos(data: Path) -> list[Embryo]:
         entry for entry in data.iterdir() if not entry.name.startswith(".") and (entry / "images").is_dir()
     ]
     if not folders:
-        raise InputError(f"{data} holds no embryo; expected {data}/<embryo>/images/<frame>.tif")
+        other = folder_of_volumes(data)
+        found = "" if other is None else f"; {other} holds volumes: move them into {other / 'images'}"
+        raise InputError(f"{data} holds no embryo; expected {data}/<embryo>/images/<frame>.tif{found}")
     links = [entry.name for entry in data.iterdir() if entry.is_symlink() and not entry.exists()]
     say_passed_over(data, sorted(links, key=natural_key), "links to what is not there")
     return [find_embryo(folder) for folder in sorted(folders, key=lambda folder: natural_key(folder.name))]
@@ -170,8 +172,8 @@ def check_shifts(embryos: Sequence[Embryo], params: DataParams) -> None:
 
 
 def _unknown_name(where: str, name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    close = closest(name, known)
+    hint = f"did you mean '{close}'? " if close is not None else ""
     return f"{where} names the embryo '{name}', which the data do not hold; {hint}known: {', '.join(known)}"
 
 

@@ -71,10 +71,9 @@ def list_volumes(folder: Path) -> list[Path]:
     """
     paths, unread, dangling = [], [], []
     for path in folder.iterdir():
-        suffix = path.suffix.lower()
         if path.name.startswith("."):
             continue
-        if is_zarr(path) or (suffix in (*_TIFF_SUFFIXES, *FOREIGN_SUFFIXES) and path.is_file()):
+        if _is_volume(path):
             paths.append(path)
         elif path.is_symlink() and not path.exists():
             dangling.append(path.name)
@@ -83,6 +82,23 @@ def list_volumes(folder: Path) -> list[Path]:
     for names, reason in ((dangling, "links to what is not there"), (unread, f"no {_READ_FORMATS}")):
         say_passed_over(folder, sorted(names, key=natural_key), reason)
     return sorted(paths, key=lambda path: natural_key(path.name))
+
+
+def _is_volume(path: Path) -> bool:
+    known = (*_TIFF_SUFFIXES, *FOREIGN_SUFFIXES)
+    return is_zarr(path) or (path.suffix.lower() in known and path.is_file())
+
+
+def folder_of_volumes(folder: Path) -> Path | None:
+    """Find a folder within one that holds volumes, at most two levels down; None if there is none."""
+    within = [
+        each
+        for level in ("[!.]*/", "[!.]*/[!.]*/")
+        for each in sorted(folder.glob(level))
+        if not is_zarr(each)
+    ]
+    within.sort(key=lambda each: each.name != "images")
+    return next((each for each in within if any(map(_is_volume, each.glob("[!.]*")))), None)
 
 
 def say_passed_over(folder: Path, names: Sequence[str], reason: str) -> None:
@@ -101,8 +117,9 @@ def volume_paths(source: Path) -> list[Path]:
         return [source]
     paths = list_volumes(source)
     if not paths:
-        hint = f"; did you mean {source / 'images'}?" if (source / "images").is_dir() else ""
-        raise InputError(f"{source} holds no {_READ_FORMATS}{hint or '; give a folder that does'}")
+        other = folder_of_volumes(source)
+        hint = f"did you mean {other}?" if other is not None else "give a folder that does"
+        raise InputError(f"{source} holds no {_READ_FORMATS}; {hint}")
     return paths
 
 
