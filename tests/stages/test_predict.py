@@ -332,11 +332,17 @@ def test_scores_tell_of_images_and_thresholds_that_changed(movie, oracle_model, 
     # a file that is written anew with the same voxels is the same image
     tifffile.imwrite(movie / "t1.ome.tif", embryo(1))
     assert "warnings" not in scored(images=movie).metrics
+    kept = (out / "t3_masks.ome.tif").read_bytes()
+    tiff.write_labels(out / "t3_masks.ome.tif", read_labels(out / "t2_masks.ome.tif"), VOXELS)
+    assert (
+        "t3_masks.ome.tif was changed since it was predicted" in scored(images=movie).metrics["warnings"][0]
+    )
+    (out / "t3_masks.ome.tif").write_bytes(kept)
     write_image(movie / "t2.ome.tif", embryo(3), VOXELS)
     track(params, out, tmp_path / "tracks", images=movie)
-    assert "was predicted from another image" in capsys.readouterr().err
+    assert "was predicted from an image with other voxels" in capsys.readouterr().err
     found = scored(images=movie).metrics
-    assert "t2_masks.ome.tif was predicted from another image" in found["warnings"][0]
+    assert "t2_masks.ome.tif was predicted from an image with other voxels" in found["warnings"][0]
 
 
 @pytest.mark.parametrize("weakest", [0.3, 1])

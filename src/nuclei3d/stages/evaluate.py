@@ -28,7 +28,7 @@ from nuclei3d.report.viewer import Arrays, ShownVolume, pack_volumes
 from nuclei3d.scoring.watershed import OTSU
 from nuclei3d.stages.evaluation import Evaluation
 from nuclei3d.stages.pairing import VolumePair, pair_volumes
-from nuclei3d.stages.predicted import made_by, tell_changed_images
+from nuclei3d.stages.predicted import made_by, tell_changed_images, tell_changed_masks
 from nuclei3d.stages.track_files import score_track_folders
 from nuclei3d.stages.training_data import read_summary
 
@@ -140,6 +140,7 @@ def evaluate(
     info, weights = (None, None) if model is None else (info_beside(model), digest_of_weights(model))
     if weights is not None:
         _refuse_others(pairing.pairs, weights, str(model))
+        told += tell_changed_masks(pair.pred.frame.path for pair in pairing.pairs)
     if info is not None:
         info, changed = _as_predicted(pairing.pairs, info, params.predict, str(model))
         told += changed

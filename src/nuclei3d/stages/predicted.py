@@ -168,9 +168,14 @@ def made_by(masks: Path) -> dict[str, Any]:
     return _noted_of(masks).model_dump()
 
 
-def _noted_of(masks: Path) -> MadeBy:
+def _record_of(masks: Path) -> _Record | None:
     record = _read_record(masks.parent, frame_stem(masks).removesuffix("_masks"))
-    return record.made_by if record is not None and record.masks == masks.name else MadeBy()
+    return record if record is not None and record.masks == masks.name else None
+
+
+def _noted_of(masks: Path) -> MadeBy:
+    record = _record_of(masks)
+    return MadeBy() if record is None else record.made_by
 
 
 def refuse_another_image(out: Path, frame: Frame) -> None:
@@ -187,12 +192,25 @@ def refuse_another_image(out: Path, frame: Frame) -> None:
 
 def tell_changed_images(pairs: Iterable[tuple[Path, Frame]]) -> list[str]:
     """Warn, once, of masks that predict noted to be of an image with other voxels; give the warning."""
-    changed = [(masks, frame) for masks, frame in pairs if _is_changed(_noted_of(masks), frame)]
+    changed = [str(masks) for masks, frame in pairs if _is_changed(_noted_of(masks), frame)]
+    return _tell(changed, "was predicted from an image with other voxels than it has now; predict it again")
+
+
+def tell_changed_masks(paths: Iterable[Path]) -> list[str]:
+    """Warn, once, of masks that are no longer as predict noted to have written them; give the warning."""
+    changed = [
+        str(path)
+        for path in paths
+        if (record := _record_of(path)) is not None and digest_of(path) not in record.written
+    ]
+    return _tell(changed, "was changed since it was predicted: the scores are not the model's")
+
+
+def _tell(changed: list[str], what: str) -> list[str]:
     if not changed:
         return []
-    masks, frame = changed[0]
     more = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
-    told = f"{masks}{more} was predicted from another image than {frame.path} is now; predict it again"
+    told = f"{changed[0]}{more} {what}"
     warn(told)
     return [told]
 
