@@ -794,7 +794,7 @@ def test_a_record_with_odd_values_counts_as_none(tmp_path, odd):
     for path in (masks, table):
         path.write_text("x")
     note_done(tmp_path, PredictedFrame("t1", masks, table, 1, 0.5, False, "f", made_by={"files": ["d"]}))
-    assert made_by(masks)["files"] == ("d",)
+    assert list(made_by(masks)["files"]) == ["d"]
     assert find_done(tmp_path, "t1", "f") is not None
     record = tmp_path / ".predicted" / "t1.json"
     tree = json.loads(record.read_text())
@@ -804,6 +804,17 @@ def test_a_record_with_odd_values_counts_as_none(tmp_path, odd):
     record.write_text(json.dumps({**tree, "made_by": tree["made_by"] | odd}))
     assert find_done(tmp_path, "t1", "f") is None
     assert not made_by(masks)["files"]
+
+
+def test_a_record_that_names_no_image_does_not_tell_of_another(movie, oracle_model, tmp_path):
+    predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out")
+    (record,) = tmp_path.glob("out/.*/t1.json")
+    tree = json.loads(record.read_text())
+    del tree["made_by"]["image"]
+    record.write_text(json.dumps(tree))
+    assert (
+        predict(Params(), [movie / "t1.ome.tif"], str(oracle_model), tmp_path / "out").frames[0].done_before
+    )
 
 
 def test_a_folder_in_the_place_of_a_record_is_named_and_nothing_is_moved(movie, oracle_model, tmp_path):
