@@ -29,7 +29,7 @@ def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     info = ModelInfo(diameter_px=12.0, nucleus_diameter_um=9.0)
-    save_model(tmp_path / "runs" / "nuclei_3d", new_network(12.0, 0), info, "")
+    save_model(tmp_path / "out" / "models" / "nuclei_3d", new_network(12.0, 0), info, "")
     lines = [body for kind, body in BLOCK.findall(page) if kind == "bash"]
     # as typed: the shell's loops and copies too
     script = "\n".join(['nuclei3d() { "$PYTHON" -m nuclei3d "$@"; }', *lines])
@@ -48,4 +48,4 @@ def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
         assert np.array_equal(tifffile.imread(taken), tifffile.imread(truth))
     compared = json.loads((folder / "compare.json").read_text())
     assert compared["volumes"] == 1
-    assert compared["start_models"]["b"]["name"] == "start model (../runs/nuclei_3d)"
+    assert compared["start_models"]["b"]["name"] == "start model (../out/models/nuclei_3d)"
