@@ -324,10 +324,10 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_run_again(tmp_path: P
 
 
 def test_a_half_written_journal_is_mended(tmp_path: Path) -> None:
-    run(tmp_path, trials=2)
+    run(tmp_path, "search.prune=false", trials=2)
     with (tmp_path / "search" / "study.journal").open("a") as file:
         file.write('{"op_code":4,"worker')
-    assert run(tmp_path, trials=3).trials["finished"] == 3
+    assert run(tmp_path, "search.prune=false", trials=3).trials["finished"] == 3
     assert len(rows(tmp_path)) == 3
 
 
