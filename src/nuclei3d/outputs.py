@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EBUSY, EDQUOT, EFBIG, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from fnmatch import fnmatchcase
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    _check_replaceable(path, replace)
+    require_replaceable(path)
+    if not replace and path.is_dir() and any(path.iterdir()):
+        raise InputError(f"the output folder {path} is not empty; remove it or choose another")
     with _partial(path) as partial:
         partial.mkdir()
         try:
@@ -90,6 +93,13 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def free_path(path: Path) -> Path:
+    """Give a path at which nothing lies: this one, or with a number after its stem."""
+    stem = path.name.removesuffix(suffix := _suffix_of(path))
+    numbered = (path.with_name(f"{stem}_{number}{suffix}") for number in count(2))
+    return next(each for each in chain([path], numbered) if not each.exists())
 
 
 def require_writable(path: Path) -> None:
@@ -219,7 +229,8 @@ def _read_listing(folder: Path) -> dict[str, str | None] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def _check_replaceable(path: Path, replace: bool) -> None:
+def require_replaceable(path: Path) -> None:
+    """Raise InputError where a folder cannot be replaced: by a file there, or the command running in it."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -230,8 +241,6 @@ def _check_replaceable(path: Path, replace: bool) -> None:
             f"the output folder {path} is the working directory or lies above it and would be replaced; "
             "name a folder of its own"
         )
-    if not replace and any(path.iterdir()):
-        raise InputError(f"the output folder {path} is not empty; remove it or choose another")
 
 
 @contextmanager
@@ -283,9 +292,13 @@ def _host() -> str:
 
 
 def _hidden_name(path: Path, state: str = "partial") -> Path:
-    suffix = ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
+    suffix = _suffix_of(path)
     stem = path.name.removesuffix(suffix)[:100]
     return path.with_name(f".{stem}.{state}-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
+
+
+def _suffix_of(path: Path) -> str:
+    return ".ome.tif" if path.name.endswith(".ome.tif") else path.suffix
 
 
 def _shown(path: Path) -> Path:

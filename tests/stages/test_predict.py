@@ -839,3 +839,11 @@ def test_an_output_folder_that_cannot_be_made_is_named(movie, oracle_model, orac
     with pytest.raises(InputError, match="file"):
         predict(Params(), [movie], str(oracle_model), tmp_path / "file" / "out")
     assert not oracle.shapes, "that is known before the work"
+
+
+def test_what_some_frames_alone_are_unlike_is_said_too(movie, oracle_model, tmp_path, monkeypatch, capsys):
+    told = iter([("edge 0.7 um",), ("edge 0.7 um", "span 12 times"), ("edge 0.7 um", "span 13 times")])
+    monkeypatch.setattr("nuclei3d.segmentation.likeness.find_unlikeness", lambda *_: next(told))
+    predict(Params(), [movie], str(oracle_model), tmp_path / "out")
+    line = "warning: t1 (and 2 other frames): edge 0.7 um; t2 (and 1 other frames): span 12 times"
+    assert line in capsys.readouterr().err.splitlines()

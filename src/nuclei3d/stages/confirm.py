@@ -24,6 +24,7 @@ from nuclei3d.stages.predicted import (
     find_done,
     forget,
     note_done,
+    place_of,
 )
 from nuclei3d.stages.predictor import Predictor, Sure
 from nuclei3d.stages.track import measure_masks, work_on_frames
@@ -84,7 +85,8 @@ def confirm(
             _write_confirmed(frame.masks, frame.table, confirmed[at], masks, table)
             made_by = {**frame.made_by, "thresholds": thresholds}
             new = replace(frame, masks=masks, table=table, fingerprint=digest, made_by=made_by)
-            new = replace(new, nuclei=len(confirmed[at].labels))
+            placed = {path: place_of(path) for path in (masks, table)}
+            new = replace(new, nuclei=len(confirmed[at].labels), placed=placed)
             expected = sure[at].diameter_um
             if expected is not None:
                 unlike = with_nuclei(frame.warnings, confirmed[at].volumes_um3, expected)

@@ -8,8 +8,8 @@ from typing import Any
 from nuclei3d.config import Params
 from nuclei3d.console import say
 from nuclei3d.images.tiff import write_labels
+from nuclei3d.outputs import free_path
 from nuclei3d.stages.correction import open_correction
-from nuclei3d.stages.laid_aside import free_path
 from nuclei3d.stages.view import require_napari, show
 
 

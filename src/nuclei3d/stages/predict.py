@@ -5,6 +5,7 @@ A frame larger than the memory is cut into blocks (`nuclei3d.stages.predict_bloc
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,8 +122,7 @@ def predict(
         )
     odd = [frame for frame in done if frame.warnings]
     if odd:
-        others = f" (and {len(odd) - 1} other frames)" if len(odd) > 1 else ""
-        warn(f"{odd[0].name}{others}: {'; '.join(odd[0].warnings)}")
+        warn(_tell_odd(odd))
     before = sum(frame.done_before for frame in done)
     total = sum(frame.nuclei for frame in done)
     kept = f" ({before} of them done before)" if before else ""
@@ -138,6 +138,20 @@ def predict(
         page = write_page(out, frames, done, told, animated=params.predict.animation)
         say(f"look at them: {page}")
     return PredictResult(out, model, tuple(done), page, tuple(series), tracks)
+
+
+def _tell_odd(frames: Sequence[PredictedFrame]) -> str:
+    """Say each kind of warning once, in the words of the first frame that has it."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for frame in frames:
+        for words in frame.warnings:
+            # what differs between frames of a kind are numbers
+            kinds.setdefault(re.split(r"\d", words)[0], []).append((frame.name, words))
+    told: dict[str, list[str]] = {}
+    for (name, words), *others in kinds.values():
+        more = f" (and {len(others)} other frames)" if others else ""
+        told.setdefault(f"{name}{more}", []).append(words)
+    return "; ".join(f"{name}: {'; '.join(words)}" for name, words in told.items())
 
 
 def _link(params: Params, out: Path, done: Sequence[PredictedFrame]) -> TrackResult | None:

@@ -16,8 +16,7 @@ from nuclei3d.digests import digest_of, digest_of_voxels
 from nuclei3d.errors import InputError
 from nuclei3d.images.frames import Frame, frame_stem
 from nuclei3d.images.ome_zarr import BESIDE_THE_IMAGE
-from nuclei3d.outputs import remove, require_writable, write_text
-from nuclei3d.stages.laid_aside import free_path
+from nuclei3d.outputs import free_path, remove, require_writable, write_text
 from nuclei3d.stages.nuclei_table import table_path
 
 RECORD_FOLDER = ".predicted"

@@ -21,10 +21,9 @@ from nuclei3d.images.frames import Frame, check_image, frame_stem, single_label_
 from nuclei3d.images.ome_zarr import is_zarr
 from nuclei3d.images.tiff import write_image
 from nuclei3d.images.unknown import KNOWN_MARK, read_partial_labels
-from nuclei3d.outputs import whole_file, write_table
+from nuclei3d.outputs import free_path, whole_file, write_table
 from nuclei3d.segmentation.segmenter import Segmenter
 from nuclei3d.stages.diameters import time_lapse_of
-from nuclei3d.stages.laid_aside import free_path
 from nuclei3d.stages.predict import find_all
 from nuclei3d.stages.predictor import open_local
 

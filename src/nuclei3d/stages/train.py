@@ -32,7 +32,7 @@ from nuclei3d.networks.unet3d import (
     new_volume_network,
     same_architecture,
 )
-from nuclei3d.outputs import refuse_foreign_folder, require_writable, write_table
+from nuclei3d.outputs import refuse_foreign_folder, require_replaceable, require_writable, write_table
 from nuclei3d.stages.checkpoints import Checkpoints, TrainResult, write_history
 from nuclei3d.stages.labelled_frames import Sources, digest_sources, tell_changes
 from nuclei3d.stages.model_card import card_text, describe_model, final_metrics
@@ -161,10 +161,7 @@ def _refuse_to_lose(out: Path, start_from: str | None) -> Checkpoints:
     """Raise InputError where the model's folder holds the start model, or what no training there wrote, or
     the command runs in it; give its checkpoints.
     """
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise InputError(
-            f"{out} is the working directory or lies above it and would be replaced; give a folder of its own"
-        )
+    require_replaceable(out)
     if start_from is not None and out.resolve() in (
         Path(start_from).resolve(),
         Path(start_from).parent.resolve(),
